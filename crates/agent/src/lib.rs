@@ -1,0 +1,1 @@
+//! The host daemon and the keeper of its processes.

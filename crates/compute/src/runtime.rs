@@ -1,0 +1,97 @@
+//! The contract of every runtime. One suite (`tests/contract.rs`) holds all of them to it.
+//!
+//! Every call is idempotent and can be cut off at any instant: the caller looks at [`Runtime::observe`] and goes on from
+//! there. An instance is known by its uid; a restart is a `remove` and a `start`.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nexus_model::kind::Template;
+use nexus_model::{Digest, Name, Timestamp, Uid};
+use serde::{Deserialize, Serialize};
+
+use crate::keep::{KeepError, LogFiles};
+
+/// One instance to run, with the network and image that were made ready for it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Sandbox {
+    pub uid: Uid,
+    pub epoch: u64,
+    pub name: Name,
+    pub project: Name,
+    pub app: Name,
+    pub template: Template,
+    /// The manifest of an OCI image, or the component: see [`crate::image`].
+    pub image: Digest,
+    /// The network namespace that the instance lives in.
+    pub netns: PathBuf,
+    pub address6: Ipv6Addr,
+    pub address4: Ipv4Addr,
+    pub logs: LogFiles,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    Running { since: Timestamp },
+    /// `code` as in [`crate::keep::KeptState::Exited`]; the message says what a user should know (killed for memory …).
+    Exited { code: Option<i32>, at: Timestamp, message: String },
+}
+
+/// What is true of one instance on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Observed {
+    pub uid: Uid,
+    pub epoch: u64,
+    pub state: State,
+}
+
+/// The three streams of an exec.
+#[derive(Debug)]
+pub struct ExecIo {
+    pub stdin: OwnedFd,
+    pub stdout: OwnedFd,
+    pub stderr: OwnedFd,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The image can't be used: the user must change it.
+    #[error("image {image}: {message}")]
+    Image { image: Digest, message: String },
+    /// The host lacks something: disk full, a missing kernel feature.
+    #[error("this host: {attempt}: {source}")]
+    Host { attempt: String, source: std::io::Error },
+    #[error("{attempt}: {message}")]
+    Failed { attempt: String, message: String },
+    #[error("instance {0} does not run here")]
+    NotRunning(Uid),
+    #[error("{0} can't be done with this runtime")]
+    Unsupported(&'static str),
+    #[error(transparent)]
+    Keep(#[from] KeepError),
+}
+
+#[async_trait]
+pub trait Runtime: Send + Sync {
+    /// Makes an image whose blobs are all in the host's blob store ready to start from: unpacks, compiles. Cached.
+    async fn prepare(&self, image: Digest) -> Result<(), RuntimeError>;
+
+    /// Starts the instance. Starting what runs is harmless.
+    async fn start(&self, sandbox: &Sandbox) -> Result<(), RuntimeError>;
+
+    /// Asks the instance to stop: sends its stop signal, or whatever the runtime has for that. Returns at once.
+    async fn stop(&self, uid: Uid) -> Result<(), RuntimeError>;
+
+    /// Ends it now, if it runs, and removes everything of it but its log files. Harmless when there is nothing.
+    async fn remove(&self, uid: Uid) -> Result<(), RuntimeError>;
+
+    /// Every instance that exists here in any form.
+    async fn observe(&self) -> Result<Vec<Observed>, RuntimeError>;
+
+    /// Runs a command inside the instance and returns its exit status.
+    async fn exec(&self, uid: Uid, command: &[String], io: ExecIo, deadline: Duration) -> Result<i32, RuntimeError>;
+}

@@ -1,0 +1,1 @@
+//! The writer, the reconcilers, cells and quotas.

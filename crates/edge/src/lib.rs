@@ -1,0 +1,1 @@
+//! The gateway: routing and balancing of requests.

@@ -1,0 +1,18 @@
+//! Principals, tokens and certificates: pure verification and issuance.
+//!
+//! [`id`] names who talks (SPIFFE ids), [`ca`] issues the certificates that say so, [`tls`] turns them into rustls
+//! configurations that check a peer by its id, and [`token`] is the bearer credential of users.
+//!
+//! Architecture invariant: no socket, file or clock lives here. Time comes in as a parameter, or, where rustls itself
+//! asks for it, through a [`tls::Clock`]. The one exception to "chance comes in by the door" is key generation and
+//! signing, which take it from ring's system generator: a key from a replayable source would be no secret.
+
+pub mod ca;
+pub mod id;
+pub mod tls;
+pub mod token;
+
+pub use ca::{CaError, CertificateAuthority, Issued};
+pub use id::{IdError, Role, SpiffeId};
+pub use tls::{ExpiryPolicy, Identity, Policy, Roots, TlsError, client_config, peer_id, server_config};
+pub use token::{TokenError, TokenHash, TokenSecret};

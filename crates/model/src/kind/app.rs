@@ -1,0 +1,385 @@
+//! A deployed service: what to run, how many, and how to know that it is well.
+
+use indexmap::IndexMap;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Classes, Column, Kind, Scope, Verbs};
+use crate::{Bytes, Condition, FieldError, MilliCpu, Name};
+
+#[derive(Debug, Clone)]
+pub struct App;
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Runtime {
+    #[default]
+    Container,
+    Function,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// HTTP/1.1.
+    #[default]
+    Http,
+    /// HTTP/2 without TLS, with prior knowledge.
+    H2c,
+    Tcp,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Port {
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: u16,
+    #[serde(default)]
+    pub protocol: Protocol,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
+}
+
+/// What one instance gets. `cpu` and `memory` are both what is reserved and what is enforced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Resources {
+    pub cpu: MilliCpu,
+    pub memory: Bytes,
+    /// Processes and threads.
+    #[schemars(range(min = 1, max = 32768))]
+    pub pids: u32,
+    /// The writable layer over the image; gone with the instance.
+    pub scratch: Bytes,
+}
+
+impl Default for Resources {
+    fn default() -> Self {
+        Self { cpu: MilliCpu(100), memory: Bytes(128 << 20), pids: 512, scratch: Bytes(64 << 20) }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Probe {
+    /// A GET that must answer 2xx or 3xx.
+    Http {
+        #[schemars(range(min = 1, max = 65535))]
+        port: u16,
+        #[schemars(length(min = 1, max = 1024))]
+        path: String,
+    },
+    /// A connection that must open.
+    Tcp {
+        #[schemars(range(min = 1, max = 65535))]
+        port: u16,
+    },
+    /// A command in the instance that must exit with 0.
+    Exec {
+        #[schemars(length(min = 1, max = 256))]
+        command: Vec<String>,
+    },
+}
+
+/// How the cloud knows that an instance is well. A failed readiness check takes the instance out of the gateways; a
+/// failed liveness check restarts it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HealthCheck {
+    pub probe: Probe,
+    #[serde(default = "second")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub interval_seconds: u32,
+    #[serde(default = "second")]
+    #[schemars(range(min = 1, max = 300))]
+    pub timeout_seconds: u32,
+    /// So many failures in a row make it unhealthy.
+    #[serde(default = "three")]
+    #[schemars(range(min = 1, max = 100))]
+    pub failures: u32,
+}
+
+fn second() -> u32 {
+    1
+}
+
+fn three() -> u32 {
+    3
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HealthChecks {
+    /// Without it, an instance with an HTTP or TCP port is ready when its first port accepts a connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub readiness: Option<HealthCheck>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub liveness: Option<HealthCheck>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Spread {
+    None,
+    Host,
+    #[default]
+    Zone,
+}
+
+/// Bounds of a function's requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FunctionLimits {
+    /// Requests at once in one instance; more wait, and are refused when they have waited for `timeoutSeconds`.
+    #[schemars(range(min = 1, max = 1000))]
+    pub concurrency: u32,
+    #[schemars(range(min = 1, max = 900))]
+    pub timeout_seconds: u32,
+}
+
+impl Default for FunctionLimits {
+    fn default() -> Self {
+        Self { concurrency: 64, timeout_seconds: 30 }
+    }
+}
+
+/// Declares [`Template`] and [`AppSpec`], which is flat for its writers: the template's fields beside its own. Flattening
+/// by serde would lose the path of a field at fault.
+macro_rules! declare_template {
+    ($($(#[$attribute:meta])* $field:ident: $type:ty = $default:expr;)*) => {
+        /// What one instance runs. An instance carries the template it was made from, so that its host needs nothing
+        /// else.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+        #[serde(rename_all = "camelCase", default)]
+        pub struct Template {
+            $($(#[$attribute])* pub $field: $type,)*
+        }
+
+        impl Default for Template {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
+        }
+
+        /// What an app's instances run, how many there are, and how they are reached.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+        #[serde(rename_all = "camelCase", default)]
+        pub struct AppSpec {
+            $($(#[$attribute])* pub $field: $type,)*
+            #[schemars(range(max = 10_000))]
+            pub replicas: u32,
+            pub spread: Spread,
+            /// Whether gateways answer for `NAME.DOMAIN` with this app.
+            pub expose: bool,
+            /// Labels that its instances carry.
+            #[serde(skip_serializing_if = "IndexMap::is_empty")]
+            #[schemars(extend("maxProperties" = 64))]
+            pub instance_labels: IndexMap<String, String>,
+        }
+
+        impl AppSpec {
+            pub fn template(&self) -> Template {
+                Template { $($field: self.$field.clone(),)* }
+            }
+        }
+
+        impl From<Template> for AppSpec {
+            fn from(template: Template) -> Self {
+                Self {
+                    $($field: template.$field,)*
+                    replicas: 1,
+                    spread: Spread::default(),
+                    expose: true,
+                    instance_labels: IndexMap::new(),
+                }
+            }
+        }
+    };
+}
+
+declare_template! {
+    runtime: Runtime = Runtime::default();
+    /// The name of an `Image` of the same project.
+    image: Name = "none".parse().expect("a well-formed name");
+    /// In place of the image's entry point.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256))]
+    command: Vec<String> = Vec::new();
+    /// In place of the image's arguments.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256))]
+    args: Vec<String> = Vec::new();
+    #[serde(skip_serializing_if = "IndexMap::is_empty")]
+    #[schemars(extend("maxProperties" = 256))]
+    env: IndexMap<String, String> = IndexMap::new();
+    #[schemars(length(max = 32))]
+    ports: Vec<Port> = Vec::new();
+    resources: Resources = Resources::default();
+    /// Compute classes that each instance takes.
+    #[serde(skip_serializing_if = "IndexMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16))]
+    classes: Classes = Classes::new();
+    health: HealthChecks = HealthChecks::default();
+    /// `TERM`, `INT`, `QUIT`, `HUP`, `USR1`, `USR2` or `KILL`.
+    #[schemars(regex(pattern = r"^(TERM|INT|QUIT|HUP|USR1|USR2|KILL)$"))]
+    stop_signal: String = "TERM".into();
+    /// How long an instance may take to stop before it is killed.
+    #[schemars(range(max = 3600))]
+    stop_grace_seconds: u32 = 10;
+    function: FunctionLimits = FunctionLimits::default();
+}
+
+impl Default for AppSpec {
+    fn default() -> Self {
+        Template::default().into()
+    }
+}
+
+/// The port on which every function answers HTTP.
+pub const FUNCTION_PORT: u16 = 8080;
+
+impl Template {
+    /// The ports that the instance serves: a function always answers HTTP on [`FUNCTION_PORT`].
+    pub fn served_ports(&self) -> Vec<Port> {
+        match self.runtime {
+            Runtime::Container => self.ports.clone(),
+            Runtime::Function => vec![Port { port: FUNCTION_PORT, protocol: Protocol::Http, name: None }],
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum AppPhase {
+    #[default]
+    Pending,
+    /// Every replica of the newest generation is ready.
+    Ready,
+    /// Some replicas are not ready, or of an older generation.
+    Progressing,
+    /// Scaled to nothing on purpose.
+    Stopped,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AppStatus {
+    pub phase: AppPhase,
+    /// The generation of the spec that this status speaks of.
+    pub observed_generation: u64,
+    pub desired_replicas: u32,
+    pub replicas: u32,
+    pub ready_replicas: u32,
+    /// Replicas of the newest template.
+    pub updated_replicas: u32,
+    /// The host names under which gateways answer.
+    pub hostnames: Vec<String>,
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for App {
+    const KIND: &'static str = "App";
+    const PLURAL: &'static str = "apps";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str = "A deployed service: an image, how to run it, and how many replicas.";
+    const SCOPE: Scope = Scope::Project;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] = &[
+        Column::new("PHASE", "/status/phase"),
+        Column::new("READY", "/status/readyReplicas"),
+        Column::new("WANTED", "/status/desiredReplicas"),
+        Column::new("RUNTIME", "/spec/runtime"),
+        Column::new("IMAGE", "/spec/image"),
+        Column::new("HOSTNAME", "/status/hostnames/0").wide(),
+    ];
+    type Spec = AppSpec;
+    type Status = AppStatus;
+
+    fn validate(spec: &AppSpec) -> Vec<FieldError> {
+        let mut errors = validate_template(&spec.template());
+        if spec.replicas > 10_000 {
+            errors.push(FieldError::new("spec.replicas", "at most 10000"));
+        }
+        errors.extend(super::validate_labels("spec.instanceLabels", &spec.instance_labels));
+        errors
+    }
+
+    fn example() -> AppSpec {
+        AppSpec {
+            image: "web".parse().expect("a well-formed name"),
+            ports: vec![Port { port: 80, protocol: Protocol::Http, name: None }],
+            replicas: 3,
+            ..AppSpec::default()
+        }
+    }
+}
+
+const SIGNALS: [&str; 7] = ["TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL"];
+/// Bounds one variable or argument, in bytes.
+const MAX_TEXT: usize = 32 << 10;
+
+fn validate_template(t: &Template) -> Vec<FieldError> {
+    let mut errors = Vec::new();
+    let mut check = |ok: bool, field: &str, message: &str| {
+        if !ok {
+            errors.push(FieldError::new(field, message));
+        }
+    };
+    check(t.image != "none", "spec.image", "name an image of this project; see `nexus get images`");
+    check(t.ports.len() <= 32, "spec.ports", "at most 32");
+    for (i, p) in t.ports.iter().enumerate() {
+        check(p.port != 0, &format!("spec.ports[{i}].port"), "between 1 and 65535");
+        let first = t.ports.iter().position(|q| q.port == p.port) == Some(i);
+        check(first, &format!("spec.ports[{i}].port"), "listed twice");
+    }
+    if t.runtime == Runtime::Function {
+        check(t.ports.is_empty(), "spec.ports", "a function always answers HTTP on port 8080: leave ports out");
+        check(t.command.is_empty() && t.args.is_empty(), "spec.command", "a function has no command");
+    }
+    let r = &t.resources;
+    check((1..=1_000_000).contains(&r.cpu.0), "spec.resources.cpu", "between 1m and 1000");
+    check(r.memory.0 >= 4 << 20, "spec.resources.memory", "at least 4Mi");
+    check(r.memory.0 <= 64 << 40, "spec.resources.memory", "at most 64Ti");
+    check((1..=32_768).contains(&r.pids), "spec.resources.pids", "between 1 and 32768");
+    check(r.scratch.0 <= 64 << 40, "spec.resources.scratch", "at most 64Ti");
+    check(r.scratch.0 >= 64 << 10, "spec.resources.scratch", "at least 64Ki");
+    check(
+        SIGNALS.contains(&t.stop_signal.as_str()),
+        "spec.stopSignal",
+        "one of TERM, INT, QUIT, HUP, USR1, USR2, KILL",
+    );
+    check(t.stop_grace_seconds <= 3600, "spec.stopGraceSeconds", "at most 3600");
+    check(t.env.len() <= 256, "spec.env", "at most 256 variables");
+    for (key, value) in &t.env {
+        let field = format!("spec.env.{}", key.chars().take(64).collect::<String>());
+        check(!key.is_empty() && key.len() <= 256 && !key.contains(['=', '\0']), &field, "not a variable's name");
+        check(value.len() <= MAX_TEXT && !value.contains('\0'), &field, "at most 32 KiB, without a zero byte");
+    }
+    for (list, field) in [(&t.command, "spec.command"), (&t.args, "spec.args")] {
+        check(list.len() <= 256, field, "at most 256 words");
+        check(list.iter().all(|w| w.len() <= MAX_TEXT && !w.contains('\0')), field, "words of at most 32 KiB");
+    }
+    check(t.classes.len() <= 16, "spec.classes", "at most 16");
+    check(t.classes.values().all(|n| (1..=1024).contains(n)), "spec.classes", "counts between 1 and 1024");
+    check((1..=1000).contains(&t.function.concurrency), "spec.function.concurrency", "between 1 and 1000");
+    check((1..=900).contains(&t.function.timeout_seconds), "spec.function.timeoutSeconds", "between 1 and 900");
+    for (name, health) in [("readiness", &t.health.readiness), ("liveness", &t.health.liveness)] {
+        let Some(h) = health else { continue };
+        let at = |field: &str| format!("spec.health.{name}.{field}");
+        check((1..=3600).contains(&h.interval_seconds), &at("intervalSeconds"), "between 1 and 3600");
+        check((1..=300).contains(&h.timeout_seconds), &at("timeoutSeconds"), "between 1 and 300");
+        check((1..=100).contains(&h.failures), &at("failures"), "between 1 and 100");
+        match &h.probe {
+            Probe::Http { port, path } => {
+                check(*port != 0, &at("probe.http.port"), "between 1 and 65535");
+                let good = path.starts_with('/') && path.len() <= 1024 && path.bytes().all(|b| b.is_ascii_graphic());
+                check(good, &at("probe.http.path"), "begins with / and has no space");
+            }
+            Probe::Tcp { port } => check(*port != 0, &at("probe.tcp.port"), "between 1 and 65535"),
+            Probe::Exec { command } => {
+                check((1..=256).contains(&command.len()), &at("probe.exec.command"), "1 to 256 words");
+                check(t.runtime == Runtime::Container, &at("probe.exec"), "a function can't run a command");
+            }
+        }
+    }
+    errors
+}

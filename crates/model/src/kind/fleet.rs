@@ -1,0 +1,296 @@
+//! Where things are: regions of zones of cells of hosts.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use indexmap::IndexMap;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Column, Kind, Runtime, Scope, Verbs};
+use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
+
+#[derive(Debug, Clone)]
+pub struct Region;
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    #[default]
+    Core,
+    Regional,
+    Edge,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RegionSpec {
+    pub tier: Tier,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PlaceStatus {
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for Region {
+    const KIND: &'static str = "Region";
+    const PLURAL: &'static str = "regions";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str = "Zones that share one metadata log and one writer.";
+    const SCOPE: Scope = Scope::Global;
+    const VERBS: Verbs = Verbs { create: false, update: true, delete: false };
+    const COLUMNS: &'static [Column] = &[Column::new("TIER", "/spec/tier")];
+    type Spec = RegionSpec;
+    type Status = PlaceStatus;
+
+    fn validate(_: &RegionSpec) -> Vec<FieldError> {
+        Vec::new()
+    }
+
+    fn example() -> RegionSpec {
+        RegionSpec::default()
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Zone;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ZoneSpec {
+    /// What people call it.
+    #[schemars(length(max = 200))]
+    pub display_name: String,
+}
+
+impl Kind for Zone {
+    const KIND: &'static str = "Zone";
+    const PLURAL: &'static str = "zones";
+    const SHORT: &'static [&'static str] = &["az"];
+    const ABOUT: &'static str = "A failure domain of a region: power, cooling and network of its own.";
+    const SCOPE: Scope = Scope::Region;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] = &[Column::new("DISPLAY NAME", "/spec/displayName")];
+    type Spec = ZoneSpec;
+    type Status = PlaceStatus;
+
+    fn validate(spec: &ZoneSpec) -> Vec<FieldError> {
+        if spec.display_name.chars().count() > 200 {
+            vec![FieldError::new("spec.displayName", "at most 200 characters")]
+        } else {
+            Vec::new()
+        }
+    }
+
+    fn example() -> ZoneSpec {
+        ZoneSpec { display_name: "Hall 1".into() }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Cell;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CellSpec {
+    /// At most this many hosts may join.
+    #[schemars(range(min = 1, max = 50_000))]
+    pub max_hosts: u32,
+}
+
+impl Default for CellSpec {
+    fn default() -> Self {
+        Self { max_hosts: 10_000 }
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CellStatus {
+    pub hosts: u32,
+    pub ready_hosts: u32,
+    /// The server that judges this cell's hosts, and the epoch of that right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holder: Option<String>,
+    pub epoch: u64,
+    /// Set while the brake holds: so many hosts vanished at once that none is declared dead.
+    pub brake: bool,
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for Cell {
+    const KIND: &'static str = "Cell";
+    const PLURAL: &'static str = "cells";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str =
+        "Hosts that are scheduled and judged together; the blast radius of a controller's fault.";
+    const SCOPE: Scope = Scope::Region;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] = &[
+        Column::new("HOSTS", "/status/hosts"),
+        Column::new("READY", "/status/readyHosts"),
+        Column::new("HOLDER", "/status/holder"),
+        Column::new("BRAKE", "/status/brake"),
+    ];
+    type Spec = CellSpec;
+    type Status = CellStatus;
+
+    fn validate(spec: &CellSpec) -> Vec<FieldError> {
+        if (1..=50_000).contains(&spec.max_hosts) {
+            Vec::new()
+        } else {
+            vec![FieldError::new("spec.maxHosts", "between 1 and 50000")]
+        }
+    }
+
+    fn example() -> CellSpec {
+        CellSpec::default()
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Host;
+
+/// What a host can hold, or what is held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Capacity {
+    pub cpu: MilliCpu,
+    pub memory: Bytes,
+    pub scratch: Bytes,
+    pub instances: u32,
+}
+
+/// Countable compute classes by name, such as `gpu-v100 = 2`.
+pub type Classes = IndexMap<Name, u32>;
+
+/// What a host's agent declares when it joins, and what an operator decides.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HostSpec {
+    pub zone: Name,
+    pub cell: Name,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rack: Option<Name>,
+    /// Where servers reach the agent.
+    #[schemars(with = "String")]
+    pub address: SocketAddr,
+    /// The /64 from which this host's instances get their infrastructure addresses.
+    #[schemars(with = "String")]
+    pub prefix6: Ipv6Addr,
+    /// The /24 for programs in instances that listen on IPv4 alone.
+    #[schemars(with = "String")]
+    pub prefix4: Ipv4Addr,
+    pub runtimes: Vec<Runtime>,
+    pub capacity: Capacity,
+    #[serde(default)]
+    pub classes: Classes,
+    /// No new instance is placed here while true.
+    #[serde(default)]
+    pub cordoned: bool,
+}
+
+impl Default for HostSpec {
+    fn default() -> Self {
+        let name: Name = "none".parse().expect("a well-formed name");
+        Self {
+            zone: name.clone(),
+            cell: name,
+            rack: None,
+            address: SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+            prefix6: Ipv6Addr::UNSPECIFIED,
+            prefix4: Ipv4Addr::UNSPECIFIED,
+            runtimes: Vec::new(),
+            capacity: Capacity::default(),
+            classes: Classes::new(),
+            cordoned: false,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum HostState {
+    #[default]
+    Joining,
+    Ready,
+    /// Heartbeats are late: nothing new is placed here.
+    Suspect,
+    /// Declared lost: its instances run elsewhere.
+    Dead,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HostStatus {
+    pub state: HostState,
+    /// Counts the times that the host was declared dead: what was started before is superseded.
+    pub epoch: u64,
+    /// Changes with every boot of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_version: Option<String>,
+    /// When the state last changed.
+    pub since: Timestamp,
+    pub reserved: Capacity,
+    /// Content of images that the host already has.
+    pub images: Vec<Digest>,
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for Host {
+    const KIND: &'static str = "Host";
+    const PLURAL: &'static str = "hosts";
+    const SHORT: &'static [&'static str] = &["ho"];
+    const ABOUT: &'static str = "A machine that runs instances; registered by its agent.";
+    const SCOPE: Scope = Scope::Region;
+    const VERBS: Verbs = Verbs { create: false, update: true, delete: true };
+    const COLUMNS: &'static [Column] = &[
+        Column::new("STATE", "/status/state"),
+        Column::new("ZONE", "/spec/zone"),
+        Column::new("CELL", "/spec/cell").wide(),
+        Column::new("INSTANCES", "/status/reserved/instances"),
+        Column::new("CPU", "/status/reserved/cpu"),
+        Column::new("OF", "/spec/capacity/cpu"),
+        Column::new("MEMORY", "/status/reserved/memory"),
+        Column::new("OF", "/spec/capacity/memory"),
+        Column::new("CORDONED", "/spec/cordoned").wide(),
+        Column::new("ADDRESS", "/spec/address").wide(),
+    ];
+    const IMMUTABLE: &'static [&'static str] =
+        &["zone", "cell", "rack", "address", "prefix6", "prefix4", "runtimes", "capacity", "classes"];
+    type Spec = HostSpec;
+    type Status = HostStatus;
+
+    fn validate(spec: &HostSpec) -> Vec<FieldError> {
+        let mut errors = Vec::new();
+        if spec.prefix6.segments()[4..].iter().any(|s| *s != 0) {
+            errors.push(FieldError::new("spec.prefix6", "the last 64 bits must be zero"));
+        }
+        if spec.prefix4.octets()[3] != 0 {
+            errors.push(FieldError::new("spec.prefix4", "the last 8 bits must be zero"));
+        }
+        errors
+    }
+
+    fn example() -> HostSpec {
+        let name = |s: &str| s.parse::<Name>().expect("a well-formed name");
+        HostSpec {
+            zone: name("zone-a"),
+            cell: name("cell-1"),
+            address: "[fd00::1]:7440".parse().expect("a well-formed address"),
+            prefix6: "fd00:0:0:1::".parse().expect("a well-formed address"),
+            prefix4: Ipv4Addr::new(10, 97, 1, 0),
+            runtimes: vec![Runtime::Container, Runtime::Function],
+            capacity: Capacity {
+                cpu: MilliCpu(8000),
+                memory: Bytes(32 << 30),
+                scratch: Bytes(100 << 30),
+                instances: 250,
+            },
+            ..HostSpec::default()
+        }
+    }
+}

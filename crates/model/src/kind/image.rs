@@ -1,0 +1,88 @@
+//! What instances are made from: content-addressed images.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Column, Kind, Scope, Verbs};
+use crate::{Bytes, Condition, Digest, FieldError};
+
+#[derive(Debug, Clone)]
+pub struct Image;
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// An OCI image: `digest` names its manifest.
+    #[default]
+    Oci,
+    /// A WebAssembly component: `digest` names the component itself.
+    Wasm,
+}
+
+/// One piece of an image's content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Blob {
+    pub digest: Digest,
+    /// Length in bytes.
+    #[schemars(range(min = 0, max = 9_007_199_254_740_991u64))]
+    pub size: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageSpec {
+    #[serde(default)]
+    pub format: ImageFormat,
+    pub digest: Digest,
+    /// Everything that the image needs, `digest` among it. Uploaded before the image is created.
+    #[schemars(length(min = 1, max = 512))]
+    pub blobs: Vec<Blob>,
+}
+
+impl Default for ImageSpec {
+    fn default() -> Self {
+        Self { format: ImageFormat::default(), digest: Digest::of(b""), blobs: Vec::new() }
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ImageStatus {
+    pub size: Bytes,
+    pub conditions: Vec<Condition>,
+}
+
+/// Bounds one image: 512 blobs.
+const MAX_BLOBS: usize = 512;
+
+impl Kind for Image {
+    const KIND: &'static str = "Image";
+    const PLURAL: &'static str = "images";
+    const SHORT: &'static [&'static str] = &["img"];
+    const ABOUT: &'static str = "A content-addressed container image or WebAssembly component.";
+    const SCOPE: Scope = Scope::Project;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] = &[
+        Column::new("FORMAT", "/spec/format"),
+        Column::new("SIZE", "/status/size"),
+        Column::new("DIGEST", "/spec/digest").wide(),
+    ];
+    type Spec = ImageSpec;
+    type Status = ImageStatus;
+
+    fn validate(spec: &ImageSpec) -> Vec<FieldError> {
+        let mut errors = Vec::new();
+        if spec.blobs.is_empty() || spec.blobs.len() > MAX_BLOBS {
+            errors.push(FieldError::new("spec.blobs", format!("between 1 and {MAX_BLOBS}")));
+        } else if !spec.blobs.iter().any(|b| b.digest == spec.digest) {
+            errors.push(FieldError::new("spec.digest", "must be among spec.blobs"));
+        }
+        errors
+    }
+
+    fn example() -> ImageSpec {
+        let digest = Digest::of(b"");
+        ImageSpec { format: ImageFormat::Wasm, digest, blobs: vec![Blob { digest, size: 0 }] }
+    }
+}

@@ -1,0 +1,128 @@
+//! Who owns things: organizations and their projects.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Column, Kind, Scope, Verbs};
+use crate::{Bytes, Condition, FieldError, MilliCpu, Name};
+
+#[derive(Debug, Clone)]
+pub struct Organization;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct OrganizationSpec {
+    /// What people call it.
+    #[schemars(length(max = 200))]
+    pub display_name: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct OrganizationStatus {
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for Organization {
+    const KIND: &'static str = "Organization";
+    const PLURAL: &'static str = "organizations";
+    const SHORT: &'static [&'static str] = &["org", "orgs"];
+    const ABOUT: &'static str = "Owns projects.";
+    const SCOPE: Scope = Scope::Global;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] = &[Column::new("DISPLAY NAME", "/spec/displayName")];
+    type Spec = OrganizationSpec;
+    type Status = OrganizationStatus;
+
+    fn validate(spec: &OrganizationSpec) -> Vec<FieldError> {
+        display_name(&spec.display_name)
+    }
+
+    fn example() -> OrganizationSpec {
+        OrganizationSpec { display_name: "Example Ltd".into() }
+    }
+}
+
+fn display_name(name: &str) -> Vec<FieldError> {
+    if name.chars().count() > 200 {
+        vec![FieldError::new("spec.displayName", "at most 200 characters")]
+    } else {
+        Vec::new()
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Project;
+
+/// What a project may use in this region, and what it does use.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Quota {
+    pub instances: u32,
+    pub cpu: MilliCpu,
+    pub memory: Bytes,
+}
+
+impl Default for Quota {
+    fn default() -> Self {
+        Self { instances: 1_000, cpu: MilliCpu(1_000_000), memory: Bytes(4 << 40) }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ProjectSpec {
+    pub organization: Name,
+    #[schemars(length(max = 200))]
+    pub display_name: String,
+    pub quota: Quota,
+}
+
+impl Default for ProjectSpec {
+    fn default() -> Self {
+        let organization = "default".parse().expect("a well-formed name");
+        Self { organization, display_name: String::new(), quota: Quota::default() }
+    }
+}
+
+/// Written in the same transaction as the rows that it counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct QuotaUse {
+    pub instances: u32,
+    pub cpu: MilliCpu,
+    pub memory: Bytes,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ProjectStatus {
+    pub used: QuotaUse,
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for Project {
+    const KIND: &'static str = "Project";
+    const PLURAL: &'static str = "projects";
+    const SHORT: &'static [&'static str] = &["proj"];
+    const ABOUT: &'static str = "The unit of isolation, quota, network and bill.";
+    const SCOPE: Scope = Scope::Global;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] = &[
+        Column::new("ORGANIZATION", "/spec/organization"),
+        Column::new("INSTANCES", "/status/used/instances"),
+        Column::new("CPU", "/status/used/cpu"),
+        Column::new("MEMORY", "/status/used/memory"),
+    ];
+    const IMMUTABLE: &'static [&'static str] = &["organization"];
+    type Spec = ProjectSpec;
+    type Status = ProjectStatus;
+
+    fn validate(spec: &ProjectSpec) -> Vec<FieldError> {
+        display_name(&spec.display_name)
+    }
+
+    fn example() -> ProjectSpec {
+        ProjectSpec { display_name: "The shop".into(), ..ProjectSpec::default() }
+    }
+}

@@ -1,0 +1,1 @@
+//! Feasibility and scoring over a cell's hosts: pure, deterministic, fast.

@@ -1,0 +1,1 @@
+//! The metadata store: ordered MVCC keys, transactions, watch and leases.

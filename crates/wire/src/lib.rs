@@ -1,0 +1,1 @@
+//! The southbound protocol between servers, agents and gateways.
