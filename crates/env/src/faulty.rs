@@ -50,7 +50,9 @@ impl Links {
 
     /// Nothing flows from `from` to `to` any more; the other direction is left as it is.
     pub fn cut(&self, from: &str, to: &str) {
-        self.change(|s| drop(s.cut.insert((from.to_owned(), to.to_owned()))));
+        self.change(|s| {
+            s.cut.insert((from.to_owned(), to.to_owned()));
+        });
     }
 
     /// Cuts both directions.
@@ -61,7 +63,9 @@ impl Links {
 
     /// What was held back flows again.
     pub fn heal(&self, from: &str, to: &str) {
-        self.change(|s| drop(s.cut.remove(&(from.to_owned(), to.to_owned()))));
+        self.change(|s| {
+            s.cut.remove(&(from.to_owned(), to.to_owned()));
+        });
     }
 
     /// Heals every link.

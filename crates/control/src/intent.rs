@@ -1,0 +1,69 @@
+//! What users ask of a region, and what they are answered.
+
+use async_trait::async_trait;
+use nexus_model::{AnyObject, ApiError, Name, RequestId};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Which object an intent is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Target {
+    /// The kind's plural, as in its path.
+    pub plural: String,
+    /// Present exactly for kinds of a project.
+    pub project: Option<Name>,
+    pub name: Name,
+}
+
+/// What is to be done. Specs have been parsed strictly and carry their defaults already; what depends on the region's
+/// state (names, quota, preconditions, immutability, protection) is decided by the writer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Change {
+    /// Fails with `already-exists` if the name is taken.
+    Create { object: AnyObject },
+    /// Creates or replaces labels, annotations, deletion protection and spec.
+    Put { object: AnyObject },
+    /// A merge patch (RFC 7396) over the whole object; the result is parsed strictly by the writer.
+    Patch { patch: Value },
+    Delete,
+}
+
+/// One request to the writer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Intent {
+    pub request_id: RequestId,
+    /// Who asks, for events and, later, audit.
+    pub actor: String,
+    pub target: Target,
+    pub change: Change,
+    /// The revision that the object must have (`If-Match`).
+    pub if_match: Option<u64>,
+    /// 1 to 128 printable ASCII characters. A retry with the same key and the same request returns the first answer; the same
+    /// key with another request is refused.
+    pub idempotency_key: Option<String>,
+    /// Decide everything, commit nothing.
+    pub dry_run: bool,
+}
+
+/// The writer's answer to an intent that it took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Accepted {
+    /// The object as committed; for a delete, its tombstone.
+    pub object: AnyObject,
+    /// A new object was made.
+    pub created: bool,
+    /// The first answer again, to a repeated idempotency key.
+    pub replayed: bool,
+}
+
+/// The door to a region's writer, wherever it runs now.
+#[async_trait]
+pub trait Writer: Send + Sync {
+    /// Answers when the intent is durable on a majority, or why it was not taken. `unavailable` means that nothing was
+    /// committed; `timeout` that it may have been.
+    async fn submit(&self, intent: Intent) -> Result<Accepted, ApiError>;
+}

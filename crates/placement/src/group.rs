@@ -1,0 +1,68 @@
+//! How many of a group run where: the counts that spread and the limit per host are decided by.
+//!
+//! The counts are moved by the same calls that move the host's reservation, so they can't drift from it.
+
+use crate::hostset::HostSet;
+use crate::types::ZoneId;
+use std::collections::BTreeMap;
+
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Group {
+    /// Few zones: a list is faster than a map.
+    zones: Vec<(ZoneId, u32)>,
+    hosts: BTreeMap<u32, u32>,
+    /// The keys of `hosts`, for the look-up made while walking thousands of hosts.
+    members: HostSet,
+}
+
+impl Group {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.hosts.is_empty()
+    }
+
+    pub(crate) fn holds(&self, host: u32) -> bool {
+        self.members.contains(host)
+    }
+
+    pub(crate) fn on_host(&self, host: u32) -> u32 {
+        if self.members.contains(host) { self.hosts.get(&host).copied().unwrap_or(0) } else { 0 }
+    }
+
+    pub(crate) fn in_zone(&self, zone: ZoneId) -> u32 {
+        self.zones.iter().find(|(z, _)| *z == zone).map_or(0, |(_, n)| *n)
+    }
+
+    /// Hosts that hold some of the group with their counts, by host.
+    pub(crate) fn hosts(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.hosts.iter().map(|(host, n)| (*host, *n))
+    }
+
+    /// Zones that hold some of the group with their counts, by zone.
+    pub(crate) fn zones(&self) -> Vec<(ZoneId, u32)> {
+        let mut zones: Vec<_> = self.zones.iter().copied().filter(|(_, n)| *n > 0).collect();
+        zones.sort_unstable();
+        zones
+    }
+
+    pub(crate) fn add(&mut self, host: u32, zone: ZoneId) {
+        *self.hosts.entry(host).or_default() += 1;
+        self.members.insert(host);
+        match self.zones.iter_mut().find(|(z, _)| *z == zone) {
+            Some((_, n)) => *n += 1,
+            None => self.zones.push((zone, 1)),
+        }
+    }
+
+    /// Takes one away; the caller has checked that `on_host` is at least one.
+    pub(crate) fn take(&mut self, host: u32, zone: ZoneId) {
+        let Some(count) = self.hosts.get_mut(&host) else { return };
+        *count -= 1;
+        if *count == 0 {
+            self.hosts.remove(&host);
+            self.members.remove(host);
+        }
+        if let Some((_, n)) = self.zones.iter_mut().find(|(z, _)| *z == zone) {
+            *n -= 1;
+        }
+    }
+}

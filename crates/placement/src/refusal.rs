@@ -1,0 +1,247 @@
+//! Why no host can take a request, in numbers that a tenant can read.
+//!
+//! Each host is counted once, at the first filter of [`Filter::ALL`] that turned it away, so the counts add up to the
+//! number of hosts.
+
+use crate::types::ClassId;
+use std::fmt;
+
+/// The filters, in the order in which they are applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Filter {
+    /// The host is not ready (joining, cordoned, suspect or dead).
+    Ready,
+    /// It does not offer the runtime.
+    Runtime,
+    /// It has too few free units of a compute class.
+    Class,
+    Cpu,
+    Memory,
+    Scratch,
+    /// It runs as many instances as it may.
+    Slots,
+    /// It is not in a zone that was asked for.
+    Zone,
+    /// The request excludes it by name.
+    Excluded,
+    /// It holds as many of the group as one host may.
+    PerHost,
+    /// Required spread: its domain holds more of the group than another one.
+    Spread,
+}
+
+impl Filter {
+    /// All filters, in order.
+    pub const ALL: [Filter; 11] = [
+        Filter::Ready,
+        Filter::Runtime,
+        Filter::Class,
+        Filter::Cpu,
+        Filter::Memory,
+        Filter::Scratch,
+        Filter::Slots,
+        Filter::Zone,
+        Filter::Excluded,
+        Filter::PerHost,
+        Filter::Spread,
+    ];
+
+    /// A stable lower-case name, for metrics and conditions.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Filter::Ready => "ready",
+            Filter::Runtime => "runtime",
+            Filter::Class => "class",
+            Filter::Cpu => "cpu",
+            Filter::Memory => "memory",
+            Filter::Scratch => "scratch",
+            Filter::Slots => "slots",
+            Filter::Zone => "zone",
+            Filter::Excluded => "excluded",
+            Filter::PerHost => "per-host",
+            Filter::Spread => "spread",
+        }
+    }
+}
+
+/// What the hosts that one filter turned away lacked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortfall {
+    /// [`Filter::Class`], [`Filter::Cpu`], [`Filter::Memory`] or [`Filter::Scratch`].
+    pub filter: Filter,
+    /// Which class, when it is a class.
+    pub class: Option<ClassId>,
+    /// What the request wants, in the filter's unit.
+    pub wanted: u64,
+    /// The most that any host turned away by this filter has free.
+    pub most_free: u64,
+}
+
+/// No host of the cell can take the request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Hosts in the cell.
+    pub total: u32,
+    counts: [u32; Filter::ALL.len()],
+    /// One per kind of resource that was short, in the order of the filters.
+    pub shortfalls: Vec<Shortfall>,
+}
+
+impl Refusal {
+    pub(crate) fn new(total: u32) -> Self {
+        Refusal { total, counts: [0; Filter::ALL.len()], shortfalls: Vec::new() }
+    }
+
+    pub(crate) fn count(&mut self, filter: Filter, hosts: u32) {
+        self.counts[filter as usize] += hosts;
+    }
+
+    /// Notes that a host turned away by a resource filter had `free` of it.
+    pub(crate) fn lacking(&mut self, filter: Filter, class: Option<ClassId>, wanted: u64, free: u64) {
+        match self.shortfalls.iter_mut().find(|s| s.filter == filter && s.class == class) {
+            Some(seen) => seen.most_free = seen.most_free.max(free),
+            None => self.shortfalls.push(Shortfall { filter, class, wanted, most_free: free }),
+        }
+    }
+
+    /// The most free seen so far among hosts turned away by `filter`, if any was.
+    pub(crate) fn most_free(&self, filter: Filter) -> Option<u64> {
+        self.shortfalls.iter().find(|s| s.filter == filter).map(|s| s.most_free)
+    }
+
+    pub(crate) fn finish(mut self) -> Self {
+        self.shortfalls.sort_by_key(|s| (s.filter, s.class));
+        self
+    }
+
+    /// Hosts that `filter` was the first to turn away.
+    pub fn at(&self, filter: Filter) -> u32 {
+        self.counts[filter as usize]
+    }
+
+    /// Every filter with its count, in order, zeros included.
+    pub fn per_filter(&self) -> impl Iterator<Item = (Filter, u32)> + '_ {
+        Filter::ALL.into_iter().zip(self.counts)
+    }
+
+    /// The shortfall that is smallest in proportion to what was wanted: what to ask less of.
+    pub fn nearest(&self) -> Option<&Shortfall> {
+        // free/wanted compared by cross products, so that no precision is lost.
+        self.shortfalls.iter().reduce(|best, s| {
+            let closer = u128::from(s.most_free) * u128::from(best.wanted) > u128::from(best.most_free) * u128::from(s.wanted);
+            if closer { s } else { best }
+        })
+    }
+
+    /// Writes the refusal with class ids turned into names by the caller, who interned them.
+    pub fn describe(&self, class_name: &dyn Fn(ClassId) -> String) -> String {
+        if self.total == 0 {
+            return "no host can take it: the cell has no hosts".to_owned();
+        }
+        let parts: Vec<String> =
+            self.per_filter().filter(|(_, n)| *n > 0).map(|(filter, n)| self.part(filter, n, class_name)).collect();
+        let hosts = if self.total == 1 { "the one host can't" } else { "can" };
+        match self.total {
+            1 => format!("{hosts} take it: {}", parts.join(", ")),
+            total => format!("no host of {total} {hosts} take it: {}", parts.join(", ")),
+        }
+    }
+
+    fn part(&self, filter: Filter, hosts: u32, class_name: &dyn Fn(ClassId) -> String) -> String {
+        let lack = if hosts == 1 { "lacks" } else { "lack" };
+        match filter {
+            Filter::Ready => format!("{hosts} not ready"),
+            Filter::Runtime => format!("{hosts} without the runtime"),
+            Filter::Class | Filter::Cpu | Filter::Memory | Filter::Scratch => {
+                let what: Vec<String> = self
+                    .shortfalls
+                    .iter()
+                    .filter(|s| s.filter == filter)
+                    .map(|s| {
+                        let name = s.class.map_or_else(|| filter.name().to_owned(), class_name);
+                        let unit = |n| quantity(filter, n);
+                        format!("{name} ({} wanted, at most {} free)", unit(s.wanted), unit(s.most_free))
+                    })
+                    .collect();
+                format!("{hosts} {lack} {}", what.join(" or "))
+            }
+            Filter::Slots => format!("{hosts} at {} instance limit", if hosts == 1 { "its" } else { "their" }),
+            Filter::Zone => format!("{hosts} in other zones"),
+            Filter::Excluded => format!("{hosts} excluded"),
+            Filter::PerHost => format!("{hosts} at the group's limit per host"),
+            Filter::Spread => format!("{hosts} spread"),
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.describe(&|class| format!("class #{}", class.0)))
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// A number in the unit of its filter: `2` or `250m` cores, `1Gi`, `1.5Gi`, or a plain count.
+fn quantity(filter: Filter, n: u64) -> String {
+    match filter {
+        Filter::Cpu if n % 1000 == 0 => (n / 1000).to_string(),
+        Filter::Cpu => format!("{n}m"),
+        Filter::Memory | Filter::Scratch => bytes(n),
+        _ => n.to_string(),
+    }
+}
+
+/// Bytes in the largest binary unit that keeps the number at one or more, to a tenth, rounded down.
+fn bytes(n: u64) -> String {
+    const UNITS: [(u32, &str); 5] = [(50, "Pi"), (40, "Ti"), (30, "Gi"), (20, "Mi"), (10, "Ki")];
+    let Some((shift, unit)) = UNITS.into_iter().find(|(shift, _)| n >> shift > 0) else {
+        return n.to_string();
+    };
+    let whole = n >> shift;
+    let tenths = (n - (whole << shift)) as u128 * 10 >> shift;
+    if tenths == 0 { format!("{whole}{unit}") } else { format!("{whole}.{tenths}{unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_as_a_sentence() {
+        let mut refusal = Refusal::new(6);
+        refusal.count(Filter::Ready, 2);
+        refusal.count(Filter::Memory, 3);
+        refusal.lacking(Filter::Memory, None, 1 << 30, 100 << 20);
+        refusal.lacking(Filter::Memory, None, 1 << 30, 512 << 20);
+        refusal.count(Filter::Spread, 1);
+        assert_eq!(
+            refusal.to_string(),
+            "no host of 6 can take it: 2 not ready, 3 lack memory (1Gi wanted, at most 512Mi free), 1 spread"
+        );
+        assert_eq!(Refusal::new(0).to_string(), "no host can take it: the cell has no hosts");
+    }
+
+    #[test]
+    fn names_the_class_and_the_nearest_miss() {
+        let mut refusal = Refusal::new(3);
+        refusal.count(Filter::Cpu, 1);
+        refusal.lacking(Filter::Cpu, None, 2000, 1750);
+        refusal.count(Filter::Class, 2);
+        refusal.lacking(Filter::Class, Some(ClassId(7)), 4, 1);
+        let refusal = refusal.finish();
+        assert_eq!(
+            refusal.describe(&|_| "gpu-v100".to_owned()),
+            "no host of 3 can take it: 2 lack gpu-v100 (4 wanted, at most 1 free), 1 lacks cpu (2 wanted, at most 1750m free)"
+        );
+        assert_eq!(refusal.nearest().map(|s| s.filter), Some(Filter::Cpu));
+    }
+
+    #[test]
+    fn quantities_read_as_people_write_them() {
+        assert_eq!(bytes(1023), "1023");
+        assert_eq!(bytes(1 << 20), "1Mi");
+        assert_eq!(bytes((3 << 30) / 2), "1.5Gi");
+        assert_eq!(bytes(u64::MAX), "16383.9Pi");
+    }
+}

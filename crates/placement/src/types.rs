@@ -1,0 +1,211 @@
+//! The words of placement: ids, what a host has, what a request wants.
+//!
+//! Ids are small numbers interned by the caller (the region's writer owns the names). Units are fixed: cpu in
+//! millicores, memory and scratch in bytes, load in thousandths.
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(pub u32);
+    };
+}
+
+id!(
+    /// A host's handle inside one cell, given by [`crate::Cell::add_host`]. It is reused after the host's removal.
+    HostId
+);
+id!(
+    /// A failure domain with its own power and network.
+    ZoneId
+);
+id!(
+    /// A rack. Kept for the caller and for later levels of spread; nothing decides by it yet.
+    RackId
+);
+id!(
+    /// A countable compute class, such as one model of GPU.
+    ClassId
+);
+id!(
+    /// An image by content.
+    ImageId
+);
+id!(
+    /// What is spread as one: an app, or a set of VMs.
+    GroupId
+);
+
+/// What runs an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Runtime {
+    Vm,
+    Container,
+    Function,
+}
+
+/// The set of runtimes that a host offers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Runtimes(u8);
+
+impl Runtimes {
+    /// A host that offers nothing.
+    pub const NONE: Runtimes = Runtimes(0);
+    /// A host that offers everything.
+    pub const ALL: Runtimes = Runtimes(0b111);
+
+    /// The set with `runtime` added.
+    #[must_use]
+    pub const fn with(self, runtime: Runtime) -> Self {
+        Runtimes(self.0 | 1 << runtime as u8)
+    }
+
+    /// Whether `runtime` is offered.
+    pub const fn has(self, runtime: Runtime) -> bool {
+        self.0 & (1 << runtime as u8) != 0
+    }
+}
+
+impl FromIterator<Runtime> for Runtimes {
+    fn from_iter<T: IntoIterator<Item = Runtime>>(iter: T) -> Self {
+        iter.into_iter().fold(Runtimes::NONE, Runtimes::with)
+    }
+}
+
+/// Where a host is in its life. Only a ready host takes new instances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HostState {
+    /// Known, not yet reporting.
+    Joining,
+    /// Takes instances.
+    Ready,
+    /// Kept from new instances by an operator; what it runs goes on.
+    Cordoned,
+    /// Has missed heartbeats; not yet judged.
+    Suspect,
+    /// Judged dead; its instances are moved.
+    Dead,
+}
+
+/// What a host has to give.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capacity {
+    /// Millicores.
+    pub cpu: u32,
+    /// Bytes.
+    pub memory: u64,
+    /// Bytes of local disk for writable layers.
+    pub scratch: u64,
+    /// How many instances it may run at once, whatever their size (pids, addresses, executors).
+    pub slots: u32,
+}
+
+/// Measured load in thousandths of the host: 0 is idle, 1000 is busy. More than 1000 counts as 1000.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Load(pub u16);
+
+/// A host as the cell learns of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostSpec {
+    pub zone: ZoneId,
+    pub rack: RackId,
+    pub state: HostState,
+    pub runtimes: Runtimes,
+    pub capacity: Capacity,
+    /// Units of each compute class that it carries. A class named twice counts as the sum.
+    pub classes: Vec<(ClassId, u32)>,
+    pub images: Vec<ImageId>,
+    pub load: Load,
+}
+
+/// What changed about a host; `None` leaves a part as it is. Zone and rack never change: remove the host and add it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostUpdate {
+    pub state: Option<HostState>,
+    pub runtimes: Option<Runtimes>,
+    pub capacity: Option<Capacity>,
+    pub classes: Option<Vec<(ClassId, u32)>>,
+    pub images: Option<Vec<ImageId>>,
+    pub load: Option<Load>,
+}
+
+/// Over what a group is kept even.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SpreadLevel {
+    /// Not at all: the group packs as anything else does.
+    #[default]
+    None,
+    /// The host with the fewest of the group first; zones don't matter.
+    Host,
+    /// The zone with the fewest of the group first, and in it the host with the fewest.
+    Zone,
+}
+
+/// How a group is kept even.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spread {
+    pub level: SpreadLevel,
+    /// When set, a host whose domain already holds more of the group than the emptiest eligible domain is refused
+    /// (the counts differ by at most one); otherwise evenness only decides the order. A domain is eligible when it has
+    /// a ready host of the right runtime, classes and zone that is not excluded, so a dead zone holds nothing up,
+    /// but a full one does.
+    pub required: bool,
+}
+
+/// What an instance wants of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Millicores.
+    pub cpu: u32,
+    /// Bytes.
+    pub memory: u64,
+    /// Bytes.
+    pub scratch: u64,
+    pub runtime: Runtime,
+    /// Units of compute classes. A class named twice counts as the sum.
+    pub classes: Vec<(ClassId, u32)>,
+    /// The image that it starts from: a host that holds it starts sooner.
+    pub image: Option<ImageId>,
+    /// What it is spread with. The cell counts a group's reservations per zone and host.
+    pub group: Option<GroupId>,
+    pub spread: Spread,
+    /// At most this many of the group on one host.
+    pub max_per_host: Option<u32>,
+    /// Only in these zones.
+    pub zones: Option<Vec<ZoneId>>,
+    /// Not on these hosts (few: each look-up walks the list).
+    pub excluded: Vec<HostId>,
+}
+
+impl Request {
+    /// A request for cpu (millicores) and memory (bytes), with nothing else asked.
+    pub fn new(runtime: Runtime, cpu: u32, memory: u64) -> Self {
+        Request {
+            cpu,
+            memory,
+            scratch: 0,
+            runtime,
+            classes: Vec::new(),
+            image: None,
+            group: None,
+            spread: Spread::default(),
+            max_per_host: None,
+            zones: None,
+            excluded: Vec::new(),
+        }
+    }
+
+    pub(crate) fn allows_zone(&self, zone: ZoneId) -> bool {
+        self.zones.as_ref().is_none_or(|zones| zones.contains(&zone))
+    }
+
+    /// Units wanted of one class, over all mentions of it.
+    pub(crate) fn wants(&self, class: ClassId) -> u64 {
+        self.classes.iter().filter(|(id, _)| *id == class).map(|(_, n)| u64::from(*n)).sum()
+    }
+}
+
+/// The handle names no host of this cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the cell has no host {}", .0.0)]
+pub struct UnknownHost(pub HostId);

@@ -1,0 +1,1 @@
+//! The embedded engine: a replicated log inside the servers themselves.
