@@ -1,1 +1,2 @@
 //! The host daemon and the keeper of its processes.
+pub mod keeper;

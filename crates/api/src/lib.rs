@@ -1,1 +1,102 @@
-//! REST, OpenAPI and watches over the kinds.
+//! The northbound door: REST, watches and OpenAPI over the kinds.
+//!
+//! [`router`] makes one axum router over every [`KindDescriptor`](nexus_model::kind::KindDescriptor): paths, methods,
+//! schemas and the OpenAPI document come from the declaration, and a new kind needs no line here. A request passes, in
+//! this order: path and method ([`route`]), authentication, the limits on what runs at once, its handler. Reads
+//! go to the metadata store; writes become an [`Intent`](nexus_control::intent::Intent) for the region's writer.
+//!
+//! Conventions that hold everywhere: every answer carries `X-Request-Id`; every error is a problem document (RFC 9457);
+//! an object's `metadata.revision`, its ETag and what `If-Match` compares are one number, the revision at which its key
+//! last changed. A `status` in a body is accepted and ignored, so that what was fetched can be sent back.
+//!
+//! Architecture invariant: no business rule lives here. What depends on a region's state is decided by the writer; what
+//! a host does is asked of it through [`HostDoor`].
+
+mod blobs;
+mod doors;
+mod headers;
+mod input;
+mod list;
+mod metrics;
+mod openapi;
+mod problem;
+mod query;
+mod render;
+mod route;
+mod serve;
+mod settle;
+mod streams;
+mod watch;
+mod write;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use nexus_control::intent::Writer;
+use nexus_env::Env;
+use nexus_model::Name;
+use nexus_store::Store;
+use prometheus_client::registry::Registry;
+use tokio_util::sync::CancellationToken;
+
+pub use doors::{
+    Authenticator, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Principal,
+    ServerStatus, StatusSource, TokenAuthenticator, Topology,
+};
+
+/// Everything that the API needs, given by the binary.
+#[derive(Clone)]
+pub struct Api {
+    /// The region that this server serves; other regions' paths are answered 404.
+    pub region: Name,
+    pub env: Env,
+    pub store: Arc<dyn Store>,
+    pub writer: Arc<dyn Writer>,
+    pub authenticator: Arc<dyn Authenticator>,
+    pub blobs: Arc<dyn Blobs>,
+    pub hosts: Arc<dyn HostDoor>,
+    pub status: Arc<dyn StatusSource>,
+    /// What `/metrics` shows; the API's own figures are registered by [`router`].
+    pub metrics: Arc<Mutex<Registry>>,
+    /// Ends watches, log streams, execs and waits, so that a server can drain.
+    pub shutdown: CancellationToken,
+    pub limits: Limits,
+}
+
+/// Bounds on what runs at once. Whatever comes on top is answered 429 with `Retry-After`.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Ordinary requests.
+    pub requests: usize,
+    /// Watches, log streams, execs and `Prefer: wait`s.
+    pub streams: usize,
+    /// Uploads and downloads of blobs.
+    pub transfers: usize,
+    /// An ordinary request's deadline, and the longest silence within a blob's upload.
+    pub request_timeout: Duration,
+    /// A silent watch says so often up to which revision nothing is missing.
+    pub bookmark_every: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            requests: 1024,
+            streams: 10_000,
+            transfers: 64,
+            request_timeout: Duration::from_secs(60),
+            bookmark_every: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The API as a router, to be served alone or merged with others. Every path that nobody else took ends here.
+pub fn router(api: Api) -> Router {
+    Router::new().fallback(serve::handle).with_state(serve::Server::new(api))
+}
+
+/// The OpenAPI document of this release, as `/v1/openapi.json` answers it for a region.
+pub fn openapi(region: &Name) -> serde_json::Value {
+    openapi::document(&openapi::Schemas::generate(), region)
+}

@@ -1,4 +1,21 @@
 //! The control plane of a region: one writer that takes intents in order, decides them against its own state and commits
 //! them in batches; the reconcilers, cells and quotas are functions over that state.
+//!
+//! * [`region`]: the loop that leads, and the door to it from any server.
+//! * [`core`]: the loop's inside, free of I/O. [`decide`] rules on what users ask; [`rules`] are the reconcilers;
+//!   [`cells`] judges hosts; [`scheduler`] chooses cells and hosts.
+//! * [`world`]: the region's state as typed tables; [`step`]: one decision over it, all or nothing.
+//! * [`view`]: what the committed state means for hosts and gateways.
+//!
+//! Architecture invariant: nothing here starts a process, touches a link or opens a socket.
 
+pub mod cells;
+pub mod core;
+pub mod decide;
 pub mod intent;
+pub mod region;
+pub mod rules;
+pub mod scheduler;
+pub mod step;
+pub mod view;
+pub mod world;

@@ -50,6 +50,8 @@ struct Node {
     synced: usize,
     /// Durable bytes beyond `synced` that an unsynced truncation cut off.
     cut_off: Vec<u8>,
+    /// Open handles: a removed file lives on for those who have it open.
+    handles: usize,
 }
 
 /// A change of names that has not been synced: entries as they become when it is applied.
@@ -128,7 +130,7 @@ impl State {
     fn collect_garbage(&mut self) {
         let mut live: BTreeSet<Inode> = self.names.values().chain(self.durable_names.values()).copied().collect();
         live.extend(self.pending.iter().flat_map(|c| c.set.iter().filter_map(|(_, inode)| *inode)));
-        self.nodes.retain(|inode, _| live.contains(inode));
+        self.nodes.retain(|inode, node| node.handles > 0 || live.contains(inode));
     }
 
     fn parent<'a>(&self, path: &'a Path) -> io::Result<&'a Path> {
@@ -162,6 +164,11 @@ impl MemDisk {
         }
     }
 
+    fn handle(&self, s: &mut State, path: &Path, inode: Inode) -> Box<dyn File> {
+        s.nodes.entry(inode).or_default().handles += 1;
+        Box::new(MemFile { disk: self.clone(), path: path.to_path_buf(), inode, power: s.power })
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -192,6 +199,7 @@ impl MemDisk {
             .collect();
         s.harden(kept);
         s.names = s.durable_names.clone();
+        s.nodes.values_mut().for_each(|node| node.handles = 0);
         s.collect_garbage();
         for node in s.nodes.values_mut() {
             if !node.cut_off.is_empty() && self.rng.below(2) == 0 {
@@ -279,9 +287,18 @@ impl MemFile {
             return Err(gone());
         }
         s.strike(op, &self.path)?;
-        // A removed file lives on for those who have it open.
-        s.nodes.entry(self.inode).or_default();
         act(&mut s)
+    }
+}
+
+impl Drop for MemFile {
+    fn drop(&mut self) {
+        let mut s = self.disk.state();
+        if s.power == self.power
+            && let Some(node) = s.nodes.get_mut(&self.inode)
+        {
+            node.handles -= 1;
+        }
     }
 }
 
@@ -361,7 +378,7 @@ impl Disk for MemDisk {
         let mut s = self.state();
         s.strike(DiskOp::Open, path)?;
         let inode = *s.names.get(path).ok_or_else(|| missing(path))?;
-        Ok(Box::new(MemFile { disk: self.clone(), path: path.to_path_buf(), inode, power: s.power }))
+        Ok(self.handle(&mut s, path, inode))
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn File>> {
@@ -377,7 +394,7 @@ impl Disk for MemDisk {
                 let node = s.nodes.entry(inode).or_default();
                 let mut cut = node.data[..node.synced].to_vec();
                 cut.append(&mut node.cut_off);
-                *node = Node { data: Vec::new(), synced: 0, cut_off: cut };
+                *node = Node { data: Vec::new(), synced: 0, cut_off: cut, handles: node.handles };
                 inode
             }
             None => {
@@ -388,7 +405,7 @@ impl Disk for MemDisk {
                 inode
             }
         };
-        Ok(Box::new(MemFile { disk: self.clone(), path: path.to_path_buf(), inode, power: s.power }))
+        Ok(self.handle(&mut s, path, inode))
     }
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {

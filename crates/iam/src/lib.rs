@@ -16,3 +16,8 @@ pub use ca::{CaError, CertificateAuthority, Issued};
 pub use id::{IdError, Role, SpiffeId};
 pub use tls::{ExpiryPolicy, Identity, Policy, Roots, TlsError, client_config, peer_id, server_config};
 pub use token::{TokenError, TokenHash, TokenSecret};
+
+/// The moment `millis` milliseconds after 1970 began; earlier ones become that.
+pub fn at_millis(millis: i64) -> std::time::SystemTime {
+    std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(u64::try_from(millis).unwrap_or(0))
+}

@@ -17,7 +17,9 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::server::{
+    ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
+};
 use rustls::sign::CertifiedKey;
 use rustls::time_provider::TimeProvider;
 use rustls::version::{TLS12, TLS13};
@@ -60,6 +62,11 @@ pub struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
 impl Clock {
     pub fn new(now: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         Self(Arc::new(now))
+    }
+
+    /// From a source of milliseconds since 1970, such as the environment's clock.
+    pub fn millis(now: impl Fn() -> i64 + Send + Sync + 'static) -> Self {
+        Self::new(move || crate::at_millis(now()))
     }
 
     /// A clock that stands still.
@@ -169,7 +176,9 @@ impl Roots {
 pub enum ExpiryPolicy {
     Strict,
     /// Accept it for this long after its end.
-    Tolerate { grace: Duration },
+    Tolerate {
+        grace: Duration,
+    },
 }
 
 type Allow = dyn Fn(&SpiffeId) -> bool + Send + Sync;
@@ -309,11 +318,7 @@ pub fn client_config(
 }
 
 /// The northbound listener's side: users bring tokens, not certificates, and check our host name.
-pub fn public_server_config(
-    identity: &Identity,
-    alpn: &[&[u8]],
-    clock: Clock,
-) -> Result<Arc<ServerConfig>, TlsError> {
+pub fn public_server_config(identity: &Identity, alpn: &[&[u8]], clock: Clock) -> Result<Arc<ServerConfig>, TlsError> {
     let mut config = ServerConfig::builder_with_details(provider(), Arc::new(clock))
         .with_protocol_versions(&[&TLS13, &TLS12])?
         .with_no_client_auth()

@@ -1,2 +1,81 @@
-//! The `nexus` binary.
-fn main() {}
+//! The `nexus` binary: roles, command line, and the local cloud. Logic lives in the rooms below.
+//!
+//! Architecture invariant: the commands that fork (`shim`, `keeper`, `executor`, `host-init`, the supervisor, `up`) are
+//! dispatched before any runtime or thread exists, because a fork of a threaded process can't do much safely.
+
+mod cli;
+mod client;
+mod config;
+mod context;
+mod exit;
+mod local;
+mod role;
+
+use clap::Parser as _;
+use cli::{Cli, Command};
+use config::{AgentConfig, Config as _, GatewayConfig, HostInitConfig, KeeperConfig, ServerConfig};
+
+fn main() {
+    let code = match dispatch(Cli::parse().command) {
+        Ok(()) => 0,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            exit::code_of(&e)
+        }
+    };
+    std::process::exit(code);
+}
+
+fn dispatch(command: Command) -> anyhow::Result<()> {
+    match command {
+        // Without threads.
+        Command::Shim(inner) => role::shim::run(inner.args),
+        Command::Executor(inner) => role::executor::run(inner.args),
+        Command::Keeper(role) => {
+            start_log();
+            role::keeper::run(KeeperConfig::load(&role.config)?)
+        }
+        Command::HostInit(role) => local::host_init::run(&HostInitConfig::load(&role.config)?),
+        Command::LocalSupervise { data_dir } => local::supervisor::run(local::state::DataDir::at(&data_dir)?),
+        Command::LocalProbe { scratch } => local::preflight::probe(&scratch),
+        Command::Up(args) => local::up(&args),
+        Command::Down(args) => local::down(&args),
+        Command::Local(args) => local::local(&args),
+        // Daemons.
+        Command::Server(role) => {
+            let config = ServerConfig::load(&role.config)?;
+            daemon(role::server::run(config))
+        }
+        Command::Agent(role) => {
+            let config = AgentConfig::load(&role.config)?;
+            daemon(role::agent::run(config))
+        }
+        Command::Gateway(role) => {
+            let config = GatewayConfig::load(&role.config)?;
+            daemon(role::gateway::run(config))
+        }
+        // Clients.
+        Command::Status(args) => local::small_runtime()?.block_on(cli::status::run(&args)),
+    }
+}
+
+/// Runs a role to its end on a runtime with as many threads as are of use.
+fn daemon(role: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    start_log();
+    install_crypto();
+    let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, 16);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
+    runtime.block_on(role)
+}
+
+/// One line per outcome on standard error; `NEXUS_LOG` chooses what, as in `info,nexus_agent=debug`.
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("NEXUS_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}
+
+/// Makes ring the process's provider of cryptography. Harmless when it is already.
+fn install_crypto() {
+    rustls::crypto::ring::default_provider().install_default().ok();
+}

@@ -72,7 +72,8 @@ impl HostSet {
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        let dense = self.bits.iter().enumerate().flat_map(|(at, &word)| Ones(word).map(move |bit| at as u32 * 64 + bit));
+        let dense =
+            self.bits.iter().enumerate().flat_map(|(at, &word)| Ones(word).map(move |bit| at as u32 * 64 + bit));
         self.few.iter().copied().chain(dense)
     }
 

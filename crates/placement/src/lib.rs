@@ -28,7 +28,7 @@ mod search;
 mod types;
 pub mod workload;
 
-pub use cell::{Cell, CellTotals, Drift, HostSnapshot, ReserveError};
+pub use cell::{Cell, CellTotals, Counts, Drift, HostSnapshot, ReserveError};
 pub use refusal::{Filter, Refusal, Shortfall};
 pub use score::Score;
 pub use search::Decision;

@@ -114,6 +114,22 @@ impl Refusal {
         self
     }
 
+    /// The refusals of several cells as one: counts add up, and the most free of any cell counts. `None` of none.
+    pub fn merged(refusals: &[Refusal]) -> Option<Refusal> {
+        let (first, rest) = refusals.split_first()?;
+        let mut all = first.clone();
+        for refusal in rest {
+            all.total += refusal.total;
+            for (filter, hosts) in refusal.per_filter() {
+                all.count(filter, hosts);
+            }
+            for s in &refusal.shortfalls {
+                all.lacking(s.filter, s.class, s.wanted, s.most_free);
+            }
+        }
+        Some(all.finish())
+    }
+
     /// Hosts that `filter` was the first to turn away.
     pub fn at(&self, filter: Filter) -> u32 {
         self.counts[filter as usize]
@@ -128,7 +144,8 @@ impl Refusal {
     pub fn nearest(&self) -> Option<&Shortfall> {
         // free/wanted compared by cross products, so that no precision is lost.
         self.shortfalls.iter().reduce(|best, s| {
-            let closer = u128::from(s.most_free) * u128::from(best.wanted) > u128::from(best.most_free) * u128::from(s.wanted);
+            let closer =
+                u128::from(s.most_free) * u128::from(best.wanted) > u128::from(best.most_free) * u128::from(s.wanted);
             if closer { s } else { best }
         })
     }
@@ -185,7 +202,7 @@ impl std::error::Error for Refusal {}
 /// A number in the unit of its filter: `2` or `250m` cores, `1Gi`, `1.5Gi`, or a plain count.
 fn quantity(filter: Filter, n: u64) -> String {
     match filter {
-        Filter::Cpu if n % 1000 == 0 => (n / 1000).to_string(),
+        Filter::Cpu if n.is_multiple_of(1000) => (n / 1000).to_string(),
         Filter::Cpu => format!("{n}m"),
         Filter::Memory | Filter::Scratch => bytes(n),
         _ => n.to_string(),
@@ -199,7 +216,7 @@ fn bytes(n: u64) -> String {
         return n.to_string();
     };
     let whole = n >> shift;
-    let tenths = (n - (whole << shift)) as u128 * 10 >> shift;
+    let tenths = ((n - (whole << shift)) as u128 * 10) >> shift;
     if tenths == 0 { format!("{whole}{unit}") } else { format!("{whole}.{tenths}{unit}") }
 }
 

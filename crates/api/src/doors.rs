@@ -1,0 +1,152 @@
+//! The doors that the API looks through: who a token belongs to, where blobs are kept, how a host is reached, and what
+//! the cluster says of itself. The binary brings the implementations.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use nexus_iam::{TokenHash, TokenSecret};
+use nexus_model::plan::{ExecRequest, LogsRequest};
+use nexus_model::{ApiError, Digest, Name};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+/// Who asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Principal {
+    pub name: String,
+}
+
+/// Tells who a bearer token belongs to. Must take the same time for a wrong token wherever it differs.
+pub trait Authenticator: Send + Sync {
+    fn authenticate(&self, bearer: &str) -> Option<Principal>;
+}
+
+/// A fixed list of tokens, known by their hashes.
+#[derive(Debug, Clone, Default)]
+pub struct TokenAuthenticator {
+    tokens: Vec<(TokenHash, Principal)>,
+}
+
+impl TokenAuthenticator {
+    pub fn new(tokens: impl IntoIterator<Item = (TokenHash, Principal)>) -> Self {
+        Self { tokens: tokens.into_iter().collect() }
+    }
+}
+
+impl Authenticator for TokenAuthenticator {
+    fn authenticate(&self, bearer: &str) -> Option<Principal> {
+        let hash = TokenSecret::parse(bearer).ok()?.hash();
+        // Every entry is compared, so that the time does not tell which one matched.
+        let mut found = None;
+        for (known, principal) in &self.tokens {
+            if *known == hash {
+                found = Some(principal);
+            }
+        }
+        found.cloned()
+    }
+}
+
+/// A blob's content, in pieces. An error ends it.
+pub type BlobStream = BoxStream<'static, std::io::Result<Bytes>>;
+
+/// Where the content of images is kept, by digest.
+#[async_trait]
+pub trait Blobs: Send + Sync {
+    /// The blob's length in bytes, if it is kept.
+    async fn has(&self, project: &Name, digest: Digest) -> Result<Option<u64>, ApiError>;
+
+    /// Stores `length` bytes and answers, once they are durable, whether the blob is new. Content that does not have the
+    /// digest is `invalid`; content that ends early is `bad-request`. Nothing of either may be seen by anyone.
+    async fn put(&self, project: &Name, digest: Digest, length: u64, content: BlobStream) -> Result<bool, ApiError>;
+
+    /// The blob's length and content.
+    async fn get(&self, project: &Name, digest: Digest) -> Result<Option<(u64, BlobStream)>, ApiError>;
+}
+
+/// A piece of an instance's output or input; `channel` is one of [`nexus_model::plan::channel`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    pub channel: u8,
+    pub data: Bytes,
+}
+
+/// What comes from an instance. Dropping it ends the request on the host.
+pub type FrameStream = BoxStream<'static, Result<Frame, ApiError>>;
+
+/// The way to the host that runs an instance.
+#[async_trait]
+pub trait HostDoor: Send + Sync {
+    /// The instance's output: frames of whole lines on the channels 1 and 2.
+    async fn logs(&self, host: &Name, request: LogsRequest) -> Result<FrameStream, ApiError>;
+
+    /// Starts a command. Input goes as frames of channel 0 into the bounded sender, an empty one ends it, and dropping the
+    /// sender says that the client has gone. The last frame that comes back is of channel 3.
+    async fn exec(&self, host: &Name, request: ExecRequest) -> Result<(mpsc::Sender<Frame>, FrameStream), ApiError>;
+}
+
+/// How the control plane does, in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ClusterHealth {
+    Healthy,
+    /// It commits, but with less redundancy than it was built with.
+    Degraded,
+    /// It can't commit.
+    Unavailable,
+}
+
+/// The shape of the region.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Topology {
+    pub zones: Vec<String>,
+    /// `automatic`, or `manual` while an operator or a brake holds fail-overs back.
+    pub failover_mode: String,
+}
+
+/// One server of the control plane.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ServerStatus {
+    pub name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    pub leader: bool,
+    pub reachable: bool,
+}
+
+/// What `/v1/status` answers. Everything is measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ClusterStatus {
+    pub cluster_id: String,
+    pub control_plane_version: String,
+    pub status: ClusterHealth,
+    /// From proposal to commit, a moving average.
+    pub consensus_latency_ms: f64,
+    /// Hosts that are ready.
+    pub active_workers: u64,
+    pub topology: Topology,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
+    /// The server that leads, by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leader: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<u64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub servers: Vec<ServerStatus>,
+    /// Why it is not healthy, in a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// What the server knows of itself and its peers.
+#[async_trait]
+pub trait StatusSource: Send + Sync {
+    async fn status(&self) -> ClusterStatus;
+
+    /// Whether this server can serve; if not, why, in a sentence.
+    async fn ready(&self) -> Result<(), String>;
+}

@@ -1,0 +1,425 @@
+//! Paths and operations, and the parameters, headers and responses that they share.
+
+use nexus_model::kind::{self, KindDescriptor, Scope};
+use nexus_model::{API_VERSION, Code, Digest, Name};
+use serde_json::{Map, Value, json};
+
+use crate::list::{DEFAULT_LIMIT, MAX_LIMIT};
+use crate::route::{BLOB_TEMPLATE, collection_template};
+use crate::streams::MAX_TAIL;
+
+/// The name that examples give to an object.
+const EXAMPLE: &str = "example";
+const SELECTOR: &str = r"^(|!?K|K(=|==|!=)V)(,(|!?K|K(=|==|!=)V)){0,31}$";
+
+fn selector_pattern() -> String {
+    SELECTOR.replace('K', r"([A-Za-z0-9._-]{1,64}/)?[A-Za-z0-9._-]{1,63}").replace('V', "[A-Za-z0-9._-]{0,63}")
+}
+
+pub(super) fn tags() -> Value {
+    let kinds = kind::all().iter().map(|d| json!({"name": d.plural, "description": d.about}));
+    let more = [
+        json!({"name": "blobs", "description": "The content of images, by digest."}),
+        json!({"name": "server", "description": "The server and the cluster themselves."}),
+    ];
+    kinds.chain(more).collect()
+}
+
+fn parameter(name: &str) -> Value {
+    json!({"$ref": format!("#/components/parameters/{name}")})
+}
+
+fn schema(name: &str) -> Value {
+    json!({"$ref": format!("#/components/schemas/{name}")})
+}
+
+pub(super) fn parameters(region: &Name) -> Value {
+    let name = json!({"type": "string", "minLength": 1, "maxLength": 63, "pattern": Name::PATTERN});
+    let query = |name: &str, about: &str, schema: Value| {
+        json!({"name": name, "in": "query", "description": about, "schema": schema})
+    };
+    let header = |name: &str, about: &str, schema: Value| {
+        json!({"name": name, "in": "header", "description": about, "schema": schema})
+    };
+    json!({
+        "Region": {
+            "name": "region", "in": "path", "required": true, "example": region,
+            "schema": {"type": "string", "const": region}, "description": "The region that this server serves.",
+        },
+        "Project": {"name": "project", "in": "path", "required": true, "example": "default", "schema": name},
+        "Name": {"name": "name", "in": "path", "required": true, "example": EXAMPLE, "schema": name},
+        "RegionName": {"name": "name", "in": "path", "required": true, "example": region, "schema": name},
+        "Digest": {
+            "name": "digest", "in": "path", "required": true, "example": Digest::of(b""),
+            "schema": {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
+        },
+        "Limit": query(
+            "limit",
+            "The most objects to answer. A page may hold fewer although there are more: the cursor tells.",
+            json!({"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT}),
+        ),
+        "Cursor": query(
+            "cursor",
+            "Goes on after a page; belongs to the list, selector and `deleting` that gave it.",
+            json!({"type": "string", "pattern": "^[A-Za-z0-9_-]{12,512}$"}),
+        ),
+        "Labels": query(
+            "labels",
+            "A label selector: `key=value`, `key!=value`, `key`, `!key`, joined by commas; all must hold.",
+            json!({"type": "string", "maxLength": 4096, "pattern": selector_pattern()}),
+        ),
+        "Deleting": query(
+            "deleting",
+            "Also lists what has been deleted and is still being torn down.",
+            json!({"type": "boolean", "default": false}),
+        ),
+        "Consistency": query(
+            "consistency",
+            "`stale` answers from what this server knows, without a majority.",
+            json!({"type": "string", "enum": ["linearizable", "stale"], "default": "linearizable"}),
+        ),
+        "DryRun": query(
+            "dryRun",
+            "Decides everything and commits nothing.",
+            json!({"type": "boolean", "default": false}),
+        ),
+        "IfMatch": header(
+            "If-Match",
+            "The revision that the object must have, or `*`: it must exist.",
+            json!({"type": "string", "pattern": r#"^("[0-9]{1,15}"|\*)$"#}),
+        ),
+        "IfNoneMatch": header(
+            "If-None-Match",
+            "Answers 304 when the object still has this revision.",
+            json!({"type": "string", "pattern": r#"^((W/)?"[0-9]{1,15}"|\*)$"#}),
+        ),
+        "OnlyNew": header(
+            "If-None-Match",
+            "`*`: create, don't replace.",
+            json!({"type": "string", "const": "*"}),
+        ),
+        "IdempotencyKey": header(
+            "Idempotency-Key",
+            "A retry with the same key and the same request is given the first answer.",
+            json!({"type": "string", "pattern": "^[!-~]{1,128}$"}),
+        ),
+        "Prefer": header(
+            "Prefer",
+            "`wait=N`: answer when the object has settled, or after N seconds (at most 300). See RFC 7240.",
+            json!({"type": "string", "maxLength": 256, "examples": ["wait=1"]}),
+        ),
+        "RequestId": header(
+            "X-Request-Id",
+            "Names the request in answers, events and logs. One that is not well-formed is replaced.",
+            json!({"type": "string", "maxLength": 64}),
+        ),
+    })
+}
+
+pub(super) fn headers() -> Value {
+    json!({
+        "RequestId": {"required": true, "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}},
+        "ETag": {
+            "required": true, "description": "The object's revision.",
+            "schema": {"type": "string", "pattern": "^\"[0-9]+\"$"},
+        },
+        "Tag": {"required": true, "schema": {"type": "string"}},
+        "Location": {"required": true, "description": "The new object's path.", "schema": {"type": "string"}},
+        "Challenge": {"required": true, "schema": {"type": "string", "pattern": "^Bearer"}},
+        "RetryAfter": {"required": true, "schema": {"type": "integer", "minimum": 0}},
+        "Replayed": {
+            "description": "Present when this is the first answer again.", "schema": {"type": "string", "const": "true"},
+        },
+        "PreferenceApplied": {"schema": {"type": "string", "pattern": "^wait=[0-9]{1,3}$"}},
+        "Settled": {
+            "description": "With `Prefer: wait`: whether the object had settled.",
+            "schema": {"type": "string", "enum": ["true", "false"]},
+        },
+    })
+}
+
+fn header(name: &str) -> Value {
+    json!({"$ref": format!("#/components/headers/{name}")})
+}
+
+/// A success with its body and headers.
+fn success(about: &str, content: Value, more: &[(&str, &str)]) -> Value {
+    let mut headers = Map::new();
+    headers.insert("X-Request-Id".into(), header("RequestId"));
+    headers.extend(more.iter().map(|(name, component)| ((*name).to_owned(), header(component))));
+    let mut out = json!({"description": about, "headers": headers});
+    if !content.is_null() {
+        out["content"] = content;
+    }
+    out
+}
+
+fn as_json(name: &str) -> Value {
+    json!({"application/json": {"schema": schema(name)}})
+}
+
+fn as_text() -> Value {
+    json!({"text/plain": {"schema": {"type": "string"}}})
+}
+
+const PROBLEMS: [(&str, Code, &str); 14] = [
+    ("400", Code::BadRequest, "The request can't be read"),
+    ("401", Code::Unauthenticated, "No token, or one that is not known"),
+    ("403", Code::Forbidden, "Not allowed, or over quota"),
+    ("404", Code::NotFound, "No such object"),
+    ("409", Code::Conflict, "The name is taken, or the object's state forbids it"),
+    ("410", Code::Compacted, "That revision is no longer kept"),
+    ("412", Code::PreconditionFailed, "The object has changed"),
+    ("413", Code::TooLarge, "Too large"),
+    ("415", Code::UnsupportedMediaType, "Not a media type that is understood here"),
+    ("422", Code::Invalid, "Well-formed, but not valid"),
+    ("429", Code::Overloaded, "Too many requests at once"),
+    ("500", Code::Internal, "A defect of the server"),
+    ("503", Code::Unavailable, "The control plane can't answer now; the same request may be sent again"),
+    ("504", Code::Timeout, "The deadline passed"),
+];
+
+pub(super) fn responses() -> Value {
+    let mut out = Map::new();
+    for (status, code, about) in PROBLEMS {
+        debug_assert_eq!(status, code.http_status().to_string());
+        let more: &[(&str, &str)] = match code {
+            Code::Unauthenticated => &[("WWW-Authenticate", "Challenge")],
+            Code::Overloaded | Code::Unavailable => &[("Retry-After", "RetryAfter")],
+            _ => &[],
+        };
+        let content = json!({"application/problem+json": {"schema": schema("Problem")}});
+        out.insert(format!("Problem{status}"), success(about, content, more));
+    }
+    let content = json!({"application/problem+json": {"schema": schema("Problem")}});
+    out.insert("Problem".into(), success("Any other error", content, &[]));
+    out.insert("NotModified".into(), success("Still the same", Value::Null, &[("ETag", "Tag")]));
+    Value::Object(out)
+}
+
+/// What any operation may answer, and what this one does.
+fn answers(good: Vec<(&str, Value)>, problems: &[&str]) -> Value {
+    let mut out: Map<String, Value> = good.into_iter().map(|(s, r)| (s.to_owned(), r)).collect();
+    for status in ["400", "401", "404"].iter().chain(problems).chain(&["429", "500", "503", "504"]) {
+        out.insert((*status).to_owned(), json!({"$ref": format!("#/components/responses/Problem{status}")}));
+    }
+    out.insert("default".into(), json!({"$ref": "#/components/responses/Problem"}));
+    Value::Object(out)
+}
+
+fn operation(id: &str, tag: &str, summary: &str, parameters: Vec<Value>, responses: Value) -> Value {
+    let mut parameters = parameters;
+    parameters.push(parameter("RequestId"));
+    json!({"operationId": id, "tags": [tag], "summary": summary, "parameters": parameters, "responses": responses})
+}
+
+fn place(d: &KindDescriptor, in_project: bool) -> Vec<Value> {
+    match d.scope {
+        Scope::Global => Vec::new(),
+        Scope::Project if in_project => vec![parameter("Region"), parameter("Project")],
+        Scope::Region | Scope::Project => vec![parameter("Region")],
+    }
+}
+
+fn name_parameter(d: &KindDescriptor) -> Value {
+    parameter(if d.kind == "Region" { "RegionName" } else { "Name" })
+}
+
+fn list_operation(d: &KindDescriptor, in_project: bool) -> Value {
+    let mut parameters = place(d, in_project);
+    parameters.extend(["Limit", "Cursor", "Labels", "Deleting", "Consistency"].map(parameter));
+    let good = success("A page", as_json(&format!("{}List", d.kind)), &[]);
+    let all = if !in_project && d.scope == Scope::Project { " of all projects" } else { "" };
+    let id = if all.is_empty() { format!("list{}s", d.kind) } else { format!("listAll{}s", d.kind) };
+    let mut out =
+        operation(&id, d.plural, &format!("List {}{all}", d.plural), parameters, answers(vec![("200", good)], &["410"]));
+    out["x-stream-parameters"] = json!([{
+        "name": "watch", "in": "query", "schema": {"type": "string", "pattern": "^[0-9]*$"},
+        "description": "Sends every change after this revision as server-sent events; 0 or nothing begins now. Events are \
+            `put`, `delete`, `bookmark` and `error`; `id` is the revision to go on from, also by `Last-Event-ID`.",
+    }]);
+    out
+}
+
+fn body(content: &[(&str, &str)], example: &Value) -> Value {
+    let content: Map<_, _> = content
+        .iter()
+        .map(|(media, name)| ((*media).to_owned(), json!({"schema": schema(name), "examples": {"example": {"value": example}}})))
+        .collect();
+    json!({"required": true, "content": content})
+}
+
+const CHANGED: &[(&str, &str)] = &[
+    ("ETag", "ETag"),
+    ("Idempotency-Replayed", "Replayed"),
+    ("Preference-Applied", "PreferenceApplied"),
+    ("X-Cnx-Settled", "Settled"),
+];
+const CREATED: &[(&str, &str)] = &[
+    ("ETag", "ETag"),
+    ("Location", "Location"),
+    ("Idempotency-Replayed", "Replayed"),
+    ("Preference-Applied", "PreferenceApplied"),
+    ("X-Cnx-Settled", "Settled"),
+];
+
+fn collection(d: &KindDescriptor) -> Value {
+    let mut out = json!({"get": list_operation(d, true)});
+    if d.verbs.create {
+        let mut parameters = place(d, true);
+        parameters.extend(["DryRun", "IdempotencyKey", "Prefer"].map(parameter));
+        let good = vec![
+            ("201", success("Created", as_json(d.kind), CREATED)),
+            ("200", success("A dry run's result", as_json(d.kind), CHANGED)),
+        ];
+        let responses = answers(good, &["403", "409", "413", "415", "422"]);
+        let mut post = operation(&format!("create{}", d.kind), d.plural, &format!("Create {}", d.kind), parameters, responses);
+        let example = json!({
+            "apiVersion": API_VERSION, "kind": d.kind, "metadata": {"name": EXAMPLE}, "spec": (d.example)(),
+        });
+        post["requestBody"] = body(&[("application/json", &format!("{}Input", d.kind))], &example);
+        out["post"] = post;
+    }
+    out
+}
+
+fn object(d: &KindDescriptor) -> Value {
+    let here = |more: &[&str]| {
+        let mut parameters = place(d, true);
+        parameters.push(name_parameter(d));
+        parameters.extend(more.iter().map(|p| parameter(p)));
+        parameters
+    };
+    let ok = || ("200", success("The object", as_json(d.kind), &[("ETag", "ETag")]));
+    let not_modified = ("304", json!({"$ref": "#/components/responses/NotModified"}));
+    let get = answers(vec![ok(), not_modified], &[]);
+    let get = operation(&format!("get{}", d.kind), d.plural, &format!("Get {}", d.kind), here(&["Consistency", "IfNoneMatch"]), get);
+    let mut out = json!({"get": get});
+    let changed = || ("200", success("The object as it is now", as_json(d.kind), CHANGED));
+    if d.verbs.update {
+        let mut good = vec![changed()];
+        if d.verbs.create {
+            good.push(("201", success("Created", as_json(d.kind), CREATED)));
+        }
+        let mut more = vec!["DryRun", "IdempotencyKey", "Prefer", "IfMatch"];
+        let summary = if d.verbs.create { "Create or replace" } else { "Replace" };
+        if d.verbs.create {
+            more.push("OnlyNew");
+        }
+        let responses = answers(good, &["403", "409", "412", "413", "415", "422"]);
+        let mut put = operation(&format!("put{}", d.kind), d.plural, &format!("{summary} {}", d.kind), here(&more), responses);
+        let example = json!({"spec": (d.example)()});
+        put["requestBody"] = body(&[("application/json", &format!("{}Replacement", d.kind))], &example);
+        out["put"] = put;
+        let responses = answers(vec![changed()], &["403", "409", "412", "413", "415", "422"]);
+        let parameters = here(&["DryRun", "IdempotencyKey", "Prefer", "IfMatch"]);
+        let mut patch = operation(&format!("patch{}", d.kind), d.plural, &format!("Change {}", d.kind), parameters, responses);
+        let name = format!("{}Patch", d.kind);
+        let example = json!({"metadata": {"labels": {"tier": "front"}}});
+        patch["requestBody"] = body(&[("application/merge-patch+json", &name), ("application/json", &name)], &example);
+        out["patch"] = patch;
+    }
+    if d.verbs.delete {
+        let responses = answers(vec![("200", success("Its tombstone", as_json(d.kind), CHANGED))], &["403", "409", "412"]);
+        let parameters = here(&["DryRun", "IdempotencyKey", "Prefer", "IfMatch"]);
+        out["delete"] = operation(&format!("delete{}", d.kind), d.plural, &format!("Delete {}", d.kind), parameters, responses);
+    }
+    out
+}
+
+fn server_paths(paths: &mut Map<String, Value>) {
+    let mut add = |path: &str, id: &str, summary: &str, content: Value, more: &[(&str, &str)], statuses: &[&str]| {
+        let mut responses = Map::new();
+        responses.insert("200".into(), success(summary, content, more));
+        for status in statuses {
+            responses.insert((*status).into(), json!({"$ref": format!("#/components/responses/Problem{status}")}));
+        }
+        responses.insert("default".into(), json!({"$ref": "#/components/responses/Problem"}));
+        let mut get = operation(id, "server", summary, Vec::new(), Value::Object(responses));
+        if !statuses.contains(&"401") {
+            get["security"] = json!([]);
+        }
+        paths.insert(path.into(), json!({"get": get}));
+    };
+    add("/healthz", "health", "The process answers", as_text(), &[], &[]);
+    add("/readyz", "ready", "The server can serve", as_text(), &[], &["503"]);
+    let metrics = json!({"application/openmetrics-text": {"schema": {"type": "string"}}});
+    add("/metrics", "metrics", "Figures for Prometheus", metrics, &[], &[]);
+    let any = json!({"application/json": {"schema": {"type": "object", "additionalProperties": true}}});
+    add("/v1/openapi.json", "openapi", "This document", any, &[("ETag", "Tag")], &["400"]);
+    let status = as_json("ClusterStatus");
+    add("/v1/status", "status", "How the cluster does", status, &[], &["400", "401", "429", "500", "503", "504"]);
+}
+
+fn blob_path() -> Value {
+    let here = || vec![parameter("Region"), parameter("Project"), parameter("Digest")];
+    let octets = json!({"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}});
+    let found = |content| ("200", success("The blob", content, &[("ETag", "Tag")]));
+    let get = answers(vec![found(octets.clone())], &["403"]);
+    let head = answers(vec![found(Value::Null)], &["403"]);
+    let receipt = |about, more: &[(&str, &str)]| success(about, as_json("BlobReceipt"), more);
+    let put = answers(
+        vec![
+            ("201", receipt("Stored", &[("ETag", "Tag"), ("Location", "Location")])),
+            ("200", receipt("It was there already", &[("ETag", "Tag")])),
+        ],
+        &["403", "409", "413", "422"],
+    );
+    let mut put = operation("putBlob", "blobs", "Upload a blob", here(), put);
+    put["requestBody"] = json!({"required": true, "content": octets});
+    json!({
+        "get": operation("getBlob", "blobs", "Fetch a blob", here(), get),
+        "head": operation("headBlob", "blobs", "Ask whether a blob is there", here(), head),
+        "put": put,
+    })
+}
+
+fn instance_paths(paths: &mut Map<String, Value>, d: &KindDescriptor) {
+    let path = format!("{}/{{name}}", collection_template(d, true));
+    let here = || {
+        let mut parameters = place(d, true);
+        parameters.push(name_parameter(d));
+        parameters
+    };
+    let query = |name: &str, schema: Value| json!({"name": name, "in": "query", "schema": schema});
+    let mut parameters = here();
+    parameters.push(query("tail", json!({"type": "integer", "minimum": 0, "maximum": MAX_TAIL})));
+    parameters.push(query("stream", json!({"type": "string", "enum": ["stdout", "stderr"]})));
+    let good = success("Its lines", as_text(), &[]);
+    let responses = answers(vec![("200", good)], &["409"]);
+    let mut logs = operation("getInstanceLogs", d.plural, "What an instance wrote", parameters, responses);
+    logs["x-stream-parameters"] = json!([{
+        "name": "follow", "in": "query", "schema": {"type": "boolean"}, "description": "Goes on with what is written next.",
+    }]);
+    paths.insert(format!("{path}:logs"), json!({"get": logs}));
+
+    let mut parameters = here();
+    let words = json!({"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 256});
+    parameters.push(json!({
+        "name": "command", "in": "query", "required": true, "schema": words, "style": "form", "explode": true,
+        "example": ["true"],
+    }));
+    parameters.push(query("stdin", json!({"type": "boolean"})));
+    let switch = success("A WebSocket: each binary message is a channel's byte and data", Value::Null, &[]);
+    let responses = answers(vec![("101", switch)], &["409"]);
+    let exec = operation("execInInstance", d.plural, "Run a command in an instance", parameters, responses);
+    paths.insert(format!("{path}:exec"), json!({"get": exec}));
+}
+
+pub(super) fn paths() -> Map<String, Value> {
+    let mut paths = Map::new();
+    server_paths(&mut paths);
+    for d in kind::all() {
+        let list = collection_template(d, true);
+        paths.insert(format!("{list}/{{name}}"), object(d));
+        paths.insert(list, collection(d));
+        if d.scope == Scope::Project {
+            paths.insert(collection_template(d, false), json!({"get": list_operation(d, false)}));
+        }
+        if d.plural == "instances" {
+            instance_paths(&mut paths, d);
+        }
+    }
+    paths.insert(BLOB_TEMPLATE.into(), blob_path());
+    paths
+}

@@ -1,0 +1,246 @@
+//! The way of one request: its id, its route, who asks, what may run at once, its deadline, its handler; and on the way
+//! out the headers and figures that every answer has. A panic in a handler is answered like any other error.
+
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::Response;
+use bytes::Bytes;
+use futures::FutureExt;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, WWW_AUTHENTICATE};
+use http::request::Parts;
+use http::{HeaderValue, Method, StatusCode};
+use nexus_env::RngExt;
+use nexus_model::{ApiError, Code, RequestId};
+use nexus_store::{Consistency, RangeRequest};
+use sha2::{Digest, Sha256};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::doors::Principal;
+use crate::headers::{self, Bearer};
+use crate::metrics::{self, Metrics};
+use crate::openapi::{self, Schemas};
+use crate::problem::{Refusal, from_store};
+use crate::query::Query;
+use crate::route::{self, Target};
+use crate::{Api, blobs, list, settle, streams, watch, write};
+
+/// The API with what it derives from its kinds once.
+pub(crate) struct Server {
+    pub api: Api,
+    pub schemas: Schemas,
+    requests: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
+    transfers: Arc<Semaphore>,
+    metrics: Metrics,
+    openapi: Bytes,
+    openapi_tag: String,
+}
+
+/// What a handler knows of its request beside parts and body.
+pub(crate) struct Context {
+    pub request_id: RequestId,
+    pub principal: Principal,
+}
+
+impl Server {
+    pub fn new(api: Api) -> Arc<Self> {
+        let schemas = Schemas::generate();
+        let document = openapi::document(&schemas, &api.region);
+        let openapi = Bytes::from(serde_json::to_vec(&document).expect("the document is plain data"));
+        let openapi_tag = format!("{:x}", Sha256::digest(&openapi));
+        Arc::new(Self {
+            requests: Arc::new(Semaphore::new(api.limits.requests)),
+            streams: Arc::new(Semaphore::new(api.limits.streams)),
+            transfers: Arc::new(Semaphore::new(api.limits.transfers)),
+            metrics: Metrics::new(&api.metrics),
+            schemas,
+            openapi,
+            openapi_tag,
+            api,
+        })
+    }
+
+    /// The newest revision of the region's log.
+    pub async fn current_revision(&self, consistency: Consistency) -> Result<u64, ApiError> {
+        let mut request = RangeRequest::get(nexus_model::key::FORMAT);
+        request.consistency = consistency;
+        Ok(self.api.store.range(request).await.map_err(from_store)?.revision.0)
+    }
+
+    /// A place among the streams, if one is free.
+    pub fn stream_permit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        take(&self.streams, "streams")
+    }
+
+    pub fn transfer_permit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        take(&self.transfers, "transfers of blobs")
+    }
+
+    /// Runs an ordinary request's work under its deadline.
+    async fn deadline<T>(&self, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+        let limit = self.api.limits.request_timeout;
+        tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+            let detail = format!("no answer within {} s; a change may or may not have been committed", limit.as_secs());
+            Err(ApiError::new(Code::Timeout, detail))
+        })
+    }
+
+    fn authenticate(&self, parts: &Parts) -> Result<Principal, Refusal> {
+        let (detail, challenge) = match headers::bearer(&parts.headers) {
+            Bearer::Token(token) => match self.api.authenticator.authenticate(token) {
+                Some(principal) => return Ok(principal),
+                None => ("this token is not known", r#"Bearer realm="nexus", error="invalid_token""#),
+            },
+            Bearer::None => ("send the header `Authorization: Bearer TOKEN`", r#"Bearer realm="nexus""#),
+        };
+        Err(Refusal::new(Code::Unauthenticated, detail).with(WWW_AUTHENTICATE, HeaderValue::from_static(challenge)))
+    }
+}
+
+fn take(semaphore: &Arc<Semaphore>, what: &str) -> Result<OwnedSemaphorePermit, ApiError> {
+    let overloaded = |_| ApiError::new(Code::Overloaded, format!("too many {what} at once on this server: try again"));
+    Arc::clone(semaphore).try_acquire_owned().map_err(overloaded)
+}
+
+/// Answers any request.
+pub(crate) async fn handle(State(server): State<Arc<Server>>, request: Request) -> Response {
+    let started = server.api.env.monotonic();
+    let (parts, body) = request.into_parts();
+    let request_id = headers::request_id(&parts.headers)
+        .unwrap_or_else(|| RequestId::from_random(RngExt::bytes(&*server.api.env.rng)));
+    let method = parts.method.clone();
+    let target = route::resolve(parts.uri.path(), &server.api.region);
+    let template = target.as_ref().map_or_else(|_| "none".to_owned(), Target::template);
+
+    let work = dispatch(Arc::clone(&server), target, parts, body, request_id.clone());
+    let outcome = AssertUnwindSafe(Box::pin(work)).catch_unwind().await.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+        tracing::error!(%request_id, route = template, panic = text, "a handler panicked");
+        Err(Refusal::new(Code::Internal, "a defect of the server; its log has more under this request's id"))
+    });
+    let mut response = outcome.unwrap_or_else(|refusal| {
+        if refusal.error.status >= 500 {
+            tracing::warn!(%request_id, route = template, code = ?refusal.error.code, "{}", refusal.error.detail);
+        }
+        refusal.into_response(&request_id)
+    });
+    let id = HeaderValue::try_from(request_id.as_str()).expect("request ids are plain ASCII");
+    response.headers_mut().insert(headers::REQUEST_ID, id);
+    if method == Method::HEAD {
+        response = without_body(response);
+    }
+    let took = server.api.env.monotonic().saturating_sub(started);
+    server.metrics.observe(template, &method, response.status().as_u16(), took);
+    response
+}
+
+/// A HEAD's answer: the headers of the GET, and its length where that is known.
+fn without_body(response: Response) -> Response {
+    use axum::body::HttpBody;
+    let (mut parts, body) = response.into_parts();
+    if let Some(length) = body.size_hint().exact()
+        && !parts.headers.contains_key(CONTENT_LENGTH)
+        && parts.status != StatusCode::NOT_MODIFIED
+    {
+        parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    Response::from_parts(parts, Body::empty())
+}
+
+fn plain(content_type: &'static str, body: impl Into<Body>) -> Response {
+    let mut response = Response::new(body.into());
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+async fn open(server: &Server, target: &Target, parts: &Parts) -> Result<Response, Refusal> {
+    Query::parse(parts.uri.query(), &[], &[])?;
+    match target {
+        Target::Ready => match server.api.status.ready().await {
+            Ok(()) => Ok(plain("text/plain; charset=utf-8", "ready\n")),
+            Err(why) => Err(Refusal::new(Code::Unavailable, why)),
+        },
+        Target::Metrics => Ok(plain(metrics::CONTENT_TYPE, metrics::encode(&server.api.metrics))),
+        Target::OpenApi => {
+            let known = headers::if_none_match(&parts.headers)?;
+            let mut response = if known.is_some_and(|k| k.names(&server.openapi_tag)) {
+                let mut response = Response::new(Body::empty());
+                *response.status_mut() = StatusCode::NOT_MODIFIED;
+                response
+            } else {
+                plain("application/json", server.openapi.clone())
+            };
+            let tag = HeaderValue::try_from(format!("\"{}\"", server.openapi_tag)).expect("hexadecimal digits");
+            response.headers_mut().insert(ETAG, tag);
+            Ok(response)
+        }
+        _ => Ok(plain("text/plain; charset=utf-8", "ok\n")),
+    }
+}
+
+async fn dispatch(
+    server: Arc<Server>,
+    target: Result<Target, ApiError>,
+    mut parts: Parts,
+    body: Body,
+    request_id: RequestId,
+) -> Result<Response, Refusal> {
+    let target = target?;
+    route::check_method(&target, &parts.method)?;
+    if target.is_open() {
+        return open(&server, &target, &parts).await;
+    }
+    let context = Context { principal: server.authenticate(&parts)?, request_id };
+    let reads = matches!(parts.method, Method::GET | Method::HEAD);
+    match target {
+        Target::Blob(project, digest) => {
+            let permit = server.transfer_permit()?;
+            Ok(blobs::handle(&server, &project, digest, &parts, body, permit).await?)
+        }
+        Target::Custom(place, name, verb) => {
+            streams::handle(&server, &place, &name, verb, &mut parts).await
+        }
+        Target::Status => {
+            Query::parse(parts.uri.query(), &[], &[])?;
+            let _permit = take(&server.requests, "requests")?;
+            let status = server.deadline(server.api.status.status().map(Ok)).await?;
+            let body = serde_json::to_vec(&status).expect("a status is plain data");
+            Ok(plain("application/json", body))
+        }
+        Target::Collection(place) if reads => {
+            let query = Query::parse(parts.uri.query(), list::LIST_PARAMETERS, &[])?;
+            if query.get("watch").is_some() {
+                return Ok(watch::handle(&server, &place, &query, &parts, &context).await?);
+            }
+            let _permit = take(&server.requests, "requests")?;
+            Ok(server.deadline(list::list(&server, &place, &query)).await?)
+        }
+        Target::Object(place, name) if reads => {
+            let _permit = take(&server.requests, "requests")?;
+            let work = list::get(&server, &place, &name, &parts.headers, parts.uri.query());
+            Ok(server.deadline(work).await?)
+        }
+        Target::Collection(place) => {
+            let permit = take(&server.requests, "requests")?;
+            let done = server.deadline(Box::pin(write::submit(&server, &place, None, &parts, body, &context))).await?;
+            drop(permit);
+            Ok(settle::answer(&server, &place, done).await)
+        }
+        Target::Object(place, name) => {
+            let permit = take(&server.requests, "requests")?;
+            let work = Box::pin(write::submit(&server, &place, Some(&name), &parts, body, &context));
+            let done = server.deadline(work).await?;
+            drop(permit);
+            Ok(settle::answer(&server, &place, done).await)
+        }
+        // Answered above.
+        Target::Health | Target::Ready | Target::Metrics | Target::OpenApi => {
+            Err(Refusal::new(Code::NotFound, "nothing is at this path"))
+        }
+    }
+}

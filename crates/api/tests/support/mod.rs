@@ -1,0 +1,481 @@
+//! An API over stand-ins: a store in memory with history and watches, a writer that writes through to it, blobs in a map,
+//! and a host that echoes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use axum::Router;
+use axum::body::Body;
+use bytes::Bytes;
+use futures::StreamExt;
+use http::{HeaderMap, Request, StatusCode};
+use http_body_util::BodyExt;
+use nexus_api::{
+    Api, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Principal, StatusSource,
+    TokenAuthenticator, Topology,
+};
+use nexus_control::intent::{Accepted, Change, Intent, Writer};
+use nexus_env::Env;
+use nexus_iam::TokenSecret;
+use nexus_model::plan::{ExecRequest, LogsRequest};
+use nexus_model::{AnyObject, ApiError, Code, Digest, Name, Timestamp, Uid, key, kind};
+use nexus_store::{
+    GroupId, KeyValue, LeaseId, Leadership, Op, RangeRequest, RangeResponse, Revision, Store, StoreError, StoreStatus, Txn,
+    TxnOutcome, Watch, WatchBatch, WatchError, WatchEvent, WatchSource,
+};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+#[derive(Default)]
+struct Inner {
+    revision: u64,
+    oldest: u64,
+    keys: BTreeMap<Bytes, KeyValue>,
+    log: Vec<WatchBatch>,
+}
+
+/// Keeps every revision's events; knows no leases and reads only the newest state.
+pub struct MemStore {
+    inner: Arc<Mutex<Inner>>,
+    grown: watch::Sender<u64>,
+    leadership: watch::Sender<Leadership>,
+}
+
+impl MemStore {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            inner: Arc::default(),
+            grown: watch::Sender::new(0),
+            leadership: watch::Sender::new(Leadership::default()),
+        })
+    }
+
+    pub fn revision(&self) -> u64 {
+        self.inner.lock().unwrap().revision
+    }
+}
+
+fn within(key: &[u8], start: &[u8], end: &[u8]) -> bool {
+    key >= start && (end.is_empty() || key < end)
+}
+
+struct Source {
+    inner: Arc<Mutex<Inner>>,
+    grown: watch::Receiver<u64>,
+    start: Bytes,
+    end: Bytes,
+    after: u64,
+}
+
+#[async_trait]
+impl WatchSource for Source {
+    async fn next(&mut self) -> Option<Result<WatchBatch, WatchError>> {
+        loop {
+            {
+                let inner = self.inner.lock().unwrap();
+                if self.after < inner.oldest {
+                    return Some(Err(WatchError::Compacted { oldest: Revision(inner.oldest) }));
+                }
+                for batch in inner.log.iter().filter(|b| b.revision.0 > self.after) {
+                    let events = batch.events.iter().filter(|e| within(e.key(), &self.start, &self.end)).cloned();
+                    let events: Vec<_> = events.collect();
+                    if !events.is_empty() {
+                        self.after = batch.revision.0;
+                        return Some(Ok(WatchBatch { events, ..batch.clone() }));
+                    }
+                }
+            }
+            self.grown.changed().await.ok()?;
+        }
+    }
+}
+
+#[async_trait]
+impl Store for MemStore {
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        let mut inner = self.inner.lock().unwrap();
+        let revision = Revision(inner.revision + 1);
+        let mut events = Vec::new();
+        for op in txn.ops {
+            let key = op.key().clone();
+            match op {
+                Op::Put { key, value, .. } => {
+                    let prev = inner.keys.get(&key).cloned();
+                    let create_revision = prev.as_ref().map_or(revision, |p| p.create_revision);
+                    let kv = KeyValue { key: key.clone(), value, create_revision, mod_revision: revision };
+                    inner.keys.insert(key, kv.clone());
+                    events.push(WatchEvent::Put { kv, prev });
+                }
+                Op::Delete { .. } => {
+                    if let Some(prev) = inner.keys.remove(&key) {
+                        events.push(WatchEvent::Delete { key, prev: Some(prev), mod_revision: revision });
+                    }
+                }
+            }
+        }
+        inner.revision = revision.0;
+        inner.log.push(WatchBatch { revision, timestamp_ms: 0, events });
+        drop(inner);
+        self.grown.send_replace(revision.0);
+        Ok(TxnOutcome::Committed { revision })
+    }
+
+    async fn range(&self, request: RangeRequest) -> Result<RangeResponse, StoreError> {
+        let inner = self.inner.lock().unwrap();
+        let found = inner.keys.range(request.start..).map(|(_, kv)| kv);
+        let mut found = found.take_while(|kv| request.end.is_empty() || kv.key < request.end);
+        let limit = if request.limit == 0 { usize::MAX } else { request.limit };
+        let kvs: Vec<_> = found.by_ref().take(limit).cloned().collect();
+        let more = found.next().is_some();
+        Ok(RangeResponse { revision: Revision(inner.revision), kvs, more })
+    }
+
+    async fn watch(&self, start: Bytes, end: Bytes, after: Revision) -> Result<Watch, StoreError> {
+        let inner = self.inner.lock().unwrap();
+        if after.0 < inner.oldest {
+            return Err(StoreError::Compacted { oldest: Revision(inner.oldest) });
+        }
+        if after.0 > inner.revision {
+            return Err(StoreError::FutureRevision { asked: after, current: Revision(inner.revision) });
+        }
+        let (inner, grown) = (Arc::clone(&self.inner), self.grown.subscribe());
+        Ok(Watch::new(Box::new(Source { inner, grown, start, end, after: after.0 })))
+    }
+
+    async fn lease_grant(&self, _: Duration) -> Result<LeaseId, StoreError> {
+        Err(StoreError::Closed)
+    }
+
+    async fn lease_keep_alive(&self, _: LeaseId) -> Result<Duration, StoreError> {
+        Err(StoreError::Closed)
+    }
+
+    async fn lease_revoke(&self, _: LeaseId) -> Result<(), StoreError> {
+        Err(StoreError::Closed)
+    }
+
+    async fn compact(&self, before: Revision) -> Result<(), StoreError> {
+        self.inner.lock().unwrap().oldest = before.0;
+        Ok(())
+    }
+
+    async fn status(&self) -> StoreStatus {
+        let inner = self.inner.lock().unwrap();
+        StoreStatus {
+            node: 1,
+            group: GroupId::new("local").unwrap(),
+            leader: Some(1),
+            is_leader: true,
+            epoch: 1,
+            applied: Revision(inner.revision),
+            oldest: Revision(inner.oldest),
+            members: BTreeMap::new(),
+            keys: inner.keys.len() as u64,
+            leases: 0,
+            watchers: 0,
+            log_bytes: 0,
+            snapshot_bytes: 0,
+            commit_latency: Duration::ZERO,
+            failure: None,
+        }
+    }
+
+    fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.leadership.subscribe()
+    }
+}
+
+/// Decides as little as the conventions need, in order.
+pub struct FakeWriter {
+    store: Arc<MemStore>,
+    answers: tokio::sync::Mutex<HashMap<String, Accepted>>,
+}
+
+fn merge(target: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        *target = patch.clone();
+        return;
+    };
+    if !target.is_object() {
+        *target = json!({});
+    }
+    let map = target.as_object_mut().unwrap();
+    for (key, value) in patch {
+        if value.is_null() {
+            map.remove(key);
+        } else {
+            merge(map.entry(key.clone()).or_insert(Value::Null), value);
+        }
+    }
+}
+
+#[async_trait]
+impl Writer for FakeWriter {
+    async fn submit(&self, intent: Intent) -> Result<Accepted, ApiError> {
+        let mut answers = self.answers.lock().await;
+        if intent.target.name == "panics" {
+            panic!("as asked");
+        }
+        if intent.target.name == "slow" {
+            std::future::pending::<()>().await;
+        }
+        if let Some(first) = intent.idempotency_key.as_ref().and_then(|k| answers.get(k)) {
+            return Ok(Accepted { replayed: true, ..first.clone() });
+        }
+        let kind = kind::find(&intent.target.plural).unwrap();
+        let at = key::object(kind, intent.target.project.as_ref(), &intent.target.name);
+        let found = self.store.range(RangeRequest::get(at.clone())).await.unwrap().kvs.pop();
+        let old: Option<AnyObject> = found.as_ref().map(|kv| serde_json::from_slice(&kv.value).unwrap());
+        if let Some(wanted) = intent.if_match
+            && found.as_ref().map(|kv| kv.mod_revision.0) != Some(wanted)
+        {
+            return Err(ApiError::new(Code::PreconditionFailed, "it has changed"));
+        }
+        let missing = || ApiError::not_found(kind.kind, intent.target.name.as_str());
+        let mut created = old.is_none();
+        let mut object = match intent.change {
+            Change::Create { .. } if old.is_some() => return Err(ApiError::new(Code::AlreadyExists, "taken")),
+            Change::Create { object } | Change::Put { object } => object,
+            Change::Patch { patch } => {
+                let mut value = serde_json::to_value(old.as_ref().ok_or_else(missing)?).unwrap();
+                merge(&mut value, &patch);
+                value["spec"] = (kind.parse_spec)(&value["spec"]).map_err(ApiError::invalid)?;
+                serde_json::from_value(value).unwrap()
+            }
+            Change::Delete => {
+                let mut object = old.clone().ok_or_else(missing)?;
+                object.metadata.deleting = Some(Timestamp::from_millis(1));
+                created = false;
+                object
+            }
+        };
+        match &old {
+            Some(old) => {
+                object.metadata.uid = old.metadata.uid;
+                object.metadata.generation = old.metadata.generation + u64::from(old.spec != object.spec);
+                object.status = old.status.clone();
+            }
+            None => {
+                let mut random = [0; 16];
+                random[..8].copy_from_slice(&(self.store.revision() + 1).to_be_bytes());
+                object.metadata.uid = Uid::from_random(random);
+            }
+        }
+        object.metadata.request_id = Some(intent.request_id);
+        object.metadata.annotations.insert("actor".into(), intent.actor);
+        if !intent.dry_run {
+            let bytes = serde_json::to_vec(&object).unwrap();
+            let ops = match object.metadata.deleting {
+                Some(_) => vec![Op::delete(at), Op::put(key::tombstone(kind, object.metadata.uid), bytes)],
+                None => vec![Op::put(at, bytes)],
+            };
+            object.metadata.revision = self.store.txn(Txn::new(vec![], ops)).await.unwrap().revision().0;
+        }
+        let accepted = Accepted { object, created, replayed: false };
+        if let Some(key) = intent.idempotency_key {
+            answers.insert(key, accepted.clone());
+        }
+        Ok(accepted)
+    }
+}
+
+#[derive(Default)]
+pub struct MemBlobs(Mutex<HashMap<Digest, Bytes>>);
+
+#[async_trait]
+impl Blobs for MemBlobs {
+    async fn has(&self, _: &Name, digest: Digest) -> Result<Option<u64>, ApiError> {
+        Ok(self.0.lock().unwrap().get(&digest).map(|b| b.len() as u64))
+    }
+
+    async fn put(&self, _: &Name, digest: Digest, length: u64, mut content: BlobStream) -> Result<bool, ApiError> {
+        let mut all = Vec::new();
+        while let Some(piece) = content.next().await {
+            all.extend_from_slice(&piece.map_err(|e| ApiError::new(Code::BadRequest, e.to_string()))?);
+        }
+        assert_eq!(all.len() as u64, length);
+        if Digest::of(&all) != digest {
+            return Err(ApiError::new(Code::Invalid, "the content has another digest"));
+        }
+        Ok(self.0.lock().unwrap().insert(digest, all.into()).is_none())
+    }
+
+    async fn get(&self, _: &Name, digest: Digest) -> Result<Option<(u64, BlobStream)>, ApiError> {
+        let found = self.0.lock().unwrap().get(&digest).cloned();
+        Ok(found.map(|b| (b.len() as u64, futures::stream::iter([Ok(b)]).boxed())))
+    }
+}
+
+/// Logs are two lines; exec answers with the command, echoes its input in capitals, and exits with 7 when that ends.
+pub struct EchoHost;
+
+#[async_trait]
+impl HostDoor for EchoHost {
+    async fn logs(&self, host: &Name, request: LogsRequest) -> Result<FrameStream, ApiError> {
+        let out = format!("from {host}, tail {:?}\n", request.tail);
+        let frames = [(1, Bytes::from(out)), (2, Bytes::from_static(b"oops\n"))];
+        let frames = futures::stream::iter(frames.map(|(channel, data)| Ok(Frame { channel, data })));
+        Ok(if request.follow { frames.chain(futures::stream::pending()).boxed() } else { frames.boxed() })
+    }
+
+    async fn exec(&self, _: &Name, request: ExecRequest) -> Result<(mpsc::Sender<Frame>, FrameStream), ApiError> {
+        if request.command == ["missing"] {
+            return Err(ApiError::new(Code::Invalid, "there is no such program"));
+        }
+        let (sender, receiver) = mpsc::channel::<Frame>(1);
+        let hello = Frame { channel: 2, data: request.command.join(" ").into() };
+        let echo = futures::stream::unfold(Some(receiver), |receiver| async {
+            let mut receiver = receiver?;
+            match receiver.recv().await {
+                Some(frame) if !frame.data.is_empty() => {
+                    Some((Ok(Frame { channel: 1, data: frame.data.to_ascii_uppercase().into() }), Some(receiver)))
+                }
+                _ => Some((Ok(Frame { channel: 3, data: Bytes::from_static(b"7") }), None)),
+            }
+        });
+        Ok((sender, futures::stream::iter([Ok(hello)]).chain(echo).boxed()))
+    }
+}
+
+pub struct Status;
+
+#[async_trait]
+impl StatusSource for Status {
+    async fn status(&self) -> ClusterStatus {
+        ClusterStatus {
+            cluster_id: "cnx-local".into(),
+            control_plane_version: "v0.1.0".into(),
+            status: ClusterHealth::Healthy,
+            consensus_latency_ms: 0.4,
+            active_workers: 6,
+            topology: Topology { zones: vec!["zone-a".into()], failover_mode: "automatic".into() },
+            region: Some("local".into()),
+            leader: None,
+            revision: None,
+            servers: Vec::new(),
+            message: None,
+        }
+    }
+
+    async fn ready(&self) -> Result<(), String> {
+        Err("still catching up".into())
+    }
+}
+
+pub struct World {
+    pub store: Arc<MemStore>,
+    pub router: Router,
+    pub token: String,
+    pub shutdown: CancellationToken,
+}
+
+/// An answer, read whole.
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {:?}", self.body))
+    }
+
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |v| v.to_str().unwrap())
+    }
+
+    /// Checks that this is a problem of a code, in its right form.
+    #[track_caller]
+    pub fn problem(&self, code: &str) -> Value {
+        let body = self.json();
+        assert_eq!(body["code"], code, "{body}");
+        assert_eq!(body["status"], self.status.as_u16());
+        assert_eq!(self.header("content-type"), "application/problem+json");
+        assert_eq!(body["requestId"], self.header("x-request-id"));
+        body
+    }
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self::with(Limits::default())
+    }
+
+    pub fn with(limits: Limits) -> Self {
+        let store = MemStore::new();
+        let secret = TokenSecret::generate([7; 32]);
+        let shutdown = CancellationToken::new();
+        let principal = Principal { name: "admin".into() };
+        let api = Api {
+            region: "local".parse().unwrap(),
+            env: Env::real(),
+            store: store.clone(),
+            writer: Arc::new(FakeWriter { store: store.clone(), answers: Default::default() }),
+            authenticator: Arc::new(TokenAuthenticator::new([(secret.hash(), principal)])),
+            blobs: Arc::new(MemBlobs::default()),
+            hosts: Arc::new(EchoHost),
+            status: Arc::new(Status),
+            metrics: Arc::default(),
+            shutdown: shutdown.clone(),
+            limits,
+        };
+        Self { store, router: nexus_api::router(api), token: secret.reveal(), shutdown }
+    }
+
+    pub fn request(&self, method: &str, path: &str) -> http::request::Builder {
+        Request::builder().method(method).uri(path).header("authorization", format!("Bearer {}", self.token))
+    }
+
+    pub async fn raw(&self, request: Request<Body>) -> http::Response<Body> {
+        let answer = self.router.clone().oneshot(request);
+        tokio::time::timeout(Duration::from_secs(60), answer).await.expect("answers in time").unwrap()
+    }
+
+    pub async fn send(&self, request: Request<Body>) -> Answer {
+        let (parts, body) = self.raw(request).await.into_parts();
+        let body = tokio::time::timeout(Duration::from_secs(60), body.collect()).await.expect("ends in time");
+        let answer = Answer { status: parts.status, headers: parts.headers, body: body.unwrap().to_bytes() };
+        assert!(!answer.header("x-request-id").is_empty());
+        answer
+    }
+
+    /// A request with headers and, if it is not null, a JSON body.
+    pub async fn call(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Value) -> Answer {
+        let mut request = self.request(method, path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let body = if body.is_null() {
+            Body::empty()
+        } else {
+            let patch = method == "PATCH";
+            request = request
+                .header("content-type", if patch { "application/merge-patch+json" } else { "application/json" });
+            Body::from(body.to_string())
+        };
+        self.send(request.body(body).unwrap()).await
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.call("GET", path, &[], Value::Null).await
+    }
+
+    /// Stores an object as a reconciler would, past the API.
+    pub async fn store_object(&self, plural: &str, object: &Value) -> u64 {
+        let object: AnyObject = serde_json::from_value(object.clone()).unwrap();
+        let at = key::of(kind::find(plural).unwrap(), &object);
+        let bytes = serde_json::to_vec(&object).unwrap();
+        self.store.txn(Txn::put(at, bytes)).await.unwrap().revision().0
+    }
+}
+
+pub const APPS: &str = "/v1/regions/local/projects/default/apps";
+
+pub fn app(name: &str) -> Value {
+    json!({"metadata": {"name": name}, "spec": {"image": "web"}})
+}

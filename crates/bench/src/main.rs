@@ -1,0 +1,45 @@
+//! `cargo xtask bench NAME [--json]`: the benches by name. A new one is a file and a line in [`BENCHES`].
+
+mod placement;
+mod report;
+
+use report::Row;
+
+/// A bench: its name, what it measures, and how.
+struct Bench {
+    name: &'static str,
+    about: &'static str,
+    run: fn() -> anyhow::Result<Vec<Row>>,
+}
+
+const BENCHES: &[Bench] =
+    &[Bench { name: "placement", about: "decisions of one cell with 50,000 hosts, on one core", run: placement::run }];
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Err(e) = run(&arguments) {
+        eprintln!("error: {e:#}");
+        std::process::exit(1);
+    }
+}
+
+fn run(arguments: &[String]) -> anyhow::Result<()> {
+    let json = arguments.iter().any(|a| a == "--json");
+    let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|a| *a != "--json").collect();
+    let [name] = names[..] else {
+        println!("cargo xtask bench NAME [--json]; NAME is one of");
+        for bench in BENCHES {
+            println!("  {:<12} {}", bench.name, bench.about);
+        }
+        return if names.is_empty() { Ok(()) } else { Err(anyhow::anyhow!("one name is needed, not {names:?}")) };
+    };
+    let Some(bench) = BENCHES.iter().find(|b| b.name == name) else {
+        let known: Vec<&str> = BENCHES.iter().map(|b| b.name).collect();
+        anyhow::bail!("there is no bench `{name}`; there are {}", known.join(", "));
+    };
+    if cfg!(debug_assertions) {
+        eprintln!("warning: this is a debug build; its figures mean nothing");
+    }
+    let rows = (bench.run)()?;
+    if json { report::print_json(&rows) } else { report::print_table(&rows) }
+}

@@ -1,0 +1,109 @@
+//! The cgroups of a container, in every hierarchy that the host has: version 1, version 2, or both (hybrid).
+//!
+//! The shim makes them, by libcontainer. Here they are read (was something killed for memory?), emptied and removed,
+//! which must work when everything else of the container is gone.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// The folders where a cgroup `path` (absolute, as seen from the hierarchies' roots) is or would be.
+pub(super) fn folders(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    if Path::new(ROOT).join("cgroup.controllers").exists() {
+        return Ok(vec![Path::new(ROOT).join(relative)]);
+    }
+    Ok(version_1_mounts(&fs::read_to_string("/proc/self/mountinfo")?).into_iter().map(|m| m.join(relative)).collect())
+}
+
+fn version_1_mounts(mountinfo: &str) -> Vec<PathBuf> {
+    let mut mounts = Vec::new();
+    for line in mountinfo.lines() {
+        // Fields before " - " end with the mount point and options; after it come type, source and options.
+        let Some((before, after)) = line.split_once(" - ") else { continue };
+        if after.starts_with("cgroup ")
+            && let Some(point) = before.split(' ').nth(4)
+            && !mounts.iter().any(|m| m == Path::new(point))
+        {
+            mounts.push(PathBuf::from(point));
+        }
+    }
+    mounts
+}
+
+/// Whether memory can be limited together with swap.
+pub(super) fn limits_swap() -> bool {
+    let unified = Path::new(ROOT).join("cgroup.controllers").exists();
+    unified || Path::new(ROOT).join("memory/memory.memsw.limit_in_bytes").exists()
+}
+
+/// How many processes of the cgroup the kernel has killed for memory.
+pub(super) fn killed_for_memory(folders: &[PathBuf]) -> u64 {
+    let counters = folders.iter().flat_map(|f| [f.join("memory.oom_control"), f.join("memory.events")]);
+    let texts = counters.filter_map(|path| fs::read_to_string(path).ok());
+    texts.filter_map(|text| counter(&text, "oom_kill")).max().unwrap_or(0)
+}
+
+fn counter(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+/// Kills whatever runs in the cgroups and removes them. Blocks, for at most `patience`.
+pub(super) fn destroy(folders: &[PathBuf], patience: Duration) -> io::Result<()> {
+    let begun = Instant::now();
+    for folder in folders {
+        loop {
+            let processes = match fs::read_to_string(folder.join("cgroup.procs")) {
+                Ok(text) => text,
+                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound) => break,
+                // The cgroup vanished between opening and reading.
+                Err(e) if e.raw_os_error() == Some(libc::ENODEV) => break,
+                Err(e) => return Err(e),
+            };
+            for pid in processes.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 0) {
+                // A process that ended meanwhile is what we want.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            match fs::remove_dir(folder) {
+                Ok(()) => break,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => break,
+                Err(e) if begun.elapsed() > patience => return Err(e),
+                Err(_) => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes a parent cgroup where it is empty.
+pub(super) fn remove_parent(folders: &[PathBuf]) {
+    for folder in folders {
+        // Not empty, or in use by somebody else: then it stays.
+        let _ = fs::remove_dir(folder);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hierarchies_of_version_1_are_found() {
+        let text = "31 23 0:26 / /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory\n\
+                    32 23 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+                    33 23 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
+        assert_eq!(version_1_mounts(text), [Path::new("/sys/fs/cgroup/memory"), Path::new("/sys/fs/cgroup/cpu")]);
+    }
+
+    #[test]
+    fn counters_of_both_versions_are_read() {
+        assert_eq!(counter("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n", "oom_kill"), Some(3));
+        assert_eq!(counter("low 0\nhigh 0\nmax 5\noom 1\noom_kill 1\noom_group_kill 0\n", "oom_kill"), Some(1));
+    }
+}

@@ -1,0 +1,26 @@
+//! Functions: components of the world `wasi:http/proxy`, a fresh instance of them for every request.
+//!
+//! The agent's side is [`FunctionRuntime`]; it never loads a tenant's code. It has each component compiled once per host in
+//! a confined process, and keeps one *executor* process per project, which runs as a user of its own without privileges,
+//! file system or capabilities ([`executor_main`]). For each instance the agent opens the listening socket inside the
+//! instance's network namespace, and hands it with the compiled artefact and the folder of the logs to the executor, so that
+//! the executor needs neither rights nor names. The executor goes on without the agent; when it ends, its instances are
+//! observed as exited, and whoever drives the runtime starts them again.
+//!
+//! Architecture invariant: only artefacts that this host compiled are loaded, and only by an executor.
+
+mod agent;
+mod bench;
+mod client;
+mod compile;
+mod confine;
+mod control;
+mod engine;
+mod executor;
+mod log;
+mod serve;
+mod ticker;
+
+pub use agent::{DEFAULT_PORT, FunctionConfig, FunctionRuntime};
+pub use bench::{BenchError, BenchOutcome, bench_in_process};
+pub use executor::executor_main;

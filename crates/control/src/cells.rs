@@ -1,0 +1,171 @@
+//! Judges hosts by their heartbeats. What is heard lives in memory alone; only a change of a host's state is committed.
+//!
+//! A ready host that is silent for [`SUSPECT_AFTER`] gets nothing new; after [`DEAD_AFTER`] it is dead and its instances
+//! run elsewhere. Two brakes keep a fault of ours from becoming an outage of theirs:
+//!
+//! * a new leader counts every host as heard when it took over, so it waits a full round before it judges;
+//! * when more than a fifth of a cell's living hosts, and more than one, have vanished at once, nobody of that cell is
+//!   declared dead: the network or this server is the likelier culprit. The brake lets go when enough of them are back;
+//!   an operator who knows better deletes the host.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use nexus_model::Name;
+use nexus_model::kind::{Cell, CellStatus, HostState, Severity};
+use nexus_model::plan::HostReport;
+
+use crate::rules::{host, instance};
+use crate::step::{Dirty, Step};
+
+pub const SUSPECT_AFTER: Duration = Duration::from_millis(2_500);
+pub const DEAD_AFTER: Duration = Duration::from_millis(5_000);
+
+/// A host's loads are told to placement when they moved by so many thousandths.
+const LOAD_STEP: u16 = 50;
+
+#[derive(Debug)]
+struct Heard {
+    at: Duration,
+    load: u16,
+}
+
+/// What this server has heard since it leads.
+#[derive(Debug)]
+pub struct Cells {
+    since: Duration,
+    heard: BTreeMap<Name, Heard>,
+    /// Who judges: written into the cells' statuses.
+    holder: String,
+    epoch: u64,
+}
+
+impl Cells {
+    pub fn new(now: Duration, holder: String, epoch: u64) -> Self {
+        Self { since: now, heard: BTreeMap::new(), holder, epoch }
+    }
+
+    fn silence(&self, host: &Name, now: Duration) -> Duration {
+        now.saturating_sub(self.heard.get(host).map_or(self.since, |h| h.at))
+    }
+
+    /// Takes in a heartbeat. Answers the host's epoch.
+    pub fn hear(&mut self, step: &mut Step<'_>, report: &HostReport, now: Duration) -> Result<u64, String> {
+        host::join(step, report)?;
+        let load = (report.load.clamp(0.0, 1.0) * 1000.0) as u16;
+        let heard = self.heard.entry(report.host.clone()).or_insert(Heard { at: now, load: 0 });
+        heard.at = now;
+        if heard.load.abs_diff(load) >= LOAD_STEP {
+            heard.load = load;
+            if let Some(scheduler) = &mut step.world.scheduler {
+                scheduler.set_load(&report.host, load);
+            }
+        }
+        host::set_state(step, &report.host, HostState::Ready, "its agent reports");
+        let epoch = step.world.host(&report.host).map_or(0, |h| h.status.epoch);
+        self.observe(step, report);
+        Ok(epoch)
+    }
+
+    fn observe(&self, step: &mut Step<'_>, report: &HostReport) {
+        let mine: Vec<_> = step.world.on_host.get(&report.host).into_iter().flatten().copied().collect();
+        for uid in mine {
+            let Some(i) = step.world.instance(uid) else { continue };
+            let told = report.instances.iter().find(|r| r.uid == uid);
+            if i.metadata.deleting.is_none() {
+                if let Some(told) = told.filter(|told| told.epoch == i.status.epoch) {
+                    let i = i.clone();
+                    instance::observe(step, &i, told);
+                }
+            } else if told.is_none() {
+                // Gone is believed only of a host that has applied a plan in which it is to be gone.
+                let key = crate::world::key_of(i);
+                let buried_at = step.world.revisions.get(&key).copied();
+                if buried_at.is_some_and(|at| report.applied.is_some_and(|applied| applied >= at)) {
+                    let i = i.clone();
+                    instance::erase(step, &i);
+                }
+            }
+        }
+    }
+
+    /// Judges everyone. Called a few times a second.
+    pub fn judge(&self, step: &mut Step<'_>, now: Duration) {
+        let cells: Vec<Name> = step.world.cells.live.keys().map(|(_, name)| name.clone()).collect();
+        for cell in cells {
+            self.judge_cell(step, &cell, now);
+        }
+    }
+
+    fn judge_cell(&self, step: &mut Step<'_>, cell: &Name, now: Duration) {
+        let hosts: Vec<(Name, HostState)> = step
+            .world
+            .hosts
+            .live
+            .values()
+            .filter(|h| h.spec.cell == *cell)
+            .map(|h| (h.metadata.name.clone(), h.status.state))
+            .collect();
+        let living = hosts.iter().filter(|(_, s)| *s != HostState::Dead);
+        let silent: Vec<(&Name, HostState, Duration)> = living
+            .clone()
+            .map(|(name, state)| (name, *state, self.silence(name, now)))
+            .filter(|(_, _, silence)| *silence >= SUSPECT_AFTER)
+            .collect();
+        let vanished = silent.iter().filter(|(_, _, silence)| *silence >= DEAD_AFTER).count();
+        let brake = vanished > (living.count() / 5).max(1);
+        for (name, state, silence) in silent {
+            let seconds = silence.as_secs_f32();
+            if silence >= DEAD_AFTER && !brake {
+                host::set_state(step, name, HostState::Dead, &format!("silent for {seconds:.1} s"));
+            } else if state == HostState::Ready {
+                host::set_state(step, name, HostState::Suspect, "its heartbeats are late");
+            }
+        }
+        self.tell(step, cell, hosts.len(), brake);
+    }
+
+    fn tell(&self, step: &mut Step<'_>, name: &Name, hosts: usize, brake: bool) {
+        let Some(cell) = step.world.cells.get(None, name).cloned() else { return };
+        let in_cell = step.world.hosts.live.values().filter(|h| h.spec.cell == *name);
+        let ready = in_cell.filter(|h| h.status.state == HostState::Ready).count();
+        let status = CellStatus {
+            hosts: u32::try_from(hosts).unwrap_or(u32::MAX),
+            ready_hosts: u32::try_from(ready).unwrap_or(u32::MAX),
+            holder: Some(self.holder.clone()),
+            epoch: self.epoch,
+            brake,
+            conditions: cell.status.conditions.clone(),
+        };
+        if status == cell.status {
+            return;
+        }
+        if brake && !cell.status.brake {
+            let message = "so many hosts vanished at once that none is declared dead; see `nexus get hosts`";
+            step.event(None, cell.owner_ref(), Severity::Warning, "Brake", message);
+        }
+        step.put(nexus_model::Object::<Cell> { status, ..cell });
+    }
+
+    /// Hosts that this leader has heard within the time that makes a host suspect.
+    pub fn active(&self, now: Duration) -> usize {
+        self.heard.values().filter(|h| now.saturating_sub(h.at) < SUSPECT_AFTER).count()
+    }
+}
+
+/// Everything that a new leader should look at once.
+pub fn everything(step: &mut Step<'_>) {
+    let apps: Vec<_> = step.world.apps.live.keys().cloned().collect();
+    let hosts: Vec<_> = step.world.hosts.live.keys().map(|(_, name)| name.clone()).collect();
+    let buried: Vec<Dirty> = {
+        use nexus_model::kind::{App, Kind, Organization, Project};
+        let w = &step.world;
+        let apps = w.apps.buried.keys().map(|uid| Dirty::Buried(App::PLURAL, *uid));
+        let projects = w.projects.buried.keys().map(|uid| Dirty::Buried(Project::PLURAL, *uid));
+        let organizations = w.organizations.buried.keys().map(|uid| Dirty::Buried(Organization::PLURAL, *uid));
+        apps.chain(projects).chain(organizations).collect()
+    };
+    step.dirty.extend(apps.into_iter().map(Dirty::App));
+    step.dirty.extend(hosts.into_iter().map(Dirty::Host));
+    step.dirty.extend(buried);
+}

@@ -1,0 +1,468 @@
+//! What users ask, decided: names, preconditions, immutability, protection, quota, and what one kind wants of another.
+//!
+//! Everything here is a function of the [`Step`]'s world. A refusal leaves no trace.
+
+use nexus_model::kind::{AppSpec, Kind, QuotaUse, Severity, *};
+use nexus_model::selector::Labels;
+use nexus_model::{AnyObject, ApiError, Bytes, Code, FieldError, MilliCpu, Name, Object, key};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::intent::{Accepted, Change, Intent};
+use crate::rules;
+use crate::step::{Dirty, Step};
+use crate::world::{Remembered, Stored, for_kind};
+
+/// Decides one intent. The answer's revision is filled in after the commit.
+pub fn decide(step: &mut Step<'_>, intent: &Intent) -> Result<Accepted, ApiError> {
+    let place = match &intent.idempotency_key {
+        None => None,
+        Some(idempotency_key) => {
+            let place = key::idempotency(intent.target.project.as_ref(), idempotency_key)[2..].to_owned();
+            if let Some(first) = step.world.remembered.get(&place) {
+                if first.fingerprint != fingerprint(intent) {
+                    let detail = "this Idempotency-Key was used with another request: use a new one";
+                    return Err(ApiError::new(Code::Conflict, detail));
+                }
+                return Ok(Accepted { replayed: true, ..first.answer.clone() });
+            }
+            Some(place)
+        }
+    };
+    step.request_id = Some(intent.request_id.clone());
+    let accepted = for_kind!(&intent.target.plural, K => decide_kind::<K>(step, intent)?)
+        .ok_or_else(|| ApiError::new(Code::NotFound, format!("there is no kind {:?}", intent.target.plural)))?;
+    if let Some(place) = place.filter(|_| !intent.dry_run) {
+        let at = step.now.as_millis();
+        step.remember(place, Remembered { fingerprint: fingerprint(intent), answer: accepted.clone(), at });
+    }
+    Ok(accepted)
+}
+
+fn fingerprint(intent: &Intent) -> String {
+    let what = serde_json::to_vec(&(&intent.target, &intent.change, intent.if_match)).expect("intents are plain data");
+    nexus_model::Digest::of(&what).hex()[..32].to_owned()
+}
+
+fn decide_kind<K: Admit>(step: &mut Step<'_>, intent: &Intent) -> Result<Accepted, ApiError> {
+    let target = &intent.target;
+    if let Some(project) = &target.project
+        && step.world.project(project).is_none()
+    {
+        return Err(ApiError::not_found("Project", project.as_str()));
+    }
+    let old = K::table(step.world).get(target.project.as_ref(), &target.name).cloned();
+    if let (Some(wanted), Some(old)) = (intent.if_match, &old)
+        && step.committed_revision(old) != Some(wanted)
+    {
+        let detail = format!("{} {} has changed since revision {wanted}: read it again", K::KIND, target.name);
+        return Err(ApiError::new(Code::PreconditionFailed, detail));
+    }
+    if intent.if_match.is_some() && old.is_none() {
+        let detail = format!("there is no {} {} to match", K::KIND, target.name);
+        return Err(ApiError::new(Code::PreconditionFailed, detail));
+    }
+    match (&intent.change, old) {
+        (Change::Create { .. }, Some(_)) => {
+            let detail = format!("{} {} exists already: choose another name or update it", K::KIND, target.name);
+            Err(ApiError::new(Code::AlreadyExists, detail))
+        }
+        (Change::Create { object } | Change::Put { object }, None) => create::<K>(step, intent, object),
+        (Change::Put { object }, Some(old)) => {
+            let wanted = Wanted::<K>::of(object)?;
+            update(step, intent, old, wanted)
+        }
+        (Change::Patch { patch }, Some(old)) => {
+            let wanted = Wanted::<K>::patched(&old, patch)?;
+            update(step, intent, old, wanted)
+        }
+        (Change::Delete, Some(old)) => delete::<K>(step, intent, old),
+        (Change::Patch { .. } | Change::Delete, None) => Err(ApiError::not_found(K::KIND, target.name.as_str())),
+    }
+}
+
+/// The parts of an object that users write.
+struct Wanted<K: Kind> {
+    labels: Labels,
+    annotations: Labels,
+    deletion_protection: bool,
+    spec: K::Spec,
+}
+
+/// The metadata that a patch may change.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[derive(Default)]
+struct UserMetadata {
+    labels: Labels,
+    annotations: Labels,
+    deletion_protection: bool,
+}
+
+impl<K: Kind> Wanted<K> {
+    fn of(object: &AnyObject) -> Result<Self, ApiError> {
+        let typed = Object::<K>::from_any(object)
+            .map_err(|e| ApiError::invalid(vec![FieldError::new("spec", e.source.to_string())]))?;
+        let m = typed.metadata;
+        Ok(Self {
+            labels: m.labels,
+            annotations: m.annotations,
+            deletion_protection: m.deletion_protection,
+            spec: typed.spec,
+        })
+    }
+
+    fn patched(old: &Object<K>, patch: &Value) -> Result<Self, ApiError> {
+        let before = serde_json::to_value(old.to_any()).expect("objects are plain data");
+        let mut after = before.clone();
+        merge_patch(&mut after, patch);
+        let mut errors = Vec::new();
+        for (field, value) in patch.as_object().into_iter().flatten() {
+            let known = matches!(field.as_str(), "metadata" | "spec" | "status");
+            if !known && before.get(field) != Some(value) {
+                errors.push(FieldError::new(field.as_str(), "can't be changed"));
+            }
+        }
+        for (field, value) in patch.get("metadata").and_then(Value::as_object).into_iter().flatten() {
+            let users = matches!(field.as_str(), "labels" | "annotations" | "deletionProtection");
+            let same = before["metadata"].get(field).unwrap_or(&Value::Null) == value;
+            if !users && !same && field != "revision" {
+                errors.push(FieldError::new(format!("metadata.{field}"), "can't be changed"));
+            }
+        }
+        let metadata = UserMetadata::deserialize(&after["metadata"]).unwrap_or_else(|e| {
+            errors.push(FieldError::new("metadata", e.to_string()));
+            UserMetadata::default()
+        });
+        errors.extend(validate_labels("metadata.labels", &metadata.labels));
+        let spec = match (descriptor_parse::<K>())(&after["spec"]) {
+            Ok(spec) => serde_json::from_value(spec).ok(),
+            Err(more) => {
+                errors.extend(more);
+                None
+            }
+        };
+        match spec {
+            Some(spec) if errors.is_empty() => Ok(Self {
+                labels: metadata.labels,
+                annotations: metadata.annotations,
+                deletion_protection: metadata.deletion_protection,
+                spec,
+            }),
+            _ => Err(ApiError::invalid(errors)),
+        }
+    }
+}
+
+fn descriptor_parse<K: Kind>() -> fn(&Value) -> Result<Value, Vec<FieldError>> {
+    KindDescriptor::of::<K>().parse_spec
+}
+
+/// Applies a JSON merge patch (RFC 7396).
+pub fn merge_patch(target: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        *target = patch.clone();
+        return;
+    };
+    if !target.is_object() {
+        *target = Value::Object(serde_json::Map::new());
+    }
+    let object = target.as_object_mut().expect("made an object above");
+    for (field, value) in patch {
+        if value.is_null() {
+            object.shift_remove(field);
+        } else {
+            merge_patch(object.entry(field.clone()).or_insert(Value::Null), value);
+        }
+    }
+}
+
+fn create<K: Admit>(step: &mut Step<'_>, intent: &Intent, object: &AnyObject) -> Result<Accepted, ApiError> {
+    let wanted = Wanted::<K>::of(object)?;
+    let mut metadata = step.new_metadata(intent.target.name.clone(), intent.target.project.clone());
+    metadata.labels = wanted.labels;
+    metadata.annotations = wanted.annotations;
+    metadata.deletion_protection = wanted.deletion_protection;
+    let mut new = Object::<K>::new(metadata, wanted.spec);
+    K::admit(step, None, &mut new)?;
+    step.put(new.clone());
+    let m = &new.metadata;
+    step.event(m.project.as_ref(), new.owner_ref(), Severity::Normal, "Created", format!("by {}", intent.actor));
+    K::changed(step, &new);
+    Ok(Accepted { object: new.to_any(), created: true, replayed: false })
+}
+
+fn update<K: Admit>(
+    step: &mut Step<'_>,
+    intent: &Intent,
+    old: Object<K>,
+    wanted: Wanted<K>,
+) -> Result<Accepted, ApiError> {
+    let (before, after) = (
+        serde_json::to_value(&old.spec).expect("specs are plain data"),
+        serde_json::to_value(&wanted.spec).expect("specs are plain data"),
+    );
+    let moved = K::IMMUTABLE.iter().filter(|field| before.get(*field) != after.get(*field));
+    let errors: Vec<_> =
+        moved.map(|f| FieldError::new(format!("spec.{f}"), "can't change after the create")).collect();
+    if !errors.is_empty() {
+        return Err(ApiError::invalid(errors));
+    }
+    let mut new = old.clone();
+    new.metadata.labels = wanted.labels;
+    new.metadata.annotations = wanted.annotations;
+    new.metadata.deletion_protection = wanted.deletion_protection;
+    new.spec = wanted.spec;
+    if new.spec == old.spec && new.metadata == old.metadata {
+        return Ok(Accepted { object: current(step, &old), created: false, replayed: false });
+    }
+    new.metadata.request_id = Some(intent.request_id.clone());
+    if new.spec != old.spec {
+        new.metadata.generation += 1;
+    }
+    K::admit(step, Some(&old), &mut new)?;
+    step.put(new.clone());
+    if new.spec != old.spec {
+        let message = format!("generation {} by {}", new.metadata.generation, intent.actor);
+        step.event(new.metadata.project.as_ref(), new.owner_ref(), Severity::Normal, "Updated", message);
+    }
+    K::changed(step, &new);
+    Ok(Accepted { object: new.to_any(), created: false, replayed: false })
+}
+
+/// An unchanged object with the revision that it stands at.
+fn current<K: Stored>(step: &Step<'_>, object: &Object<K>) -> AnyObject {
+    let mut any = object.to_any();
+    any.metadata.revision = step.committed_revision(object).unwrap_or(0);
+    any
+}
+
+fn delete<K: Admit>(step: &mut Step<'_>, intent: &Intent, old: Object<K>) -> Result<Accepted, ApiError> {
+    if old.metadata.deletion_protection {
+        let detail = format!(
+            "{} {} is protected: set metadata.deletionProtection to false first",
+            K::KIND,
+            intent.target.name
+        );
+        return Err(ApiError::new(Code::Conflict, detail));
+    }
+    K::may_delete(step, &old)?;
+    let m = &old.metadata;
+    step.event(m.project.as_ref(), old.owner_ref(), Severity::Normal, "Deleted", format!("by {}", intent.actor));
+    let object = K::delete(step, &old);
+    Ok(Accepted { object, created: false, replayed: false })
+}
+
+/// What is particular to a kind when users change it.
+pub trait Admit: Stored {
+    /// Checks a create (`old` absent) or update against the world, and fills in what is derived.
+    fn admit(_step: &mut Step<'_>, _old: Option<&Object<Self>>, _new: &mut Object<Self>) -> Result<(), ApiError> {
+        Ok(())
+    }
+
+    /// Marks what has to be looked at after a change.
+    fn changed(_step: &mut Step<'_>, _new: &Object<Self>) {}
+
+    fn may_delete(_step: &Step<'_>, _old: &Object<Self>) -> Result<(), ApiError> {
+        Ok(())
+    }
+
+    /// Deletes it: at once if nothing is to be torn down. Answers the tombstone.
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        step.erase(old);
+        let mut any = old.to_any();
+        any.metadata.deleting = Some(step.now);
+        any
+    }
+}
+
+/// Buries a kind whose teardown takes time.
+fn bury<K: Stored>(step: &mut Step<'_>, old: &Object<K>) -> AnyObject {
+    let buried = step.bury(old);
+    step.mark(Dirty::Buried(K::PLURAL, buried.metadata.uid));
+    buried.to_any()
+}
+
+impl Admit for Organization {
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        bury(step, old)
+    }
+}
+
+impl Admit for Project {
+    fn admit(step: &mut Step<'_>, _: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        // What a project owns is found by the project's name, so the name waits for the last of it.
+        if step.world.projects.buried.values().any(|p| p.metadata.name == new.metadata.name) {
+            let detail = format!("project {} is still being torn down: try again soon", new.metadata.name);
+            return Err(ApiError::new(Code::Conflict, detail));
+        }
+        if step.world.organizations.get(None, &new.spec.organization).is_none() {
+            let message = format!("there is no organization {}", new.spec.organization);
+            return Err(ApiError::invalid(vec![FieldError::new("spec.organization", message)]));
+        }
+        Ok(())
+    }
+
+    fn may_delete(_: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        if old.metadata.name == SYSTEM_PROJECT {
+            return Err(ApiError::new(Code::Conflict, "the project `system` belongs to the cloud itself"));
+        }
+        Ok(())
+    }
+
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        bury(step, old)
+    }
+}
+
+impl Admit for Region {}
+
+impl Admit for Zone {
+    fn may_delete(step: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        refuse_with_hosts(step, "zone", &old.metadata.name, |h| &h.spec.zone)
+    }
+}
+
+impl Admit for Cell {
+    fn may_delete(step: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        refuse_with_hosts(step, "cell", &old.metadata.name, |h| &h.spec.cell)
+    }
+}
+
+fn refuse_with_hosts(
+    step: &Step<'_>,
+    what: &str,
+    name: &Name,
+    part: impl Fn(&Object<Host>) -> &Name,
+) -> Result<(), ApiError> {
+    let users: Vec<_> = step.world.hosts.live.values().filter(|h| part(h) == name).collect();
+    match users.len() {
+        0 => Ok(()),
+        n => {
+            let names: Vec<_> = users.iter().take(5).map(|h| h.metadata.name.as_str()).collect();
+            let detail = format!("{what} {name} has {n} hosts ({}): delete them first", names.join(", "));
+            Err(ApiError::new(Code::Conflict, detail))
+        }
+    }
+}
+
+impl Admit for Host {
+    fn changed(step: &mut Step<'_>, new: &Object<Self>) {
+        step.mark(Dirty::Host(new.metadata.name.clone()));
+    }
+
+    fn may_delete(_: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        if matches!(old.status.state, HostState::Ready | HostState::Joining) {
+            let detail = "this host's agent is alive and would register it again: stop the agent first";
+            return Err(ApiError::new(Code::Conflict, detail));
+        }
+        Ok(())
+    }
+
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        rules::host::forget(step, old)
+    }
+}
+
+impl Admit for Image {
+    fn admit(_: &mut Step<'_>, _: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        let sum = new.spec.blobs.iter().fold(0u64, |sum, b| sum.saturating_add(b.size));
+        new.status.size = Bytes(sum);
+        Ok(())
+    }
+
+    fn changed(step: &mut Step<'_>, new: &Object<Self>) {
+        let project = new.metadata.project.as_ref().expect("images have a project");
+        let users: Vec<_> = step
+            .world
+            .apps
+            .in_project(project)
+            .filter(|a| a.spec.image == new.metadata.name)
+            .map(|a| (a.metadata.project.clone(), a.metadata.name.clone()))
+            .collect();
+        for place in users {
+            step.mark(Dirty::App(place));
+        }
+    }
+}
+
+/// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not.
+pub fn charge(spec: &AppSpec) -> [u64; 3] {
+    let n = u64::from(spec.replicas);
+    [n, n * u64::from(spec.resources.cpu.0), n.saturating_mul(spec.resources.memory.0)]
+}
+
+/// Changes a project's use from one charge to another in this same step, or says which quota would be passed.
+pub fn recharge(step: &mut Step<'_>, project: &Name, before: [u64; 3], after: [u64; 3]) -> Result<(), ApiError> {
+    if before == after {
+        return Ok(());
+    }
+    let Some(mut project) = step.world.project(project).cloned() else { return Ok(()) };
+    let (used, quota) = (project.status.used, project.spec.quota);
+    let used = [u64::from(used.instances), u64::from(used.cpu.0), used.memory.0];
+    let limit = [u64::from(quota.instances), u64::from(quota.cpu.0), quota.memory.0];
+    let mut new = [0; 3];
+    for (i, name) in ["instances", "cpu", "memory"].into_iter().enumerate() {
+        new[i] = used[i].saturating_sub(before[i]).saturating_add(after[i]);
+        if after[i] > before[i] && new[i] > limit[i] {
+            let show = |amount: u64| match i {
+                0 => amount.to_string(),
+                1 => u32::try_from(amount).map_or_else(|_| format!("{amount}m"), |m| MilliCpu(m).to_string()),
+                _ => Bytes(amount).to_string(),
+            };
+            let detail = format!(
+                "the {name} quota of project {} is {}, {} are in use, this would make it {}: ask for less or raise the quota",
+                project.metadata.name,
+                show(limit[i]),
+                show(used[i]),
+                show(new[i]),
+            );
+            return Err(ApiError::new(Code::QuotaExceeded, detail));
+        }
+    }
+    let narrow = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+    project.status.used =
+        QuotaUse { instances: narrow(new[0]), cpu: MilliCpu(narrow(new[1])), memory: Bytes(new[2]) };
+    step.put(project);
+    Ok(())
+}
+
+impl Admit for App {
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        let project = new.metadata.project.clone().expect("apps have a project");
+        let before = old.map_or([0; 3], |old| charge(&old.spec));
+        recharge(step, &project, before, charge(&new.spec))
+    }
+
+    fn changed(step: &mut Step<'_>, new: &Object<Self>) {
+        step.mark(Dirty::App((new.metadata.project.clone(), new.metadata.name.clone())));
+    }
+
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        rules::app::bury(step, old)
+    }
+}
+
+impl Admit for Instance {
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        rules::instance::bury(step, old, "deleted by a user").to_any()
+    }
+}
+
+impl Admit for Route {
+    fn admit(step: &mut Step<'_>, _: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        let place = (new.metadata.project.clone(), new.metadata.name.clone());
+        let same = |r: &&Object<Route>| r.spec.host == new.spec.host && r.spec.path == new.spec.path;
+        let taken = step.world.routes.live.iter().find(|(p, r)| **p != place && same(r));
+        match taken {
+            None => Ok(()),
+            Some(_) => {
+                let detail = format!("another route answers {}{} already", new.spec.host, new.spec.path);
+                Err(ApiError::new(Code::Conflict, detail))
+            }
+        }
+    }
+}
+
+impl Admit for Event {}
+

@@ -1,0 +1,195 @@
+//! Keeps an app at its replicas: makes instances of the newest template, retires old ones as new ones become ready,
+//! and says in its status how far it is.
+
+use nexus_model::kind::*;
+use nexus_model::object::{ConditionStatus, set_condition};
+use nexus_model::{AnyObject, Digest, Name, Object, Uid, plan};
+
+use crate::decide::{charge, recharge};
+use crate::rules::buried::Teardown;
+use crate::rules::instance;
+use crate::step::{Dirty, Step};
+use crate::world::{Place, app_uid};
+
+/// Instances made or buried in one step, so that a step fits in a transaction.
+const PER_STEP: usize = 12;
+
+/// Ends an app: its name and quota are free at once, its instances are buried with it.
+pub fn bury(step: &mut Step<'_>, app: &Object<App>) -> AnyObject {
+    let project = app.metadata.project.clone().expect("apps have a project");
+    recharge(step, &project, charge(&app.spec), [0; 3]).expect("giving back is never refused");
+    let buried = step.bury(app);
+    step.mark(Dirty::Buried(App::PLURAL, app.metadata.uid));
+    buried.to_any()
+}
+
+/// Buries instances of a buried app, a few at a time.
+pub fn tear_down(step: &mut Step<'_>, app: Uid) -> Teardown {
+    let living: Vec<_> = step.world.instances_of(app).take(PER_STEP).cloned().collect();
+    for i in &living {
+        instance::bury(step, i, "its app was deleted");
+    }
+    if !living.is_empty() {
+        Teardown::Progressed
+    } else if step.world.instances.buried.values().any(|i| app_uid(i) == app) {
+        Teardown::Waiting
+    } else {
+        Teardown::Gone
+    }
+}
+
+/// Identifies what instances of an app are made from: its template and the content of its image.
+fn template_hash(template: &Template, image: Digest) -> String {
+    let what = serde_json::to_vec(&(template, image)).expect("templates are plain data");
+    Digest::of(&what).hex()[..16].to_owned()
+}
+
+/// The host names under which gateways answer for an app.
+pub fn hostnames(app: &Object<App>, domain: &str) -> Vec<String> {
+    let (name, project) = (&app.metadata.name, app.metadata.project.as_ref().expect("apps have a project"));
+    if !app.spec.expose {
+        return Vec::new();
+    }
+    let full = format!("{name}.{project}.{domain}");
+    if *project == "default" { vec![format!("{name}.{domain}"), full] } else { vec![full] }
+}
+
+pub fn reconcile(step: &mut Step<'_>, place: &Place) {
+    let Some(app) = step.world.apps.live.get(place).cloned() else { return };
+    let image = step.world.images.get(app.metadata.project.as_ref(), &app.spec.image);
+    let image = image.map(|i| i.spec.digest);
+    let instances: Vec<_> = step.world.instances_of(app.metadata.uid).cloned().collect();
+    let hash = image.map(|digest| template_hash(&app.spec.template(), digest));
+    let (new, old): (Vec<_>, Vec<_>) =
+        instances.into_iter().partition(|i| hash.as_ref().is_none_or(|h| *h == i.spec.template_hash));
+    let wanted = app.spec.replicas as usize;
+    let mut more = false;
+    if let (Some(digest), Some(hash)) = (image, &hash) {
+        let surge = (wanted / 4).max(1);
+        let room = (wanted + surge).saturating_sub(new.len() + old.len());
+        let missing = wanted.saturating_sub(new.len());
+        // With nothing to replace there is no surge to keep to.
+        let make = if old.is_empty() { missing } else { missing.min(room) };
+        for _ in 0..make.min(PER_STEP) {
+            make_instance(step, &app, digest, hash);
+        }
+        more |= make > PER_STEP;
+    }
+    more |= retire(step, &new, &old, wanted);
+    update_status(step, &app, hash.as_deref());
+    if more {
+        step.mark(Dirty::App(place.clone()));
+    }
+}
+
+/// Buries what is too much: old instances that serve nothing or are no longer needed, then the excess of new ones.
+/// True if there is more to bury than one step may.
+fn retire(step: &mut Step<'_>, new: &[Object<Instance>], old: &[Object<Instance>], wanted: usize) -> bool {
+    let ready = new.iter().chain(old).filter(|i| i.status.ready).count();
+    // As many replicas as are wanted stay ready while old instances are replaced.
+    let mut spare_ready = ready.saturating_sub(wanted);
+    let mut doomed: Vec<(&Object<Instance>, &str)> = Vec::new();
+    for i in old {
+        if !i.status.ready {
+            doomed.push((i, "replaced by a newer template"));
+        } else if spare_ready > 0 {
+            spare_ready -= 1;
+            doomed.push((i, "replaced by a newer template"));
+        }
+    }
+    let excess = new.len().saturating_sub(wanted);
+    if excess > 0 {
+        let mut order: Vec<&Object<Instance>> = new.iter().collect();
+        // What serves least goes first: unplaced, unready, then from the fullest zone, the youngest first.
+        let in_zone = |i: &Object<Instance>| {
+            let zone = i.status.zone.as_ref();
+            new.iter().filter(|o| o.status.zone.as_ref() == zone && zone.is_some()).count()
+        };
+        order.sort_by_key(|i| {
+            let age = std::cmp::Reverse(i.metadata.created);
+            (i.status.host.is_some(), i.status.ready, std::cmp::Reverse(in_zone(i)), age, i.metadata.uid)
+        });
+        doomed.extend(order.into_iter().take(excess).map(|i| (i, "scaled in")));
+    }
+    for (i, why) in doomed.iter().take(PER_STEP) {
+        instance::bury(step, i, why);
+    }
+    doomed.len() > PER_STEP
+}
+
+fn make_instance(step: &mut Step<'_>, app: &Object<App>, digest: Digest, hash: &str) {
+    let uid = step.new_uid();
+    let stem: String = app.metadata.name.as_str().chars().take(54).collect();
+    let stem = stem.trim_end_matches('-');
+    let name: Name = format!("{stem}-{}", uid.short()).parse().expect("a name and hexadecimal digits");
+    let mut metadata = step.new_metadata(name, app.metadata.project.clone());
+    metadata.uid = uid;
+    metadata.owner = Some(app.owner_ref());
+    metadata.labels = app.spec.instance_labels.clone();
+    metadata.request_id = app.metadata.request_id.clone();
+    let spec = InstanceSpec {
+        app: app.metadata.name.clone(),
+        template_hash: hash.to_owned(),
+        template: app.spec.template(),
+        image_digest: digest,
+    };
+    step.put(Object::<Instance>::new(metadata, spec));
+    instance::reconcile(step, uid);
+}
+
+fn update_status(step: &mut Step<'_>, app: &Object<App>, hash: Option<&str>) {
+    let Some(app) = step.world.apps.get(app.metadata.project.as_ref(), &app.metadata.name).cloned() else { return };
+    let instances: Vec<_> = step.world.instances_of(app.metadata.uid).collect();
+    let count = |f: &dyn Fn(&Object<Instance>) -> bool| {
+        u32::try_from(instances.iter().filter(|i| f(i)).count()).unwrap_or(u32::MAX)
+    };
+    let mut new = app.clone();
+    let s = &mut new.status;
+    s.observed_generation = app.metadata.generation;
+    s.desired_replicas = app.spec.replicas;
+    s.replicas = count(&|_| true);
+    s.ready_replicas = count(&|i| i.status.ready);
+    s.updated_replicas = count(&|i| Some(i.spec.template_hash.as_str()) == hash);
+    s.hostnames = hostnames(&app, plan::DEFAULT_DOMAIN);
+    let updated_ready = count(&|i| i.status.ready && Some(i.spec.template_hash.as_str()) == hash);
+    let settled = s.replicas == s.desired_replicas && updated_ready == s.desired_replicas;
+    s.phase = match (s.desired_replicas, s.ready_replicas) {
+        (0, _) if s.replicas == 0 => AppPhase::Stopped,
+        _ if settled => AppPhase::Ready,
+        (_, 0) => AppPhase::Pending,
+        _ => AppPhase::Progressing,
+    };
+    let stuck = instances.iter().find(|i| !i.status.ready && !i.status.message.is_empty());
+    let (status, reason, message) = if hash.is_none() {
+        let message = format!(
+            "there is no image {}: import it with `nexus image import PATH --name {}`",
+            app.spec.image, app.spec.image
+        );
+        (ConditionStatus::False, "ImageNotFound", message)
+    } else if settled {
+        (ConditionStatus::True, "AllReady", format!("{} of {} replicas are ready", s.ready_replicas, s.desired_replicas))
+    } else {
+        let why = match stuck {
+            Some(i) => format!(": {}: {}", i.metadata.name, i.status.message),
+            None => String::new(),
+        };
+        let message = format!("{updated_ready} of {} replicas are ready{why}", s.desired_replicas);
+        (ConditionStatus::False, "NotAllReady", message)
+    };
+    set_condition(&mut s.conditions, "Ready", status, reason, &message, step.now);
+    if new.status == app.status {
+        return;
+    }
+    let became = new.status.phase;
+    if became != app.status.phase {
+        let severity = if hash.is_none() { Severity::Warning } else { Severity::Normal };
+        let reason = match became {
+            AppPhase::Pending => "Pending",
+            AppPhase::Ready => "Ready",
+            AppPhase::Progressing => "Progressing",
+            AppPhase::Stopped => "Stopped",
+        };
+        step.event(app.metadata.project.as_ref(), app.owner_ref(), severity, reason, message);
+    }
+    step.put(new);
+}

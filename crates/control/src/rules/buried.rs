@@ -1,0 +1,113 @@
+//! Teardown of what owns other things: organizations, projects and apps are erased when nothing of them is left.
+
+use nexus_model::kind::*;
+use nexus_model::{Name, Object, Uid};
+
+use crate::rules::{app, instance};
+use crate::step::{Dirty, Step};
+use crate::world::{Stored, World};
+
+/// Objects of each kind handled in one step, so that a step fits in a transaction.
+const PER_STEP: usize = 8;
+
+/// How far one step of a teardown came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Teardown {
+    /// Nothing is left.
+    Gone,
+    /// This step took something away; another may take more.
+    Progressed,
+    /// What is left waits for a host, whose report marks it again.
+    Waiting,
+}
+
+pub fn reconcile(step: &mut Step<'_>, plural: &'static str, uid: Uid) {
+    match plural {
+        p if p == App::PLURAL && step.world.apps.buried.contains_key(&uid) => {
+            let teardown = app::tear_down(step, uid);
+            finish::<App>(step, uid, teardown);
+        }
+        p if p == Project::PLURAL && step.world.projects.buried.contains_key(&uid) => {
+            let teardown = tear_down_project(step, uid);
+            finish::<Project>(step, uid, teardown);
+        }
+        p if p == Organization::PLURAL && step.world.organizations.buried.contains_key(&uid) => {
+            let teardown = tear_down_organization(step, uid);
+            finish::<Organization>(step, uid, teardown);
+        }
+        _ => {}
+    }
+}
+
+fn finish<K: Stored>(step: &mut Step<'_>, uid: Uid, teardown: Teardown) {
+    match teardown {
+        Teardown::Waiting => {}
+        Teardown::Progressed => step.mark(Dirty::Buried(K::PLURAL, uid)),
+        Teardown::Gone => {
+            let Some(object) = K::table(step.world).buried.get(&uid).cloned() else { return };
+            step.erase(&object);
+            // Whoever owned it may now be empty too.
+            let projects: Vec<Uid> = step
+                .world
+                .projects
+                .buried
+                .values()
+                .filter(|p| object.metadata.project.as_ref() == Some(&p.metadata.name))
+                .map(|p| p.metadata.uid)
+                .collect();
+            let organizations: Vec<Uid> = step.world.organizations.buried.keys().copied().collect();
+            projects.into_iter().for_each(|uid| step.mark(Dirty::Buried(Project::PLURAL, uid)));
+            organizations.into_iter().for_each(|uid| step.mark(Dirty::Buried(Organization::PLURAL, uid)));
+        }
+    }
+}
+
+fn take<K: Stored>(world: &World, project: &Name) -> Vec<Object<K>> {
+    K::table(world).in_project(project).take(PER_STEP).cloned().collect()
+}
+
+fn tear_down_project(step: &mut Step<'_>, uid: Uid) -> Teardown {
+    let Some(project) = step.world.projects.buried.get(&uid).cloned() else { return Teardown::Gone };
+    let name = &project.metadata.name;
+    let (apps, routes, images) =
+        (take::<App>(step.world, name), take::<Route>(step.world, name), take::<Image>(step.world, name));
+    let instances = take::<Instance>(step.world, name);
+    let mut progressed = !(apps.is_empty() && routes.is_empty() && images.is_empty() && instances.is_empty());
+    apps.iter().for_each(|a| drop(app::bury(step, a)));
+    routes.iter().for_each(|r| step.erase(r));
+    images.iter().for_each(|i| step.erase(i));
+    // Instances of an app that is buried above are found again in the next step, with their app's own teardown.
+    if apps.is_empty() {
+        instances.iter().for_each(|i| drop(instance::bury(step, i, "its project was deleted")));
+    }
+    let mine = |p: Option<&Name>| p == Some(name);
+    let waiting = step.world.apps.buried.values().any(|a| mine(a.metadata.project.as_ref()))
+        || step.world.instances.buried.values().any(|i| mine(i.metadata.project.as_ref()));
+    if !progressed && !waiting {
+        let events = take::<Event>(step.world, name);
+        progressed = !events.is_empty();
+        events.iter().for_each(|e| step.erase(e));
+        if !progressed {
+            return Teardown::Gone;
+        }
+    }
+    if progressed { Teardown::Progressed } else { Teardown::Waiting }
+}
+
+fn tear_down_organization(step: &mut Step<'_>, uid: Uid) -> Teardown {
+    let Some(organization) = step.world.organizations.buried.get(&uid).cloned() else { return Teardown::Gone };
+    let name = &organization.metadata.name;
+    let mine = |p: &&Object<Project>| p.spec.organization == *name;
+    let projects: Vec<_> = step.world.projects.live.values().filter(mine).take(PER_STEP).cloned().collect();
+    for p in &projects {
+        step.bury(p);
+        step.mark(Dirty::Buried(Project::PLURAL, p.metadata.uid));
+    }
+    if !projects.is_empty() {
+        Teardown::Progressed
+    } else if step.world.projects.buried.values().any(|p| p.spec.organization == *name) {
+        Teardown::Waiting
+    } else {
+        Teardown::Gone
+    }
+}

@@ -1,0 +1,154 @@
+//! Places instances, takes in what hosts report of them, and buries them.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use nexus_model::kind::*;
+use nexus_model::object::{ConditionStatus, set_condition};
+use nexus_model::plan::InstanceReport;
+use nexus_model::{Name, Object, Uid};
+
+use crate::rules::host;
+use crate::step::{Dirty, Step};
+
+/// The infrastructure addresses of a slot on a host.
+pub fn addresses(host: &HostSpec, slot: u16) -> (Ipv6Addr, Ipv4Addr) {
+    let mut six = host.prefix6.segments();
+    six[7] = slot;
+    let mut four = host.prefix4.octets();
+    four[3] = u8::try_from(slot).expect("slots end at 254");
+    (six.into(), four.into())
+}
+
+/// Finds a host for an instance that has none.
+pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
+    let Some(instance) = step.world.instance(uid).filter(|i| i.metadata.deleting.is_none()).cloned() else { return };
+    if instance.status.host.is_some() {
+        return;
+    }
+    let project = instance.metadata.project.clone();
+    let app = step.world.apps.get(project.as_ref(), &instance.spec.app);
+    let spread = app.map(|a| a.spec.spread).unwrap_or_default();
+    let scheduler = step.world.scheduler.as_mut().expect("only the writer reconciles");
+    let mut new = instance.clone();
+    match scheduler.place(&instance, spread) {
+        Ok(placed) => {
+            let host = step.world.host(&placed.host).expect("placement knows the world's hosts").clone();
+            let (six, four) = addresses(&host.spec, placed.slot);
+            let s = &mut new.status;
+            s.phase = InstancePhase::Scheduled;
+            s.host = Some(placed.host.clone());
+            s.zone = Some(host.spec.zone.clone());
+            s.slot = Some(placed.slot);
+            s.epoch = host.status.epoch + 1;
+            (s.address6, s.address4) = (Some(six), Some(four));
+            s.message = String::new();
+            let message = format!("on host {} in {}", placed.host, host.spec.zone);
+            set_condition(&mut s.conditions, "Scheduled", ConditionStatus::True, "Placed", &message, step.now);
+            step.put(new);
+            host::recount(step, &placed.host);
+            step.event(project.as_ref(), instance.owner_ref(), Severity::Normal, "Placed", message);
+        }
+        Err(refusal) => {
+            let s = &mut new.status;
+            s.phase = InstancePhase::Pending;
+            s.message = refusal.clone();
+            let changed =
+                set_condition(&mut s.conditions, "Scheduled", ConditionStatus::False, "NoHost", &refusal, step.now);
+            if changed {
+                step.put(new);
+                step.event(project.as_ref(), instance.owner_ref(), Severity::Warning, "NoHost", refusal);
+                mark_app(step, &instance);
+            }
+        }
+    }
+}
+
+fn mark_app(step: &mut Step<'_>, instance: &Object<Instance>) {
+    let app = (instance.metadata.project.clone(), instance.spec.app.clone());
+    step.mark(Dirty::App(app));
+}
+
+/// Ends an instance. Its name is free at once; capacity and address stay its own until the host confirms that it is gone.
+pub fn bury(step: &mut Step<'_>, instance: &Object<Instance>, why: &str) -> Object<Instance> {
+    let mut last = instance.clone();
+    last.status.ready = false;
+    if last.status.host.is_some() {
+        last.status.phase = InstancePhase::Stopping;
+    }
+    last.status.message = why.to_owned();
+    step.put(last.clone());
+    let buried = step.bury(&last);
+    step.event(instance.metadata.project.as_ref(), instance.owner_ref(), Severity::Normal, "Stopping", why);
+    mark_app(step, instance);
+    if buried.status.host.is_none() {
+        erase(step, &buried);
+    }
+    buried
+}
+
+/// Forgets a buried instance whose host has confirmed that nothing of it is left.
+pub fn erase(step: &mut Step<'_>, buried: &Object<Instance>) {
+    step.erase(buried);
+    if let Some(owner) = &buried.metadata.owner {
+        step.mark(Dirty::Buried(App::PLURAL, owner.uid));
+    }
+    if let Some(project) = &buried.metadata.project {
+        mark_project(step, project);
+    }
+    if let Some(host) = &buried.status.host {
+        host::recount(step, host);
+        step.mark(Dirty::Host(host.clone()));
+    }
+}
+
+/// A buried project of that name may now be empty.
+fn mark_project(step: &mut Step<'_>, name: &Name) {
+    let uids: Vec<_> = step.world.projects.buried.values().filter(|p| p.metadata.name == *name).collect();
+    let uids: Vec<_> = uids.into_iter().map(|p| p.metadata.uid).collect();
+    for uid in uids {
+        step.mark(Dirty::Buried(Project::PLURAL, uid));
+    }
+}
+
+/// Takes in what a host says of a living instance.
+pub fn observe(step: &mut Step<'_>, instance: &Object<Instance>, report: &InstanceReport) {
+    let mut new = instance.clone();
+    let s = &mut new.status;
+    s.phase = report.phase;
+    s.ready = report.ready;
+    s.endpoint = report.endpoint;
+    s.restarts = report.restarts;
+    s.started = report.started;
+    s.exit_code = report.exit_code;
+    s.message = report.message.chars().take(1024).collect();
+    let (status, reason) = match (s.ready, s.phase) {
+        (true, _) => (ConditionStatus::True, "Serving"),
+        (_, InstancePhase::Running) => (ConditionStatus::False, "NotReady"),
+        (_, InstancePhase::BackOff) => (ConditionStatus::False, "BackOff"),
+        _ => (ConditionStatus::False, "Starting"),
+    };
+    let message = s.message.clone();
+    set_condition(&mut s.conditions, "Ready", status, reason, &message, step.now);
+    if *s == instance.status {
+        return;
+    }
+    let (before, after) = (&instance.status, &new.status);
+    let told = match (before.phase, after.phase) {
+        (a, InstancePhase::BackOff) if a != InstancePhase::BackOff => Some((Severity::Warning, "BackOff")),
+        (a, InstancePhase::Running) if a != InstancePhase::Running => Some((Severity::Normal, "Started")),
+        _ if before.ready != after.ready && after.ready => Some((Severity::Normal, "Ready")),
+        _ if before.ready != after.ready => Some((Severity::Warning, "NotReady")),
+        _ if before.message != after.message && !after.message.is_empty() && after.phase == InstancePhase::Starting => {
+            Some((Severity::Normal, "Starting"))
+        }
+        _ => None,
+    };
+    if let Some((severity, reason)) = told {
+        step.event(instance.metadata.project.as_ref(), instance.owner_ref(), severity, reason, after.message.clone());
+    }
+    let for_app = before.ready != after.ready || before.phase != after.phase || before.message != after.message;
+    step.put(new);
+    if for_app {
+        mark_app(step, instance);
+    }
+}

@@ -1,0 +1,287 @@
+//! The regional scheduler: chooses cells, asks their placement for a host, and keeps what is reserved in step with the
+//! rows of instances and hosts.
+//!
+//! An instance holds its reservation and its address slot from the row that names its host until that row is erased;
+//! burying it changes neither, because its host may still run it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nexus_model::kind::{self, Host, HostState, Instance, Runtime, Spread};
+use nexus_model::{Bytes, Digest, MilliCpu, Name, Object, Uid};
+use nexus_placement as placement;
+use placement::{Cell, ClassId, GroupId, HostId, ImageId, RackId, ZoneId};
+
+use crate::world::app_uid;
+
+/// Hands out small numbers for names.
+#[derive(Debug)]
+struct Interner<T: Ord + Clone> {
+    ids: BTreeMap<T, u32>,
+    names: Vec<T>,
+}
+
+impl<T: Ord + Clone> Default for Interner<T> {
+    fn default() -> Self {
+        Self { ids: BTreeMap::new(), names: Vec::new() }
+    }
+}
+
+impl<T: Ord + Clone> Interner<T> {
+    fn id(&mut self, name: &T) -> u32 {
+        if let Some(id) = self.ids.get(name) {
+            return *id;
+        }
+        let id = u32::try_from(self.names.len()).expect("fewer than 2^32 names");
+        self.ids.insert(name.clone(), id);
+        self.names.push(name.clone());
+        id
+    }
+}
+
+/// The slots of a host's prefixes that instances may have: .1 is the host's own, .255 is broadcast.
+const SLOTS: std::ops::RangeInclusive<u16> = 2..=254;
+
+/// How full a cell is, in millicores: kept beside the cell because choosing a cell must not look at every host.
+#[derive(Debug, Default)]
+struct Fill {
+    reserved: u64,
+    capacity: u64,
+}
+
+impl Fill {
+    fn thousandths(&self) -> u64 {
+        self.reserved.saturating_mul(1000) / self.capacity.max(1)
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Scheduler {
+    cells: BTreeMap<Name, Cell>,
+    fill: BTreeMap<Name, Fill>,
+    capacities: BTreeMap<Name, u64>,
+    hosts: BTreeMap<Name, (Name, HostId)>,
+    by_id: BTreeMap<(Name, HostId), Name>,
+    slots: BTreeMap<Name, BTreeSet<u16>>,
+    zones: Interner<Name>,
+    racks: Interner<Name>,
+    classes: Interner<Name>,
+    images: Interner<Digest>,
+    groups: Interner<Uid>,
+    /// Rows that a host could not hold; never other than zero unless a host's capacity shrank.
+    pub oversold: u64,
+}
+
+/// A host and the address slot on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    pub host: Name,
+    pub slot: u16,
+}
+
+fn runtime(r: Runtime) -> placement::Runtime {
+    match r {
+        Runtime::Container => placement::Runtime::Container,
+        Runtime::Function => placement::Runtime::Function,
+    }
+}
+
+fn host_state(host: &Object<Host>) -> placement::HostState {
+    match host.status.state {
+        HostState::Joining => placement::HostState::Joining,
+        HostState::Suspect => placement::HostState::Suspect,
+        HostState::Dead => placement::HostState::Dead,
+        HostState::Ready if host.spec.cordoned => placement::HostState::Cordoned,
+        HostState::Ready => placement::HostState::Ready,
+    }
+}
+
+impl Scheduler {
+    /// Learns of a host or of what changed about it.
+    pub fn set_host(&mut self, host: &Object<Host>) {
+        let spec = &host.spec;
+        let capacity = placement::Capacity {
+            cpu: spec.capacity.cpu.0,
+            memory: spec.capacity.memory.0,
+            scratch: spec.capacity.scratch.0,
+            slots: spec.capacity.instances.min(u32::from(*SLOTS.end() - *SLOTS.start() + 1)),
+        };
+        let classes: Vec<_> = spec.classes.iter().map(|(c, n)| (ClassId(self.classes.id(c)), *n)).collect();
+        let images: Vec<_> = host.status.images.iter().map(|d| ImageId(self.images.id(d))).collect();
+        let runtimes = spec.runtimes.iter().map(|r| runtime(*r)).collect();
+        let name = &host.metadata.name;
+        let fill = self.fill.entry(spec.cell.clone()).or_default();
+        let cpu = u64::from(capacity.cpu);
+        fill.capacity += cpu;
+        fill.capacity -= self.capacities.insert(name.clone(), cpu).unwrap_or(0);
+        if let Some((cell, id)) = self.hosts.get(name) {
+            let update = placement::HostUpdate {
+                state: Some(host_state(host)),
+                runtimes: Some(runtimes),
+                capacity: Some(capacity),
+                classes: Some(classes),
+                images: Some(images),
+                load: None,
+            };
+            let cell = self.cells.get_mut(cell).expect("a host's cell is known");
+            cell.update_host(*id, update).expect("the handle came from this cell");
+            return;
+        }
+        let rack = spec.rack.clone().unwrap_or_else(|| name.clone());
+        let spec = placement::HostSpec {
+            zone: ZoneId(self.zones.id(&spec.zone)),
+            rack: RackId(self.racks.id(&rack)),
+            state: host_state(host),
+            runtimes,
+            capacity,
+            classes,
+            images,
+            load: placement::Load::default(),
+        };
+        let cell = host.spec.cell.clone();
+        let id = self.cells.entry(cell.clone()).or_default().add_host(spec);
+        self.hosts.insert(name.clone(), (cell.clone(), id));
+        self.by_id.insert((cell, id), name.clone());
+    }
+
+    /// Forgets a host whose instances have all been erased.
+    pub fn remove_host(&mut self, name: &Name) {
+        if let Some((cell, id)) = self.hosts.remove(name) {
+            if let Some(c) = self.cells.get_mut(&cell)
+                && c.remove_host(id).is_err()
+            {
+                self.oversold += 1;
+            }
+            if let Some(fill) = self.fill.get_mut(&cell) {
+                fill.capacity -= self.capacities.remove(name).unwrap_or(0);
+            }
+            self.by_id.remove(&(cell, id));
+            self.slots.remove(name);
+        }
+    }
+
+    /// A host's load, in thousandths of its processors.
+    pub fn set_load(&mut self, name: &Name, load: u16) {
+        if let Some((cell, id)) = self.hosts.get(name)
+            && let Some(cell) = self.cells.get_mut(cell)
+        {
+            cell.set_load(*id, placement::Load(load)).expect("the handle came from this cell");
+        }
+    }
+
+    /// Moves an instance's reservation from where `old` had it to where `new` has it.
+    pub fn set_instance(&mut self, old: Option<&Object<Instance>>, new: Option<&Object<Instance>>) {
+        let place = |o: Option<&Object<Instance>>| o.and_then(|o| o.status.host.clone().zip(o.status.slot));
+        if place(old) == place(new) {
+            return;
+        }
+        if let (Some(instance), Some((host, slot))) = (old, place(old)) {
+            self.slots.entry(host.clone()).or_default().remove(&slot);
+            let request = self.request(instance, Spread::None);
+            if let Some((cell, id)) = self.hosts.get(&host)
+                && let Some(cell) = self.cells.get_mut(cell)
+                && cell.release(*id, &request).is_err()
+            {
+                self.oversold += 1;
+            }
+            self.fill_of(&host, |fill| fill.reserved = fill.reserved.saturating_sub(u64::from(request.cpu)));
+        }
+        if let (Some(instance), Some((host, slot))) = (new, place(new)) {
+            self.slots.entry(host.clone()).or_default().insert(slot);
+            let request = self.request(instance, Spread::None);
+            if let Some((cell, id)) = self.hosts.get(&host)
+                && let Some(cell) = self.cells.get_mut(cell)
+                && cell.reserve(*id, &request).is_err()
+            {
+                // The row is the truth: the host counts as over-full and takes nothing more until it has drained.
+                self.oversold += 1;
+                cell.adopt(*id, &request).expect("the handle came from this cell");
+            }
+            self.fill_of(&host, |fill| fill.reserved += u64::from(request.cpu));
+        }
+    }
+
+    fn fill_of(&mut self, host: &Name, change: impl FnOnce(&mut Fill)) {
+        if let Some((cell, _)) = self.hosts.get(host)
+            && let Some(fill) = self.fill.get_mut(cell)
+        {
+            change(fill);
+        }
+    }
+
+    fn request(&mut self, instance: &Object<Instance>, spread: Spread) -> placement::Request {
+        let template = &instance.spec.template;
+        let mut request = placement::Request::new(
+            runtime(template.runtime),
+            template.resources.cpu.0,
+            template.resources.memory.0,
+        );
+        request.scratch = template.resources.scratch.0;
+        request.classes = template.classes.iter().map(|(c, n)| (ClassId(self.classes.id(c)), *n)).collect();
+        request.image = Some(ImageId(self.images.id(&instance.spec.image_digest)));
+        request.group = Some(GroupId(self.groups.id(&app_uid(instance))));
+        request.spread.level = match spread {
+            Spread::None => placement::SpreadLevel::None,
+            Spread::Host => placement::SpreadLevel::Host,
+            Spread::Zone => placement::SpreadLevel::Zone,
+        };
+        request
+    }
+
+    /// Finds a host, or says for how many hosts each filter said no.
+    ///
+    /// The regional part: cells are asked in the order of how few of the app's instances their zones hold, so that an app
+    /// spreads over zones although each cell decides alone; the first that can take the instance gets it.
+    pub fn place(&mut self, instance: &Object<Instance>, spread: Spread) -> Result<Placed, String> {
+        let request = self.request(instance, spread);
+        let group = request.group.expect("set above");
+        let mut order: Vec<(u32, u64, &Name)> = self
+            .cells
+            .iter()
+            .map(|(name, cell)| {
+                let mine: u32 = match spread {
+                    Spread::None => 0,
+                    Spread::Host | Spread::Zone => cell.group_counts(group).0.iter().map(|(_, n)| *n).sum(),
+                };
+                // Among equals the emptier cell, so that the region fills evenly.
+                (mine, self.fill[name].thousandths(), name)
+            })
+            .collect();
+        order.sort();
+        let mut refusals = Vec::new();
+        for (_, _, name) in order {
+            match self.cells[name].place(&request) {
+                Ok(decision) => {
+                    let host = self.by_id[&(name.clone(), decision.host)].clone();
+                    let used = self.slots.entry(host.clone()).or_default();
+                    let slot = SLOTS.into_iter().find(|s| !used.contains(s));
+                    let slot = slot.expect("placement keeps a host's instances to its slots");
+                    return Ok(Placed { host, slot });
+                }
+                Err(refusal) => refusals.push(refusal),
+            }
+        }
+        Err(self.explain(&refusals))
+    }
+
+    /// The refusals of all cells as one sentence that counts hosts per filter.
+    fn explain(&self, refusals: &[placement::Refusal]) -> String {
+        let class = |id: ClassId| self.classes.names[id.0 as usize].to_string();
+        match placement::Refusal::merged(refusals) {
+            Some(all) => all.describe(&class),
+            None => "no host can take it: no host has joined this region yet".to_owned(),
+        }
+    }
+
+    /// What the rows reserve on a host, recounted from nothing.
+    pub fn reserved<'a>(instances: impl Iterator<Item = &'a Object<Instance>>) -> kind::Capacity {
+        let mut sum = kind::Capacity::default();
+        for instance in instances {
+            let r = &instance.spec.template.resources;
+            sum.cpu = MilliCpu(sum.cpu.0.saturating_add(r.cpu.0));
+            sum.memory = Bytes(sum.memory.0.saturating_add(r.memory.0));
+            sum.scratch = Bytes(sum.scratch.0.saturating_add(r.scratch.0));
+            sum.instances += 1;
+        }
+        sum
+    }
+}

@@ -1,0 +1,419 @@
+//! The configuration files of the roles: TOML, one type per role, unknown fields refused.
+//!
+//! `nexus up` writes these files for the local cloud; a fleet's operator writes the same ones. A path may be relative
+//! to the folder that the file is in. Nothing secret stands in them: they name the files that hold keys.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use nexus_env::Endpoint;
+use nexus_model::Name;
+use nexus_model::kind::{Capacity, Classes};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// Why a role can't use its configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("reading {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path} is not a valid configuration of this role: {message}")]
+    Parse { path: PathBuf, message: String },
+    #[error("{path}: `{field}`: {message}")]
+    Value { path: PathBuf, field: &'static str, message: String },
+}
+
+/// The files of one mTLS identity, in PEM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    /// The certificates of the authorities that are trusted.
+    pub ca: PathBuf,
+    /// The certificate chain, leaf first.
+    pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
+/// A control plane server among its peers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    pub name: Name,
+    /// Where its peers, agents and gateways reach it by `wire`.
+    pub wire: Endpoint,
+    /// Where users reach its API, such as `https://127.0.0.1:8443`.
+    pub api: String,
+}
+
+/// A cell that the first start creates.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootstrapCell {
+    pub name: Name,
+    pub zone: Name,
+}
+
+/// `nexus server`: a member of a region's control plane.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerConfig {
+    pub name: Name,
+    /// This server in the consensus group: a key of `members`, never reused.
+    pub node_id: u64,
+    /// The cluster's name and the trust domain of its certificates.
+    pub cluster_id: String,
+    pub region: Name,
+    pub zone: Name,
+    /// The metadata log, snapshots and the image store.
+    pub data_dir: PathBuf,
+    /// Southbound listener (mTLS): peers, agents, gateways.
+    pub wire_listen: SocketAddr,
+    /// Northbound listener (TLS, bearer tokens).
+    pub api_tls_listen: SocketAddr,
+    /// The same API without TLS; loopback only.
+    #[serde(default)]
+    pub api_http_listen: Option<SocketAddr>,
+    /// The file with the SHA-256 of the administrator's token, in hexadecimal.
+    pub token_hash: PathBuf,
+    /// Apps are reached at `NAME.<domain>`.
+    #[serde(default = "default_domain")]
+    pub domain: String,
+    /// The zones that the first start creates, beside the region, the organization `default` and the projects `default`
+    /// and `system`.
+    #[serde(default)]
+    pub zones: Vec<Name>,
+    /// The wire identity: `spiffe://<cluster>/server/<name>`.
+    pub tls: TlsFiles,
+    /// The certificate that users see.
+    pub api_tls: TlsFiles,
+    /// The cells that the first start creates.
+    #[serde(default)]
+    pub cells: Vec<BootstrapCell>,
+    /// Every voting server, this one too, by node id.
+    #[serde(with = "by_node_id")]
+    pub members: BTreeMap<u64, Member>,
+}
+
+/// `nexus agent`: the daemon of a host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentConfig {
+    /// The host's name.
+    pub name: Name,
+    pub cluster_id: String,
+    pub region: Name,
+    pub zone: Name,
+    pub cell: Name,
+    #[serde(default)]
+    pub rack: Option<Name>,
+    /// Wire listener (mTLS), and the address that the host registers with.
+    pub address: SocketAddr,
+    /// The /64 from which instances get their infrastructure addresses.
+    pub prefix6: Ipv6Addr,
+    /// The /24 for programs in instances that listen on IPv4 alone.
+    pub prefix4: Ipv4Addr,
+    /// The wire endpoints of the region's servers.
+    pub servers: Vec<Endpoint>,
+    /// Cached plans, images, instances' scratch layers and logs. Survives a boot of the host.
+    pub data_dir: PathBuf,
+    /// Sockets and namespaces. Empty after every boot of the host; holds `boot-id`, which changes with each.
+    pub run_dir: PathBuf,
+    pub keeper_socket: PathBuf,
+    /// The cgroup below which instances' groups are made, relative to the root of every hierarchy.
+    pub cgroup_parent: PathBuf,
+    /// `/healthz`, `/readyz` and `/metrics`, in plain HTTP.
+    pub metrics_listen: SocketAddr,
+    pub tls: TlsFiles,
+    /// What the host offers.
+    pub capacity: Capacity,
+    /// Countable compute classes, such as `gpu-v100 = 2`.
+    #[serde(default)]
+    pub classes: Classes,
+}
+
+/// `nexus keeper`: the owner of a host's processes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeeperConfig {
+    pub socket: PathBuf,
+    /// What a re-executed or restarted keeper must know. Must be empty after a boot of the host.
+    pub state_dir: PathBuf,
+}
+
+/// `nexus gateway`: the edge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewayConfig {
+    pub name: Name,
+    pub cluster_id: String,
+    pub region: Name,
+    /// The zone whose instances are nearest.
+    pub zone: Name,
+    /// Where users' requests arrive.
+    pub http_listen: SocketAddr,
+    /// `/healthz`, `/readyz` and `/metrics`, in plain HTTP; loopback or a management network.
+    pub admin_listen: SocketAddr,
+    /// The wire endpoints of the region's servers.
+    pub servers: Vec<Endpoint>,
+    /// The cached routes.
+    pub data_dir: PathBuf,
+    /// Apps are reached at `NAME.<domain>`.
+    #[serde(default = "default_domain")]
+    pub domain: String,
+    pub tls: TlsFiles,
+}
+
+/// `nexus host-init`: the first process of a local host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostInitConfig {
+    /// The host's name, which becomes its host name too.
+    pub name: Name,
+    /// The program to run as agent and keeper.
+    pub program: PathBuf,
+    /// The cgroup folders to join before anything is started.
+    pub cgroups: Vec<PathBuf>,
+    /// The address whose arrival says that the host's link is ready.
+    pub address: IpAddr,
+    /// Made anew at every boot of the host, on a `/run` of its own.
+    pub run_dir: PathBuf,
+    pub agent_config: PathBuf,
+    pub agent_log: PathBuf,
+    pub keeper_config: PathBuf,
+    pub keeper_log: PathBuf,
+}
+
+fn default_domain() -> String {
+    "localhost".to_owned()
+}
+
+/// A configuration that can be read from a file.
+pub trait Config: DeserializeOwned {
+    /// Makes relative paths absolute.
+    fn resolve(&mut self, base: &Path);
+
+    /// What types alone can't say: the field at fault and why.
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        Ok(())
+    }
+
+    /// Reads, resolves and checks the file.
+    fn load(path: &Path) -> Result<Self, ConfigError> {
+        let read = |source| ConfigError::Read { path: path.to_owned(), source };
+        let text = std::fs::read_to_string(path).map_err(read)?;
+        let mut config: Self = toml::from_str(&text)
+            .map_err(|e| ConfigError::Parse { path: path.to_owned(), message: e.to_string().trim_end().to_owned() })?;
+        let absolute = std::path::absolute(path).map_err(read)?;
+        config.resolve(absolute.parent().unwrap_or(Path::new("/")));
+        config.check().map_err(|(field, message)| ConfigError::Value { path: path.to_owned(), field, message })?;
+        Ok(config)
+    }
+}
+
+fn resolve(base: &Path, paths: &mut [&mut PathBuf]) {
+    for path in paths {
+        // An absolute right side replaces the left one.
+        **path = base.join(&**path);
+    }
+}
+
+impl TlsFiles {
+    fn resolve(&mut self, base: &Path) {
+        resolve(base, &mut [&mut self.ca, &mut self.cert, &mut self.key]);
+    }
+}
+
+impl Config for ServerConfig {
+    fn resolve(&mut self, base: &Path) {
+        resolve(base, &mut [&mut self.data_dir, &mut self.token_hash]);
+        self.tls.resolve(base);
+        self.api_tls.resolve(base);
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        if !self.members.contains_key(&self.node_id) {
+            return Err(("node_id", format!("{} is not a key of `members`", self.node_id)));
+        }
+        if let Some(listen) = self.api_http_listen.filter(|l| !l.ip().is_loopback()) {
+            return Err((
+                "api_http_listen",
+                format!("{listen} is not a loopback address: without TLS, tokens would cross the network in the clear"),
+            ));
+        }
+        if let Some(cell) = self.cells.iter().find(|c| !self.zones.contains(&c.zone)) {
+            return Err(("cells", format!("the zone {} of cell {} is not in `zones`", cell.zone, cell.name)));
+        }
+        Ok(())
+    }
+}
+
+impl Config for AgentConfig {
+    fn resolve(&mut self, base: &Path) {
+        resolve(base, &mut [&mut self.data_dir, &mut self.run_dir, &mut self.keeper_socket]);
+        self.tls.resolve(base);
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.servers.is_empty() {
+            return Err(("servers", "at least one endpoint is needed".to_owned()));
+        }
+        if self.prefix6.segments()[4..].iter().any(|s| *s != 0) {
+            return Err(("prefix6", format!("{}: the last 64 bits must be zero", self.prefix6)));
+        }
+        if self.prefix4.octets()[3] != 0 {
+            return Err(("prefix4", format!("{}: the last 8 bits must be zero", self.prefix4)));
+        }
+        let plain = self.cgroup_parent.components().all(|c| matches!(c, std::path::Component::Normal(_)));
+        if !plain || self.cgroup_parent.as_os_str().is_empty() {
+            return Err((
+                "cgroup_parent",
+                format!("{}: a relative path without `..` is needed", self.cgroup_parent.display()),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Config for KeeperConfig {
+    fn resolve(&mut self, base: &Path) {
+        resolve(base, &mut [&mut self.socket, &mut self.state_dir]);
+    }
+}
+
+impl Config for GatewayConfig {
+    fn resolve(&mut self, base: &Path) {
+        resolve(base, &mut [&mut self.data_dir]);
+        self.tls.resolve(base);
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.servers.is_empty() {
+            return Err(("servers", "at least one endpoint is needed".to_owned()));
+        }
+        Ok(())
+    }
+}
+
+impl Config for HostInitConfig {
+    fn resolve(&mut self, base: &Path) {
+        resolve(
+            base,
+            &mut [
+                &mut self.program,
+                &mut self.run_dir,
+                &mut self.agent_config,
+                &mut self.agent_log,
+                &mut self.keeper_config,
+                &mut self.keeper_log,
+            ],
+        );
+    }
+}
+
+/// TOML's keys are texts; node ids are numbers.
+mod by_node_id {
+    use std::collections::BTreeMap;
+
+    use serde::de::Error as _;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Member;
+
+    pub fn serialize<S: Serializer>(members: &BTreeMap<u64, Member>, s: S) -> Result<S::Ok, S::Error> {
+        members.iter().map(|(id, m)| (id.to_string(), m)).collect::<BTreeMap<_, _>>().serialize(s)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<u64, Member>, D::Error> {
+        BTreeMap::<String, Member>::deserialize(d)?
+            .into_iter()
+            .map(|(id, m)| match id.parse() {
+                Ok(id) => Ok((id, m)),
+                Err(_) => Err(D::Error::custom(format!("`{id}` is not a node id: a whole number is needed"))),
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GATEWAY: &str = r#"
+name = "gateway-1"
+cluster_id = "home"
+region = "local"
+zone = "zone-a"
+http_listen = "127.0.0.1:8000"
+admin_listen = "127.0.0.1:8100"
+servers = ["tcp:[fd00::1]:7440"]
+data_dir = "data"
+
+[tls]
+ca = "/etc/ca.pem"
+cert = "gateway.pem"
+key = "gateway.key"
+"#;
+
+    fn load<C: Config>(text: &str) -> Result<C, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("role.toml");
+        std::fs::write(&path, text).unwrap();
+        C::load(&path)
+    }
+
+    #[test]
+    fn relative_paths_start_at_the_files_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("gateway.toml");
+        std::fs::write(&path, GATEWAY).unwrap();
+        let config = GatewayConfig::load(&path).unwrap();
+        assert_eq!(config.data_dir, dir.path().join("data"));
+        assert_eq!(config.tls.ca, Path::new("/etc/ca.pem"));
+        assert_eq!(config.domain, "localhost");
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_by_name() {
+        let error = load::<GatewayConfig>(&format!("http_lisen = 1\n{GATEWAY}")).unwrap_err().to_string();
+        assert!(error.contains("http_lisen"), "{error}");
+    }
+
+    #[test]
+    fn plain_http_is_for_loopback_only() {
+        let member = Member {
+            name: "server-a".parse().unwrap(),
+            wire: "tcp:[fd00::1]:7440".parse().unwrap(),
+            api: "https://127.0.0.1:8443".into(),
+        };
+        let tls = TlsFiles { ca: "ca".into(), cert: "cert".into(), key: "key".into() };
+        let good = ServerConfig {
+            name: "server-a".parse().unwrap(),
+            node_id: 1,
+            cluster_id: "home".into(),
+            region: "local".parse().unwrap(),
+            zone: "zone-a".parse().unwrap(),
+            data_dir: "data".into(),
+            wire_listen: "[fd00::1]:7440".parse().unwrap(),
+            api_tls_listen: "127.0.0.1:8443".parse().unwrap(),
+            api_http_listen: Some("127.0.0.1:8453".parse().unwrap()),
+            token_hash: "hash".into(),
+            domain: "localhost".into(),
+            zones: vec!["zone-a".parse().unwrap()],
+            tls: tls.clone(),
+            api_tls: tls,
+            cells: vec![BootstrapCell { name: "c".parse().unwrap(), zone: "zone-a".parse().unwrap() }],
+            members: BTreeMap::from([(1, member)]),
+        };
+        let text = toml::to_string(&good).unwrap();
+        assert_eq!(load::<ServerConfig>(&text).unwrap().members, good.members);
+
+        let open = ServerConfig { api_http_listen: Some("0.0.0.0:80".parse().unwrap()), ..good.clone() };
+        let error = load::<ServerConfig>(&toml::to_string(&open).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("api_http_listen"), "{error}");
+
+        let stranger = ServerConfig { node_id: 2, ..good };
+        let error = load::<ServerConfig>(&toml::to_string(&stranger).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("node_id"), "{error}");
+    }
+}

@@ -1,0 +1,325 @@
+//! What `up` lays ready before anything starts: the authority, certificates, the token, and every role's configuration.
+//!
+//! All of it is made at the first start and kept. Certificates are issued anew when less than a quarter of their life is
+//! left; configurations are written again whenever this release would write them differently.
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use nexus_env::{Endpoint, Env, RngExt as _};
+use nexus_iam::{CertificateAuthority, Identity, SpiffeId, TokenSecret};
+use nexus_model::kind::Capacity;
+use nexus_model::{Bytes, MilliCpu};
+use serde::Serialize;
+
+use super::cgroup;
+use super::plan::{HostPlan, Plan};
+use super::state::{DataDir, make_private_dir, write_private};
+use crate::config::{
+    AgentConfig, BootstrapCell, GatewayConfig, HostInitConfig, KeeperConfig, Member, ServerConfig, TlsFiles,
+};
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+const CERT_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
+const RENEW_BEFORE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// On the host's own tmpfs.
+const RUN_DIR: &str = "/run/nexus";
+const DOMAIN: &str = "localhost";
+const MAX_INSTANCES: u32 = 250;
+
+/// What the machine can give; a host declares a share of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Machine {
+    pub cpus: u32,
+    pub memory: u64,
+    pub free_disk: u64,
+}
+
+impl Machine {
+    /// Measures this machine; `root` says whose disk is meant.
+    pub fn measure(root: &Path) -> anyhow::Result<Self> {
+        let text = fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
+        let total =
+            text.lines().find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        let disk =
+            nix::sys::statvfs::statvfs(root).with_context(|| format!("asking how full {} is", root.display()))?;
+        Ok(Self {
+            cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX / 1000)),
+            memory: total.context("/proc/meminfo has no MemTotal")? << 10,
+            free_disk: disk.blocks_available() as u64 * disk.fragment_size() as u64,
+        })
+    }
+
+    /// What one of `hosts` hosts declares. Memory and disk are shared out, because they run out for real; processors are
+    /// not, because a busy one only makes others slower, and a sixth of a laptop would hold nothing.
+    fn share(self, hosts: u64) -> Capacity {
+        let whole = |bytes: u64, unit: u64| Bytes((bytes / unit).max(1) * unit);
+        Capacity {
+            cpu: MilliCpu(self.cpus.max(2) * 1000),
+            memory: whole(self.memory / 10 * 8 / hosts, 256 << 20),
+            scratch: whole(self.free_disk / 10 * 7 / hosts, 1 << 30),
+            instances: MAX_INSTANCES,
+        }
+    }
+}
+
+/// Makes or completes everything that the cloud's members read.
+pub fn prepare(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) -> anyhow::Result<()> {
+    let env = Env::real();
+    let now = SystemTime::UNIX_EPOCH + Duration::from_millis(env.now_millis().try_into().unwrap_or(0));
+    let ca = authority(dir, plan, now)?;
+    token(dir, &env)?;
+    let issue = |name: &str, id: SpiffeId, public: bool| certificate(dir, &ca, now, name, &id, public);
+    let domain = &plan.cluster_id;
+    for server in plan.servers() {
+        issue(server.name.as_str(), SpiffeId::server(domain, server.name.as_str())?, false)?;
+        issue(&format!("{}-api", server.name), SpiffeId::api(domain, server.name.as_str())?, true)?;
+    }
+    for host in plan.hosts() {
+        issue(host.name.as_str(), SpiffeId::agent(domain, host.name.as_str())?, false)?;
+    }
+    for gateway in plan.gateways() {
+        issue(gateway.name.as_str(), SpiffeId::gateway(domain, gateway.name.as_str())?, false)?;
+    }
+    configurations(dir, plan, program, machine)
+}
+
+fn read_optional(path: &Path) -> anyhow::Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("reading {}", path.display())),
+    }
+}
+
+fn authority(dir: &DataDir, plan: &Plan, now: SystemTime) -> anyhow::Result<CertificateAuthority> {
+    // The certificate is written last: with it, the pair is whole.
+    if let Some(cert) = read_optional(&dir.ca())? {
+        let key = fs::read_to_string(dir.ca_key()).context("reading the authority's key")?;
+        return CertificateAuthority::from_pem(&cert, &key).context("reading the cloud's certificate authority");
+    }
+    let ca =
+        CertificateAuthority::generate(&plan.cluster_id, now, CA_LIFE).context("making the certificate authority")?;
+    let pem = ca.to_pem();
+    write_private(&dir.ca_key(), pem.key.as_bytes())?;
+    write_private(&dir.ca(), pem.cert.as_bytes())?;
+    Ok(ca)
+}
+
+fn token(dir: &DataDir, env: &Env) -> anyhow::Result<()> {
+    let secret = match read_optional(&dir.token())? {
+        Some(text) => TokenSecret::parse(&text).with_context(|| format!("reading {}", dir.token().display()))?,
+        None => {
+            let secret = TokenSecret::generate(env.rng.bytes());
+            write_private(&dir.token(), secret.reveal().as_bytes())?;
+            secret
+        }
+    };
+    write_if_changed(&dir.token_hash(), &secret.hash().to_string())
+}
+
+fn certificate(
+    dir: &DataDir,
+    ca: &CertificateAuthority,
+    now: SystemTime,
+    name: &str,
+    id: &SpiffeId,
+    public: bool,
+) -> anyhow::Result<()> {
+    let (cert_path, key_path) = (dir.cert(name), dir.key(name));
+    if let (Some(cert), Some(key)) = (read_optional(&cert_path)?, read_optional(&key_path)?) {
+        let good = Identity::from_pem(&cert, &key).is_ok_and(|i| i.id() == *id && i.not_after() > now + RENEW_BEFORE);
+        if good {
+            return Ok(());
+        }
+    }
+    let (names, addresses) = if public {
+        let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+        (vec!["localhost".to_owned(), id.name().to_owned()], loopback.to_vec())
+    } else {
+        (Vec::new(), Vec::new())
+    };
+    let left = ca.not_after().duration_since(now).unwrap_or_default();
+    let life = CERT_LIFE.min(left.saturating_sub(DAY));
+    let issued =
+        ca.issue(id, &names, &addresses, now, life).with_context(|| format!("issuing a certificate to {id}"))?;
+    write_private(&key_path, issued.key_pem.as_bytes())?;
+    write_private(&cert_path, issued.cert_chain_pem.as_bytes())
+}
+
+fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) -> anyhow::Result<()> {
+    let servers = plan.servers();
+    let endpoints: Vec<Endpoint> = servers.iter().map(|s| s.wire.into()).collect();
+    let tls = |name: &str| TlsFiles { ca: dir.ca(), cert: dir.cert(name), key: dir.key(name) };
+    let members: std::collections::BTreeMap<u64, Member> = servers
+        .iter()
+        .map(|s| {
+            (s.node_id, Member { name: s.name.clone(), wire: s.wire.into(), api: format!("https://{}", s.api_tls) })
+        })
+        .collect();
+    for server in &servers {
+        let config = ServerConfig {
+            name: server.name.clone(),
+            node_id: server.node_id,
+            cluster_id: plan.cluster_id.clone(),
+            region: plan.region.clone(),
+            zone: server.zone.clone(),
+            data_dir: dir.data(server.name.as_str()),
+            wire_listen: server.wire,
+            api_tls_listen: server.api_tls,
+            api_http_listen: Some(server.api_http),
+            token_hash: dir.token_hash(),
+            domain: DOMAIN.to_owned(),
+            zones: plan.zones.clone(),
+            tls: tls(server.name.as_str()),
+            api_tls: tls(&format!("{}-api", server.name)),
+            cells: plan.cells().into_iter().map(|(name, zone)| BootstrapCell { name, zone }).collect(),
+            members: members.clone(),
+        };
+        member(dir, server.name.as_str(), &config)?;
+    }
+    for gateway in plan.gateways() {
+        let config = GatewayConfig {
+            name: gateway.name.clone(),
+            cluster_id: plan.cluster_id.clone(),
+            region: plan.region.clone(),
+            zone: gateway.zone.clone(),
+            http_listen: gateway.http,
+            admin_listen: gateway.admin,
+            servers: endpoints.clone(),
+            data_dir: dir.data(gateway.name.as_str()),
+            domain: DOMAIN.to_owned(),
+            tls: tls(gateway.name.as_str()),
+        };
+        member(dir, gateway.name.as_str(), &config)?;
+    }
+    let hosts = plan.hosts();
+    let capacity = machine.share(hosts.len() as u64);
+    for host in &hosts {
+        host_configurations(dir, plan, host, &endpoints, tls(host.name.as_str()), capacity, program)?;
+    }
+    Ok(())
+}
+
+fn host_configurations(
+    dir: &DataDir,
+    plan: &Plan,
+    host: &HostPlan,
+    servers: &[Endpoint],
+    tls: TlsFiles,
+    capacity: Capacity,
+    program: &Path,
+) -> anyhow::Result<()> {
+    let name = host.name.as_str();
+    let run_dir = PathBuf::from(RUN_DIR);
+    let [host_path, agent_path, keeper_path] = host_config_paths(dir, name);
+    make_private_dir(host_path.parent().unwrap_or(dir.root()))?;
+    make_private_dir(&dir.data(name))?;
+    // A host that has registered keeps what it declared: capacity must not change because the disk has filled since.
+    let declared = read_optional(&agent_path)?
+        .and_then(|text| toml::from_str::<AgentConfig>(&text).ok())
+        .map_or(capacity, |config| config.capacity);
+    let keeper = KeeperConfig { socket: run_dir.join("keeper.sock"), state_dir: run_dir.join("keeper") };
+    let agent = AgentConfig {
+        name: host.name.clone(),
+        cluster_id: plan.cluster_id.clone(),
+        region: plan.region.clone(),
+        zone: host.zone.clone(),
+        cell: host.cell.clone(),
+        rack: None,
+        address: host.wire(),
+        prefix6: host.prefix6,
+        prefix4: host.prefix4,
+        servers: servers.to_vec(),
+        data_dir: dir.data(name),
+        run_dir: run_dir.clone(),
+        keeper_socket: keeper.socket.clone(),
+        cgroup_parent: cgroup::instances(&plan.cgroup(), name),
+        metrics_listen: host.metrics(),
+        tls,
+        capacity: declared,
+        classes: host.classes.clone(),
+    };
+    let cgroups = cgroup::hierarchies().context("reading the mounted cgroup hierarchies")?;
+    let init = HostInitConfig {
+        name: host.name.clone(),
+        program: program.to_owned(),
+        cgroups: cgroups.iter().map(|h| h.mount.join(cgroup::of_host(&plan.cgroup(), name)).join("init")).collect(),
+        address: host.address6.into(),
+        run_dir,
+        agent_config: agent_path.clone(),
+        agent_log: dir.log(&format!("agent@{name}")),
+        keeper_config: keeper_path.clone(),
+        keeper_log: dir.log(&format!("keeper@{name}")),
+    };
+    write_toml(&host_path, &init)?;
+    write_toml(&agent_path, &agent)?;
+    write_toml(&keeper_path, &keeper)
+}
+
+/// The configurations of a host's first process, agent and keeper.
+pub fn host_config_paths(dir: &DataDir, host: &str) -> [PathBuf; 3] {
+    ["host", "agent", "keeper"].map(|part| dir.config(&format!("{host}/{part}")))
+}
+
+fn member(dir: &DataDir, name: &str, config: &impl Serialize) -> anyhow::Result<()> {
+    make_private_dir(&dir.data(name))?;
+    write_toml(&dir.config(name), config)
+}
+
+fn write_toml(path: &Path, config: &impl Serialize) -> anyhow::Result<()> {
+    let text = toml::to_string(config).with_context(|| format!("writing {}", path.display()))?;
+    let head = "# Written by `nexus up`. Changes are lost at the next one.\n";
+    write_if_changed(path, &format!("{head}{text}"))
+}
+
+fn write_if_changed(path: &Path, text: &str) -> anyhow::Result<()> {
+    if read_optional(path)?.as_deref() == Some(text) { Ok(()) } else { write_private(path, text.as_bytes()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::plan::GivenChoices;
+    use super::*;
+    use crate::config::Config as _;
+
+    #[test]
+    fn every_role_can_read_what_is_written_for_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = DataDir::at(temp.path()).unwrap();
+        let given = GivenChoices { classes: vec!["zone-b:gpu-v100=2".parse().unwrap()], ..GivenChoices::default() };
+        let plan = Plan::new(&given.with_defaults(), [9; 8], |_| true).unwrap();
+        dir.create(&plan).unwrap();
+        let machine = Machine { cpus: 2, memory: 24 << 30, free_disk: 80 << 30 };
+        prepare(&dir, &plan, Path::new("/usr/bin/nexus"), machine).unwrap();
+
+        let server = ServerConfig::load(&dir.config("server-b")).unwrap();
+        assert_eq!((server.node_id, server.members.len(), server.cells.len()), (2, 3, 3));
+        let hash: nexus_iam::TokenHash = fs::read_to_string(&server.token_hash).unwrap().parse().unwrap();
+        assert!(hash.matches(&TokenSecret::parse(&fs::read_to_string(dir.token()).unwrap()).unwrap()));
+        for tls in [&server.tls, &server.api_tls] {
+            let read = |p: &Path| fs::read_to_string(p).unwrap();
+            Identity::from_pem(&read(&tls.cert), &read(&tls.key)).unwrap();
+        }
+        GatewayConfig::load(&dir.config("gateway-2")).unwrap();
+        for host in plan.hosts() {
+            let [init, agent, keeper] = host_config_paths(&dir, host.name.as_str());
+            HostInitConfig::load(&init).unwrap();
+            KeeperConfig::load(&keeper).unwrap();
+            let agent = AgentConfig::load(&agent).unwrap();
+            assert_eq!(agent.capacity.memory, Bytes(3 << 30));
+            assert_eq!(agent.classes.len(), usize::from(host.zone.as_str() == "zone-b"));
+        }
+
+        let before = fs::read_to_string(dir.cert("server-a")).unwrap();
+        prepare(&dir, &plan, Path::new("/usr/bin/nexus"), Machine { free_disk: 40 << 30, ..machine }).unwrap();
+        assert_eq!(fs::read_to_string(dir.cert("server-a")).unwrap(), before, "a good certificate is kept");
+        let agent = AgentConfig::load(&host_config_paths(&dir, "zone-a-1")[1]).unwrap();
+        assert_eq!(agent.capacity, machine.share(6), "what a host declared stays");
+    }
+}

@@ -1,0 +1,232 @@
+//! What the cell promises, by example.
+
+use crate::*;
+
+const GI: u64 = 1 << 30;
+
+fn host(zone: u32, cores: u32, memory: u64) -> HostSpec {
+    HostSpec {
+        zone: ZoneId(zone),
+        rack: RackId(0),
+        state: HostState::Ready,
+        runtimes: Runtimes::ALL,
+        capacity: Capacity { cpu: cores * 1000, memory: memory * GI, scratch: 100 * GI, slots: 100 },
+        classes: Vec::new(),
+        images: Vec::new(),
+        load: Load(0),
+    }
+}
+
+fn container(cpu: u32, memory: u64) -> Request {
+    Request::new(Runtime::Container, cpu, memory * GI)
+}
+
+fn spread(level: SpreadLevel, required: bool) -> Request {
+    Request { group: Some(GroupId(1)), spread: Spread { level, required }, ..container(100, 1) }
+}
+
+fn cell(hosts: impl IntoIterator<Item = HostSpec>) -> Cell {
+    let mut cell = Cell::new();
+    for spec in hosts {
+        cell.add_host(spec);
+    }
+    cell
+}
+
+fn run(cell: &mut Cell, request: &Request, times: usize) -> Vec<HostId> {
+    (0..times)
+        .map(|_| {
+            let host = cell.place(request).unwrap().host;
+            assert_eq!(cell.place_indexed(request).unwrap().score, cell.score(host, request).unwrap());
+            cell.reserve(host, request).unwrap();
+            host
+        })
+        .collect()
+}
+
+#[test]
+fn fills_the_fullest_host_that_still_takes_it() {
+    let mut cell = cell([host(0, 8, 32), host(0, 8, 32), host(0, 8, 32)]);
+    cell.reserve(HostId(1), &container(4000, 16)).unwrap();
+    assert_eq!(cell.place(&container(4000, 16)).unwrap().host, HostId(1));
+    assert_eq!(cell.place(&container(5000, 16)).unwrap().host, HostId(0), "ties go to the lowest handle");
+}
+
+#[test]
+fn keeps_cpu_and_memory_in_balance() {
+    let mut cell = cell([host(0, 8, 32), host(0, 8, 32)]);
+    // Host 0 is short of memory, host 1 of cpu; a cpu-heavy request belongs where cpu is left over.
+    cell.reserve(HostId(0), &container(1000, 24)).unwrap();
+    cell.reserve(HostId(1), &container(6000, 4)).unwrap();
+    assert_eq!(cell.place(&container(2000, 1)).unwrap().host, HostId(0));
+    assert_eq!(cell.place(&container(500, 12)).unwrap().host, HostId(1));
+}
+
+#[test]
+fn leaves_classes_to_those_who_ask_and_prefers_image_and_idleness() {
+    let gpu = HostSpec { classes: vec![(ClassId(3), 2)], ..host(0, 8, 32) };
+    let warm = HostSpec { images: vec![ImageId(9)], load: Load(400), ..host(0, 8, 32) };
+    let mut cell = cell([gpu, HostSpec { load: Load(900), ..host(0, 8, 32) }, host(0, 8, 32), warm]);
+    assert_eq!(cell.place(&container(1000, 1)).unwrap().host, HostId(2), "the idle plain host");
+    let with_image = Request { image: Some(ImageId(9)), ..container(1000, 1) };
+    assert_eq!(cell.place(&with_image).unwrap().host, HostId(3));
+    let with_gpu = Request { classes: vec![(ClassId(3), 1)], ..container(1000, 1) };
+    assert_eq!(run(&mut cell, &with_gpu, 2), [HostId(0), HostId(0)]);
+    let refusal = cell.place(&with_gpu).unwrap_err();
+    assert_eq!(refusal.at(Filter::Class), 4);
+    assert_eq!(refusal.to_string(), "no host of 4 can take it: 4 lack class #3 (1 wanted, at most 0 free)");
+}
+
+#[test]
+fn spreads_over_zones_first_and_then_over_hosts() {
+    let mut cell = cell((0..6).map(|n| host(n % 3, 8, 32)));
+    let placed = run(&mut cell, &spread(SpreadLevel::Zone, false), 9);
+    let (zones, hosts) = cell.group_counts(GroupId(1));
+    assert_eq!(zones, [(ZoneId(0), 3), (ZoneId(1), 3), (ZoneId(2), 3)]);
+    assert!(hosts.iter().all(|(_, n)| (1..=2).contains(n)), "{hosts:?}");
+    assert_eq!(hosts.len(), 6);
+    let mut first: Vec<u32> = placed[..3].iter().map(|h| h.0 % 3).collect();
+    first.sort_unstable();
+    assert_eq!(first, [0, 1, 2]);
+}
+
+#[test]
+fn spread_over_hosts_uses_each_once_before_any_twice() {
+    let mut cell = cell((0..5).map(|n| host(n % 2, 8 + 8 * n, 64)));
+    let mut placed = run(&mut cell, &spread(SpreadLevel::Host, false), 5);
+    placed.sort_unstable();
+    assert_eq!(placed, (0..5).map(HostId).collect::<Vec<_>>());
+}
+
+#[test]
+fn required_spread_refuses_where_preferred_spread_gives_way() {
+    let mut cell = cell([host(0, 1, 32), host(1, 8, 32)]);
+    cell.reserve(HostId(0), &container(1000, 1)).unwrap();
+    run(&mut cell, &spread(SpreadLevel::Zone, false), 2);
+    let refusal = cell.place(&spread(SpreadLevel::Zone, true)).unwrap_err();
+    assert_eq!((refusal.at(Filter::Cpu), refusal.at(Filter::Spread)), (1, 1));
+    assert_eq!(cell.place_indexed(&spread(SpreadLevel::Zone, true)).unwrap_err(), refusal);
+    // A zone without a ready host holds nothing up.
+    cell.update_host(HostId(0), HostUpdate { state: Some(HostState::Dead), ..Default::default() }).unwrap();
+    assert_eq!(cell.place(&spread(SpreadLevel::Zone, true)).unwrap().host, HostId(1));
+}
+
+#[test]
+fn at_most_so_many_of_a_group_on_a_host() {
+    let mut cell = cell([host(0, 8, 32), host(0, 8, 32)]);
+    let request = Request { max_per_host: Some(1), group: Some(GroupId(5)), ..container(100, 1) };
+    assert_eq!(run(&mut cell, &request, 2), [HostId(0), HostId(1)]);
+    assert_eq!(cell.place(&request).unwrap_err().at(Filter::PerHost), 2);
+    assert_eq!(cell.reserve(HostId(0), &request), Err(ReserveError::PerHost { host: HostId(0), max: 1 }));
+    cell.release(HostId(0), &request).unwrap();
+    assert_eq!(cell.place(&request).unwrap().host, HostId(0));
+}
+
+#[test]
+fn a_refusal_counts_each_host_at_its_first_filter() {
+    let functions_only = Runtimes::NONE.with(Runtime::Function);
+    let small = |capacity| HostSpec { capacity, ..host(0, 8, 32) };
+    let full = Capacity { cpu: 8000, memory: 32 * GI, scratch: 100 * GI, slots: 100 };
+    let cell = cell([
+        HostSpec { state: HostState::Cordoned, ..host(0, 8, 32) },
+        HostSpec { runtimes: functions_only, ..host(0, 8, 32) },
+        small(Capacity { cpu: 500, ..full }),
+        small(Capacity { memory: GI / 2, ..full }),
+        small(Capacity { scratch: 0, ..full }),
+        small(Capacity { slots: 0, ..full }),
+        host(1, 8, 32),
+        host(0, 8, 32),
+    ]);
+    let request =
+        Request { scratch: GI, zones: Some(vec![ZoneId(0)]), excluded: vec![HostId(7)], ..container(1000, 1) };
+    let refusal = cell.place(&request).unwrap_err();
+    for filter in [
+        Filter::Ready,
+        Filter::Runtime,
+        Filter::Cpu,
+        Filter::Memory,
+        Filter::Scratch,
+        Filter::Slots,
+        Filter::Zone,
+        Filter::Excluded,
+    ] {
+        assert_eq!(refusal.at(filter), 1, "{filter:?} in {refusal}");
+    }
+    assert_eq!(
+        refusal.to_string(),
+        "no host of 8 can take it: 1 not ready, 1 without the runtime, 1 lacks cpu (1 wanted, at most 500m free), \
+         1 lacks memory (1Gi wanted, at most 512Mi free), 1 lacks scratch (1Gi wanted, at most 0 free), \
+         1 at its instance limit, 1 in other zones, 1 excluded"
+    );
+    assert_eq!(cell.place_indexed(&request).unwrap_err(), refusal);
+}
+
+#[test]
+fn a_host_never_gives_more_than_it_has() {
+    let mut cell = cell([HostSpec { classes: vec![(ClassId(0), 3)], ..host(0, 8, 32) }]);
+    let doubled = Request { classes: vec![(ClassId(0), 2), (ClassId(0), 2)], ..container(100, 1) };
+    assert!(cell.place(&doubled).is_err());
+    let exceeds = |resource, wanted, free| Err(ReserveError::Exceeds { host: HostId(0), resource, wanted, free });
+    assert_eq!(cell.reserve(HostId(0), &doubled), exceeds(Filter::Class, 4, 3));
+    assert_eq!(cell.reserve(HostId(0), &container(8001, 1)), exceeds(Filter::Cpu, 8001, 8000));
+    assert_eq!(cell.reserve(HostId(0), &container(1, 33)), exceeds(Filter::Memory, 33 * GI, 32 * GI));
+    assert_eq!(cell.audit([]), Ok(()), "a refused reservation leaves no trace");
+    assert!(cell.release(HostId(0), &container(1, 1)).is_err());
+    assert_eq!(cell.reserve(HostId(4), &container(1, 1)), Err(UnknownHost(HostId(4)).into()));
+}
+
+#[test]
+fn a_host_that_shrank_takes_nothing_until_it_has_drained() {
+    let mut cell = cell([HostSpec { classes: vec![(ClassId(0), 1)], ..host(0, 8, 32) }]);
+    let request = Request { classes: vec![(ClassId(0), 1)], ..container(4000, 16) };
+    cell.reserve(HostId(0), &request).unwrap();
+    let less = Capacity { memory: 8 * GI, ..host(0, 8, 32).capacity };
+    let update = HostUpdate { capacity: Some(less), classes: Some(Vec::new()), ..Default::default() };
+    cell.update_host(HostId(0), update).unwrap();
+    assert_eq!(cell.oversold_hosts(), 1);
+    assert_eq!(cell.place(&container(1, 1)).unwrap_err().at(Filter::Memory), 1);
+    cell.audit([(HostId(0), &request)]).unwrap();
+    cell.release(HostId(0), &request).unwrap();
+    assert_eq!(cell.oversold_hosts(), 0);
+    assert!(cell.place(&container(1, 1)).is_ok());
+    cell.audit([]).unwrap();
+    cell.adopt(HostId(0), &request).unwrap();
+    assert_eq!(cell.oversold_hosts(), 1, "an adopted reservation is recorded as it is");
+    cell.audit([(HostId(0), &request)]).unwrap();
+}
+
+#[test]
+fn a_removed_host_is_forgotten_and_its_handle_reused() {
+    let mut cell = cell([HostSpec { images: vec![ImageId(1)], ..host(0, 8, 32) }, host(0, 8, 32)]);
+    cell.reserve(HostId(0), &container(1, 1)).unwrap();
+    assert_eq!(cell.remove_host(HostId(0)), Err(ReserveError::InUse { host: HostId(0), instances: 1 }));
+    cell.release(HostId(0), &container(1, 1)).unwrap();
+    cell.remove_host(HostId(0)).unwrap();
+    cell.audit([]).unwrap();
+    assert_eq!(cell.place(&container(1, 1)).unwrap().host, HostId(1));
+    assert!(cell.snapshot(HostId(0)).is_err());
+    assert_eq!(cell.add_host(host(2, 8, 32)), HostId(0));
+    assert_eq!(cell.len(), 2);
+}
+
+#[test]
+fn headroom_and_totals_add_up() {
+    let mut cell = cell([host(0, 8, 32), host(1, 4, 32)]);
+    assert_eq!(cell.headroom(&container(1000, 4)), 12);
+    assert_eq!(cell.headroom(&Request { zones: Some(vec![ZoneId(1)]), ..container(1000, 4) }), 4);
+    let limited = Request { group: Some(GroupId(0)), max_per_host: Some(3), ..container(1000, 4) };
+    assert_eq!(cell.headroom(&limited), 6);
+    cell.reserve(HostId(0), &limited).unwrap();
+    assert_eq!(cell.headroom(&limited), 5);
+    let totals = cell.totals(None);
+    assert_eq!((totals.hosts, totals.cpu, totals.cpu_free, totals.instances), (2, 12_000, 11_000, 1));
+    assert_eq!(cell.totals(Some(ZoneId(1))).hosts, 1);
+}
+
+#[test]
+fn an_empty_cell_refuses() {
+    assert_eq!(
+        Cell::new().place(&container(1, 1)).unwrap_err().to_string(),
+        "no host can take it: the cell has no hosts"
+    );
+}

@@ -1,0 +1,208 @@
+//! The state machine: applies committed entries to the [`State`], tells watchers and lease clock, makes and installs
+//! snapshots. The state is in memory; a restart loads the newest snapshot and replays the log after it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use openraft::storage::RaftStateMachine;
+use openraft::{EntryPayload, RaftSnapshotBuilder, Snapshot};
+use tokio::sync::{Notify, watch};
+
+use super::hub::Hub;
+use super::mvcc::{LeaseChange, Retention, State};
+use super::raft::{
+    Applied, Batch, Entry, LogId, Membership, Outcome, SnapshotMeta, StorageError, TypeConfig, decode, machine_error,
+};
+use super::snapshot::{SnapshotDir, SnapshotFile};
+
+/// How far this member has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Position {
+    /// The log index after the last applied entry.
+    pub next_index: u64,
+    pub revision: u64,
+}
+
+/// The applied state and those who follow it.
+pub struct Shared {
+    state: RwLock<State>,
+    pub hub: Hub,
+    pub position: watch::Sender<Position>,
+    /// Leases that changed and the leader's clock has not seen yet. Drained on every member, so it stays small.
+    lease_changes: Mutex<VecDeque<LeaseChange>>,
+    pub lease_wake: Notify,
+    /// Payload bytes applied since the last snapshot began.
+    unsaved_bytes: AtomicU64,
+    pub snapshot_wake: Notify,
+    pub snapshot_after: AtomicU64,
+    retention: Retention,
+}
+
+impl Shared {
+    pub fn new(state: State, retention: Retention, snapshot_after: u64) -> Self {
+        let shared = Self {
+            state: RwLock::new(State::default()),
+            hub: Hub::default(),
+            position: watch::Sender::new(Position::default()),
+            lease_changes: Mutex::new(VecDeque::new()),
+            lease_wake: Notify::new(),
+            unsaved_bytes: AtomicU64::new(0),
+            snapshot_wake: Notify::new(),
+            snapshot_after: AtomicU64::new(snapshot_after),
+            retention,
+        };
+        shared.replace(state);
+        shared
+    }
+
+    pub fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn take_lease_changes(&self) -> VecDeque<LeaseChange> {
+        std::mem::take(&mut *self.lease_changes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn replace(&self, state: State) {
+        let mut guard = self.write();
+        *guard = state;
+        self.hub.restart();
+        self.moved(&guard);
+    }
+
+    fn moved(&self, state: &State) {
+        let next_index = state.counters.applied.map_or(0, |id| id.index + 1);
+        self.position.send_replace(Position { next_index, revision: state.counters.revision });
+    }
+
+    fn apply(&self, entry: Entry) -> Applied {
+        // Decoding happens before the lock is taken.
+        let batch = match entry.payload {
+            EntryPayload::Blank => Work::Nothing,
+            EntryPayload::Membership(membership) => Work::Membership(membership),
+            EntryPayload::Normal(proposal) => {
+                self.count_unsaved(proposal.0.len() as u64);
+                match decode::<Batch>(&proposal.0) {
+                    Ok(batch) => Work::Batch(batch),
+                    Err(e) => {
+                        // Every member skips it alike. It can only come from a newer release, which must not propose
+                        // what the oldest member can't read.
+                        tracing::error!(log_id = %entry.log_id, error = %e, "a log entry can't be read and is skipped");
+                        Work::Unreadable
+                    }
+                }
+            }
+        };
+        let mut state = self.write();
+        state.counters.applied = Some(entry.log_id);
+        let mut outcomes = Vec::new();
+        match batch {
+            Work::Nothing => {}
+            Work::Unreadable => outcomes.push(Outcome::Unreadable),
+            Work::Membership(m) => state.counters.membership = Membership::new(Some(entry.log_id), m),
+            Work::Batch(batch) => {
+                let effects = state.apply(batch, &self.retention);
+                self.hub.publish(&effects.changes);
+                if !effects.leases.is_empty() {
+                    self.lease_changes.lock().unwrap_or_else(PoisonError::into_inner).extend(effects.leases);
+                    self.lease_wake.notify_one();
+                }
+                outcomes = effects.outcomes;
+            }
+        }
+        self.moved(&state);
+        Applied(outcomes)
+    }
+
+    fn count_unsaved(&self, bytes: u64) {
+        // The fixed part stands for what an entry costs beside its payload.
+        let bytes = bytes + 64;
+        let unsaved = self.unsaved_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if unsaved > self.snapshot_after.load(Ordering::Relaxed) {
+            self.snapshot_wake.notify_one();
+        }
+    }
+
+    pub fn snapshot_due(&self) -> bool {
+        self.unsaved_bytes.load(Ordering::Relaxed) > self.snapshot_after.load(Ordering::Relaxed)
+    }
+}
+
+enum Work {
+    Nothing,
+    Unreadable,
+    Membership(openraft::Membership<u64, openraft::BasicNode>),
+    Batch(Batch),
+}
+
+/// The consensus library's handle on the state.
+#[derive(Clone)]
+pub struct Machine {
+    pub shared: Arc<Shared>,
+    pub snapshots: Arc<SnapshotDir>,
+}
+
+impl RaftStateMachine<TypeConfig> for Machine {
+    type SnapshotBuilder = Self;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, Membership), StorageError> {
+        let state = self.shared.read();
+        Ok((state.counters.applied, state.counters.membership.clone()))
+    }
+
+    async fn apply<I>(&mut self, entries: I) -> Result<Vec<Applied>, StorageError>
+    where
+        I: IntoIterator<Item = Entry> + Send,
+        I::IntoIter: Send,
+    {
+        Ok(entries.into_iter().map(|entry| self.shared.apply(entry)).collect())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn begin_receiving_snapshot(&mut self) -> Result<Box<SnapshotFile>, StorageError> {
+        // Chunks are received by our own messages; see `receive`.
+        Err(machine_error("snapshots are received by chunks"))
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, file: Box<SnapshotFile>) -> Result<(), StorageError> {
+        let (snapshots, meta) = (self.snapshots.clone(), meta.clone());
+        let state = tokio::task::spawn_blocking(move || snapshots.install(&meta, &file))
+            .await
+            .map_err(machine_error)?
+            .map_err(machine_error)?;
+        tracing::info!(revision = state.counters.revision, "installed a snapshot from the leader");
+        self.shared.unsaved_bytes.store(0, Ordering::Relaxed);
+        self.shared.replace(state);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>, StorageError> {
+        Ok(self
+            .snapshots
+            .current()
+            .map(|(meta, file)| Snapshot { meta, snapshot: Box::new(file) }))
+    }
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for Machine {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>, StorageError> {
+        self.shared.unsaved_bytes.store(0, Ordering::Relaxed);
+        let state = self.shared.read().clone();
+        let snapshots = self.snapshots.clone();
+        let (meta, file) = tokio::task::spawn_blocking(move || snapshots.save(&state))
+            .await
+            .map_err(machine_error)?
+            .map_err(machine_error)?;
+        // A large state is saved less often, so that saving stays a small part of all writing.
+        self.shared.snapshot_after.fetch_max(file.len / 4, Ordering::Relaxed);
+        Ok(Snapshot { meta, snapshot: Box::new(file) })
+    }
+}
