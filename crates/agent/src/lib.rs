@@ -1,2 +1,30 @@
 //! The host daemon and the keeper of its processes.
+//!
+//! The daemon ([`run`]) pulls the host's plan from any server, keeps a copy on disk, and brings every instance of the
+//! plan to what it says: fetch, plug in, start, watch, start again, stop, clear away. It reports what is true once a
+//! second, and at once when that changes. Processes belong to the [`keeper`], so that the daemon can end, crash and be
+//! replaced without ending one workload.
+//!
+//! Architecture invariant: the daemon needs no server to go on. It acts on its last plan, and what it finds running is
+//! taken over, never started again.
+
+mod config;
+mod daemon;
+mod handle;
+mod health;
+pub mod images;
 pub mod keeper;
+mod observer;
+mod plans;
+mod plug;
+mod report;
+mod serve;
+mod servers;
+pub mod step;
+mod worker;
+
+pub use config::{
+    AgentConfig, AgentError, Authorize, Engines, FetchError, Identify, ImageFetcher, InstancePlug, PlugError,
+};
+pub use daemon::run;
+pub use handle::{AgentHandle, AgentSnapshot};

@@ -27,7 +27,8 @@ fn main() {
     }
 }
 
-/// Makes an orphan that runs a command, tells its pid, and leaves.
+/// Makes an orphan that runs a command, tells its pid, and leaves: the keeper waits for it.
+#[allow(clippy::zombie_processes)]
 fn shim(mode: &str, command: &[String]) {
     if mode == "fail" {
         eprintln!("first line\nthere is no such image\n");
@@ -210,7 +211,7 @@ async fn exits_are_known_until_they_are_forgotten() {
     let host = Host::new();
     host.client.spawn(host.sh("a", "exit 7")).await.unwrap();
     assert_eq!(host.exit("a").await.0, Some(7));
-    host.client.spawn(host.sh("b", "sleep 1000")).await.unwrap();
+    host.client.spawn(host.sh("b", "exec sleep 1000")).await.unwrap();
     let pid = host.pid("b").await;
     host.client.spawn(host.sh("b", "exit 1")).await.unwrap();
     assert_eq!(host.pid("b").await, pid, "what runs is not started again");
@@ -282,7 +283,7 @@ async fn a_killed_keeper_loses_no_process_and_no_output() {
     assert_eq!(host.exit("a").await.0, None);
     host.line("a", "stdout after").await;
     // Signals reach what was adopted.
-    host.client.spawn(host.sh("b", "sleep 1000")).await.unwrap();
+    host.client.spawn(host.sh("b", "exec sleep 1000")).await.unwrap();
     let pid = host.pid("b").await;
     host.kill_keeper();
     host.start();
@@ -293,7 +294,7 @@ async fn a_killed_keeper_loses_no_process_and_no_output() {
 
 async fn an_exit_without_a_keeper_is_noticed() {
     let mut host = Host::new();
-    host.client.spawn(host.sh("a", "sleep 1000")).await.unwrap();
+    host.client.spawn(host.sh("a", "exec sleep 1000")).await.unwrap();
     let pid = host.pid("a").await;
     host.kill_keeper();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL).unwrap();
@@ -338,7 +339,7 @@ async fn a_reexecuted_keeper_stays_the_parent() {
 
 async fn an_orphan_of_a_shim_is_adopted() {
     let host = Host::new();
-    host.client.spawn(host.shim("a", "orphan", "echo hello; sleep 1000")).await.unwrap();
+    host.client.spawn(host.shim("a", "orphan", "echo hello; exec sleep 1000")).await.unwrap();
     let pid = host.pid("a").await;
     assert_eq!(parent(pid), host.keeper_pid());
     host.line("a", "stdout hello").await;
@@ -398,16 +399,14 @@ async fn a_run_has_its_own_streams_and_dies_with_its_client() {
 }
 
 async fn ended(pid_file: &Path) {
-    let pid: i32 = eventually("the pid is written", async || {
-        std::fs::read_to_string(pid_file).ok()?.trim().parse().ok()
-    })
-    .await;
+    let pid: i32 =
+        eventually("the pid is written", async || std::fs::read_to_string(pid_file).ok()?.trim().parse().ok()).await;
     eventually("the command is killed", async || (!alive(pid)).then_some(())).await;
 }
 
 async fn a_second_keeper_is_refused() {
     let host = Host::new();
-    host.client.spawn(host.sh("a", "sleep 1000")).await.unwrap();
+    host.client.spawn(host.sh("a", "exec sleep 1000")).await.unwrap();
     let second = host.command().output().unwrap();
     assert!(!second.status.success());
     assert!(String::from_utf8_lossy(&second.stderr).contains("another keeper"), "{second:?}");
@@ -451,7 +450,7 @@ async fn a_user_gets_no_privileges() {
 
 async fn changes_are_told() {
     let mut host = Host::new();
-    host.client.spawn(host.sh("a", "sleep 1000")).await.unwrap();
+    host.client.spawn(host.sh("a", "exec sleep 1000")).await.unwrap();
     // The first answer stands for all that was before.
     tokio::time::timeout(DEADLINE, host.client.changed()).await.unwrap();
     host.client.signal("a", 9).await.unwrap();

@@ -111,8 +111,11 @@ pub(crate) fn prefer_wait(headers: &HeaderMap) -> Result<Option<Duration>, ApiEr
             }
             let seconds = seconds.trim().trim_matches('"');
             let digits = !seconds.is_empty() && seconds.len() <= 9 && seconds.bytes().all(|b| b.is_ascii_digit());
-            let seconds: u64 =
-                seconds.parse().ok().filter(|_| digits).ok_or_else(|| bad("Prefer: wait=N takes a number of seconds"))?;
+            let seconds: u64 = seconds
+                .parse()
+                .ok()
+                .filter(|_| digits)
+                .ok_or_else(|| bad("Prefer: wait=N takes a number of seconds"))?;
             return Ok(Some(Duration::from_secs(seconds.min(MAX_WAIT_SECONDS))));
         }
     }

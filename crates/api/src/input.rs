@@ -93,7 +93,11 @@ fn validate_annotations(annotations: &Labels) -> Errors {
     for (key, value) in annotations {
         let field = || format!("metadata.annotations.{}", key.chars().take(80).collect::<String>());
         if !is_label_key(key) {
-            push(&mut errors, field(), "at most 63 letters, digits, '-', '_' and '.' in a key, after an optional prefix/");
+            push(
+                &mut errors,
+                field(),
+                "at most 63 letters, digits, '-', '_' and '.' in a key, after an optional prefix/",
+            );
         }
         if value.len() > MAX_ANNOTATION {
             push(&mut errors, field(), format!("at most {MAX_ANNOTATION} bytes"));
@@ -123,9 +127,9 @@ fn ignored(errors: &mut Errors, field: &str, value: &Value, key: &str) {
     let short = |v: &Value| v.as_str().is_some_and(|t| t.chars().count() <= 64);
     let good = match key {
         "generation" => value.is_u64(),
-        "owner" => value.as_object().is_some_and(|o| {
-            o.len() == 3 && ["kind", "name", "uid"].iter().all(|k| o.get(*k).is_some_and(short))
-        }),
+        "owner" => value
+            .as_object()
+            .is_some_and(|o| o.len() == 3 && ["kind", "name", "uid"].iter().all(|k| o.get(*k).is_some_and(short))),
         _ => short(value),
     };
     if !good {
@@ -331,13 +335,15 @@ mod tests {
         let expected = Expected { place: &place, region: &region, name: Some(&name) };
         let schemas = Schemas::generate();
         let read = |body: Value| patch(&expected, &schemas.of(place.kind).shape, &body);
-        let body = json!({"metadata": {"labels": {"a": null}, "uid": "x"}, "spec": {"replicas": 2}, "status": {"a": 1}});
+        let body =
+            json!({"metadata": {"labels": {"a": null}, "uid": "x"}, "spec": {"replicas": 2}, "status": {"a": 1}});
         assert_eq!(read(body).unwrap(), json!({"metadata": {"labels": {"a": null}}, "spec": {"replicas": 2}}));
         let wrong = |body| read(body).unwrap_err().errors.into_iter().map(|e| e.field).collect::<Vec<_>>();
         assert_eq!(wrong(json!({"spec": {"replcas": null}})), ["spec.replcas"]);
-        assert_eq!(wrong(json!({"spec": {"health": {"readiness": {"probe": {"icmp": {}}}}}})), [
-            "spec.health.readiness.probe.icmp"
-        ]);
+        assert_eq!(
+            wrong(json!({"spec": {"health": {"readiness": {"probe": {"icmp": {}}}}}})),
+            ["spec.health.readiness.probe.icmp"]
+        );
         assert_eq!(wrong(json!({"spec": {"ports": [{"prot": 1}]}})), ["spec.ports[0].prot"]);
         assert_eq!(wrong(json!({"metadata": {"name": "other"}})), ["metadata.name"]);
         assert!(read(json!({"spec": {"env": {"ANY": null}, "classes": {"gpu": null}}})).is_ok());

@@ -212,10 +212,8 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
     if let Some(last) = cursor {
         metadata["cursor"] = Value::String(write_cursor(&context, &last));
     }
-    let head = format!(
-        r#"{{"apiVersion":"{API_VERSION}","kind":"{}List","metadata":{metadata},"items":["#,
-        place.kind.kind
-    );
+    let head =
+        format!(r#"{{"apiVersion":"{API_VERSION}","kind":"{}List","metadata":{metadata},"items":["#, place.kind.kind);
     body.extend_from_slice(head.as_bytes());
     body.append(&mut items);
     body.extend_from_slice(b"]}");

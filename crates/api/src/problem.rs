@@ -36,8 +36,7 @@ impl Refusal {
         self.error.request_id = Some(request_id.to_string());
         let body = serde_json::to_vec(&self.error).expect("problems are plain data");
         let mut response = Response::new(Body::from(body));
-        *response.status_mut() =
-            StatusCode::from_u16(self.error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        *response.status_mut() = StatusCode::from_u16(self.error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, PROBLEM_JSON);
         if matches!(self.error.code, Code::Overloaded | Code::Unavailable) {
@@ -71,7 +70,9 @@ pub(crate) fn from_store(error: StoreError) -> ApiError {
 pub(crate) fn from_watch(error: WatchError) -> ApiError {
     match error {
         WatchError::Compacted { oldest } => compacted(oldest.0),
-        WatchError::Lagged => ApiError::new(Code::Compacted, "the reader fell behind: list again, and watch from there"),
+        WatchError::Lagged => {
+            ApiError::new(Code::Compacted, "the reader fell behind: list again, and watch from there")
+        }
         WatchError::Closed => ApiError::new(Code::Unavailable, "this server is stopping: watch from another"),
     }
 }

@@ -33,8 +33,11 @@ impl Query {
             let (key, value) = (decode(key)?, decode(value)?);
             if !allowed.contains(&key.as_str()) {
                 let shown: String = key.chars().take(64).collect();
-                let known =
-                    if allowed.is_empty() { "none is known here".into() } else { format!("known: {}", allowed.join(", ")) };
+                let known = if allowed.is_empty() {
+                    "none is known here".into()
+                } else {
+                    format!("known: {}", allowed.join(", "))
+                };
                 return Err(bad(format!("there is no query parameter {shown:?}; {known}")));
             }
             if pairs.iter().any(|(k, _)| *k == key) && !repeated.contains(&key.as_str()) {

@@ -177,8 +177,10 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
     let Some(rest) = path.strip_prefix("/v1/") else {
         return Err(no_path("nothing is at this path; the API is at /v1, its description at /v1/openapi.json"));
     };
-    let segments: Result<Vec<_>, _> =
-        rest.split('/').map(|s| percent_decode_str(s).decode_utf8().map_err(|_| no_path("the path is not UTF-8"))).collect();
+    let segments: Result<Vec<_>, _> = rest
+        .split('/')
+        .map(|s| percent_decode_str(s).decode_utf8().map_err(|_| no_path("the path is not UTF-8")))
+        .collect();
     let segments = segments?;
     let segments: Vec<&str> = segments.iter().map(|s| &**s).collect();
     let in_region = |name: &str| {
@@ -233,7 +235,10 @@ pub(crate) fn check_method(target: &Target, method: &Method) -> Result<(), Refus
     let allow = methods.iter().map(Method::as_str).collect::<Vec<_>>().join(", ");
     let detail = match target {
         Target::Collection(p) if p.lists_all_projects() => {
-            format!("this list goes over all projects and can only be read; create at {}", collection_template(p.kind, true))
+            format!(
+                "this list goes over all projects and can only be read; create at {}",
+                collection_template(p.kind, true)
+            )
         }
         Target::Collection(p) | Target::Object(p, _) => {
             format!("{} allow {allow} here, not {method}", p.kind.plural)

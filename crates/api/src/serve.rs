@@ -202,9 +202,7 @@ async fn dispatch(
             let permit = server.transfer_permit()?;
             Ok(blobs::handle(&server, &project, digest, &parts, body, permit).await?)
         }
-        Target::Custom(place, name, verb) => {
-            streams::handle(&server, &place, &name, verb, &mut parts).await
-        }
+        Target::Custom(place, name, verb) => streams::handle(&server, &place, &name, verb, &mut parts).await,
         Target::Status => {
             Query::parse(parts.uri.query(), &[], &[])?;
             let _permit = take(&server.requests, "requests")?;

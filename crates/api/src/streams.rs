@@ -158,7 +158,8 @@ async fn send(socket: &mut WebSocket, message: Message) -> bool {
 
 async fn close(socket: &mut WebSocket, code: u16, reason: &str) {
     // The reason has at most 123 bytes (RFC 6455, 5.5).
-    let reason: String = reason.chars().take(30).collect::<String>() + if reason.chars().count() > 30 { "…" } else { "" };
+    let reason: String =
+        reason.chars().take(30).collect::<String>() + if reason.chars().count() > 30 { "…" } else { "" };
     let _ = send(socket, Message::Close(Some(CloseFrame { code, reason: reason.into() }))).await;
 }
 

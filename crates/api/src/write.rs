@@ -74,7 +74,8 @@ async fn read(
         let patch = input::patch(&Expected { place, region, name: Some(&name) }, shape, &body)?;
         return Ok(Asked { name, change: Change::Patch { patch }, if_match });
     }
-    let wrong = |e: nexus_model::name::NameError| ApiError::invalid(vec![FieldError::new("metadata.name", e.to_string())]);
+    let wrong =
+        |e: nexus_model::name::NameError| ApiError::invalid(vec![FieldError::new("metadata.name", e.to_string())]);
     let name: Name = text.parse().map_err(wrong)?;
     let body = input::read_json(&parts.headers, body, JSON).await?;
     let (object, revision) = input::object(&Expected { place, region, name: Some(&name) }, &body)?;

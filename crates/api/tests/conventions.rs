@@ -47,7 +47,10 @@ async fn an_object_is_created_read_replaced_patched_and_deleted() {
     let patch = json!({"metadata": {"labels": {"tier": "front"}}, "spec": {"replicas": null}});
     let patched = w.call("PATCH", &at, &[], patch).await;
     assert_eq!(patched.status, StatusCode::OK, "{:?}", patched.body);
-    assert_eq!((&patched.json()["spec"]["replicas"], &patched.json()["metadata"]["labels"]["tier"]), (&json!(1), &json!("front")));
+    assert_eq!(
+        (&patched.json()["spec"]["replicas"], &patched.json()["metadata"]["labels"]["tier"]),
+        (&json!(1), &json!("front"))
+    );
 
     w.call("POST", APPS, &[], app("web")).await.problem("already-exists");
     let gone = w.call("DELETE", &at, &[], Value::Null).await;
@@ -159,9 +162,15 @@ async fn only_known_tokens_pass() {
         assert_eq!(send(open, None).await.status, StatusCode::OK);
     }
     let status = w.get("/v1/status").await.json();
-    assert_eq!((&status["cluster_id"], &status["topology"]["failover_mode"]), (&json!("cnx-local"), &json!("automatic")));
+    assert_eq!(
+        (&status["cluster_id"], &status["topology"]["failover_mode"]),
+        (&json!("cnx-local"), &json!("automatic"))
+    );
     let figures = String::from_utf8(send("/metrics", None).await.body.to_vec()).unwrap();
-    assert!(figures.contains(r#"nexus_api_requests_total{route="/v1/status",method="GET",class="4xx"} 4"#), "{figures}");
+    assert!(
+        figures.contains(r#"nexus_api_requests_total{route="/v1/status",method="GET",class="4xx"} 4"#),
+        "{figures}"
+    );
 }
 
 #[tokio::test]
@@ -375,7 +384,8 @@ impl Events {
                 self.text = rest.to_owned();
                 return Some(out);
             }
-            let frame = tokio::time::timeout(Duration::from_secs(60), self.body.frame()).await.expect("an event in time");
+            let frame =
+                tokio::time::timeout(Duration::from_secs(60), self.body.frame()).await.expect("an event in time");
             let data = frame?.unwrap().into_data().unwrap();
             self.text.push_str(std::str::from_utf8(&data).unwrap());
         }
@@ -395,9 +405,15 @@ async fn a_watch_tells_every_change_and_can_be_resumed() {
     w.call("POST", "/v1/regions/local/projects/other/apps", &[], app("unseen")).await;
     w.call("DELETE", &format!("{APPS}/web"), &[], Value::Null).await;
     let (id, event, data) = events.next().await.unwrap();
-    assert_eq!((event.as_str(), &data["metadata"]["name"], &data["metadata"]["revision"]), ("put", &json!("web"), &json!(id)));
+    assert_eq!(
+        (event.as_str(), &data["metadata"]["name"], &data["metadata"]["revision"]),
+        ("put", &json!("web"), &json!(id))
+    );
     let (last, event, data) = events.next().await.unwrap();
-    assert_eq!((event.as_str(), &data["spec"]["image"], &data["metadata"]["revision"]), ("delete", &json!("web"), &json!(last)));
+    assert_eq!(
+        (event.as_str(), &data["spec"]["image"], &data["metadata"]["revision"]),
+        ("delete", &json!("web"), &json!(last))
+    );
 
     let id = id.to_string();
     let mut resumed = Events::open(&w, &format!("{APPS}?watch"), &[("last-event-id", &id)]).await;

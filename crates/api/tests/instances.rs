@@ -22,7 +22,9 @@ async fn world() -> World {
             "generation": 1, "created": "2023-11-14T22:13:20.123Z",
         })
     };
-    for (name, status) in [("web-1", json!({"phase": "Running", "host": "h-1"})), ("web-2", json!({"phase": "Pending"}))] {
+    for (name, status) in
+        [("web-1", json!({"phase": "Running", "host": "h-1"})), ("web-2", json!({"phase": "Pending"}))]
+    {
         let object = json!({
             "apiVersion": "cloudnexus/v1", "kind": "Instance", "metadata": metadata(name),
             "spec": (kind::find("instance").unwrap().example)(), "status": status,
@@ -47,7 +49,8 @@ async fn logs_are_lines_of_one_stream_or_both() {
     w.get(&format!("{INSTANCES}/web-1:restart")).await.problem("not-found");
 
     // A followed stream ends when the server stops.
-    let (follow, ()) = tokio::join!(w.get(&format!("{INSTANCES}/web-1:logs?follow=true")), async {
+    let at = format!("{INSTANCES}/web-1:logs?follow=true");
+    let (follow, ()) = tokio::join!(w.get(&at), async {
         tokio::task::yield_now().await;
         w.shutdown.cancel();
     });

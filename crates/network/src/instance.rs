@@ -85,8 +85,10 @@ impl InstanceNet {
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
                 other => other.attempt(|| format!("listing {}", dir.display()))?,
             };
-            let mut names: Vec<String> =
-                entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).filter(|n| check_name(n).is_ok()).collect();
+            let mut names: Vec<String> = entries
+                .filter_map(|e| e.ok()?.file_name().into_string().ok())
+                .filter(|n| check_name(n).is_ok())
+                .collect();
             names.sort();
             Ok(names)
         })

@@ -57,8 +57,7 @@ impl Netlink {
     /// A client of the calling thread's network namespace.
     pub fn open() -> Result<Self, NetError> {
         let make = || -> nix::Result<OwnedFd> {
-            let fd =
-                socket(SocketFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
+            let fd = socket(SocketFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
             setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_SECONDS))?;
             Ok(fd)
         };

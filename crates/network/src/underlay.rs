@@ -153,10 +153,7 @@ impl Underlay {
 impl HostLink {
     /// Its instances' prefixes and the address of its own to send them to.
     fn prefixes(&self) -> [(IpAddr, u8, IpAddr); 2] {
-        [
-            (self.instances6.into(), 64, self.address6.into()),
-            (self.instances4.into(), 24, self.address4.into()),
-        ]
+        [(self.instances6.into(), 64, self.address6.into()), (self.instances4.into(), 24, self.address4.into())]
     }
 }
 
@@ -192,7 +189,12 @@ fn attach(bridge: &str, port: &str, address: UnderlayAddress, host: &HostLink) -
     ];
     for (own, length, gateway) in sides {
         inside.ensure_address(uplink.index, own, length)?;
-        inside.ensure_route(Route { to: everything(gateway), length: 0, gateway: Some(gateway), link: uplink.index })?;
+        inside.ensure_route(Route {
+            to: everything(gateway),
+            length: 0,
+            gateway: Some(gateway),
+            link: uplink.index,
+        })?;
     }
     for (to, length, via) in host.prefixes() {
         links.ensure_route(Route { to, length, gateway: Some(via), link: bridge.index })?;

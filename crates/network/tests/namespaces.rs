@@ -271,10 +271,5 @@ fn destroying_removes_all_of_ours_and_nothing_else() {
 }
 
 fn other() -> UnderlayAddress {
-    UnderlayAddress {
-        address6: Ipv6Addr::UNSPECIFIED,
-        length6: 64,
-        address4: Ipv4Addr::new(10, 95, 0, 1),
-        length4: 24,
-    }
+    UnderlayAddress { address6: Ipv6Addr::UNSPECIFIED, length6: 64, address4: Ipv4Addr::new(10, 95, 0, 1), length4: 24 }
 }

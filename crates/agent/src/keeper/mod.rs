@@ -14,6 +14,8 @@
 //! Architecture invariant: one thread, no timer while nothing is pending, no dependency on the agent or the network.
 
 mod client;
+mod conn;
+mod handover;
 mod output;
 mod process;
 mod protocol;

@@ -291,8 +291,10 @@ mod tests {
             writeln!(out, "line {n:02} of many").unwrap();
             output.drain();
         }
-        let mut names: Vec<_> =
-            fs::read_dir(dir.path().join("log")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = fs::read_dir(dir.path().join("log"))
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         assert_eq!(names, ["1", "2", "current"]);
         assert!(fs::read_to_string(dir.path().join("log/current")).unwrap().contains("line 29"));

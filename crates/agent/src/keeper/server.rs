@@ -1,13 +1,13 @@
 //! The keeper's loop: waits for signals, requests, output and ends of processes, and deals with one after the other.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -16,11 +16,12 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, getsockopt, recvmsg, sockopt};
+use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use serde::{Deserialize, Serialize};
 
+use super::conn::Conn;
+use super::handover::{HANDOVER, HandedPipe, Handover, bind, take_handover};
 use super::output::{Output, Stream};
 use super::process::{self, Ended, Record, Stat, boot_id, now, stat};
 use super::protocol::{Answer, MAX_ANSWER, MAX_REQUEST, Op, Request, VERSION, frame, take_frame};
@@ -31,17 +32,6 @@ const MAX_KEPT: usize = 4096;
 /// A shim creates a container in milliseconds; one that takes this long hangs.
 const SHIM_DEADLINE: Duration = Duration::from_secs(60);
 const MAX_RUN: Duration = Duration::from_secs(24 * 3600);
-
-/// A client's connection.
-struct Conn {
-    stream: UnixStream,
-    input: Vec<u8>,
-    fds: VecDeque<OwnedFd>,
-    output: Vec<u8>,
-    watching: bool,
-    /// A request of it is being worked on.
-    busy: bool,
-}
 
 /// A shim at work, and who waits for it.
 struct Shim {
@@ -66,25 +56,6 @@ struct Run {
     pid: Option<i32>,
     shim: Option<Shim>,
     deadline: Instant,
-}
-
-/// What the image before a re-execution leaves to the one after it.
-#[derive(Serialize, Deserialize)]
-struct Handover {
-    pid: i32,
-    ticks: u64,
-    boot: String,
-    listener: i32,
-    lock: i32,
-    pipes: Vec<HandedPipe>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct HandedPipe {
-    id: String,
-    stream: Stream,
-    fd: i32,
-    partial: Vec<u8>,
 }
 
 #[derive(Clone, Copy)]
@@ -115,7 +86,7 @@ pub(super) struct Keeper {
     stop: bool,
 }
 
-fn system<T, E: Into<io::Error>>(attempt: &str, result: Result<T, E>) -> Result<T, KeeperError> {
+pub(super) fn system<T, E: Into<io::Error>>(attempt: &str, result: Result<T, E>) -> Result<T, KeeperError> {
     result.map_err(|e| KeeperError::System { attempt: attempt.into(), source: e.into() })
 }
 
@@ -195,8 +166,8 @@ impl Keeper {
             if entry.record.ended.is_none() {
                 let dir = &self.config.state_dir;
                 entry.output = Some(Output::reopen(dir, &entry.record.id, entry.record.logs.clone()));
-                let alive = stat(entry.record.pid)
-                    .filter(|s| s.ticks == entry.record.ticks && entry.record.boot == self.boot);
+                let alive =
+                    stat(entry.record.pid).filter(|s| s.ticks == entry.record.ticks && entry.record.boot == self.boot);
                 if let Some(Stat { parent, .. }) = alive
                     && parent != own
                 {
@@ -204,7 +175,8 @@ impl Keeper {
                 }
                 // Opened and then looked at again: the descriptor names the process that is meant, or none.
                 let found = stat(entry.record.pid).is_some_and(|s| s.ticks == entry.record.ticks);
-                let lost = alive.is_none() || !found || (alive.is_some_and(|s| s.parent != own) && entry.pidfd.is_none());
+                let lost =
+                    alive.is_none() || !found || (alive.is_some_and(|s| s.parent != own) && entry.pidfd.is_none());
                 self.entries.insert(key, entry);
                 if lost {
                     self.ended(key, None, "it ended while no keeper lived");
@@ -478,15 +450,7 @@ impl Keeper {
                 continue;
             }
             let key = self.key();
-            let conn = Conn {
-                stream,
-                input: Vec::new(),
-                fds: VecDeque::new(),
-                output: Vec::new(),
-                watching: false,
-                busy: false,
-            };
-            self.conns.insert(key, conn);
+            self.conns.insert(key, Conn::new(stream));
         }
     }
 
@@ -632,12 +596,7 @@ impl Keeper {
         }
     }
 
-    fn launch(
-        &self,
-        spawn: &Spawn,
-        shim: bool,
-        mut record: Record,
-    ) -> io::Result<(Record, Output, Option<OwnedFd>)> {
+    fn launch(&self, spawn: &Spawn, shim: bool, mut record: Record) -> io::Result<(Record, Output, Option<OwnedFd>)> {
         let dir = &self.config.state_dir;
         let (output, [out, err]) = Output::create(dir, &spawn.id, spawn.logs.clone())?;
         let null = File::open("/dev/null")?;
@@ -668,8 +627,7 @@ impl Keeper {
         match process::start(spawn, stdio, shim, None) {
             Ok(started) => {
                 let deadline = Instant::now() + limit;
-                let shim =
-                    started.adopted.map(|pipe| Shim { pid: started.pid, pipe, waiters: Vec::new(), deadline });
+                let shim = started.adopted.map(|pipe| Shim { pid: started.pid, pipe, waiters: Vec::new(), deadline });
                 let pid = shim.is_none().then_some(started.pid);
                 let key = self.key();
                 self.runs.insert(key, Run { conn, pid, shim, deadline });
@@ -775,39 +733,6 @@ impl Keeper {
     }
 }
 
-const HANDOVER: &str = "handover.json";
-
-/// What an image before this one, of the same process, left. A file of any other process is stale.
-fn take_handover(config: &KeeperConfig, boot: &str) -> Option<Handover> {
-    let path = config.state_dir.join(HANDOVER);
-    let text = fs::read(&path).ok()?;
-    let _ = fs::remove_file(path);
-    let handover: Handover = serde_json::from_slice(&text).ok()?;
-    let own = std::process::id() as i32;
-    let same = handover.pid == own && handover.boot == boot && stat(own).is_some_and(|s| s.ticks == handover.ticks);
-    same.then_some(handover)
-}
-
-fn bind(config: &KeeperConfig) -> Result<(File, UnixListener), KeeperError> {
-    let path = config.state_dir.join("lock");
-    let open = File::options().create(true).append(true).mode(0o600).open(&path);
-    let lock = system("opening the lock", open)?;
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(fs::TryLockError::WouldBlock) => return Err(KeeperError::Taken(config.state_dir.clone())),
-        Err(fs::TryLockError::Error(e)) => return system("taking the lock", Err(e)),
-    }
-    if let Some(dir) = config.socket.parent() {
-        system("making the socket's folder", fs::create_dir_all(dir))?;
-    }
-    // The lock is held, so nobody listens there.
-    let _ = fs::remove_file(&config.socket);
-    let listener = system("binding the socket", UnixListener::bind(&config.socket))?;
-    let private = fs::Permissions::from_mode(0o600);
-    system("closing the socket to others", fs::set_permissions(&config.socket, private))?;
-    Ok((lock, listener))
-}
-
 impl Entry {
     fn kept(&self) -> Option<Kept> {
         let state = match &self.record.ended {
@@ -817,57 +742,6 @@ impl Entry {
             None => KeptState::Running { pid: self.record.pid, since: self.record.since },
         };
         Some(Kept { id: self.record.id.clone(), state })
-    }
-}
-
-impl Conn {
-    /// Reads what has come. False when the client is gone or sends more than it may.
-    fn receive(&mut self) -> bool {
-        let mut buffer = [0; 16 << 10];
-        let mut space = nix::cmsg_space!([i32; 8]);
-        while self.input.len() <= MAX_REQUEST + 4 {
-            let fd = self.stream.as_raw_fd();
-            let mut parts = [io::IoSliceMut::new(&mut buffer)];
-            let (length, fds) = match recvmsg::<UnixAddr>(fd, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
-                Ok(message) => {
-                    let mut fds = Vec::new();
-                    if let Ok(controls) = message.cmsgs() {
-                        for control in controls {
-                            if let ControlMessageOwned::ScmRights(raw) = control {
-                                // SAFETY: the kernel has just made them for this process.
-                                fds.extend(raw.into_iter().map(|f| unsafe { OwnedFd::from_raw_fd(f) }));
-                            }
-                        }
-                    }
-                    (message.bytes, fds)
-                }
-                Err(nix::errno::Errno::EAGAIN) => return true,
-                Err(nix::errno::Errno::EINTR) => continue,
-                Err(_) => return false,
-            };
-            if length == 0 {
-                return false;
-            }
-            self.fds.extend(fds);
-            if self.fds.len() > 3 {
-                return false;
-            }
-            self.input.extend_from_slice(&buffer[..length]);
-        }
-        true
-    }
-
-    /// Writes what the client takes. False when it is gone.
-    fn flush(&mut self) -> bool {
-        while !self.output.is_empty() {
-            match self.stream.write(&self.output) {
-                Ok(n) => drop(self.output.drain(..n)),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return false,
-            }
-        }
-        true
     }
 }
 
@@ -913,4 +787,3 @@ fn check(spawn: &Spawn) -> Result<(), String> {
     }
     Ok(())
 }
-

@@ -35,12 +35,8 @@ fn schema(name: &str) -> Value {
 
 pub(super) fn parameters(region: &Name) -> Value {
     let name = json!({"type": "string", "minLength": 1, "maxLength": 63, "pattern": Name::PATTERN});
-    let query = |name: &str, about: &str, schema: Value| {
-        json!({"name": name, "in": "query", "description": about, "schema": schema})
-    };
-    let header = |name: &str, about: &str, schema: Value| {
-        json!({"name": name, "in": "header", "description": about, "schema": schema})
-    };
+    let query = |name: &str, about: &str, schema: Value| json!({"name": name, "in": "query", "description": about, "schema": schema});
+    let header = |name: &str, about: &str, schema: Value| json!({"name": name, "in": "header", "description": about, "schema": schema});
     json!({
         "Region": {
             "name": "region", "in": "path", "required": true, "example": region,
@@ -231,8 +227,13 @@ fn list_operation(d: &KindDescriptor, in_project: bool) -> Value {
     let good = success("A page", as_json(&format!("{}List", d.kind)), &[]);
     let all = if !in_project && d.scope == Scope::Project { " of all projects" } else { "" };
     let id = if all.is_empty() { format!("list{}s", d.kind) } else { format!("listAll{}s", d.kind) };
-    let mut out =
-        operation(&id, d.plural, &format!("List {}{all}", d.plural), parameters, answers(vec![("200", good)], &["410"]));
+    let mut out = operation(
+        &id,
+        d.plural,
+        &format!("List {}{all}", d.plural),
+        parameters,
+        answers(vec![("200", good)], &["410"]),
+    );
     out["x-stream-parameters"] = json!([{
         "name": "watch", "in": "query", "schema": {"type": "string", "pattern": "^[0-9]*$"},
         "description": "Sends every change after this revision as server-sent events; 0 or nothing begins now. Events are \
@@ -244,7 +245,9 @@ fn list_operation(d: &KindDescriptor, in_project: bool) -> Value {
 fn body(content: &[(&str, &str)], example: &Value) -> Value {
     let content: Map<_, _> = content
         .iter()
-        .map(|(media, name)| ((*media).to_owned(), json!({"schema": schema(name), "examples": {"example": {"value": example}}})))
+        .map(|(media, name)| {
+            ((*media).to_owned(), json!({"schema": schema(name), "examples": {"example": {"value": example}}}))
+        })
         .collect();
     json!({"required": true, "content": content})
 }
@@ -273,7 +276,8 @@ fn collection(d: &KindDescriptor) -> Value {
             ("200", success("A dry run's result", as_json(d.kind), CHANGED)),
         ];
         let responses = answers(good, &["403", "409", "413", "415", "422"]);
-        let mut post = operation(&format!("create{}", d.kind), d.plural, &format!("Create {}", d.kind), parameters, responses);
+        let mut post =
+            operation(&format!("create{}", d.kind), d.plural, &format!("Create {}", d.kind), parameters, responses);
         let example = json!({
             "apiVersion": API_VERSION, "kind": d.kind, "metadata": {"name": EXAMPLE}, "spec": (d.example)(),
         });
@@ -293,7 +297,13 @@ fn object(d: &KindDescriptor) -> Value {
     let ok = || ("200", success("The object", as_json(d.kind), &[("ETag", "ETag")]));
     let not_modified = ("304", json!({"$ref": "#/components/responses/NotModified"}));
     let get = answers(vec![ok(), not_modified], &[]);
-    let get = operation(&format!("get{}", d.kind), d.plural, &format!("Get {}", d.kind), here(&["Consistency", "IfNoneMatch"]), get);
+    let get = operation(
+        &format!("get{}", d.kind),
+        d.plural,
+        &format!("Get {}", d.kind),
+        here(&["Consistency", "IfNoneMatch"]),
+        get,
+    );
     let mut out = json!({"get": get});
     let changed = || ("200", success("The object as it is now", as_json(d.kind), CHANGED));
     if d.verbs.update {
@@ -307,22 +317,26 @@ fn object(d: &KindDescriptor) -> Value {
             more.push("OnlyNew");
         }
         let responses = answers(good, &["403", "409", "412", "413", "415", "422"]);
-        let mut put = operation(&format!("put{}", d.kind), d.plural, &format!("{summary} {}", d.kind), here(&more), responses);
+        let mut put =
+            operation(&format!("put{}", d.kind), d.plural, &format!("{summary} {}", d.kind), here(&more), responses);
         let example = json!({"spec": (d.example)()});
         put["requestBody"] = body(&[("application/json", &format!("{}Replacement", d.kind))], &example);
         out["put"] = put;
         let responses = answers(vec![changed()], &["403", "409", "412", "413", "415", "422"]);
         let parameters = here(&["DryRun", "IdempotencyKey", "Prefer", "IfMatch"]);
-        let mut patch = operation(&format!("patch{}", d.kind), d.plural, &format!("Change {}", d.kind), parameters, responses);
+        let mut patch =
+            operation(&format!("patch{}", d.kind), d.plural, &format!("Change {}", d.kind), parameters, responses);
         let name = format!("{}Patch", d.kind);
         let example = json!({"metadata": {"labels": {"tier": "front"}}});
         patch["requestBody"] = body(&[("application/merge-patch+json", &name), ("application/json", &name)], &example);
         out["patch"] = patch;
     }
     if d.verbs.delete {
-        let responses = answers(vec![("200", success("Its tombstone", as_json(d.kind), CHANGED))], &["403", "409", "412"]);
+        let responses =
+            answers(vec![("200", success("Its tombstone", as_json(d.kind), CHANGED))], &["403", "409", "412"]);
         let parameters = here(&["DryRun", "IdempotencyKey", "Prefer", "IfMatch"]);
-        out["delete"] = operation(&format!("delete{}", d.kind), d.plural, &format!("Delete {}", d.kind), parameters, responses);
+        out["delete"] =
+            operation(&format!("delete{}", d.kind), d.plural, &format!("Delete {}", d.kind), parameters, responses);
     }
     out
 }

@@ -60,7 +60,9 @@ fn tighten(schema: &mut Value) {
     match schema {
         Value::Array(list) => list.iter_mut().for_each(tighten),
         Value::Object(map) => {
-            if map.get("type").is_some_and(|t| t == "object" || t[0] == "object") && !map.contains_key("additionalProperties") {
+            if map.get("type").is_some_and(|t| t == "object" || t[0] == "object")
+                && !map.contains_key("additionalProperties")
+            {
                 map.insert("additionalProperties".into(), Value::Bool(false));
             }
             let maximum = match map.get("format").and_then(Value::as_str) {
@@ -204,8 +206,8 @@ impl Patcher<'_> {
         let Some(map) = out.as_object_mut() else { return out };
         map.shift_remove("default");
         let variants: Vec<&Value> = branches(schema).collect();
-        let tagged = !variants.is_empty()
-            && variants.iter().all(|v| v["properties"].as_object().is_some_and(|p| p.len() == 1));
+        let tagged =
+            !variants.is_empty() && variants.iter().all(|v| v["properties"].as_object().is_some_and(|p| p.len() == 1));
         if tagged {
             // One of several members in the whole; in a patch one may replace another, which is then null.
             let mut properties = Map::new();
@@ -296,20 +298,26 @@ impl Schemas {
             assert!(before.is_none(), "two schemas are called {name}");
         };
         add("Problem", reference("ApiError"));
-        add("BlobReceipt", json!({
-            "type": "object", "additionalProperties": false, "required": ["digest", "size"],
-            "properties": {
-                "digest": {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
-                "size": {"type": "integer", "minimum": 0},
-            },
-        }));
-        add("ListMetadata", json!({
-            "type": "object", "additionalProperties": false, "required": ["revision"],
-            "properties": {
-                "revision": {"type": "integer", "minimum": 0, "description": "What a watch may begin after."},
-                "cursor": {"type": "string", "description": "There may be more: ask again with this."},
-            },
-        }));
+        add(
+            "BlobReceipt",
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["digest", "size"],
+                "properties": {
+                    "digest": {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
+                    "size": {"type": "integer", "minimum": 0},
+                },
+            }),
+        );
+        add(
+            "ListMetadata",
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["revision"],
+                "properties": {
+                    "revision": {"type": "integer", "minimum": 0, "description": "What a watch may begin after."},
+                    "cursor": {"type": "string", "description": "There may be more: ask again with this."},
+                },
+            }),
+        );
         for (name, project) in [("MetadataInput", false), ("ProjectMetadataInput", true)] {
             add(name, metadata_input(region, project, &["name"], false));
         }
@@ -334,23 +342,29 @@ impl Schemas {
             let prefix = if d.scope == Scope::Project { "Project" } else { "" };
             reference(&format!("{prefix}Metadata{suffix}"))
         };
-        out.insert(name.into(), json!({
-            "type": "object", "additionalProperties": false, "description": d.about,
-            "required": ["apiVersion", "kind", "metadata", "spec", "status"],
-            "properties": {
-                "apiVersion": api_version, "kind": kind, "metadata": reference("Metadata"),
-                "spec": schema.shape.schema, "status": schema.status,
-            },
-        }));
+        out.insert(
+            name.into(),
+            json!({
+                "type": "object", "additionalProperties": false, "description": d.about,
+                "required": ["apiVersion", "kind", "metadata", "spec", "status"],
+                "properties": {
+                    "apiVersion": api_version, "kind": kind, "metadata": reference("Metadata"),
+                    "spec": schema.shape.schema, "status": schema.status,
+                },
+            }),
+        );
         let list_kind = json!({"type": "string", "const": format!("{name}List")});
-        out.insert(format!("{name}List"), json!({
-            "type": "object", "additionalProperties": false,
-            "required": ["apiVersion", "kind", "metadata", "items"],
-            "properties": {
-                "apiVersion": api_version, "kind": list_kind, "metadata": reference("ListMetadata"),
-                "items": {"type": "array", "items": reference(name)},
-            },
-        }));
+        out.insert(
+            format!("{name}List"),
+            json!({
+                "type": "object", "additionalProperties": false,
+                "required": ["apiVersion", "kind", "metadata", "items"],
+                "properties": {
+                    "apiVersion": api_version, "kind": list_kind, "metadata": reference("ListMetadata"),
+                    "items": {"type": "array", "items": reference(name)},
+                },
+            }),
+        );
         let ignored = json!({"type": "object", "additionalProperties": true, "description": "Accepted and ignored."});
         let input = |metadata: Value, spec: &Value, required: Value| {
             json!({

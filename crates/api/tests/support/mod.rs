@@ -13,8 +13,8 @@ use futures::StreamExt;
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use nexus_api::{
-    Api, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Principal, StatusSource,
-    TokenAuthenticator, Topology,
+    Api, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Principal,
+    StatusSource, TokenAuthenticator, Topology,
 };
 use nexus_control::intent::{Accepted, Change, Intent, Writer};
 use nexus_env::Env;
@@ -22,8 +22,8 @@ use nexus_iam::TokenSecret;
 use nexus_model::plan::{ExecRequest, LogsRequest};
 use nexus_model::{AnyObject, ApiError, Code, Digest, Name, Timestamp, Uid, key, kind};
 use nexus_store::{
-    GroupId, KeyValue, LeaseId, Leadership, Op, RangeRequest, RangeResponse, Revision, Store, StoreError, StoreStatus, Txn,
-    TxnOutcome, Watch, WatchBatch, WatchError, WatchEvent, WatchSource,
+    GroupId, KeyValue, Leadership, LeaseId, Op, RangeRequest, RangeResponse, Revision, Store, StoreError, StoreStatus,
+    Txn, TxnOutcome, Watch, WatchBatch, WatchError, WatchEvent, WatchSource,
 };
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -454,8 +454,8 @@ impl World {
             Body::empty()
         } else {
             let patch = method == "PATCH";
-            request = request
-                .header("content-type", if patch { "application/merge-patch+json" } else { "application/json" });
+            request =
+                request.header("content-type", if patch { "application/merge-patch+json" } else { "application/json" });
             Body::from(body.to_string())
         };
         self.send(request.body(body).unwrap()).await
@@ -474,8 +474,11 @@ impl World {
     }
 }
 
+// Each test file uses its part of this module.
+#[allow(dead_code)]
 pub const APPS: &str = "/v1/regions/local/projects/default/apps";
 
+#[allow(dead_code)]
 pub fn app(name: &str) -> Value {
     json!({"metadata": {"name": name}, "spec": {"image": "web"}})
 }

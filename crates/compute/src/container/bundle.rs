@@ -165,10 +165,7 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
                 "inheritable": [],
                 "ambient": [],
             },
-            "rlimits": [
-                {"type": "RLIMIT_NOFILE", "soft": 65_536, "hard": 1_048_576},
-                {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
-            ],
+            "rlimits": [{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
         },
         "mounts": mounts,
         "linux": {

@@ -74,7 +74,8 @@ fn run(dir: &Path, id: &str) -> Result<(), Failure> {
         let mode = fs::Permissions::from_mode(0o644);
         fs::set_permissions(&path, mode).map_err(Failure::io(format!("writing /etc/{name}")))?;
     }
-    let spec = with_user(plan, &root)?;
+    let mut spec = with_user(plan, &root)?;
+    limit_files(&mut spec);
     fs::write(bundle.join("config.json"), spec.to_string()).map_err(Failure::io("writing config.json"))?;
 
     let pid = create(&bundle, &dir.join("state"), id)?;
@@ -114,13 +115,30 @@ fn with_user(plan: Plan, root: &Path) -> Result<Value, Failure> {
     make_folder(&root, &plan.working_dir)?;
     let mut spec = plan.spec;
     let process = &mut spec["process"];
-    process["user"] = json!({"uid": user.uid, "gid": user.gid, "additionalGids": user.groups});
+    // The main group is listed too: left out of the list, it could be dropped by a process to get around a denial.
+    let groups: Vec<u32> = std::iter::once(user.gid).chain(user.groups).collect();
+    process["user"] = json!({"uid": user.uid, "gid": user.gid, "additionalGids": groups});
     if let (Some(home), Some(env)) = (user.home, process["env"].as_array_mut())
         && !env.iter().any(|pair| pair.as_str().is_some_and(|p| p.starts_with("HOME=")))
     {
         env.push(format!("HOME={home}").into());
     }
     Ok(spec)
+}
+
+/// Bounds the files that a process may have open. What the host doesn't let us raise stays as it is.
+fn limit_files(spec: &mut Value) {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    const SOFT: u64 = 65_536;
+    const HARD: u64 = 1_048_576;
+    if setrlimit(Resource::RLIMIT_NOFILE, SOFT, HARD).is_err() {
+        tracing::debug!("the bound on open files can't be raised");
+    }
+    let hard = getrlimit(Resource::RLIMIT_NOFILE).map_or(HARD, |(_, hard)| hard.min(HARD));
+    let limit = json!({"type": "RLIMIT_NOFILE", "soft": hard.min(SOFT), "hard": hard});
+    if let Some(limits) = spec["process"]["rlimits"].as_array_mut() {
+        limits.push(limit);
+    }
 }
 
 /// A file of the image as text, empty if there is none. Links in it can't lead out of it.

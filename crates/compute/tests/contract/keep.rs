@@ -53,6 +53,29 @@ impl DirectKeep {
         self.kept.lock().unwrap().clear();
     }
 
+    /// What a killed shim leaves comes to the sub-reaper, and holds up its container's end until it is reaped.
+    fn reap_orphans(&self) {
+        let own: Vec<i32> = self.kept.lock().unwrap().values().filter_map(|s| match s {
+            KeptState::Running { pid, .. } => Some(*pid),
+            KeptState::Exited { .. } => None,
+        }).collect();
+        std::thread::spawn(move || {
+            for _ in 0..200 {
+                for process in fs::read_dir("/proc").unwrap().flatten() {
+                    let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
+                    let stat = fs::read_to_string(process.path().join("stat")).unwrap_or_default();
+                    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+                    let mine = fields.get(1).is_some_and(|parent| *parent == std::process::id().to_string());
+                    if mine && fields[0] == "Z" && !own.contains(&pid) {
+                        let _ = waitpid(Pid::from_raw(pid), None);
+                        return;
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+    }
+
     fn start(&self, spawn: &Spawn) -> Result<i32, String> {
         assert_eq!(spawn.entry, Entry::Shim, "only shims are tested here");
         let (reader, writer) = nix::unistd::pipe().unwrap();
@@ -79,7 +102,8 @@ impl DirectKeep {
                     if let Some(logs) = &logs {
                         fs::create_dir_all(&logs.dir).unwrap();
                         let mut file = OpenOptions::new().create(true).append(true).open(logs.dir.join("current")).unwrap();
-                        writeln!(file, "{} {name} {line}", now()).unwrap();
+                        // In one piece: two streams write here.
+                        file.write_all(format!("{} {name} {line}\n", now()).as_bytes()).unwrap();
                     }
                 }
             });
@@ -155,6 +179,7 @@ impl Keep for DirectKeep {
             if begun.elapsed() > deadline {
                 child.kill().unwrap();
                 child.wait().unwrap();
+                self.reap_orphans();
                 return Err(KeepError::Deadline(deadline));
             }
             tokio::time::sleep(Duration::from_millis(5)).await;

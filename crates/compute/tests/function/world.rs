@@ -88,8 +88,8 @@ impl World {
     pub fn sandbox(&self) -> Sandbox {
         static NEXT: AtomicU8 = AtomicU8::new(1);
         let uid = Uid::from_random([NEXT.fetch_add(1, Ordering::SeqCst); 16]);
-        let mut template = Template::default();
-        template.ports = vec![Port { port: free_port(), protocol: Default::default(), name: None }];
+        let ports = vec![Port { port: free_port(), protocol: Default::default(), name: None }];
+        let mut template = Template { ports, ..Template::default() };
         template.env.insert("NAME".into(), "the test".into());
         template.resources.memory = Size(64 << 20);
         template.function.timeout_seconds = 20;

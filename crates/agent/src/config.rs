@@ -1,0 +1,89 @@
+//! What a daemon is made from: who it is, where the servers are, and the engines that it plugs together.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use nexus_compute::keep::Keep;
+use nexus_env::Endpoint;
+use nexus_model::kind::{HostSpec, Runtime};
+use nexus_model::plan::ImagePlan;
+use nexus_model::{Digest, Name, Uid};
+use rustls::pki_types::CertificateDer;
+
+use crate::AgentHandle;
+
+/// Makes an identity of a verified certificate chain.
+pub type Identify = dyn Fn(&[CertificateDer<'_>]) -> Option<String> + Send + Sync;
+/// Says whether a caller may use a method. Only servers should.
+pub type Authorize = dyn Fn(&nexus_wire::Caller, &str) -> bool + Send + Sync;
+
+#[derive(Clone)]
+pub struct AgentConfig {
+    pub name: Name,
+    pub host: HostSpec,
+    pub servers: Vec<Endpoint>,
+    /// The cached plan and the instances' log files.
+    pub data_dir: PathBuf,
+    pub boot_id: String,
+    pub agent_version: String,
+    /// For calls to servers.
+    pub client_tls: Arc<rustls::ClientConfig>,
+    /// For calls from servers, on `host.address`.
+    pub server_tls: Arc<rustls::ServerConfig>,
+    pub identify: Arc<Identify>,
+    pub authorize: Arc<Authorize>,
+    /// Where the daemon shows itself to whoever serves its health and metrics.
+    pub handle: AgentHandle,
+}
+
+/// The engines of the host.
+#[derive(Clone)]
+pub struct Engines {
+    pub runtimes: BTreeMap<Runtime, Arc<dyn nexus_compute::Runtime>>,
+    pub images: Arc<dyn ImageFetcher>,
+    pub net: Arc<dyn InstancePlug>,
+    /// Tells when some process may have ended.
+    pub keep: Arc<dyn Keep>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("image {image}: {message}")]
+pub struct FetchError {
+    pub image: Digest,
+    pub message: String,
+}
+
+/// Brings images to the host.
+#[async_trait]
+pub trait ImageFetcher: Send + Sync {
+    /// Makes sure that all content of the image is in the host's blob store. Many may ask for the same image at once.
+    async fn ensure(&self, image: &ImagePlan) -> Result<(), FetchError>;
+
+    /// The images that are here whole. Cheap: asked every second.
+    fn held(&self) -> Vec<Digest>;
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("network: {0}")]
+pub struct PlugError(pub String);
+
+/// Gives instances a network. Every call is idempotent.
+#[async_trait]
+pub trait InstancePlug: Send + Sync {
+    /// Makes the instance's network and returns the path of its namespace.
+    async fn plug(&self, uid: Uid, address6: Ipv6Addr, address4: Ipv4Addr) -> Result<PathBuf, PlugError>;
+    async fn unplug(&self, uid: Uid) -> Result<(), PlugError>;
+    /// The instances that have a network here, whole or not.
+    async fn plugged(&self) -> Result<Vec<Uid>, PlugError>;
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("{attempt}: {source}")]
+    System { attempt: String, source: std::io::Error },
+    #[error("the cached plan {path} is of version {found}; this agent knows versions up to {known}: start a newer one")]
+    PlanTooNew { path: PathBuf, found: u32, known: u32 },
+}

@@ -1,0 +1,214 @@
+//! The daemon itself: gives every instance of the plan, and every one that is found here, a worker.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nexus_env::{Endpoint, Env};
+use nexus_model::Uid;
+use nexus_model::plan::{Desired, HostPlan};
+use nexus_wire::{ClientOptions, Pool};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{AgentConfig, AgentError, Engines};
+use crate::observer::{Observer, View};
+use crate::servers::Servers;
+use crate::worker::{Order, Shared, Worker};
+use crate::{plans, report, serve};
+
+/// Instances that are started at once; more would only slow each other down.
+const STARTS_AT_ONCE: usize = 8;
+
+/// Runs a host's daemon until `shutdown`. Nothing that it started ends with it.
+pub async fn run(
+    config: AgentConfig,
+    env: Env,
+    engines: Engines,
+    shutdown: CancellationToken,
+) -> Result<(), AgentError> {
+    let system = |attempt: &str| {
+        let attempt = attempt.to_owned();
+        move |source| AgentError::System { attempt, source }
+    };
+    let config = Arc::new(config);
+    let logs_dir = config.data_dir.join("logs");
+    let cache = plans::Cache::new(env.disk.clone(), &config.data_dir);
+    let cached = {
+        let (disk, dir, cache, name) = (env.disk.clone(), logs_dir.clone(), cache.clone(), config.name.clone());
+        let load = move || {
+            disk.create_dir_all(&dir)
+                .map_err(|source| AgentError::System { attempt: format!("making {}", dir.display()), source })?;
+            cache.load(&name)
+        };
+        let loaded = tokio::task::spawn_blocking(load).await;
+        loaded.map_err(std::io::Error::other).map_err(system("reading the cached plan"))??
+    };
+    let (plans, planned) = watch::channel(cached.map(Arc::new));
+
+    let pool = Pool::new(&env, config.client_tls.clone(), ClientOptions::default());
+    let servers = Arc::new(Servers::new(&env, pool, config.servers.clone()));
+    let shared = Arc::new(Shared {
+        env: env.clone(),
+        observer: Observer::new(engines.runtimes.clone(), engines.keep.clone()),
+        engines: engines.clone(),
+        handle: config.handle.clone(),
+        logs_dir,
+        starts: Semaphore::new(STARTS_AT_ONCE),
+    });
+    let server = serve::server(&config, &env, shared.clone(), Endpoint::Tcp(config.host.address));
+    let server = server.bind().await.map_err(system(&format!("listening on {}", config.host.address)))?;
+
+    // All tasks are of this set, and end when it is dropped.
+    let mut tasks: JoinSet<()> = JoinSet::new();
+    let observing = shared.clone();
+    tasks.spawn(async move { observing.observer.run().await });
+    tasks.spawn(plans::pull(config.name.clone(), servers.clone(), cache, plans, config.handle.clone()));
+    tasks.spawn(report::run(config.clone(), env, engines, servers));
+    let serving = tasks.spawn(server.serve(shutdown.clone()));
+    tasks.spawn(manage(shared, planned));
+    shutdown.cancelled().await;
+    // Whoever reads logs or waits for a command hears a proper end.
+    let drained = async {
+        while !serving.is_finished() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(6), drained).await;
+    tasks.shutdown().await;
+    Ok(())
+}
+
+/// The workers, by instance.
+struct Manager {
+    shared: Arc<Shared>,
+    workers: JoinSet<Uid>,
+    orders: BTreeMap<Uid, watch::Sender<Order>>,
+    /// Instances that the plan wants gone and that are: until the plan forgets them, nothing is to be done.
+    cleared: BTreeSet<Uid>,
+    /// Networks without an instance are looked for once, when the first plan is known.
+    swept: bool,
+}
+
+async fn manage(shared: Arc<Shared>, mut planned: watch::Receiver<Option<Arc<HostPlan>>>) {
+    let mut views = shared.observer.subscribe();
+    // Before the first look nothing may be started: it may be running.
+    if views.wait_for(View::is_known).await.is_err() {
+        return;
+    }
+    let mut manager =
+        Manager { shared, workers: JoinSet::new(), orders: BTreeMap::new(), cleared: BTreeSet::new(), swept: false };
+    loop {
+        let plan = planned.borrow_and_update().clone();
+        let view = views.borrow_and_update().clone();
+        manager.dispatch(plan.as_deref(), &view).await;
+        tokio::select! {
+            biased;
+            Some(ended) = manager.workers.join_next() => match ended {
+                Ok(uid) => {
+                    manager.orders.remove(&uid);
+                    manager.cleared.insert(uid);
+                }
+                Err(error) => {
+                    // A worker never ends otherwise. It is started again, for the host's other instances' sake.
+                    tracing::error!(%error, "a worker failed");
+                    manager.orders.retain(|_, order| !order.is_closed());
+                }
+            },
+            changed = planned.changed() => if changed.is_err() { return },
+            changed = views.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+impl Manager {
+    async fn dispatch(&mut self, plan: Option<&HostPlan>, view: &View) {
+        let mut wanted: BTreeMap<Uid, Order> = BTreeMap::new();
+        for instance in plan.iter().flat_map(|p| &p.instances) {
+            wanted.insert(instance.uid, Order { plan: Some(Arc::new(instance.clone())), wanted: true });
+        }
+        // What is here and not planned goes, but only if there is a plan to say so.
+        if plan.is_some() {
+            let mut others: BTreeSet<Uid> = view.instances.keys().copied().collect();
+            others.extend(self.orders.keys());
+            if !self.swept {
+                match self.shared.engines.net.plugged().await {
+                    Ok(plugged) => {
+                        others.extend(plugged);
+                        self.swept = true;
+                    }
+                    Err(error) => tracing::warn!(%error, "networks without an instance can't be looked for"),
+                }
+            }
+            for uid in others {
+                wanted.entry(uid).or_default();
+            }
+        }
+        self.cleared.retain(|uid| {
+            let gone = |o: &Order| o.plan.as_ref().is_some_and(|p| p.desired == Desired::Gone);
+            wanted.get(uid).is_some_and(gone) && !view.instances.contains_key(uid)
+        });
+        for (uid, order) in wanted {
+            if self.cleared.contains(&uid) {
+                continue;
+            }
+            match self.orders.get(&uid) {
+                Some(sender) => {
+                    sender.send_if_modified(|held| {
+                        // The template is still needed to stop it properly.
+                        let next = match order.plan {
+                            None => Order { plan: held.plan.clone(), wanted: false },
+                            Some(_) => order,
+                        };
+                        let news = *held != next;
+                        *held = next;
+                        news
+                    });
+                }
+                None => {
+                    let (sender, receiver) = watch::channel(order);
+                    self.orders.insert(uid, sender);
+                    self.workers.spawn(Worker::new(self.shared.clone(), uid, receiver).run());
+                }
+            }
+        }
+        let news = plan.map(|p| p.revision);
+        let mut changed = false;
+        self.shared.handle.update(|f| {
+            changed = f.plan != news || !f.observed;
+            f.plan = news;
+            f.observed = true;
+        });
+        if plan.is_none() {
+            self.report_unplanned(view);
+        }
+        if changed {
+            self.shared.handle.wake_reporter();
+        }
+    }
+
+    /// Without a plan nothing is touched, but what is here is told.
+    fn report_unplanned(&self, view: &View) {
+        use nexus_compute::State;
+        use nexus_model::kind::InstancePhase;
+        for (uid, (_, observed)) in view.instances.iter() {
+            let (phase, started, exit_code) = match observed.state {
+                State::Running { since } => (InstancePhase::Running, Some(since), None),
+                State::Exited { code, .. } => (InstancePhase::BackOff, None, code),
+            };
+            let report = nexus_model::plan::InstanceReport {
+                uid: *uid,
+                epoch: observed.epoch,
+                phase,
+                ready: false,
+                endpoint: None,
+                restarts: 0,
+                started,
+                exit_code,
+                message: "this host has no plan yet".into(),
+            };
+            self.shared.handle.instance(*uid, Some(report));
+        }
+    }
+}

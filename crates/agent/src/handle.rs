@@ -1,0 +1,119 @@
+//! How the daemon shows itself: what it reports of instances, and a few facts for health and metrics.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nexus_model::Uid;
+use nexus_model::kind::InstancePhase;
+use nexus_model::plan::InstanceReport;
+use tokio::sync::Notify;
+
+/// A view of a running daemon. Cloning is cheap, and all clones see the same daemon.
+#[derive(Clone, Default)]
+pub struct AgentHandle {
+    inner: Arc<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    facts: Mutex<AgentSnapshot>,
+    changed: Notify,
+}
+
+/// What is true of the daemon at one moment.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct AgentSnapshot {
+    /// Whether the host's processes have been looked at: before, nothing is known.
+    pub observed: bool,
+    /// The plan that is being followed.
+    pub plan: Option<u64>,
+    /// What instances are like, by uid.
+    pub instances: BTreeMap<Uid, InstanceReport>,
+    pub reports_sent: u64,
+    pub reports_failed: u64,
+    /// When a server last took a report, on the monotonic clock.
+    pub last_report: Option<Duration>,
+    /// The host's epoch as the servers know it.
+    pub host_epoch: u64,
+    /// Why the newest plan was not taken, or empty.
+    pub plan_refused: String,
+}
+
+impl AgentHandle {
+    pub fn snapshot(&self) -> AgentSnapshot {
+        self.lock().clone()
+    }
+
+    /// Whether the daemon follows a plan and knows what runs.
+    pub fn is_ready(&self) -> bool {
+        let facts = self.lock();
+        facts.observed && facts.plan.is_some()
+    }
+
+    /// The facts in Prometheus' text format.
+    pub fn metrics_text(&self) -> String {
+        let facts = self.lock();
+        let mut out = String::new();
+        let mut one = |name: &str, kind: &str, help: &str, value: f64| {
+            let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}");
+        };
+        one(
+            "nexus_agent_plan_revision",
+            "gauge",
+            "Revision of the plan that is followed.",
+            facts.plan.unwrap_or(0) as f64,
+        );
+        one("nexus_agent_reports_sent_total", "counter", "Reports that a server took.", facts.reports_sent as f64);
+        one("nexus_agent_reports_failed_total", "counter", "Reports that no server took.", facts.reports_failed as f64);
+        let ready = facts.instances.values().filter(|i| i.ready).count();
+        one("nexus_agent_instances_ready", "gauge", "Instances that may take requests.", ready as f64);
+        let restarts: u64 = facts.instances.values().map(|i| u64::from(i.restarts)).sum();
+        one("nexus_agent_instance_restarts", "gauge", "Restarts of the instances that are here.", restarts as f64);
+        let _ = writeln!(out, "# HELP nexus_agent_instances Instances by phase.\n# TYPE nexus_agent_instances gauge");
+        for phase in [
+            InstancePhase::Scheduled,
+            InstancePhase::Starting,
+            InstancePhase::Running,
+            InstancePhase::BackOff,
+            InstancePhase::Stopping,
+        ] {
+            let count = facts.instances.values().filter(|i| i.phase == phase).count();
+            let _ = writeln!(out, "nexus_agent_instances{{phase=\"{phase:?}\"}} {count}");
+        }
+        out
+    }
+
+    fn lock(&self) -> MutexGuard<'_, AgentSnapshot> {
+        self.inner.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut AgentSnapshot)) {
+        change(&mut self.lock());
+    }
+
+    /// Sets or removes what is reported of an instance, and wakes the reporter if that is news.
+    pub(crate) fn instance(&self, uid: Uid, report: Option<InstanceReport>) {
+        let news = {
+            let mut facts = self.lock();
+            let before = match &report {
+                Some(report) => facts.instances.insert(uid, report.clone()),
+                None => facts.instances.remove(&uid),
+            };
+            before != report
+        };
+        if news {
+            self.inner.changed.notify_one();
+        }
+    }
+
+    pub(crate) fn wake_reporter(&self) {
+        self.inner.changed.notify_one();
+    }
+
+    /// Resolves when a report has news to tell. For the reporter alone.
+    pub(crate) async fn changed(&self) {
+        self.inner.changed.notified().await;
+    }
+}

@@ -1,0 +1,138 @@
+//! Telling the leading server what is true here: every second, and at once when something changed.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nexus_env::{Endpoint, Env};
+use nexus_model::plan::{HostReport, ReportAck, method};
+use nexus_wire::WireError;
+
+use crate::config::{AgentConfig, Engines};
+use crate::servers::Servers;
+
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Changes come in flocks: they travel together.
+const COALESCE: Duration = Duration::from_millis(20);
+const DEADLINE: Duration = Duration::from_secs(2);
+/// How many servers may point to another one before the reporter stops believing them.
+const HOPS: u32 = 3;
+
+/// Reports until it is dropped.
+pub(crate) async fn run(config: Arc<AgentConfig>, env: Env, engines: Engines, servers: Arc<Servers>) {
+    let mut load = LoadMeter::default();
+    let mut turn = servers.start();
+    let mut leader: Option<Endpoint> = None;
+    let mut failures = 0;
+    loop {
+        let facts = config.handle.snapshot();
+        // Before the first look, "nothing runs here" would be a lie.
+        if facts.observed {
+            let report = HostReport {
+                host: config.name.clone(),
+                spec: config.host.clone(),
+                boot_id: config.boot_id.clone(),
+                agent_version: config.agent_version.clone(),
+                applied: facts.plan,
+                instances: facts.instances.into_values().collect(),
+                images: engines.images.held(),
+                load: load.measure(&env),
+            };
+            match send(&servers, &mut leader, &mut turn, &report).await {
+                Some(ack) => {
+                    failures = 0;
+                    servers.learn(&ack.servers);
+                    let now = env.monotonic();
+                    config.handle.update(|f| {
+                        f.reports_sent += 1;
+                        f.last_report = Some(now);
+                        f.host_epoch = ack.epoch;
+                    });
+                }
+                None => {
+                    config.handle.update(|f| f.reports_failed += 1);
+                    servers.pause(failures, Duration::from_millis(100), INTERVAL).await;
+                    failures += 1;
+                    continue;
+                }
+            }
+        }
+        let changed = async {
+            config.handle.changed().await;
+            tokio::time::sleep(COALESCE).await;
+        };
+        let _ = tokio::time::timeout(INTERVAL, changed).await;
+    }
+}
+
+/// Sends a report to whoever leads. `None` when nobody took it; then the next try goes to another server.
+async fn send(
+    servers: &Servers,
+    leader: &mut Option<Endpoint>,
+    turn: &mut usize,
+    report: &HostReport,
+) -> Option<ReportAck> {
+    for _ in 0..HOPS {
+        let endpoint = match leader {
+            Some(endpoint) => endpoint.clone(),
+            None => servers.nth(*turn)?,
+        };
+        match servers.client(&endpoint).call::<_, ReportAck>(method::REPORT, report, DEADLINE).await {
+            Ok(ack) => {
+                *leader = Some(endpoint);
+                return Some(ack);
+            }
+            Err(WireError::NotLeader { leader: Some(other) }) => match other.parse::<Endpoint>() {
+                Ok(other) if other != endpoint => *leader = Some(other),
+                _ => break,
+            },
+            Err(error) => {
+                tracing::debug!(server = %endpoint, %error, "a report was not taken");
+                break;
+            }
+        }
+    }
+    *leader = None;
+    *turn = turn.wrapping_add(1);
+    None
+}
+
+/// The share of the machine's processors in use between two looks at /proc/stat (proc(5)).
+#[derive(Default)]
+struct LoadMeter {
+    busy: u64,
+    total: u64,
+}
+
+impl LoadMeter {
+    fn measure(&mut self, env: &Env) -> f32 {
+        let text = env.disk.read(Path::new("/proc/stat")).unwrap_or_default();
+        let Some((busy, total)) = parse_stat(&String::from_utf8_lossy(&text)) else { return 0.0 };
+        let (spent, passed) = (busy.saturating_sub(self.busy), total.saturating_sub(self.total));
+        let first = self.total == 0;
+        (self.busy, self.total) = (busy, total);
+        if first || passed == 0 { 0.0 } else { (spent as f32 / passed as f32).clamp(0.0, 1.0) }
+    }
+}
+
+/// Busy and total ticks of all processors.
+fn parse_stat(text: &str) -> Option<(u64, u64)> {
+    let line = text.lines().next()?.strip_prefix("cpu ")?;
+    let ticks: Vec<u64> = line.split_ascii_whitespace().map_while(|t| t.parse().ok()).take(8).collect();
+    let total: u64 = ticks.iter().sum();
+    // idle and iowait
+    let idle = ticks.get(3)? + ticks.get(4)?;
+    Some((total - idle, total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn load_is_what_is_not_idle() {
+        let text = "cpu  10 0 20 60 10 0 0 0 0 0\ncpu0 1 2 3";
+        assert_eq!(parse_stat(text), Some((30, 100)));
+        assert_eq!(parse_stat("nonsense"), None);
+    }
+}

@@ -1,0 +1,423 @@
+//! One instance's worker: takes the steps that [`crate::step`] decides, one after the other.
+//!
+//! It can be cut off at any await: the next worker looks at what is there and goes on. A failure is told in the
+//! instance's report and tried again with back-off; it is nobody else's matter.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nexus_compute::keep::LogFiles;
+use nexus_compute::{Runtime, Sandbox, State};
+use nexus_env::Env;
+use nexus_model::kind::{self, HealthCheck, InstancePhase};
+use nexus_model::plan::{Desired, InstancePlan, InstanceReport};
+use nexus_model::{Timestamp, Uid};
+use tokio::sync::{Semaphore, watch};
+
+use crate::AgentHandle;
+use crate::config::Engines;
+use crate::health;
+use crate::observer::{Observer, View};
+use crate::step::{Memory, Seen, Step, WELL_AFTER, Want, backoff, next_step};
+
+const LOG_FILE_BYTES: u64 = 10 << 20;
+const LOG_FILES: u32 = 3;
+/// How long an instance may take to stop of which no plan is known any more.
+const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+/// A new instance is probed this soon, then less and less often until it is ready.
+const FIRST_PROBE: Duration = Duration::from_millis(20);
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What all workers share.
+pub(crate) struct Shared {
+    pub env: Env,
+    pub engines: Engines,
+    pub observer: Observer,
+    pub handle: AgentHandle,
+    pub logs_dir: PathBuf,
+    /// Starts at once.
+    pub starts: Semaphore,
+}
+
+impl Shared {
+    pub fn logs(&self, uid: Uid) -> PathBuf {
+        self.logs_dir.join(uid.to_string())
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from_millis(self.env.now_millis())
+    }
+}
+
+/// What the plan says of one instance. The template stays known after the instance has gone from the plan.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(crate) struct Order {
+    pub plan: Option<Arc<InstancePlan>>,
+    pub wanted: bool,
+}
+
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    uid: Uid,
+    orders: watch::Receiver<Order>,
+    views: watch::Receiver<View>,
+    memory: Memory,
+    report: InstanceReport,
+}
+
+impl Worker {
+    pub fn new(shared: Arc<Shared>, uid: Uid, orders: watch::Receiver<Order>) -> Self {
+        let views = shared.observer.subscribe();
+        let report = InstanceReport {
+            uid,
+            epoch: 0,
+            phase: InstancePhase::Scheduled,
+            ready: false,
+            endpoint: None,
+            restarts: 0,
+            started: None,
+            exit_code: None,
+            message: String::new(),
+        };
+        Self { shared, uid, orders, views, memory: Memory::default(), report }
+    }
+
+    /// Works until the instance is gone and nothing of it is left.
+    pub async fn run(mut self) -> Uid {
+        loop {
+            let order = self.orders.borrow_and_update().clone();
+            let (kind, state) = self.look();
+            let seen = match &state {
+                None => Seen::Nothing,
+                Some((epoch, State::Running { .. })) => Seen::Running { epoch: *epoch },
+                Some((epoch, State::Exited { .. })) => Seen::Exited { epoch: *epoch },
+            };
+            let want = match &order.plan {
+                Some(plan) if order.wanted && plan.desired == Desired::Running => Want::Running { epoch: plan.epoch },
+                _ => Want::Gone,
+            };
+            self.report.epoch = match (seen, want) {
+                (Seen::Running { epoch } | Seen::Exited { epoch }, _) | (_, Want::Running { epoch }) => epoch,
+                _ => self.report.epoch,
+            };
+            self.memory.grace = order
+                .plan
+                .as_ref()
+                .map_or(DEFAULT_GRACE, |p| Duration::from_secs(p.template.stop_grace_seconds.into()));
+            let kind = kind.or(order.plan.as_ref().map(|p| p.template.runtime));
+            match next_step(want, seen, &self.memory, self.shared.env.monotonic()) {
+                Step::Done => {
+                    self.shared.handle.instance(self.uid, None);
+                    return self.uid;
+                }
+                Step::Start => {
+                    if let Some(plan) = order.plan {
+                        self.start(&plan).await;
+                    }
+                }
+                Step::Watch => {
+                    let since = match state {
+                        Some((_, State::Running { since })) => Some(since),
+                        _ => None,
+                    };
+                    match order.plan {
+                        Some(plan) => self.watch(&plan, since).await,
+                        None => self.wait(None).await,
+                    }
+                }
+                Step::Ask => self.ask(kind).await,
+                Step::Wait(until) => self.wait(Some(until)).await,
+                Step::Reset => self.reset(kind, state.map(|(_, s)| s)).await,
+                Step::Clear => self.clear(kind).await,
+            }
+        }
+    }
+
+    fn look(&mut self) -> (Option<kind::Runtime>, Option<(u64, State)>) {
+        let view = self.views.borrow_and_update();
+        match view.instances.get(&self.uid) {
+            Some((kind, observed)) => (Some(*kind), Some((observed.epoch, observed.state.clone()))),
+            None => (None, None),
+        }
+    }
+
+    fn runtime(&self, kind: kind::Runtime) -> Option<Arc<dyn Runtime>> {
+        self.shared.engines.runtimes.get(&kind).cloned()
+    }
+
+    fn tell(&mut self, phase: InstancePhase, message: impl Into<String>) {
+        self.report.phase = phase;
+        self.report.message = message.into();
+        if phase != InstancePhase::Running {
+            self.report.ready = false;
+        }
+        self.shared.handle.instance(self.uid, Some(self.report.clone()));
+    }
+
+    /// Waits for a moment, a new order or a new view.
+    async fn wait(&mut self, until: Option<Duration>) {
+        let now = self.shared.env.monotonic();
+        let pause = until.map_or(Duration::from_secs(3600), |u| u.saturating_sub(now));
+        tokio::select! {
+            biased;
+            _ = self.orders.changed() => {}
+            _ = self.views.changed() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+
+    async fn start(&mut self, plan: &Arc<InstancePlan>) {
+        self.tell(InstancePhase::Starting, self.report.message.clone());
+        self.memory = Memory { grace: self.memory.grace, failures: self.memory.failures, ..Memory::default() };
+        let mut orders = self.orders.clone();
+        let begun = tokio::select! {
+            biased;
+            // The plan has changed: whatever was begun is looked at afresh.
+            _ = orders.changed() => return self.shared.observer.look().await,
+            begun = begin(&self.shared, plan) => begun,
+        };
+        match begun {
+            Ok(()) => {
+                let request = plan.request_id.as_ref().map(|r| r.as_str()).unwrap_or_default();
+                tracing::info!(uid = %self.uid, name = %plan.name, epoch = plan.epoch, request, "an instance was started");
+                self.report.started = Some(self.shared.now());
+            }
+            Err(why) => {
+                tracing::warn!(uid = %self.uid, name = %plan.name, reason = why, "an instance can't be started");
+                self.failed(&why);
+            }
+        }
+        self.shared.observer.look().await;
+    }
+
+    /// Counts a failure and plans the next try.
+    fn failed(&mut self, why: &str) {
+        self.memory.failures += 1;
+        let pause = backoff(self.memory.failures);
+        self.memory.not_before = self.shared.env.monotonic() + pause;
+        let again = if pause < Duration::from_secs(1) { "now".into() } else { format!("in {} s", pause.as_secs()) };
+        self.tell(InstancePhase::BackOff, format!("{why}; it is tried again {again}"));
+    }
+
+    async fn ask(&mut self, kind: Option<kind::Runtime>) {
+        let message = if self.memory.ill { self.report.message.clone() } else { String::new() };
+        self.tell(InstancePhase::Stopping, message);
+        self.memory.asked = Some(self.shared.env.monotonic());
+        if let Some(runtime) = kind.and_then(|k| self.runtime(k))
+            && let Err(error) = runtime.stop(self.uid).await
+        {
+            tracing::warn!(uid = %self.uid, %error, "an instance can't be asked to stop; it is killed");
+            self.memory.grace = Duration::ZERO;
+            self.memory.asked = Some(Duration::ZERO);
+        }
+    }
+
+    /// The process has ended, or is to: makes room for the next.
+    async fn reset(&mut self, kind: Option<kind::Runtime>, state: Option<State>) {
+        let why = match &state {
+            Some(State::Exited { code, message, at }) => {
+                let ran = self.report.started.map_or(Duration::ZERO, |s| at.since(s));
+                if ran >= WELL_AFTER {
+                    self.memory.failures = 0;
+                }
+                self.report.exit_code = *code;
+                match (message.is_empty(), code) {
+                    (false, _) => message.clone(),
+                    (true, Some(code)) => format!("it exited with {code}"),
+                    (true, None) => "it ended, nobody knows how".into(),
+                }
+            }
+            _ => String::new(),
+        };
+        let why = if self.memory.ill { self.report.message.clone() } else { why };
+        if let Err(error) = self.remove(kind).await {
+            self.tell(InstancePhase::Stopping, error);
+            return self.wait(Some(self.shared.env.monotonic() + Duration::from_secs(1))).await;
+        }
+        self.report.restarts = self.report.restarts.saturating_add(1);
+        self.report.endpoint = None;
+        (self.memory.asked, self.memory.ill) = (None, false);
+        self.failed(&why);
+        self.shared.observer.look().await;
+    }
+
+    async fn remove(&self, kind: Option<kind::Runtime>) -> Result<(), String> {
+        let runtimes: Vec<Arc<dyn Runtime>> = match kind {
+            Some(kind) => self.runtime(kind).into_iter().collect(),
+            None => self.shared.engines.runtimes.values().cloned().collect(),
+        };
+        for runtime in runtimes {
+            runtime.remove(self.uid).await.map_err(|e| format!("it can't be removed: {e}"))?;
+        }
+        Ok(())
+    }
+
+    async fn clear(&mut self, kind: Option<kind::Runtime>) {
+        self.tell(InstancePhase::Stopping, "");
+        let cleared = async {
+            self.remove(kind).await?;
+            self.shared.engines.net.unplug(self.uid).await.map_err(|e| e.to_string())?;
+            let (disk, dir) = (self.shared.env.disk.clone(), self.shared.logs(self.uid));
+            let removed = tokio::task::spawn_blocking(move || disk.remove_dir_all(&dir)).await;
+            removed.map_err(|e| e.to_string())?.map_err(|e| format!("its logs can't be removed: {e}"))
+        };
+        match cleared.await {
+            Ok(()) => {
+                tracing::info!(uid = %self.uid, "an instance is gone");
+                self.memory.cleared = true;
+                self.shared.observer.look().await;
+            }
+            Err(why) => {
+                tracing::warn!(uid = %self.uid, reason = why, "an instance can't be cleared away yet");
+                self.tell(InstancePhase::Stopping, why);
+                self.wait(Some(self.shared.env.monotonic() + Duration::from_secs(1))).await;
+            }
+        }
+    }
+
+    /// Watches a running instance's health until there is something else to do.
+    async fn watch(&mut self, plan: &Arc<InstancePlan>, since: Option<Timestamp>) {
+        self.report.started = since.or(self.report.started);
+        (self.memory.asked, self.memory.cleared) = (None, false);
+        let Some(runtime) = self.runtime(plan.template.runtime) else { return self.wait(None).await };
+        let first_port = plan.template.served_ports().first().map(|p| p.port);
+        let (ready, live) = (plan.template.health.readiness.clone(), plan.template.health.liveness.clone());
+        let constant = ready.is_none() && first_port.is_none();
+        if constant {
+            self.report.ready = true;
+        }
+        self.tell(InstancePhase::Running, if self.report.ready { "" } else { "it is not ready yet" });
+        let start = self.shared.env.monotonic();
+        let every = |c: &Option<HealthCheck>| {
+            c.as_ref().map_or(PROBE_INTERVAL, |c| Duration::from_secs(c.interval_seconds.max(1).into()))
+        };
+        let (mut next_ready, mut next_live) = (start, start + every(&live));
+        let (mut eager, mut unready, mut dead) = (FIRST_PROBE, 0, 0);
+        loop {
+            let mut due = Duration::MAX;
+            if !constant {
+                due = due.min(next_ready);
+            }
+            if live.is_some() {
+                due = due.min(next_live);
+            }
+            let now = self.shared.env.monotonic();
+            let pause = due.saturating_sub(now).min(Duration::from_secs(3600));
+            tokio::select! {
+                biased;
+                _ = self.orders.changed() => return,
+                _ = self.views.changed() => {
+                    let running = |v: &View| matches!(v.instances.get(&self.uid),
+                        Some((_, o)) if o.epoch == self.report.epoch && matches!(o.state, State::Running { .. }));
+                    if !running(&self.views.borrow_and_update()) {
+                        // Seen by `look` in the next turn.
+                        return;
+                    }
+                    continue;
+                }
+                () = tokio::time::sleep(pause) => {}
+            }
+            let now = self.shared.env.monotonic();
+            if self.memory.failures > 0 && now.saturating_sub(start) >= WELL_AFTER {
+                self.memory.failures = 0;
+            }
+            if !constant && now >= next_ready {
+                let shared = self.shared.clone();
+                let probing = readiness(&shared, &*runtime, plan, &ready, first_port, self.report.endpoint);
+                let mut orders = self.orders.clone();
+                let result = tokio::select! { biased; _ = orders.changed() => return, r = probing => r };
+                match result {
+                    Ok(endpoint) => {
+                        unready = 0;
+                        self.report.endpoint = endpoint.or(self.report.endpoint);
+                        self.report.ready = true;
+                        self.tell(InstancePhase::Running, "");
+                    }
+                    Err(why) => {
+                        unready += 1;
+                        if !self.report.ready || unready >= ready.as_ref().map_or(3, |c| c.failures) {
+                            self.report.ready = false;
+                            self.tell(InstancePhase::Running, format!("it is not ready: {why}"));
+                        }
+                    }
+                }
+                let pause = if self.report.ready { every(&ready) } else { eager.min(every(&ready)) };
+                eager = (eager * 2).min(Duration::from_secs(3600));
+                next_ready = self.shared.env.monotonic() + pause;
+            }
+            if let Some(check) = live.as_ref().filter(|_| now >= next_live) {
+                let limit = Duration::from_secs(check.timeout_seconds.into());
+                let shared = self.shared.clone();
+                let probing = health::probe(&shared.env, &*runtime, plan, &check.probe, self.report.endpoint, limit);
+                let mut orders = self.orders.clone();
+                let result = tokio::select! { biased; _ = orders.changed() => return, r = probing => r };
+                match result {
+                    Ok(()) => dead = 0,
+                    Err(why) => {
+                        dead += 1;
+                        if dead >= check.failures {
+                            tracing::warn!(uid = %self.uid, reason = why, "an instance fails its liveness check");
+                            self.memory.ill = true;
+                            self.tell(InstancePhase::Running, format!("it failed its liveness check: {why}"));
+                            return;
+                        }
+                    }
+                }
+                next_live = self.shared.env.monotonic() + every(&live);
+            }
+        }
+    }
+}
+
+/// Whether the instance may take requests, and where its first port answered.
+async fn readiness(
+    shared: &Shared,
+    runtime: &dyn Runtime,
+    plan: &InstancePlan,
+    check: &Option<HealthCheck>,
+    first_port: Option<u16>,
+    known: Option<std::net::SocketAddr>,
+) -> Result<Option<std::net::SocketAddr>, String> {
+    let limit = Duration::from_secs(check.as_ref().map_or(1, |c| c.timeout_seconds).into());
+    if let Some(check) = check {
+        health::probe(&shared.env, runtime, plan, &check.probe, known, limit).await?;
+    }
+    match first_port {
+        // With a check of its own, the port is looked for only until it is found.
+        Some(port) if check.is_none() || known.is_none() => {
+            health::connects(&shared.env, plan, port, known, limit).await.map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Fetches, plugs in and starts.
+async fn begin(shared: &Shared, plan: &InstancePlan) -> Result<(), String> {
+    let Some(runtime) = shared.engines.runtimes.get(&plan.template.runtime) else {
+        return Err(format!("this host has no runtime for {:?}", plan.template.runtime));
+    };
+    // Not under the permit: a slow download must not keep other instances from starting.
+    shared.engines.images.ensure(&plan.image).await.map_err(|e| e.to_string())?;
+    let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
+    runtime.prepare(plan.image.digest).await.map_err(|e| e.to_string())?;
+    let netns = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await.map_err(|e| e.to_string())?;
+    let sandbox = Sandbox {
+        uid: plan.uid,
+        epoch: plan.epoch,
+        name: plan.name.clone(),
+        project: plan.project.clone(),
+        app: plan.app.clone(),
+        template: plan.template.clone(),
+        image: plan.image.digest,
+        netns,
+        address6: plan.address6,
+        address4: plan.address4,
+        logs: LogFiles { dir: log_dir(&shared.logs_dir, plan.uid), max_bytes: LOG_FILE_BYTES, keep: LOG_FILES },
+    };
+    runtime.start(&sandbox).await.map_err(|e| e.to_string())
+}
+
+fn log_dir(dir: &Path, uid: Uid) -> PathBuf {
+    dir.join(uid.to_string())
+}

@@ -1,0 +1,195 @@
+//! Image content on servers: every blob on every server. An upload is answered when a majority has it durably; whoever
+//! misses one fetches it from its peers as soon as an image names it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::StreamExt;
+use nexus_api::{BlobStream, Blobs};
+use nexus_compute::image::{BlobStore, ImageError};
+use nexus_control::view::View;
+use nexus_env::Endpoint;
+use nexus_model::plan::{BlobRequest, method};
+use nexus_model::{ApiError, Code, Digest, FieldError, Name};
+use nexus_wire::{ByteStream, Pool, Refusal};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::ServerConfig;
+
+/// The largest blob, in bytes.
+const MAX_BLOB: u64 = 20 << 30;
+/// Pieces in which files are read.
+const PIECE: usize = 256 << 10;
+const HAS_DEADLINE: Duration = Duration::from_secs(5);
+/// A pause after a round in which some blob could not be fetched.
+const RETRY: Duration = Duration::from_secs(2);
+
+pub struct ServerBlobs {
+    store: BlobStore,
+    peers: Vec<Endpoint>,
+    pool: Arc<Pool>,
+}
+
+fn broken(error: &ImageError) -> ApiError {
+    match error {
+        ImageError::WrongDigest { .. } => ApiError::invalid(vec![FieldError::new("digest", error.to_string())]),
+        ImageError::TooLong { .. } => ApiError::new(Code::TooLarge, error.to_string()),
+        _ => ApiError::new(Code::Internal, error.to_string()),
+    }
+}
+
+impl ServerBlobs {
+    pub async fn open(config: &ServerConfig, pool: Arc<Pool>) -> anyhow::Result<Self> {
+        let dir = config.data_dir.join("images");
+        let store = tokio::task::spawn_blocking(move || BlobStore::open(dir)).await.context("opening the image store")??;
+        let others = config.members.iter().filter(|(id, _)| **id != config.node_id);
+        Ok(Self { store, peers: others.map(|(_, m)| m.wire.clone()).collect(), pool })
+    }
+
+    pub fn size(&self, digest: Digest) -> Option<u64> {
+        self.store.size(digest)
+    }
+
+    /// A blob's content.
+    pub async fn read(
+        &self,
+        digest: Digest,
+    ) -> Result<impl futures::Stream<Item = std::io::Result<Bytes>> + Send + use<>, Refusal> {
+        let path = self.store.path(digest);
+        let file = tokio::fs::File::open(path)
+            .await
+            .map_err(|_| Refusal::new("not-found", format!("blob {digest} is not here")))?;
+        Ok(tokio_util::io::ReaderStream::with_capacity(file, PIECE))
+    }
+
+    /// Stores what a stream brings; answers its length.
+    pub async fn take(
+        &self,
+        digest: Digest,
+        mut content: impl futures::Stream<Item = std::io::Result<Bytes>> + Unpin,
+    ) -> Result<u64, ApiError> {
+        if let Some(size) = self.store.size(digest) {
+            return Ok(size);
+        }
+        let mut writer = self.store.put_stream_async(digest, MAX_BLOB).await.map_err(|e| broken(&e))?;
+        while let Some(piece) = content.next().await {
+            let piece = piece.map_err(|e| ApiError::new(Code::BadRequest, format!("the upload ended early: {e}")))?;
+            writer = writer.write_async(piece).await.map_err(|e| broken(&e))?;
+        }
+        writer.finish_async().await.map_err(|e| broken(&e))
+    }
+
+    async fn peer_has(&self, peer: &Endpoint, digest: Digest) -> bool {
+        let client = self.pool.get(peer);
+        let answer = client.call::<_, Option<u64>>(method::BLOB_HAS, &BlobRequest { digest }, HAS_DEADLINE).await;
+        matches!(answer, Ok(Some(_)))
+    }
+
+    /// Sends a blob to the peers until a majority of all servers has it; the others fetch it later.
+    async fn spread(&self, digest: Digest) -> Result<(), ApiError> {
+        let needed = (self.peers.len() + 1) / 2;
+        let sends = self.peers.iter().map(|peer| async move {
+            if self.peer_has(peer, digest).await {
+                return true;
+            }
+            let Ok(content) = self.read(digest).await else { return false };
+            let client = self.pool.get(peer);
+            let sent = client.upload::<_, u64, _>(method::BLOB_PUT, &BlobRequest { digest }, content).await;
+            if let Err(error) = &sent {
+                tracing::debug!(%peer, %digest, %error, "a blob could not be sent to a peer");
+            }
+            sent.is_ok()
+        });
+        let mut sends: futures::stream::FuturesUnordered<_> = sends.collect();
+        let mut have = 0;
+        while have < needed {
+            match sends.next().await {
+                Some(true) => have += 1,
+                Some(false) => {}
+                None => {
+                    let detail = "too few servers can keep this blob now: try again, or look at `nexus status`";
+                    return Err(ApiError::new(Code::Unavailable, detail));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Fetches what images name and this server lacks, whenever the log moves on.
+    pub async fn replicate(&self, view: View, stop: CancellationToken) {
+        let mut revision = view.revision();
+        let mut checked = BTreeSet::new();
+        loop {
+            let wanted: BTreeSet<Digest> = view.read(|world| {
+                world.images.live.values().flat_map(|i| i.spec.blobs.iter().map(|b| b.digest)).collect()
+            });
+            let missing: Vec<Digest> =
+                wanted.difference(&checked).copied().filter(|digest| self.store.size(*digest).is_none()).collect();
+            let mut failed = false;
+            for digest in &missing {
+                let fetched = tokio::select! {
+                    biased;
+                    () = stop.cancelled() => return,
+                    fetched = self.fetch(*digest) => fetched,
+                };
+                failed |= !fetched;
+            }
+            checked = wanted.into_iter().filter(|d| self.store.size(*d).is_some()).collect();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(RETRY), if failed => {}
+                changed = revision.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    // A burst of changes is looked at once.
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+            }
+        }
+    }
+
+    async fn fetch(&self, digest: Digest) -> bool {
+        for peer in &self.peers {
+            let client = self.pool.get(peer);
+            let content: Result<ByteStream, _> = client.bytes_stream(method::BLOB_GET, &BlobRequest { digest }).await;
+            let Ok(content) = content else { continue };
+            match self.take(digest, content).await {
+                Ok(_) => return true,
+                Err(error) => tracing::warn!(%peer, %digest, %error, "a blob could not be fetched from a peer"),
+            }
+        }
+        false
+    }
+}
+
+#[async_trait]
+impl Blobs for ServerBlobs {
+    async fn has(&self, _project: &Name, digest: Digest) -> Result<Option<u64>, ApiError> {
+        Ok(self.store.size(digest))
+    }
+
+    async fn put(&self, _project: &Name, digest: Digest, length: u64, content: BlobStream) -> Result<bool, ApiError> {
+        let new = self.store.size(digest).is_none();
+        let size = self.take(digest, content).await?;
+        if size != length {
+            let detail = format!("blob {digest} has {size} bytes, {length} were announced");
+            return Err(ApiError::new(Code::BadRequest, detail));
+        }
+        self.spread(digest).await?;
+        Ok(new)
+    }
+
+    async fn get(&self, _project: &Name, digest: Digest) -> Result<Option<(u64, BlobStream)>, ApiError> {
+        let Some(size) = self.store.size(digest) else { return Ok(None) };
+        match self.read(digest).await {
+            Ok(content) => Ok(Some((size, content.boxed()))),
+            Err(_) => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! The way from a user's request to the host that runs an instance: output and commands.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures::{StreamExt, stream};
+use nexus_api::{Frame, FrameStream, HostDoor};
+use nexus_control::view::View;
+use nexus_env::Endpoint;
+use nexus_model::plan::{ExecRequest, LogsRequest, channel, method};
+use nexus_model::{ApiError, Code, Name};
+use nexus_wire::{Client, FrameSink, Pool};
+use tokio::sync::mpsc;
+
+use super::southbound::unreachable;
+
+/// Frames of standard input that wait for a slow host.
+const INPUT_QUEUE: usize = 16;
+
+pub struct Hosts {
+    view: View,
+    pool: Arc<Pool>,
+}
+
+impl Hosts {
+    pub fn new(view: View, pool: Arc<Pool>) -> Self {
+        Self { view, pool }
+    }
+
+    fn client(&self, host: &Name) -> Result<Client, ApiError> {
+        let address = self.view.read(|world| world.host(host).map(|h| h.spec.address));
+        let gone = || ApiError::new(Code::Unavailable, format!("host {host} is not part of the region any more"));
+        Ok(self.pool.get(&Endpoint::Tcp(address.ok_or_else(gone)?)))
+    }
+}
+
+fn frames(host: &Name, from: nexus_wire::FrameStream) -> FrameStream {
+    let what = format!("host {host}");
+    from.map(move |frame| match frame {
+        Ok((channel, data)) => Ok(Frame { channel, data }),
+        Err(error) => Err(unreachable(&what, &error)),
+    })
+    .boxed()
+}
+
+#[async_trait]
+impl HostDoor for Hosts {
+    async fn logs(&self, host: &Name, request: LogsRequest) -> Result<FrameStream, ApiError> {
+        let client = self.client(host)?;
+        let opened = client.duplex(method::LOGS, &request).await;
+        let (sink, from) = opened.map_err(|e| unreachable(&format!("host {host}"), &e))?;
+        // The sending half stays with the stream: dropping it early would say that the reader has gone.
+        let kept = stream::unfold((frames(host, from), sink), |(mut from, sink)| async move {
+            let frame = from.next().await?;
+            Some((frame, (from, sink)))
+        });
+        Ok(kept.boxed())
+    }
+
+    async fn exec(&self, host: &Name, request: ExecRequest) -> Result<(mpsc::Sender<Frame>, FrameStream), ApiError> {
+        let client = self.client(host)?;
+        let opened = client.duplex(method::EXEC, &request).await;
+        let (sink, from) = opened.map_err(|e| unreachable(&format!("host {host}"), &e))?;
+        let (sender, queue) = mpsc::channel(INPUT_QUEUE);
+        let pump = tokio::spawn(pump(queue, sink));
+        let guard = AbortOnDrop(pump);
+        let kept = stream::unfold((frames(host, from), guard), |(mut from, guard)| async move {
+            let frame = from.next().await?;
+            Some((frame, (from, guard)))
+        });
+        Ok((sender, kept.boxed()))
+    }
+}
+
+/// The task that carries input lives as long as the output is read.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+async fn pump(mut queue: mpsc::Receiver<Frame>, mut sink: FrameSink) {
+    while let Some(frame) = queue.recv().await {
+        if frame.channel == channel::STDIN && sink.send(channel::STDIN, frame.data).await.is_err() {
+            return;
+        }
+    }
+}
