@@ -12,13 +12,14 @@ pub(crate) const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("applicati
 /// A refusal: the error, and headers beside it (`Allow`, `WWW-Authenticate`).
 #[derive(Debug)]
 pub(crate) struct Refusal {
-    pub error: ApiError,
+    /// Boxed, so that a handler's result stays small.
+    pub error: Box<ApiError>,
     pub headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 impl From<ApiError> for Refusal {
     fn from(error: ApiError) -> Self {
-        Self { error, headers: Vec::new() }
+        Self { error: Box::new(error), headers: Vec::new() }
     }
 }
 

@@ -184,7 +184,7 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
     let segments = segments?;
     let segments: Vec<&str> = segments.iter().map(|s| &**s).collect();
     let in_region = |name: &str| {
-        if region == &name {
+        if *region == name {
             return Ok(());
         }
         let shown: String = name.chars().take(64).collect();

@@ -1,8 +1,124 @@
-//! The agent role.
+//! The agent role: a host's daemon with its engines plugged in.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use nexus_agent::images::WireImages;
+use nexus_agent::{AgentHandle, Engines, keeper};
+use nexus_compute::container::{ContainerConfig, ContainerRuntime};
+use nexus_compute::function::{FunctionConfig, FunctionRuntime};
+use nexus_compute::image::{BlobStore, UnpackLimits};
+use nexus_compute::keep::Keep;
+use nexus_env::{Endpoint, Env};
+use nexus_iam::tls::{self, ExpiryPolicy, Policy};
+use nexus_iam::{Role, SpiffeId};
+use nexus_model::kind::{HostSpec, Runtime};
+use nexus_network::{HostNet, InstanceNet};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::server::{identity, tls_clock};
+use super::{admin, stopped};
 use crate::config::AgentConfig;
 
 /// Runs until the process is told to stop.
 pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
-    anyhow::bail!("this build can't run {}: it has no agent role yet", config.name)
+    let env = Env::real();
+    let stop = CancellationToken::new();
+    let (identity, roots) = identity(&config.tls)?;
+    let servers = || {
+        Policy::roles(config.cluster_id.clone(), &[Role::Server])
+            .expiry(ExpiryPolicy::Tolerate { grace: super::CERTIFICATE_GRACE })
+    };
+    let client_tls = tls::client_config(&identity, &roots, servers(), &[nexus_wire::ALPN], tls_clock(&env))?;
+    let server_tls = tls::server_config(&identity, &roots, servers(), &[nexus_wire::ALPN], tls_clock(&env))?;
+
+    let exe = std::env::current_exe().context("finding this program's own file")?;
+    let boot_id = config.run_dir.join("boot-id");
+    let boot_id =
+        std::fs::read_to_string(&boot_id).or_else(|_| std::fs::read_to_string("/proc/sys/kernel/random/boot_id"));
+    let boot_id = boot_id.context("reading the boot id")?.trim().to_owned();
+    let keep: Arc<dyn Keep> = Arc::new(keeper::Client::new(&config.keeper_socket));
+    let dir = config.data_dir.clone();
+    let (containers, functions, blobs) = {
+        let (keep, env, config) = (keep.clone(), env.clone(), config.clone());
+        tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
+            let blobs = BlobStore::open(dir.join("images")).context("opening the image store")?;
+            let containers = ContainerConfig {
+                dir: dir.join("containers"),
+                exe: exe.clone(),
+                cgroup_parent: std::path::Path::new("/").join(&config.cgroup_parent),
+                nameservers: Vec::new(),
+                limits: UnpackLimits::default(),
+            };
+            let containers = ContainerRuntime::new(containers, keep.clone(), blobs.clone(), env.clock.clone())?;
+            let by_digest = blobs.clone();
+            let functions = FunctionConfig {
+                dir: dir.join("functions"),
+                keep,
+                blob: Arc::new(move |digest| by_digest.path(*digest)),
+                exe,
+            };
+            Ok((containers, FunctionRuntime::new(functions)?, blobs))
+        })
+        .await
+        .context("opening the engines")??
+    };
+    HostNet::prepare().await.context("preparing the host's network")?;
+    let runtimes: BTreeMap<Runtime, Arc<dyn nexus_compute::Runtime>> = BTreeMap::from([
+        (Runtime::Container, Arc::new(containers) as Arc<dyn nexus_compute::Runtime>),
+        (Runtime::Function, Arc::new(functions) as Arc<dyn nexus_compute::Runtime>),
+    ]);
+    let engines = Engines {
+        images: Arc::new(WireImages::new(&env, client_tls.clone(), config.servers.clone(), blobs)),
+        net: Arc::new(InstanceNet::new(config.run_dir.join("netns"))),
+        runtimes,
+        keep,
+    };
+    let handle = AgentHandle::default();
+    let daemon = nexus_agent::AgentConfig {
+        name: config.name.clone(),
+        host: HostSpec {
+            zone: config.zone.clone(),
+            cell: config.cell.clone(),
+            rack: config.rack.clone(),
+            address: config.address,
+            prefix6: config.prefix6,
+            prefix4: config.prefix4,
+            runtimes: vec![Runtime::Container, Runtime::Function],
+            capacity: config.capacity,
+            classes: config.classes.clone(),
+            cordoned: false,
+        },
+        servers: config.servers.clone(),
+        data_dir: config.data_dir.clone(),
+        boot_id,
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        client_tls,
+        server_tls,
+        identify: Arc::new(|chain| tls::peer_id(chain).map(|id| id.to_string())),
+        authorize: Arc::new(|caller, _| {
+            let id: Option<SpiffeId> = caller.id.as_deref().and_then(|id| id.parse().ok());
+            id.and_then(|id| id.role()) == Some(Role::Server)
+        }),
+        handle: handle.clone(),
+    };
+    let mut tasks = JoinSet::new();
+    let (ready, metrics) = (handle.clone(), handle);
+    let ready = move || if ready.is_ready() { Ok(()) } else { Err("no plan has been followed yet".to_owned()) };
+    let facts = admin::Facts { ready: Arc::new(ready), metrics: Arc::new(move || metrics.metrics_text()) };
+    admin::listen(&mut tasks, &env, Endpoint::Tcp(config.metrics_listen), facts, &stop).await?;
+
+    let running = nexus_agent::run(daemon, env, engines, stop.clone());
+    tokio::pin!(running);
+    tokio::select! {
+        ended = &mut running => ended?,
+        () = stopped() => {
+            stop.cancel();
+            running.await?;
+        }
+    }
+    tasks.shutdown().await;
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! The roles that one binary can play, each glued to its room.
 
+pub mod admin;
 pub mod agent;
 pub mod executor;
 pub mod gateway;

@@ -3,7 +3,7 @@
 
 mod blobs;
 mod hosts;
-mod northbound;
+pub mod northbound;
 mod southbound;
 mod status;
 
