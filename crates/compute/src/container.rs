@@ -153,7 +153,9 @@ impl Inner {
         let mut removed = Vec::new();
         for entry in fs::read_dir(self.layers()).map_err(host("listing layers"))?.flatten() {
             let name = entry.file_name();
-            let Some(layer) = name.to_str().and_then(|n| format!("sha256:{n}").parse::<Digest>().ok()) else { continue };
+            let Some(layer) = name.to_str().and_then(|n| format!("sha256:{n}").parse::<Digest>().ok()) else {
+                continue;
+            };
             if !needed.contains(&layer) {
                 fs::remove_dir_all(entry.path()).map_err(host(format!("removing layer {layer}")))?;
                 removed.push(layer);

@@ -36,9 +36,15 @@ pub struct Sandbox {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
-    Running { since: Timestamp },
+    Running {
+        since: Timestamp,
+    },
     /// `code` as in [`crate::keep::KeptState::Exited`]; the message says what a user should know (killed for memory …).
-    Exited { code: Option<i32>, at: Timestamp, message: String },
+    Exited {
+        code: Option<i32>,
+        at: Timestamp,
+        message: String,
+    },
 }
 
 /// What is true of one instance on this host.

@@ -18,7 +18,7 @@ use bytes::Bytes;
 
 pub use error::{PeerError, StoreError, WatchError};
 pub use types::{
-    Compare, CompareTarget, Consistency, GroupId, KeyValue, LeaseId, Leadership, MAX_TXN_BYTES, MAX_TXN_OPERATIONS,
+    Compare, CompareTarget, Consistency, GroupId, KeyValue, Leadership, LeaseId, MAX_TXN_BYTES, MAX_TXN_OPERATIONS,
     Member, Op, RangeRequest, RangeResponse, Revision, StoreStatus, Txn, TxnOutcome, WatchBatch, WatchEvent,
     prefix_end,
 };

@@ -140,8 +140,14 @@ impl Compare {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Op {
     /// Without a lease the key is detached from the one that it had.
-    Put { key: Bytes, value: Bytes, lease: Option<LeaseId> },
-    Delete { key: Bytes },
+    Put {
+        key: Bytes,
+        value: Bytes,
+        lease: Option<LeaseId>,
+    },
+    Delete {
+        key: Bytes,
+    },
 }
 
 impl Op {

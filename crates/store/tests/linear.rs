@@ -128,9 +128,8 @@ impl Client {
                 0 => match store.range(RangeRequest::get(key)).await {
                     Err(_) => None,
                     Ok(found) => {
-                        let value = found.kvs.first().map_or(0, |kv| {
-                            String::from_utf8_lossy(&kv.value).parse().unwrap()
-                        });
+                        let value =
+                            found.kvs.first().map_or(0, |kv| String::from_utf8_lossy(&kv.value).parse().unwrap());
                         last.insert(register, value);
                         Some((Action::Read(value), true))
                     }

@@ -131,9 +131,7 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
         memory["swap"] = memory["limit"].clone();
     }
     let etc = etc(sandbox, nameservers);
-    let mount = |destination: &str, kind: &str, options: &[&str]| {
-        json!({"destination": destination, "type": kind, "source": kind, "options": options})
-    };
+    let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
     let mut mounts = vec![
         mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
         mount("/dev", "tmpfs", &["nosuid", "noexec", "strictatime", "mode=755", "size=64k"]),
@@ -145,7 +143,8 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
     for name in etc.keys() {
         let source = dir.join("scratch/etc").join(name);
         let options = ["bind", "rprivate", "nosuid", "nodev", "noexec"];
-        mounts.push(json!({"destination": format!("/etc/{name}"), "type": "bind", "source": source, "options": options}));
+        mounts
+            .push(json!({"destination": format!("/etc/{name}"), "type": "bind", "source": source, "options": options}));
     }
     let spec = json!({
         "ociVersion": "1.1.0",
@@ -224,11 +223,8 @@ mod tests {
 
     #[test]
     fn commands_and_arguments_replace_the_images_as_in_docker() {
-        let image = Execution {
-            entrypoint: Some(list(&["/entry"])),
-            cmd: Some(list(&["serve"])),
-            ..Execution::default()
-        };
+        let image =
+            Execution { entrypoint: Some(list(&["/entry"])), cmd: Some(list(&["serve"])), ..Execution::default() };
         assert_eq!(words(&image, &[], &[]), list(&["/entry", "serve"]));
         assert_eq!(words(&image, &[], &list(&["-v"])), list(&["/entry", "-v"]));
         assert_eq!(words(&image, &list(&["sh"]), &[]), list(&["sh"]));

@@ -14,11 +14,12 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use oci_spec::runtime::Spec;
 use rustix::fs::{self as rfs, Mode, OFlags, ResolveFlags};
 use serde_json::{Value, json};
@@ -51,10 +52,23 @@ pub fn shim_main(args: impl IntoIterator<Item = OsString>) -> i32 {
         _ => Err(Failure::new(USAGE)),
     };
     result.unwrap_or_else(|failure| {
+        reap();
         // One line, because the last one is what is read.
         eprintln!("{}", failure.message.replace('\n', " "));
         failure.status
     })
+}
+
+/// Waits shortly for the processes of a failed attempt, which are ending: a container can't end before all that ran in it
+/// was waited for.
+fn reap() {
+    for _ in 0..100 {
+        match waitpid(None::<nix::unistd::Pid>, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => std::thread::sleep(Duration::from_millis(5)),
+            Ok(_) => {}
+            Err(_) => return,
+        }
+    }
 }
 
 fn run(dir: &Path, id: &str) -> Result<(), Failure> {

@@ -21,9 +21,10 @@ pub(super) fn resolve(wanted: &str, passwd: &str, group: &str) -> Result<User, S
     let user = if user.is_empty() { "0" } else { user };
     let number: Option<u32> = user.parse().ok();
     // name:password:uid:gid:comment:home:shell
-    let entry = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| {
-        fields.len() >= 4 && (fields[0] == user || number.is_some_and(|n| fields[2].parse() == Ok(n)))
-    });
+    let entry = passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.len() >= 4 && (fields[0] == user || number.is_some_and(|n| fields[2].parse() == Ok(n))));
     let field = |i: usize| entry.as_ref().and_then(|fields| fields.get(i)).and_then(|f| f.parse::<u32>().ok());
     let uid = field(2).or(number).ok_or_else(|| format!("the image's /etc/passwd has no user {user:?}"))?;
     let home = entry.as_ref().and_then(|f| f.get(5)).filter(|h| h.starts_with('/')).map(|h| (*h).to_owned());

@@ -20,7 +20,8 @@ use super::store::unblock;
 use super::tarball::{Kind, TarReader};
 use super::unpack::decompress;
 use super::{
-    Descriptor, ImageError, MAX_CONFIG, MAX_LAYERS, MAX_MANIFEST, Manifest, host_architecture, parse_config, parse_manifest,
+    Descriptor, ImageError, MAX_CONFIG, MAX_LAYERS, MAX_MANIFEST, Manifest, host_architecture, parse_config,
+    parse_manifest,
 };
 
 /// An image that was found whole and sound.
@@ -46,7 +47,11 @@ pub struct ImportedBlob {
 pub enum Source {
     Bytes(Arc<[u8]>),
     /// A piece of a file.
-    Part { file: Arc<Backing>, offset: u64, size: u64 },
+    Part {
+        file: Arc<Backing>,
+        offset: u64,
+        size: u64,
+    },
 }
 
 /// A file that blobs are read from; one that was made for the import goes with its last user.
@@ -221,7 +226,11 @@ struct Archive {
 }
 
 enum Member {
-    File { digest: Digest, offset: u64, size: u64 },
+    File {
+        digest: Digest,
+        offset: u64,
+        size: u64,
+    },
     /// `docker save` writes a layer that appears twice as a link to the first.
     Link(String),
 }
@@ -229,7 +238,8 @@ enum Member {
 impl Archive {
     fn read(path: &Path, packed: bool, shown: &str) -> Result<Self, ImageError> {
         let attempt = || format!("reading {shown}");
-        let backing = if packed { unpack_archive(path, shown)? } else { Backing { path: path.into(), _temporary: None } };
+        let backing =
+            if packed { unpack_archive(path, shown)? } else { Backing { path: path.into(), _temporary: None } };
         let file = File::open(&backing.path).map_err(ImageError::io(attempt()))?;
         let mut reader = TarReader::new(io::BufReader::with_capacity(1 << 16, file));
         let mut files = BTreeMap::new();
@@ -363,9 +373,10 @@ fn import_layout(files: &dyn Files, shown: &str) -> Result<Imported, ImageError>
 
 /// The manifest for this machine, of those that an index names.
 fn choose(index: &[u8], what: &str) -> Result<Descriptor, ImageError> {
-    let index: Index = serde_json::from_slice(index)
-        .map_err(|e| ImageError::invalid(what, format!("is not an image index: {e}")))?;
-    let fits = |d: &&Descriptor| d.platform.as_ref().is_some_and(|p| p.os == "linux" && p.architecture == host_architecture());
+    let index: Index =
+        serde_json::from_slice(index).map_err(|e| ImageError::invalid(what, format!("is not an image index: {e}")))?;
+    let fits =
+        |d: &&Descriptor| d.platform.as_ref().is_some_and(|p| p.os == "linux" && p.architecture == host_architecture());
     match index.manifests.as_slice() {
         [] => Err(ImageError::invalid(what, "names no image")),
         [only] if only.platform.is_none() => Ok(only.clone()),

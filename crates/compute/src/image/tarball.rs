@@ -82,8 +82,7 @@ impl<R: Read> TarReader<R> {
             if header.cksum().ok() != Some(checksum(&block)) {
                 return Err(TarError::Damaged("a header's checksum is wrong"));
             }
-            let damaged = |_| TarError::Damaged("a header's number can't be read");
-            let size = header.entry_size().map_err(damaged)?;
+            let size = number(&block[124..136], header.entry_size())?;
             let kind = header.entry_type();
             if kind.is_gnu_longname() || kind.is_gnu_longlink() || kind.is_pax_local_extensions() {
                 let bytes = self.extension(size)?;
@@ -125,19 +124,19 @@ impl<R: Read> TarReader<R> {
             // Only files have content; some writers put a size at links all the same.
             let content = if kind == Kind::File { size } else { 0 };
             self.begin_content(content);
-            let id = |given: Option<u32>, header: io::Result<u64>| match given {
+            let id = |given: Option<u32>, header: Result<u64, TarError>| match given {
                 Some(id) => Ok(id),
-                None => header.ok().and_then(|id| u32::try_from(id).ok()).ok_or(TarError::Damaged("an owner's id")),
+                None => u32::try_from(header?).map_err(|_| TarError::Damaged("an owner's id is out of range")),
             };
             return Ok(Some(Entry {
                 link,
                 kind,
-                mode: header.mode().map_err(damaged)? & 0o7777,
-                uid: id(extension.uid, header.uid())?,
-                gid: id(extension.gid, header.gid())?,
+                mode: number(&block[100..108], header.mode())? & 0o7777,
+                uid: id(extension.uid, number(&block[108..116], header.uid()))?,
+                gid: id(extension.gid, number(&block[116..124], header.gid()))?,
                 mtime: match extension.mtime {
                     Some(mtime) => mtime,
-                    None => (i64::try_from(header.mtime().map_err(damaged)?).unwrap_or(0), 0),
+                    None => (i64::try_from(number(&block[136..148], header.mtime())?).unwrap_or(0), 0),
                 },
                 size: content,
                 xattrs: extension.xattrs,
@@ -229,6 +228,14 @@ impl<R: Read> Read for TarReader<R> {
     }
 }
 
+/// A number of a header; one that was left blank is zero, as GNU tar reads it.
+fn number<T: Default>(field: &[u8], parsed: io::Result<T>) -> Result<T, TarError> {
+    if field.iter().all(|b| matches!(b, 0 | b' ')) {
+        return Ok(T::default());
+    }
+    parsed.map_err(|_| TarError::Damaged("a header's number can't be read"))
+}
+
 fn until_zero(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes.truncate(bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len()));
     bytes
@@ -244,7 +251,8 @@ fn pax(mut bytes: &[u8], into: &mut Extension) -> Result<(), TarError> {
     let damaged = || TarError::Damaged("a PAX record can't be read");
     while !bytes.is_empty() {
         let blank = bytes.iter().take(20).position(|b| *b == b' ').ok_or_else(damaged)?;
-        let length: usize = std::str::from_utf8(&bytes[..blank]).ok().and_then(|l| l.parse().ok()).ok_or_else(damaged)?;
+        let length: usize =
+            std::str::from_utf8(&bytes[..blank]).ok().and_then(|l| l.parse().ok()).ok_or_else(damaged)?;
         if length <= blank + 1 || length > bytes.len() || bytes[length - 1] != b'\n' {
             return Err(damaged());
         }

@@ -17,7 +17,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nexus_model::Digest;
-use rustix::fs::{self as rfs, AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{
+    self as rfs, AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags,
+};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
@@ -53,7 +55,12 @@ const MAX_REMEMBERED: usize = 64 << 20;
 const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// Unpacks what is missing of an image's layers below `layers`, and returns their folders, lowest first. Blocks.
-pub fn unpack(blobs: &BlobStore, image: &Image, layers: &Path, limits: UnpackLimits) -> Result<Vec<PathBuf>, ImageError> {
+pub fn unpack(
+    blobs: &BlobStore,
+    image: &Image,
+    layers: &Path,
+    limits: UnpackLimits,
+) -> Result<Vec<PathBuf>, ImageError> {
     let pairs = image.manifest.layers.iter().zip(&image.config.rootfs.diff_ids);
     pairs.map(|(layer, diff_id)| unpack_layer(blobs, layer, *diff_id, layers, limits)).collect()
 }
@@ -106,7 +113,13 @@ fn wrong_diff_id(layer: Digest, expected: Digest, found: &str) -> ImageError {
     ImageError::Layer { layer, message }
 }
 
-fn fill(blobs: &BlobStore, layer: &Descriptor, diff_id: Digest, dir: &Path, limits: UnpackLimits) -> Result<(), ImageError> {
+fn fill(
+    blobs: &BlobStore,
+    layer: &Descriptor,
+    diff_id: Digest,
+    dir: &Path,
+    limits: UnpackLimits,
+) -> Result<(), ImageError> {
     let files = dir.join("fs");
     let host = |attempt: &str| ImageError::io(format!("{attempt} of layer {}", layer.digest));
     fs::create_dir_all(&files).map_err(host("making the folder"))?;
@@ -346,7 +359,13 @@ impl Unpacker {
         self.dress(entry, &folder)
     }
 
-    fn place_file(&self, entry: &Entry, parent: &OwnedFd, name: &[u8], content: &mut impl Read) -> Result<(), ImageError> {
+    fn place_file(
+        &self,
+        entry: &Entry,
+        parent: &OwnedFd,
+        name: &[u8],
+        content: &mut impl Read,
+    ) -> Result<(), ImageError> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = clear(parent, name).and_then(|()| rfs::openat(parent, name, flags, Mode::from_raw_mode(0o600)));
         let mut file = File::from(made.map_err(|e| self.errno(&entry.path, e))?);
@@ -419,7 +438,8 @@ impl Unpacker {
         rfs::fchown(fd, uid, gid)?;
         rfs::fchmod(fd, Mode::from_raw_mode(entry.mode))?;
         for (name, value) in &entry.xattrs {
-            let kept = name == "security.capability" || (name.starts_with("user.") && !name.starts_with("user.overlay."));
+            let kept =
+                name == "security.capability" || (name.starts_with("user.") && !name.starts_with("user.overlay."));
             if kept {
                 match rfs::fsetxattr(fd, name.as_str(), value, XattrFlags::empty()) {
                     // The file system has no room or no mind for it: the file is still good.

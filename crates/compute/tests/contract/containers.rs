@@ -18,7 +18,7 @@ use nexus_model::{Bytes, Digest, Uid};
 use serde_json::json;
 
 use crate::images;
-use crate::keep::{DirectKeep, NetNs, now, pipe};
+use crate::keep::{DirectKeep, NetNs, pipe};
 use crate::suite::{self, PATIENCE, Subject, ended, state};
 
 static NEXT: AtomicU8 = AtomicU8::new(1);
@@ -51,7 +51,8 @@ impl World {
 
     pub fn sandbox(&self, command: &[&str]) -> Sandbox {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let mut template = Template { command: command.iter().map(|w| (*w).to_owned()).collect(), ..Template::default() };
+        let mut template =
+            Template { command: command.iter().map(|w| (*w).to_owned()).collect(), ..Template::default() };
         template.resources.memory = Bytes(64 << 20);
         template.resources.scratch = Bytes(4 << 20);
         template.env.insert("BOTH".into(), "app".into());
@@ -112,7 +113,11 @@ impl World {
 
     fn cgroups(&self) -> Vec<PathBuf> {
         let name = self.cgroup.strip_prefix("/").unwrap();
-        let roots = fs::read_dir("/sys/fs/cgroup").unwrap().flatten().map(|e| e.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
+        let roots = fs::read_dir("/sys/fs/cgroup")
+            .unwrap()
+            .flatten()
+            .map(|e| e.path())
+            .chain([PathBuf::from("/sys/fs/cgroup")]);
         roots.map(|root| root.join(name)).filter(|path| path.exists()).collect()
     }
 
@@ -127,6 +132,28 @@ impl World {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!mounts.contains(self.dir.path().to_str().unwrap()), "{mounts}");
         assert_eq!(self.keep.list().await.unwrap(), []);
+    }
+}
+
+/// A test that failed leaves no processes and no cgroups either.
+impl Drop for World {
+    fn drop(&mut self) {
+        for parent in self.cgroups() {
+            for folder in fs::read_dir(&parent).unwrap().flatten().filter(|e| e.path().is_dir()) {
+                for _ in 0..500 {
+                    let processes = fs::read_to_string(folder.path().join("cgroup.procs")).unwrap_or_default();
+                    for pid in processes.lines().filter_map(|line| line.parse().ok()) {
+                        let _ =
+                            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+                    }
+                    if fs::remove_dir(folder.path()).is_ok() {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            }
+            let _ = fs::remove_dir(&parent);
+        }
     }
 }
 
@@ -194,7 +221,8 @@ async fn the_image_decides_what_the_app_does_not() {
     let sandbox = world.sandbox(&[]);
     let (code, _, out) = world.output(&sandbox).await;
     assert_eq!(code, Some(0), "{out}");
-    for part in ["image app /srv /made/deep", "uid=33(web) gid=44(web) groups=44(web),50(logs)", sandbox.name.as_str()] {
+    for part in ["image app /srv /made/deep", "uid=33(web) gid=44(web) groups=44(web),50(logs)", sandbox.name.as_str()]
+    {
         assert!(out.contains(part), "{part}: {out}");
     }
     assert!(out.contains("nameserver 10.0.0.53") && out.contains("::1\tweb-"), "{out}");
@@ -234,7 +262,8 @@ async fn processes_beyond_the_limit_are_refused() {
 
 async fn a_full_scratch_layer_hurts_only_the_app() {
     let world = World::new();
-    let sandbox = world.shell("cd /tmp; dd if=/dev/zero of=full bs=1M count=100; wc -c < full; rm full; echo again > new && cat new");
+    let sandbox = world
+        .shell("cd /tmp; dd if=/dev/zero of=full bs=1M count=100; wc -c < full; rm full; echo again > new && cat new");
     let (code, _, out) = world.output(&sandbox).await;
     assert_eq!(code, Some(0), "{out}");
     assert!(out.contains("No space left on device") && out.ends_with("again\n"), "{out}");
@@ -245,7 +274,8 @@ async fn a_full_scratch_layer_hurts_only_the_app() {
 
 async fn an_instance_changes_nothing_of_the_image() {
     let world = World::new();
-    let (code, ..) = world.output(&world.shell("echo changed > /plain/kept; rm -r /opaque; touch /bin/new; cat /plain/kept")).await;
+    let (code, ..) =
+        world.output(&world.shell("echo changed > /plain/kept; rm -r /opaque; touch /bin/new; cat /plain/kept")).await;
     assert_eq!(code, Some(0));
     let (code, _, out) = world.output(&world.shell("cat /plain/kept; ls /opaque/above; ls /bin/new")).await;
     assert_ne!(code, Some(0));
@@ -274,12 +304,16 @@ async fn commands_run_inside_with_their_own_streams() {
     let sandbox = world.lasting();
     world.runtime.start(&sandbox).await.unwrap();
     let uid = sandbox.uid;
-    let (status, out, err) = world.exec(uid, &["sh", "-c", "cat; echo $BOTH; hostname; echo bad >&2; exit 9"], "typed\n").await;
+    let (status, out, err) =
+        world.exec(uid, &["sh", "-c", "cat; echo $BOTH; hostname; echo bad >&2; exit 9"], "typed\n").await;
     assert_eq!((status.unwrap(), err.as_str()), (9, "bad\n"));
     assert_eq!(out, format!("typed\napp\n{}\n", sandbox.name));
     let (status, out, _) = world.exec(uid, &["cat", "/proc/self/status"], "").await;
     assert_eq!(status.unwrap(), 0);
-    assert!(out.contains("Seccomp:\t2") && out.contains("NoNewPrivs:\t1") && out.contains("CapEff:\t00000000000405fb"), "{out}");
+    assert!(
+        out.contains("Seccomp:\t2") && out.contains("NoNewPrivs:\t1") && out.contains("CapEff:\t00000000000405fb"),
+        "{out}"
+    );
     let (status, _, err) = world.exec(uid, &["no-such"], "").await;
     assert_eq!((status.unwrap(), err.as_str()), (127, "command \"no-such\" is not in the image\n"));
     let (status, _, err) = world.exec(uid, &["text"], "").await;
@@ -308,7 +342,10 @@ async fn a_command_that_does_not_exist_is_a_clear_error() {
         let error = world.runtime.start(&sandbox).await.unwrap_err().to_string();
         assert!(error.ends_with(expected), "{error}");
         let observed = state(&world.runtime, sandbox.uid).await.unwrap();
-        assert!(matches!(&observed.state, State::Exited { code: None, message, .. } if *message == error), "{observed:?}");
+        assert!(
+            matches!(&observed.state, State::Exited { code: None, message, .. } if *message == error),
+            "{observed:?}"
+        );
         // It can be tried again.
         assert_eq!(world.runtime.start(&sandbox).await.unwrap_err().to_string(), error);
         world.runtime.remove(sandbox.uid).await.unwrap();
@@ -413,15 +450,11 @@ async fn a_bundle_runs_once() {
     });
     fs::write(dir.path().join("bundle/config.json"), spec.to_string()).unwrap();
     let exe = std::env::current_exe().unwrap();
-    let begun = now();
     for _ in 0..3 {
         let status =
-            nexus_compute::container::run_once(&exe, &dir.path().join("bundle"), &dir.path().join("state"), "once").unwrap();
+            nexus_compute::container::run_once(&exe, &dir.path().join("bundle"), &dir.path().join("state"), "once")
+                .unwrap();
         assert_eq!(status.code(), Some(4));
-    }
-    println!("    three runs took {:?}", now().since(begun));
-    for cgroup in world.cgroups() {
-        fs::remove_dir(cgroup).unwrap();
     }
 }
 

@@ -29,7 +29,12 @@ impl Place {
         self.unpack_as(plain, stored, limits)
     }
 
-    fn unpack_as(&self, plain: Vec<u8>, stored: Vec<u8>, limits: UnpackLimits) -> Result<std::path::PathBuf, ImageError> {
+    fn unpack_as(
+        &self,
+        plain: Vec<u8>,
+        stored: Vec<u8>,
+        limits: UnpackLimits,
+    ) -> Result<std::path::PathBuf, ImageError> {
         let digest = layered(&self.blobs, &[(plain, stored)], json!({"Cmd": ["x"]}));
         let image = Image::load(&self.blobs, digest).unwrap();
         unpack(&self.blobs, &image, &self.layers(), limits).map(|mut folders| folders.remove(0))
@@ -139,7 +144,9 @@ async fn a_layer_that_is_not_what_the_image_says_is_refused() {
     cut.truncate(cut.len() - 10);
     let error = place.unpack_as(told, cut, UnpackLimits::default()).unwrap_err();
     assert!(matches!(error, ImageError::Layer { .. }), "{error}");
-    let error = place.unpack(b"no archive at all, but long enough for a header".repeat(20), UnpackLimits::default()).unwrap_err();
+    let error = place
+        .unpack(b"no archive at all, but long enough for a header".repeat(20), UnpackLimits::default())
+        .unwrap_err();
     assert!(error.to_string().contains("not a tar archive"), "{error}");
     assert_eq!(fs::read_dir(place.layers()).unwrap().count(), 0);
 }
@@ -161,7 +168,10 @@ async fn owners_modes_times_and_attributes_are_kept() {
     add(&mut tar, EntryType::Link, "d/hard", "d/f", 0o644, b"");
     let folder = place.unpack(tar.into_inner().unwrap(), UnpackLimits::default()).unwrap();
     let meta = fs::metadata(folder.join("d/f")).unwrap();
-    assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o7777, meta.mtime(), meta.nlink()), (1234, 5678, 0o4711, 1_234_567_890, 2));
+    assert_eq!(
+        (meta.uid(), meta.gid(), meta.mode() & 0o7777, meta.mtime(), meta.nlink()),
+        (1234, 5678, 0o4711, 1_234_567_890, 2)
+    );
     let parent = fs::metadata(folder.join("d")).unwrap();
     assert_eq!((parent.mode() & 0o7777, parent.mtime()), (0o2750, 1_000_000_000));
     let mut value = [0; 16];

@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 
 pub const ARCH: &str = if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" };
 
-
 pub fn layer() -> tar::Builder<Vec<u8>> {
     tar::Builder::new(Vec::new())
 }
@@ -60,7 +59,10 @@ pub fn busybox_layers() -> Vec<(Vec<u8>, Vec<u8>)> {
         dir(&mut first, name, if name == "tmp" { 0o1777 } else { 0o755 });
     }
     file(&mut first, "bin/busybox", 0o755, &busybox);
-    for name in ["sh", "sleep", "cat", "ls", "id", "dd", "echo", "true", "false", "mount", "stat", "kill", "hostname", "env", "head", "tail", "unshare", "mknod", "touch", "rm", "wc"] {
+    for name in [
+        "sh", "sleep", "cat", "ls", "id", "dd", "echo", "true", "false", "mount", "stat", "kill", "hostname", "env",
+        "head", "tail", "unshare", "mknod", "touch", "rm", "wc",
+    ] {
         link(&mut first, &format!("bin/{name}"), "busybox");
     }
     file(&mut first, "etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nweb:x:33:44:web:/srv:/bin/sh\n");

@@ -55,20 +55,29 @@ impl DirectKeep {
 
     /// What a killed shim leaves comes to the sub-reaper, and holds up its container's end until it is reaped.
     fn reap_orphans(&self) {
-        let own: Vec<i32> = self.kept.lock().unwrap().values().filter_map(|s| match s {
-            KeptState::Running { pid, .. } => Some(*pid),
-            KeptState::Exited { .. } => None,
-        }).collect();
+        let own: Vec<i32> = self
+            .kept
+            .lock()
+            .unwrap()
+            .values()
+            .filter_map(|s| match s {
+                KeptState::Running { pid, .. } => Some(*pid),
+                KeptState::Exited { .. } => None,
+            })
+            .collect();
         std::thread::spawn(move || {
             for _ in 0..200 {
                 for process in fs::read_dir("/proc").unwrap().flatten() {
                     let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
-                    let stat = fs::read_to_string(process.path().join("stat")).unwrap_or_default();
-                    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-                    let mine = fields.get(1).is_some_and(|parent| *parent == std::process::id().to_string());
-                    if mine && fields[0] == "Z" && !own.contains(&pid) {
+                    let status = fs::read_to_string(process.path().join("status")).unwrap_or_default();
+                    let field = |name: &str| {
+                        let line = status.lines().find_map(|l| l.strip_prefix(name));
+                        line.map(|l| l.split_whitespace().collect::<Vec<_>>()).unwrap_or_default()
+                    };
+                    let mine = field("PPid:").first() == Some(&std::process::id().to_string().as_str());
+                    let contained = field("NSpid:").len() > 1;
+                    if mine && contained && field("State:").first() == Some(&"Z") && !own.contains(&pid) {
                         let _ = waitpid(Pid::from_raw(pid), None);
-                        return;
                     }
                 }
                 std::thread::sleep(Duration::from_millis(10));
@@ -84,7 +93,9 @@ impl DirectKeep {
         let status = writer.as_raw_fd();
         // SAFETY: only calls that are safe after a fork.
         unsafe {
-            command.pre_exec(move || if libc::dup2(status, 3) == 3 { Ok(()) } else { Err(std::io::Error::last_os_error()) });
+            command.pre_exec(
+                move || if libc::dup2(status, 3) == 3 { Ok(()) } else { Err(std::io::Error::last_os_error()) },
+            );
         }
         let mut shim = command.spawn().map_err(|e| e.to_string())?;
         drop(writer);
@@ -101,7 +112,8 @@ impl DirectKeep {
                     }
                     if let Some(logs) = &logs {
                         fs::create_dir_all(&logs.dir).unwrap();
-                        let mut file = OpenOptions::new().create(true).append(true).open(logs.dir.join("current")).unwrap();
+                        let mut file =
+                            OpenOptions::new().create(true).append(true).open(logs.dir.join("current")).unwrap();
                         // In one piece: two streams write here.
                         file.write_all(format!("{} {name} {line}\n", now()).as_bytes()).unwrap();
                     }
@@ -126,7 +138,8 @@ impl Keep for DirectKeep {
             return Ok(());
         }
         let id = spawn.id.clone();
-        let pid = tokio::task::block_in_place(|| self.start(&spawn)).map_err(|message| KeepError::Start { id: id.clone(), message })?;
+        let pid = tokio::task::block_in_place(|| self.start(&spawn))
+            .map_err(|message| KeepError::Start { id: id.clone(), message })?;
         self.kept.lock().unwrap().insert(id.clone(), KeptState::Running { pid, since: now() });
         let (kept, changed) = (Arc::clone(&self.kept), Arc::clone(&self.changed));
         std::thread::spawn(move || {

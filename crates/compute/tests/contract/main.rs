@@ -33,7 +33,8 @@ fn main() {
     let words: Vec<String> = args.into_iter().filter_map(|a| a.into_string().ok()).collect();
     let filters: Vec<&String> = words.iter().filter(|w| !w.starts_with('-')).collect();
     let tests = containers::TESTS.iter().chain(hostile::TESTS);
-    let chosen: Vec<_> = tests.filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(*f))).collect();
+    let chosen: Vec<_> =
+        tests.filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(*f))).collect();
     if words.iter().any(|w| w == "--list") {
         chosen.iter().for_each(|(name, _)| println!("{name}: test"));
         return;
@@ -49,6 +50,10 @@ fn main() {
         println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
         failed += usize::from(!passed);
     }
-    println!("\ntest result: {}. {} passed; {failed} failed", if failed == 0 { "ok" } else { "FAILED" }, chosen.len() - failed);
+    println!(
+        "\ntest result: {}. {} passed; {failed} failed",
+        if failed == 0 { "ok" } else { "FAILED" },
+        chosen.len() - failed
+    );
     std::process::exit(i32::from(failed != 0));
 }

@@ -49,8 +49,17 @@ pub async fn a_started_instance_is_observed_and_starts_once(subject: &dyn Subjec
 pub async fn a_stopped_instance_ends_and_stays_until_removed(subject: &dyn Subject) {
     let (runtime, sandbox) = (subject.runtime(), subject.lasting());
     runtime.start(&sandbox).await.unwrap();
-    runtime.stop(sandbox.uid).await.unwrap();
-    ended(runtime, sandbox.uid).await;
+    // Asked again and again, because a program that has just begun may not heed signals yet.
+    let asking = async {
+        loop {
+            runtime.stop(sandbox.uid).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::select! {
+        _ = ended(runtime, sandbox.uid) => {}
+        () = asking => {}
+    }
     runtime.stop(sandbox.uid).await.unwrap();
     // A late repetition of the start does not run it twice.
     runtime.start(&sandbox).await.unwrap();

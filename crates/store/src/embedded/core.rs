@@ -21,7 +21,7 @@ use super::raft::{Command, Failure, LogId, Outcome, Raft, Request, Response, Sna
 use super::reads::Waiter;
 use super::snapshot::{SnapshotDir, SnapshotFile};
 use super::writer::Gauges;
-use crate::types::{LeaseId, Leadership};
+use crate::types::{Leadership, LeaseId};
 
 /// How often a leader asks itself whether a quorum still answers.
 const QUORUM_CHECK: Duration = Duration::from_millis(500);
@@ -308,7 +308,5 @@ pub fn members(core: &Core) -> BTreeMap<u64, crate::types::Member> {
     // Endpoints may change over time; the newest configuration knows best.
     let mut out: BTreeMap<u64, String> = known.collect();
     out.extend(core.config.members.clone());
-    out.into_iter()
-        .map(|(id, endpoint)| (id, crate::types::Member { endpoint, voter: voters.contains(&id) }))
-        .collect()
+    out.into_iter().map(|(id, endpoint)| (id, crate::types::Member { endpoint, voter: voters.contains(&id) })).collect()
 }

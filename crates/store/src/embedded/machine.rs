@@ -185,10 +185,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>, StorageError> {
-        Ok(self
-            .snapshots
-            .current()
-            .map(|(meta, file)| Snapshot { meta, snapshot: Box::new(file) }))
+        Ok(self.snapshots.current().map(|(meta, file)| Snapshot { meta, snapshot: Box::new(file) }))
     }
 }
 

@@ -44,13 +44,13 @@ use self::leases::LeaseClock;
 use self::log::LogStore;
 use self::machine::{Machine, Shared};
 pub use self::mvcc::Retention;
-use self::network::{Network, PeerLink};
 pub use self::network::Peers;
+use self::network::{Network, PeerLink};
 use self::raft::{Command, Failure, Outcome, Raft, Request, Response};
 use self::snapshot::SnapshotDir;
 use crate::error::{PeerError, StoreError};
 use crate::types::{
-    Consistency, GroupId, LeaseId, Leadership, RangeRequest, RangeResponse, Revision, StoreStatus, Txn, TxnOutcome,
+    Consistency, GroupId, Leadership, LeaseId, RangeRequest, RangeResponse, Revision, StoreStatus, Txn, TxnOutcome,
 };
 use crate::{Store, Watch};
 

@@ -236,9 +236,8 @@ impl State {
 
     /// Makes one revision of the changes; none if they change nothing.
     fn commit(&mut self, mut changes: Vec<Change>, at_ms: i64, effects: &mut Effects) {
-        changes.retain(|(key, put)| {
-            put.is_some() || self.keys.get(key).is_some_and(|slot| slot.newest.value.is_some())
-        });
+        changes
+            .retain(|(key, put)| put.is_some() || self.keys.get(key).is_some_and(|slot| slot.newest.value.is_some()));
         if changes.is_empty() {
             return;
         }

@@ -60,11 +60,19 @@ pub struct Batch {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Command {
     Txn(Txn),
-    Grant { ttl_ms: u64 },
-    Revoke { id: LeaseId },
+    Grant {
+        ttl_ms: u64,
+    },
+    Revoke {
+        id: LeaseId,
+    },
     /// The leader found these leases' time over.
-    Expire { ids: Vec<LeaseId> },
-    Compact { before: Revision },
+    Expire {
+        ids: Vec<LeaseId>,
+    },
+    Compact {
+        before: Revision,
+    },
 }
 
 impl Command {
@@ -84,7 +92,9 @@ pub enum Outcome {
     Granted(LeaseId),
     Done,
     LeaseNotFound(LeaseId),
-    Future { current: Revision },
+    Future {
+        current: Revision,
+    },
     /// An entry that this release can't read; see [`decode`].
     Unreadable,
 }
@@ -96,10 +106,18 @@ pub enum Request {
     Vote(VoteRequest<u64>),
     Snapshot(SnapshotChunk),
     /// Commands for the leader, each answered by itself.
-    Forward { commands: Vec<Command>, timeout_ms: u64 },
+    Forward {
+        commands: Vec<Command>,
+        timeout_ms: u64,
+    },
     /// The log index that a linearizable read has to wait for.
-    ReadIndex { timeout_ms: u64 },
-    KeepAlive { id: LeaseId, timeout_ms: u64 },
+    ReadIndex {
+        timeout_ms: u64,
+    },
+    KeepAlive {
+        id: LeaseId,
+        timeout_ms: u64,
+    },
 }
 
 /// A piece of a snapshot file, in order; the first has offset 0.
@@ -121,7 +139,9 @@ pub enum Response {
     SnapshotDone(SnapshotResponse<u64>),
     Forward(Vec<Result<Outcome, Failure>>),
     ReadIndex(u64),
-    KeepAlive { ttl_ms: u64 },
+    KeepAlive {
+        ttl_ms: u64,
+    },
     LeaseNotFound,
     Failed(Failure),
 }

@@ -33,7 +33,7 @@ pub struct SnapshotFile {
 
 #[derive(Serialize, Deserialize)]
 enum Part {
-    Header { meta: SnapshotMeta, counters: Counters },
+    Header(Box<(SnapshotMeta, Counters)>),
     Keys(Vec<(Bytes, Slot)>),
     History(Vec<Arc<Record>>),
     Leases(Vec<(u64, Lease)>),
@@ -138,7 +138,7 @@ impl SnapshotDir {
         let file = self.disk.create(&temporary)?;
         file.append(MAGIC)?;
         let mut out = PartWriter { file, len: MAGIC.len() as u64 };
-        out.write(&Part::Header { meta: meta.clone(), counters: state.counters.clone() })?;
+        out.write(&Part::Header(Box::new((meta.clone(), state.counters.clone()))))?;
         out.write(&Part::Leases(state.leases.iter().map(|(id, lease)| (*id, lease.clone())).collect()))?;
         let (mut part, mut bytes) = (Vec::new(), 0);
         for (key, slot) in &state.keys {
@@ -246,7 +246,8 @@ fn load(disk: &dyn Disk, path: &Path) -> Result<(SnapshotMeta, State, u64), Stor
             return Err(corrupt("checksum mismatch"));
         }
         match rmp_serde::from_slice::<Part>(&payload).map_err(|e| corrupt(&e.to_string()))? {
-            Part::Header { meta, counters } => {
+            Part::Header(parts) => {
+                let (meta, counters) = *parts;
                 state.counters = counters;
                 header = Some(meta);
             }
@@ -278,7 +279,7 @@ mod tests {
     fn filled() -> State {
         let mut state = State::default();
         let put = |i: u32| {
-            let lease = (i % 3 == 0).then_some(LeaseId(1));
+            let lease = i.is_multiple_of(3).then_some(LeaseId(1));
             let op = Op::Put { key: format!("k{:03}", i % 100).into(), value: vec![i as u8; 3000].into(), lease };
             Command::Txn(Txn::new(vec![], vec![op]))
         };

@@ -206,7 +206,10 @@ pub async fn a_watch_gives_every_change_of_its_range_once_and_in_order(store: Ha
     let last = next(&mut watches[0]).await;
     assert_eq!(last.events.len(), 2);
     let WatchEvent::Delete { key, prev, mod_revision } = &last.events[0] else { panic!("a delete") };
-    assert_eq!((text(key), text(&prev.as_ref().unwrap().value), *mod_revision), ("w/0".into(), "99".into(), last.revision));
+    assert_eq!(
+        (text(key), text(&prev.as_ref().unwrap().value), *mod_revision),
+        ("w/0".into(), "99".into(), last.revision)
+    );
 }
 
 pub async fn a_slow_watch_misses_nothing(store: Handle, other: Handle) {

@@ -150,7 +150,8 @@ pub async fn until<T>(what: &str, mut found: impl AsyncFnMut() -> Option<T>) -> 
 /// A seed from the environment to replay, or a fresh one; printed either way.
 pub fn seed() -> u64 {
     use nexus_env::RngExt;
-    let seed = std::env::var("NEXUS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| nexus_env::RealRng.u64());
+    let seed =
+        std::env::var("NEXUS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| nexus_env::RealRng.u64());
     println!("NEXUS_SEED={seed}");
     seed
 }

@@ -1,0 +1,127 @@
+//! One instance as requests see it: how busy it is, how well, and the connections that are open to it. Outlives the
+//! table that named it, for as long as the next one names the same placement.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hyper::client::conn::{http1, http2};
+use nexus_env::Endpoint;
+use nexus_model::Uid;
+use tokio::time::Instant;
+
+use crate::body::RequestBody;
+use crate::health::Health;
+
+pub(crate) type Http1 = http1::SendRequest<RequestBody>;
+pub(crate) type Http2 = http2::SendRequest<RequestBody>;
+
+/// Idle connections kept to one instance; more are closed.
+const MAX_IDLE: usize = 64;
+/// Shorter than the keep-alive of most servers, so that the gateway closes first.
+const IDLE_TIME: Duration = Duration::from_secs(15);
+
+pub(crate) struct Backend {
+    pub uid: Uid,
+    pub address: Endpoint,
+    pub epoch: u64,
+    /// HTTP/2 with prior knowledge instead of HTTP/1.1.
+    pub http2: bool,
+    pub health: Health,
+    outstanding: AtomicU32,
+    idle: Mutex<Vec<(Http1, Instant)>>,
+    shared: Mutex<Option<Http2>>,
+}
+
+/// A request that an instance is busy with, until dropped.
+pub(crate) struct Lease(Arc<Backend>);
+
+impl Lease {
+    pub fn backend(&self) -> &Arc<Backend> {
+        &self.0
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.outstanding.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Backend {
+    pub fn new(uid: Uid, address: Endpoint, epoch: u64, http2: bool) -> Self {
+        Self {
+            uid,
+            address,
+            epoch,
+            http2,
+            health: Health::default(),
+            outstanding: AtomicU32::new(0),
+            idle: Mutex::default(),
+            shared: Mutex::default(),
+        }
+    }
+
+    pub fn outstanding(&self) -> u32 {
+        self.outstanding.load(Ordering::Relaxed)
+    }
+
+    pub fn lease(self: &Arc<Self>) -> Lease {
+        self.outstanding.fetch_add(1, Ordering::Relaxed);
+        Lease(self.clone())
+    }
+
+    /// An idle connection that is still open, the most recently used first.
+    pub fn take_http1(&self) -> Option<Http1> {
+        let mut idle = hold(&self.idle);
+        idle.retain(|(connection, _)| !connection.is_closed());
+        // One that is not ready has not quite finished its last exchange.
+        let at = idle.iter().rposition(|(connection, _)| connection.is_ready())?;
+        Some(idle.remove(at).0)
+    }
+
+    pub fn keep_http1(&self, connection: Http1) {
+        if connection.is_closed() {
+            return;
+        }
+        let mut idle = hold(&self.idle);
+        if idle.len() < MAX_IDLE {
+            idle.push((connection, Instant::now()));
+        }
+    }
+
+    pub fn take_http2(&self) -> Option<Http2> {
+        let mut shared = hold(&self.shared);
+        if shared.as_ref().is_some_and(|c| c.is_closed()) {
+            *shared = None;
+        }
+        shared.clone()
+    }
+
+    /// Shares a new connection, unless another request was faster: then theirs is the one to use.
+    pub fn share_http2(&self, connection: Http2) -> Http2 {
+        let mut shared = hold(&self.shared);
+        match &*shared {
+            Some(held) if !held.is_closed() => held.clone(),
+            _ => {
+                *shared = Some(connection.clone());
+                connection
+            }
+        }
+    }
+
+    /// Closes connections that have been idle for too long.
+    pub fn prune(&self, now: Instant) {
+        hold(&self.idle).retain(|(c, since)| !c.is_closed() && now.duration_since(*since) < IDLE_TIME);
+    }
+
+    /// Closes what is not in use: nobody answers at the other end.
+    pub fn forget_connections(&self) {
+        hold(&self.idle).clear();
+        *hold(&self.shared) = None;
+    }
+}

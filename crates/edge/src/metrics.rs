@@ -1,0 +1,115 @@
+//! What the gateway counts, in Prometheus' terms.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use http::StatusCode;
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByClass {
+    service: String,
+    class: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByService {
+    service: String,
+}
+
+const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+
+fn histogram() -> Histogram {
+    // From half a millisecond up to a stretched-out fail-over.
+    Histogram::new([0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 2.5, 10.0])
+}
+
+pub(crate) struct Metrics {
+    registry: Registry,
+    requests: Family<ByClass, Counter>,
+    retries: Family<ByService, Counter>,
+    ejections: Family<ByService, Counter>,
+    latency: Family<ByService, Histogram, fn() -> Histogram>,
+    pub unrouted: Counter,
+    pub connections: Gauge,
+    pub revision: Gauge<u64, AtomicU64>,
+}
+
+/// One service's counters, found once instead of with every request.
+pub(crate) struct ServiceMetrics {
+    pub name: String,
+    classes: [Counter; 5],
+    pub retries: Counter,
+    pub ejections: Counter,
+    latency: Histogram,
+}
+
+impl ServiceMetrics {
+    pub fn observe(&self, status: StatusCode, took: Duration) {
+        let class = usize::from(status.as_u16() / 100).clamp(1, 5) - 1;
+        self.classes[class].inc();
+        self.latency.observe(took.as_secs_f64());
+    }
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        let mut new = Self {
+            registry: Registry::default(),
+            requests: Family::default(),
+            retries: Family::default(),
+            ejections: Family::default(),
+            latency: Family::new_with_constructor(histogram),
+            unrouted: Counter::default(),
+            connections: Gauge::default(),
+            revision: Gauge::default(),
+        };
+        let r = &mut new.registry;
+        r.register("nexus_gateway_requests", "Requests answered, by service and class of status", new.requests.clone());
+        r.register("nexus_gateway_retries", "Requests sent to another instance", new.retries.clone());
+        r.register("nexus_gateway_ejections", "Instances put aside for failures", new.ejections.clone());
+        r.register("nexus_gateway_latency_seconds", "Seconds until the answer began", new.latency.clone());
+        r.register("nexus_gateway_unrouted", "Requests for unknown hosts and paths", new.unrouted.clone());
+        r.register("nexus_gateway_connections", "Users' open connections", new.connections.clone());
+        r.register("nexus_gateway_table_revision", "Revision of the routing table", new.revision.clone());
+        new
+    }
+
+    pub fn service(&self, name: String) -> Arc<ServiceMetrics> {
+        let own = ByService { service: name.clone() };
+        let classes = CLASSES
+            .map(|class| self.requests.get_or_create(&ByClass { service: name.clone(), class }).clone());
+        Arc::new(ServiceMetrics {
+            classes,
+            retries: self.retries.get_or_create(&own).clone(),
+            ejections: self.ejections.get_or_create(&own).clone(),
+            latency: self.latency.get_or_create(&own).clone(),
+            name,
+        })
+    }
+
+    /// Ends the series of a service that is gone.
+    pub fn forget(&self, name: &str) {
+        let own = ByService { service: name.to_owned() };
+        for class in CLASSES {
+            self.requests.remove(&ByClass { service: name.to_owned(), class });
+        }
+        self.retries.remove(&own);
+        self.ejections.remove(&own);
+        self.latency.remove(&own);
+    }
+
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        if let Err(e) = text::encode(&mut out, &self.registry) {
+            tracing::error!(reason = %e, "metrics can't be written");
+        }
+        out
+    }
+}

@@ -1,0 +1,163 @@
+//! Where tables come from: the cache at the start, then streams from the servers.
+//!
+//! Up to [`STREAMS`] servers are listened to at once and the highest revision wins, so that one server that is cut off
+//! from the others, but not from us, can't hold the gateway at an old table. Each stream goes round a share of the
+//! servers of its own, with pauses that grow when none of them answers.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nexus_env::{Endpoint, Env, RngExt};
+use nexus_model::Name;
+use nexus_model::plan::{RoutingTable, TableRequest, method};
+use nexus_wire::{ClientOptions, Pool, Streaming};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::cache;
+use crate::gateway::Gateway;
+
+const STREAMS: usize = 2;
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(3);
+/// The cache is written at most this often; a change in between waits.
+const SAVE_REST: Duration = Duration::from_millis(500);
+/// A stream that lasted this long was a good one: the next try need not wait.
+const GOOD_STREAM: Duration = Duration::from_secs(5);
+
+/// Where a gateway learns its routes.
+#[derive(Clone)]
+pub struct SourceConfig {
+    pub gateway: Name,
+    pub cluster_id: String,
+    pub servers: Vec<Endpoint>,
+    /// The folder of the cached table.
+    pub data_dir: PathBuf,
+    pub tls: Arc<rustls::ClientConfig>,
+}
+
+/// Keeps `gateway`'s table fresh until `stop`. The cached table is in use when the first server is asked.
+pub async fn follow(gateway: Gateway, config: SourceConfig, env: Env, stop: CancellationToken) {
+    let config = Arc::new(config);
+    restore(&gateway, &config, &env).await;
+    let (newest, saved) = watch::channel(None);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(keep(config.clone(), env.clone(), saved));
+    let pool = Pool::new(&env, config.tls.clone(), ClientOptions::default());
+    let streams = STREAMS.min(config.servers.len());
+    for share in 0..streams {
+        let servers: Vec<Endpoint> = config.servers.iter().skip(share).step_by(streams).cloned().collect();
+        let listener = Source {
+            gateway: gateway.clone(),
+            name: config.gateway.clone(),
+            env: env.clone(),
+            pool: pool.clone(),
+            servers,
+            newest: newest.clone(),
+        };
+        tasks.spawn(listener.run());
+    }
+    stop.cancelled().await;
+    tasks.shutdown().await;
+}
+
+async fn restore(gateway: &Gateway, config: &Arc<SourceConfig>, env: &Env) {
+    let (own, disk) = (config.clone(), env.disk.clone());
+    let loaded = tokio::task::spawn_blocking(move || cache::load(&*disk, &own.data_dir, &own.cluster_id)).await;
+    match loaded {
+        Ok(Ok(Some(table))) => {
+            let revision = table.revision;
+            if gateway.offer(table) {
+                info!(revision, "serving by the cached table");
+            }
+        }
+        Ok(Ok(None)) => {}
+        Ok(Err(e)) => warn!(reason = %e, "the cached table is not used"),
+        Err(e) => warn!(reason = %e, "the cached table is not used"),
+    }
+}
+
+/// Writes the newest table to disk whenever there is one.
+async fn keep(config: Arc<SourceConfig>, env: Env, mut newest: watch::Receiver<Option<Arc<RoutingTable>>>) {
+    let mut failing = false;
+    while newest.changed().await.is_ok() {
+        let Some(table) = newest.borrow_and_update().clone() else { continue };
+        let (own, disk) = (config.clone(), env.disk.clone());
+        let save = move || cache::save(&*disk, &own.data_dir, &own.cluster_id, &table);
+        let saved = tokio::task::spawn_blocking(save).await.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+        match saved {
+            Ok(()) => failing = false,
+            Err(e) => {
+                if !std::mem::replace(&mut failing, true) {
+                    warn!(reason = %e, "the table can't be cached: a restart without servers would serve an older one");
+                }
+            }
+        }
+        sleep(SAVE_REST).await;
+    }
+}
+
+/// One stream's share of the servers.
+struct Source {
+    gateway: Gateway,
+    name: Name,
+    env: Env,
+    pool: Pool,
+    servers: Vec<Endpoint>,
+    newest: watch::Sender<Option<Arc<RoutingTable>>>,
+}
+
+impl Source {
+    async fn run(self) {
+        let mut next = self.env.rng.below(self.servers.len() as u64) as usize;
+        let mut failures = 0u32;
+        let mut lost = false;
+        loop {
+            let server = &self.servers[next % self.servers.len()];
+            let began = Instant::now();
+            let why = self.listen(server, &mut lost).await;
+            if !std::mem::replace(&mut lost, true) {
+                warn!(%server, reason = why, "no tables come from this server; going on with the one held");
+            }
+            failures = if began.elapsed() >= GOOD_STREAM { 0 } else { failures.saturating_add(1) };
+            next += 1;
+            let whole = PAUSE_MIN.saturating_mul(1 << failures.min(10)).min(PAUSE_MAX);
+            let jitter = self.env.rng.below(whole.as_millis() as u64 / 2 + 1);
+            sleep(whole / 2 + Duration::from_millis(jitter)).await;
+        }
+    }
+
+    /// Takes tables from one server until its stream ends; says why it did.
+    async fn listen(&self, server: &Endpoint, lost: &mut bool) -> String {
+        let request = TableRequest { gateway: self.name.clone(), known: self.gateway.revision() };
+        let mut tables: Streaming<RoutingTable> = match self.pool.get(server).stream(method::TABLE, &request).await {
+            Ok(tables) => tables,
+            Err(e) => return e.to_string(),
+        };
+        if std::mem::replace(lost, false) {
+            info!(%server, "listening for tables again");
+        }
+        loop {
+            match tables.next().await {
+                Some(Ok(table)) => {
+                    let shared = Arc::new(table);
+                    if self.gateway.offer((*shared).clone()) {
+                        self.newest.send_if_modified(|held| {
+                            let newer = held.as_ref().is_none_or(|h| h.revision < shared.revision);
+                            if newer {
+                                *held = Some(shared.clone());
+                            }
+                            newer
+                        });
+                    }
+                }
+                Some(Err(e)) => return e.to_string(),
+                None => return "the stream ended".to_owned(),
+            }
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! A routing table made ready for look-ups. Host first (exact, then the longest `*.suffix`), then the longest path
+//! prefix that ends at a `/`. A table never changes; a new one takes the state of instances over from the last.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nexus_env::Endpoint;
+use nexus_model::kind::Protocol;
+use nexus_model::plan::{self, RoutingTable};
+use nexus_model::{Name, Uid};
+
+use crate::backend::{Backend, Lease};
+use crate::balance::{Candidate, pick};
+use crate::metrics::{Metrics, ServiceMetrics};
+
+/// An instance in the light of one table.
+pub(crate) struct Member {
+    pub backend: Arc<Backend>,
+    ready: bool,
+    local: bool,
+}
+
+pub(crate) struct Service {
+    pub metrics: Arc<ServiceMetrics>,
+    pub members: Vec<Member>,
+    turn: AtomicUsize,
+    pub shared: Arc<Shared>,
+}
+
+/// What a service keeps from table to table.
+#[derive(Default)]
+pub(crate) struct Shared {
+    /// Requests that wait for an instance.
+    pub waiting: AtomicUsize,
+}
+
+/// The outcome of a choice.
+pub(crate) enum Choice {
+    Instance(Lease),
+    /// All that are left have as many requests as they may.
+    Busy,
+    /// All have been tried, or there are none.
+    Nobody,
+}
+
+impl Service {
+    /// Chooses an instance that is not among `tried`.
+    pub fn choose(&self, tried: &[Uid], max_outstanding: u32) -> Choice {
+        let mut busy = false;
+        let candidates: Vec<Candidate> = self
+            .members
+            .iter()
+            .map(|m| {
+                let outstanding = m.backend.outstanding();
+                let tried = tried.contains(&m.backend.uid);
+                busy |= !tried && outstanding >= max_outstanding;
+                Candidate {
+                    ready: m.ready,
+                    ejected: m.backend.health.is_ejected(),
+                    local: m.local,
+                    outstanding,
+                    excluded: tried || outstanding >= max_outstanding,
+                }
+            })
+            .collect();
+        match pick(candidates.iter().copied(), self.turn.fetch_add(1, Ordering::Relaxed)) {
+            Some(index) => Choice::Instance(self.members[index].backend.lease()),
+            None if busy => Choice::Busy,
+            None => Choice::Nobody,
+        }
+    }
+
+    /// Whether any instance but this one is ready and not ejected.
+    pub fn has_other(&self, uid: Uid) -> bool {
+        self.members.iter().any(|m| m.backend.uid != uid && m.ready && !m.backend.health.is_ejected())
+    }
+}
+
+/// The routes of one host: the longest prefix first. A prefix has no `/` at its end, so that the root is empty.
+type Paths = Vec<(String, usize)>;
+
+#[derive(Default)]
+pub(crate) struct Table {
+    pub revision: u64,
+    pub services: Vec<Arc<Service>>,
+    exact: HashMap<String, Paths>,
+    /// By suffix, without `*.`.
+    wildcard: HashMap<String, Paths>,
+}
+
+/// The host of a `Host` header or authority: lower case, without port and final dot.
+pub(crate) fn host_of(authority: &str) -> String {
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => authority.split(':').next().unwrap_or_default(),
+    };
+    host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
+}
+
+fn service_name(service: &plan::Service) -> String {
+    format!("{}/{}:{}", service.project, service.app, service.port)
+}
+
+impl Table {
+    /// Routes that name no service are left out.
+    pub fn compile(table: RoutingTable, zone: &Name, before: Option<&Self>, metrics: &Metrics) -> Self {
+        // Instances by uid and the service's port.
+        let mut held: BTreeMap<(Uid, &str), &Arc<Backend>> = BTreeMap::new();
+        let mut known: BTreeMap<&str, &Arc<Service>> = BTreeMap::new();
+        for service in before.iter().flat_map(|t| &t.services) {
+            known.insert(&service.metrics.name, service);
+            held.extend(service.members.iter().map(|m| ((m.backend.uid, &*service.metrics.name), &m.backend)));
+        }
+        let mut services = Vec::with_capacity(table.services.len());
+        for service in table.services {
+            let name = service_name(&service);
+            let http2 = service.protocol == Protocol::H2c;
+            let mut newest: BTreeMap<Uid, plan::Backend> = BTreeMap::new();
+            for backend in service.backends {
+                if newest.get(&backend.uid).is_none_or(|b| b.epoch < backend.epoch) {
+                    newest.insert(backend.uid, backend);
+                }
+            }
+            let members = newest.into_values().map(|b| {
+                let address = Endpoint::Tcp(b.address);
+                let same = |old: &&&Arc<Backend>| old.address == address && old.epoch == b.epoch && old.http2 == http2;
+                let backend = match held.get(&(b.uid, &*name)).filter(same) {
+                    Some(old) => (*old).clone(),
+                    None => Arc::new(Backend::new(b.uid, address, b.epoch, http2)),
+                };
+                Member { backend, ready: b.ready, local: b.zone == *zone }
+            });
+            let members = members.collect();
+            let old = known.remove(&*name);
+            services.push(Arc::new(Service {
+                members,
+                turn: AtomicUsize::new(old.map_or(0, |o| o.turn.load(Ordering::Relaxed))),
+                shared: old.map(|o| o.shared.clone()).unwrap_or_default(),
+                metrics: old.map_or_else(|| metrics.service(name), |o| o.metrics.clone()),
+            }));
+        }
+        for gone in known.into_keys() {
+            metrics.forget(gone);
+        }
+        let mut new = Self { revision: table.revision, services, ..Self::default() };
+        for route in table.routes {
+            let service = route.service as usize;
+            if service >= new.services.len() {
+                tracing::warn!(host = route.host, path = route.path, "a route names no service and is left out");
+                continue;
+            }
+            let (map, host) = match route.host.strip_prefix("*.") {
+                Some(suffix) => (&mut new.wildcard, suffix),
+                None => (&mut new.exact, &*route.host),
+            };
+            let prefix = route.path.trim_end_matches('/').to_owned();
+            let paths = map.entry(host.to_ascii_lowercase()).or_default();
+            // The first of two equal routes wins.
+            if paths.iter().all(|(p, _)| *p != prefix) {
+                paths.push((prefix, service));
+            }
+        }
+        for paths in new.exact.values_mut().chain(new.wildcard.values_mut()) {
+            paths.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.len()));
+        }
+        new
+    }
+
+    /// The service of a request. `host` as [`host_of`] makes it.
+    pub fn route(&self, host: &str, path: &str) -> Option<&Arc<Service>> {
+        let find = |paths: &Paths| {
+            let fits = |prefix: &str| path.strip_prefix(prefix).is_some_and(|r| r.is_empty() || r.starts_with('/'));
+            // `OPTIONS *` is about the whole of a host.
+            paths.iter().find(|(p, _)| fits(p) || (p.is_empty() && path == "*")).map(|(_, service)| *service)
+        };
+        let exact = self.exact.get(host).and_then(find);
+        let index = exact.or_else(|| {
+            let suffixes = host.match_indices('.').map(|(at, _)| &host[at + 1..]);
+            suffixes.filter_map(|s| self.wildcard.get(s)).find_map(find)
+        })?;
+        self.services.get(index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nexus_model::kind::Runtime;
+    use nexus_model::plan::TableRoute;
+
+    use super::*;
+
+    fn table(routes: &[(&str, &str)]) -> RoutingTable {
+        let service = |i: usize| plan::Service {
+            project: "p".parse().unwrap(),
+            app: format!("app-{i}").parse().unwrap(),
+            port: 80,
+            protocol: Protocol::Http,
+            runtime: Runtime::Container,
+            backends: vec![],
+        };
+        let route = |(i, (host, path)): (usize, &(&str, &str))| TableRoute {
+            host: (*host).into(),
+            path: (*path).into(),
+            service: i as u32,
+        };
+        RoutingTable {
+            version: 1,
+            revision: 1,
+            services: (0..routes.len()).map(service).collect(),
+            routes: routes.iter().enumerate().map(route).collect(),
+        }
+    }
+
+    fn compile(table: RoutingTable, before: Option<&Table>) -> Table {
+        Table::compile(table, &"zone-a".parse().unwrap(), before, &Metrics::new())
+    }
+
+    #[test]
+    fn hosts_and_paths_choose_the_most_specific_route() {
+        let routes = [
+            ("a.example", "/"),
+            ("a.example", "/shop/"),
+            ("a.example", "/shop/cart"),
+            ("*.example", "/"),
+            ("*.b.example", "/x"),
+        ];
+        let table = compile(table(&routes), None);
+        let route = |host: &str, path: &str| {
+            table.route(&host_of(host), path).map(|s| s.metrics.name.trim_start_matches("p/app-").to_owned())
+        };
+        let is = |host: &str, path: &str, expected: Option<&str>| {
+            assert_eq!(route(host, path).as_deref(), expected, "{host} {path}");
+        };
+        is("a.example", "/", Some("0:80"));
+        is("A.Example:8000", "/shopping", Some("0:80"));
+        is("a.example.", "/shop", Some("1:80"));
+        is("a.example", "/shop/x", Some("1:80"));
+        is("a.example", "/shop/cart/1", Some("2:80"));
+        is("b.example", "/shop", Some("3:80"));
+        is("c.b.example", "/x/y", Some("4:80"));
+        is("c.b.example", "/y", Some("3:80"));
+        is("example", "/", None);
+        is("other", "/", None);
+        is("a.example", "*", Some("0:80"));
+    }
+
+    #[test]
+    fn only_the_highest_epoch_serves_and_state_is_carried_over() {
+        let uid = Uid::from_random([1; 16]);
+        let backend = |epoch, port| plan::Backend {
+            uid,
+            address: ([127, 0, 0, 1], port).into(),
+            zone: "zone-a".parse().unwrap(),
+            epoch,
+            ready: true,
+        };
+        let mut plan = table(&[("a", "/")]);
+        plan.services[0].backends = vec![backend(2, 2), backend(1, 1)];
+        let first = compile(plan.clone(), None);
+        assert_eq!(first.services[0].members.len(), 1);
+        let held = first.services[0].members[0].backend.clone();
+        assert_eq!(held.epoch, 2);
+        let second = compile(plan.clone(), Some(&first));
+        assert!(Arc::ptr_eq(&held, &second.services[0].members[0].backend));
+        plan.services[0].backends.push(backend(3, 3));
+        let third = compile(plan, Some(&second));
+        assert_eq!(third.services[0].members[0].backend.epoch, 3);
+    }
+
+    #[test]
+    fn a_route_without_service_is_left_out() {
+        let mut plan = table(&[("a", "/")]);
+        plan.routes[0].service = 7;
+        assert!(compile(plan, None).route("a", "/").is_none());
+    }
+}
