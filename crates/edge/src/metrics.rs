@@ -83,8 +83,8 @@ impl Metrics {
 
     pub fn service(&self, name: String) -> Arc<ServiceMetrics> {
         let own = ByService { service: name.clone() };
-        let classes = CLASSES
-            .map(|class| self.requests.get_or_create(&ByClass { service: name.clone(), class }).clone());
+        let classes =
+            CLASSES.map(|class| self.requests.get_or_create(&ByClass { service: name.clone(), class }).clone());
         Arc::new(ServiceMetrics {
             classes,
             retries: self.retries.get_or_create(&own).clone(),

@@ -59,8 +59,14 @@ impl Problem {
     pub fn answer(&self, request_id: &str) -> Response<ResponseBody> {
         let (status, code) = self.parts();
         let title = status.canonical_reason().unwrap_or("Error");
-        let document =
-            Document { r#type: "about:blank", title, status: status.as_u16(), code, detail: self.to_string(), request_id };
+        let document = Document {
+            r#type: "about:blank",
+            title,
+            status: status.as_u16(),
+            code,
+            detail: self.to_string(),
+            request_id,
+        };
         let mut body = serde_json::to_vec(&document).expect("a document of texts encodes");
         body.push(b'\n');
         let mut response = Response::new(ResponseBody::Own(Some(Bytes::from(body)), None));

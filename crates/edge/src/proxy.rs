@@ -210,11 +210,7 @@ impl Attempts<'_> {
                     debug!(service = service.metrics.name, instance = %uid, again, reason = failed.reason,
                            "an attempt failed");
                     if !again {
-                        return Err(if failed.sent {
-                            Problem::Broken(named())
-                        } else {
-                            Problem::Unreachable(named())
-                        });
+                        return Err(if failed.sent { Problem::Broken(named()) } else { Problem::Unreachable(named()) });
                     }
                     tried.push(uid);
                 }
@@ -374,4 +370,3 @@ async fn wait(
         () = sleep_until(moment) => Ok(()),
     }
 }
-

@@ -45,7 +45,7 @@ impl Gateway {
         let room = Arc::new(Semaphore::new(core.options.max_connections));
         let builder = Arc::new(builder(core));
         let mut users = JoinSet::new();
-        let mut welcome = |users: &mut JoinSet<()>, stream, peer, seat| {
+        let welcome = |users: &mut JoinSet<()>, stream, peer, seat| {
             let (core, builder, stop) = (core.clone(), builder.clone(), stop.clone());
             users.spawn(async move {
                 core.metrics.connections.inc();
@@ -119,7 +119,12 @@ impl Gateway {
 fn builder(core: &Arc<Core>) -> auto::Builder<Spawner> {
     let mut builder = auto::Builder::new(Spawner(core.clone()));
     // Times are kept by `Activity`, which also sees connections that never send a byte.
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_HEADERS).max_headers(MAX_HEADER_COUNT);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .max_buf_size(MAX_HEADERS)
+        .max_headers(MAX_HEADER_COUNT);
     builder
         .http2()
         .timer(TokioTimer::new())

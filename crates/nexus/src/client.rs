@@ -258,12 +258,44 @@ impl Client {
         Ok(Box::pin(events))
     }
 
+    /// PUTs `length` bytes that `body` begins to read anew for every endpoint that is tried.
+    pub async fn upload(
+        &self,
+        path: &str,
+        length: u64,
+        timeout: Duration,
+        mut body: impl FnMut() -> Result<reqwest::Body, ClientError>,
+    ) -> Result<Response, ClientError> {
+        let mut parts = Parts { timeout: Some(timeout), ..Parts::default() };
+        parts.headers.insert(reqwest::header::CONTENT_LENGTH, HeaderValue::from(length));
+        parts.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        self.attempt(Method::PUT, path, parts, None, |request| Ok(request.body(body()?))).await
+    }
+
     async fn request(
         &self,
         method: Method,
         path: &str,
         mut parts: Parts,
         deadline: Option<Duration>,
+    ) -> Result<Response, ClientError> {
+        let body = parts.body.take();
+        self.attempt(method, path, parts, deadline, |request| {
+            Ok(match &body {
+                Some((content_type, body)) => request.header(CONTENT_TYPE, content_type).body(body.clone()),
+                None => request,
+            })
+        })
+        .await
+    }
+
+    async fn attempt(
+        &self,
+        method: Method,
+        path: &str,
+        mut parts: Parts,
+        deadline: Option<Duration>,
+        mut with_body: impl FnMut(reqwest::RequestBuilder) -> Result<reqwest::RequestBuilder, ClientError>,
     ) -> Result<Response, ClientError> {
         let deadline = parts.timeout.or(deadline);
         let key = HeaderName::from_static("idempotency-key");
@@ -280,9 +312,7 @@ impl Client {
                 .http
                 .request(method.clone(), format!("{}{path}", self.endpoints[index]))
                 .headers(parts.headers.clone());
-            if let Some((content_type, body)) = &parts.body {
-                request = request.header(CONTENT_TYPE, content_type).body(body.clone());
-            }
+            request = with_body(request)?;
             if let Some(deadline) = deadline {
                 request = request.timeout(deadline);
             }

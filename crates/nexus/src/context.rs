@@ -48,8 +48,11 @@ pub fn path() -> anyhow::Result<PathBuf> {
 
 /// Reads the file; `None` when there is none.
 pub fn read() -> anyhow::Result<Option<Context>> {
-    let path = path()?;
-    let text = match std::fs::read_to_string(&path) {
+    read_from(&path()?)
+}
+
+fn read_from(path: &Path) -> anyhow::Result<Option<Context>> {
+    let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e).with_context(|| format!("reading {}", path.display())),
@@ -140,9 +143,23 @@ pub struct Target {
 
 /// Finds the cloud to talk to.
 pub fn target() -> anyhow::Result<Target> {
+    Ok(target_of(None)?.0)
+}
+
+/// Finds the cloud to talk to by the file given, or else the usual one; also tells the data folder of the local cloud
+/// that the file belongs to. A file that was asked for by name must exist.
+pub fn target_of(file: Option<&Path>) -> anyhow::Result<(Target, Option<PathBuf>)> {
     let variable = |name| std::env::var(name).ok().filter(|v: &String| !v.trim().is_empty());
     let url = variable("CNX_URL");
-    let context = read()?;
+    let context = match file {
+        Some(file) => {
+            let missing = || Fail::not_found(format!("the context {} does not exist", file.display()));
+            Some(read_from(file)?.ok_or_else(missing)?)
+        }
+        None => read()?,
+    };
+    // An address of the user's own need not be that of the local cloud.
+    let data_dir = context.as_ref().filter(|_| url.is_none()).and_then(|c| c.data_dir.clone());
     if context.is_none() && url.is_none() {
         return Err(Fail::not_found(format!(
             "there is no cloud to talk to: {} does not exist and CNX_URL is not set. `nexus up` starts a local cloud",
@@ -175,5 +192,5 @@ pub fn target() -> anyhow::Result<Target> {
         }
         (None, None) => None,
     };
-    Ok(target)
+    Ok((target, data_dir))
 }

@@ -16,7 +16,11 @@ use cli::{Cli, Command};
 use config::{AgentConfig, Config as _, GatewayConfig, HostInitConfig, KeeperConfig, ServerConfig};
 
 fn main() {
-    let code = match dispatch(Cli::parse().command) {
+    let command = Cli::parse().command;
+    if command.is_for_people() {
+        end_with_the_reader();
+    }
+    let code = match dispatch(command) {
         Ok(()) => 0,
         Err(e) => {
             eprintln!("error: {e:#}");
@@ -57,6 +61,12 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         // Clients.
         Command::Status(args) => local::small_runtime()?.block_on(cli::status::run(&args)),
     }
+}
+
+/// Lets `nexus … | head` end in silence when `head` has seen enough, as other programs do; by default a write would panic.
+fn end_with_the_reader() {
+    // SAFETY: the default action is set before any thread exists.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
 /// Runs a role to its end on a runtime with as many threads as are of use.

@@ -201,15 +201,15 @@ fn a_host_is_one_piece_and_looks_after_its_daemons() {
     cloud.start();
     let keepers = |c: &Cloud| c.pids("keeper", "/config/zone-a-1/");
     let agents = |c: &Cloud| c.pids("agent", "/config/zone-a-1/");
-    cloud.until("an agent was started", |c| !agents(c).is_empty());
     let host = cloud.pid("zone-a-1").unwrap();
-
-    // Until an agent is seen to run again under another number: it may come and go meanwhile.
-    let first = agents(&cloud);
-    if let Some(pid) = first.first() {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), nix::sys::signal::Signal::SIGKILL).ok();
-    }
-    cloud.until("the agent was started again", |c| agents(c).iter().any(|p| !first.contains(p)));
+    let log = |c: &Cloud| std::fs::read_to_string(c.dir().join("logs/zone-a-1.log")).unwrap_or_default();
+    cloud.until("an agent was started", |c| log(c).contains("started the agent"));
+    cloud.until("a killed agent was started again", |c| {
+        for pid in agents(c) {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).ok();
+        }
+        log(c).matches("started the agent").count() > 1
+    });
     assert_eq!(cloud.pid("zone-a-1"), Some(host), "the host is the same");
 
     cloud.local(&["kill", "zone-a-1"]);
@@ -227,6 +227,10 @@ fn a_cut_cable_lets_nothing_through_until_it_is_healed() {
     let before = cloud.pid("zone-a-1").unwrap();
     kill_9(before);
     cloud.until("the host is back", |c| c.pid("zone-a-1").is_some_and(|p| p != before));
+    cloud.until("it has seen its new link", |c| {
+        let log = std::fs::read_to_string(c.dir().join("logs/zone-a-1.log")).unwrap();
+        log.matches("started the keeper").count() > 1
+    });
     cloud.until("the new link is cut as well", |c| !c.reachable());
 
     cloud.local(&["heal", "zone-a-1"]);

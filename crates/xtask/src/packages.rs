@@ -1,6 +1,8 @@
 //! What the project needs of the machine: one table of Debian packages and Rust targets, each with its reason.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::process::Command;
 
 use crate::process;
@@ -107,25 +109,34 @@ pub fn ensure(needs: &[Need]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Prints the tables.
+/// Prints the tables. A reader who has seen enough ends it without fuss.
 pub fn show() {
+    // A broken pipe is the only way in which this can fail.
+    std::io::stdout().write_all(table().as_bytes()).ok();
+}
+
+fn table() -> String {
+    let mut out = String::new();
     let needs = [Need::Up, Need::Test, Need::Bench];
     let missing = missing_packages(&needs);
-    println!("{:<16} {:<14} {:<10} WHY", "PACKAGE", "FOR", "STATE");
+    writeln!(out, "{:<16} {:<14} {:<10} WHY", "PACKAGE", "FOR", "STATE").expect("a text takes all that is written");
     for package in PACKAGES {
         let state = match &missing {
             None => "unknown",
             Some(missing) if missing.iter().any(|m| m.name == package.name) => "missing",
             Some(_) => "installed",
         };
-        println!("{:<16} {:<14} {state:<10} {}", package.name, package.need.says(), package.why);
+        writeln!(out, "{:<16} {:<14} {state:<10} {}", package.name, package.need.says(), package.why)
+            .expect("a text takes all that is written");
     }
     let missing = missing_targets(&needs);
-    println!("\n{:<16} {:<14} {:<10} WHY", "RUST TARGET", "FOR", "STATE");
+    writeln!(out, "\n{:<16} {:<14} {:<10} WHY", "RUST TARGET", "FOR", "STATE")
+        .expect("a text takes all that is written");
     for (need, target, why) in TARGETS {
         let state = if missing.iter().any(|(m, _)| m == target) { "missing" } else { "installed" };
-        println!("{target:<16} {:<14} {state:<10} {why}", need.says());
+        writeln!(out, "{target:<16} {:<14} {state:<10} {why}", need.says()).expect("a text takes all that is written");
     }
+    out
 }
 
 #[cfg(test)]

@@ -50,6 +50,26 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether a person or a script reads what it prints; daemons write logs instead.
+    pub fn is_for_people(&self) -> bool {
+        // A foreground `up` must outlive its reader: it has a cloud to stop.
+        !matches!(
+            self,
+            Self::Up(_)
+                | Self::Server(_)
+                | Self::Agent(_)
+                | Self::Keeper(_)
+                | Self::Gateway(_)
+                | Self::Shim(_)
+                | Self::Executor(_)
+                | Self::HostInit(_)
+                | Self::LocalSupervise { .. }
+                | Self::LocalProbe { .. }
+        )
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct RoleArgs {
     /// The role's configuration, in TOML

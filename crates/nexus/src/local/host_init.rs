@@ -1,7 +1,7 @@
 //! The first process of a local host: pid 1 of its own pid namespace, the init of a very small machine.
 //!
-//! It joins the host's cgroups, makes the mounts private, puts a fresh `/proc` and `/run` in place, waits for the link,
-//! then starts the keeper and the agent and keeps both running, as systemd would. Orphans come to it and are reaped. On
+//! It joins the host's cgroups, makes the mounts private, puts a fresh `/proc` and `/run` in place, waits for the link
+//! and gives it the host's lasting hardware address, then starts the keeper and the agent and keeps both running, as systemd would. Orphans come to it and are reaped. On
 //! SIGTERM it stops the agent and ends; with it, the kernel ends everything else that the host runs. It has one thread
 //! and waits in one system call, because it forks.
 
@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -48,7 +49,8 @@ pub fn run(config: &HostInitConfig) -> anyhow::Result<()> {
     }
     nix::unistd::sethostname(config.name.as_str()).context("setting the host name")?;
     mounts(&config.run_dir)?;
-    wait_for_link(config.address)?;
+    let link = wait_for_link(config.address)?;
+    set_hardware_address(&link, config.address)?;
     supervise(config, &signals)
 }
 
@@ -64,20 +66,58 @@ fn mounts(run_dir: &Path) -> anyhow::Result<()> {
     fs::write(run_dir.join("boot-id"), boot_id.trim()).context("writing the boot id")
 }
 
-fn wait_for_link(address: IpAddr) -> anyhow::Result<()> {
+/// The name of the link that has the address, as soon as there is one.
+fn wait_for_link(address: IpAddr) -> anyhow::Result<String> {
     let IpAddr::V6(address) = address else { bail!("the host's address {address} is not an IPv6 address") };
     let digits: String = address.octets().iter().map(|b| format!("{b:02x}")).collect();
     let deadline = Instant::now() + LINK_PATIENCE;
     loop {
         let addresses = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
-        if addresses.lines().any(|l| l.starts_with(&digits)) {
-            return Ok(());
+        let line = addresses.lines().find(|l| l.starts_with(&digits));
+        if let Some(link) = line.and_then(|l| l.split_whitespace().last()) {
+            return Ok(link.to_owned());
         }
         if Instant::now() > deadline {
             bail!("no link with the address {address} came within {} s", LINK_PATIENCE.as_secs());
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// A veth is born with a hardware address by chance. A host that boots again must keep its own: neighbours would send to
+/// the old one until their caches notice, which takes them longer than the control plane takes to call a host dead.
+fn set_hardware_address(link: &str, address: IpAddr) -> anyhow::Result<()> {
+    // SAFETY: all-zero is a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if link.len() >= request.ifr_name.len() {
+        bail!("{link:?} is too long for a link's name");
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(link.bytes()) {
+        *to = from.cast_signed();
+    }
+    let hardware = hardware_address(address);
+    let socket = std::net::UdpSocket::bind(("::", 0)).context("opening a socket to configure links with")?;
+    // SAFETY: writing a plain field of the union; the kernel reads it as such for this request. The request outlives
+    // the call.
+    let done = unsafe {
+        request.ifr_ifru.ifru_hwaddr.sa_family = libc::ARPHRD_ETHER;
+        for (to, from) in request.ifr_ifru.ifru_hwaddr.sa_data.iter_mut().zip(hardware) {
+            *to = from.cast_signed();
+        }
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFHWADDR, &raw const request)
+    };
+    Errno::result(done).with_context(|| format!("setting the hardware address of {link}"))?;
+    Ok(())
+}
+
+/// Locally administered, unicast, and as different as the hosts' addresses are.
+fn hardware_address(address: IpAddr) -> [u8; 6] {
+    let octets = match address {
+        IpAddr::V6(a) => a.octets(),
+        IpAddr::V4(a) => a.to_ipv6_mapped().octets(),
+    };
+    // Of the cluster's random bits three bytes, and the host's number.
+    [0x02, octets[3], octets[4], octets[5], octets[14], octets[15]]
 }
 
 /// One of the two daemons.
@@ -98,7 +138,10 @@ impl Daemon {
 
     fn start(&mut self, program: &Path, now: Instant) {
         match self.spawn(program) {
-            Ok(pid) => self.pid = Some(pid),
+            Ok(pid) => {
+                eprintln!("started the {}", self.role);
+                self.pid = Some(pid);
+            }
             Err(e) => {
                 eprintln!("starting the {}: {e:#}", self.role);
                 self.due = now + self.backoff.failed(now);

@@ -35,9 +35,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 
 /// The identity and the authorities in a role's certificate files.
 pub fn identity(files: &TlsFiles) -> anyhow::Result<(Identity, Roots)> {
-    let read = |path: &std::path::Path| {
-        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))
-    };
+    let read =
+        |path: &std::path::Path| std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()));
     let identity = Identity::from_pem(&read(&files.cert)?, &read(&files.key)?)
         .with_context(|| format!("the certificate {}", files.cert.display()))?;
     let roots = Roots::from_pem(&read(&files.ca)?).with_context(|| format!("the authority {}", files.ca.display()))?;
@@ -57,7 +56,8 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     let (identity, roots) = identity(&config.tls)?;
     // Internal traffic must survive an outage of whoever renews certificates.
     let policy = |roles: &[Role]| {
-        Policy::roles(config.cluster_id.clone(), roles).expiry(ExpiryPolicy::Tolerate { grace: super::CERTIFICATE_GRACE })
+        Policy::roles(config.cluster_id.clone(), roles)
+            .expiry(ExpiryPolicy::Tolerate { grace: super::CERTIFICATE_GRACE })
     };
     let outbound = tls::client_config(
         &identity,
@@ -131,7 +131,8 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     status.register(&metrics);
     let hash = std::fs::read_to_string(&config.token_hash)
         .with_context(|| format!("reading {}", config.token_hash.display()))?;
-    let hash: TokenHash = hash.trim().parse().with_context(|| format!("the hash in {}", config.token_hash.display()))?;
+    let hash: TokenHash =
+        hash.trim().parse().with_context(|| format!("the hash in {}", config.token_hash.display()))?;
     let api = Api {
         region: config.region.clone(),
         env: env.clone(),
@@ -148,7 +149,8 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     let router = nexus_api::router(api);
     let (api_identity, _) = self::identity(&config.api_tls)?;
     let api_tls = tls::public_server_config(&api_identity, &[b"h2", b"http/1.1"], tls_clock(&env))?;
-    northbound::listen(&mut tasks, &env, Endpoint::Tcp(config.api_tls_listen), Some(api_tls), router.clone(), &stop).await?;
+    northbound::listen(&mut tasks, &env, Endpoint::Tcp(config.api_tls_listen), Some(api_tls), router.clone(), &stop)
+        .await?;
     if let Some(plain) = config.api_http_listen {
         northbound::listen(&mut tasks, &env, Endpoint::Tcp(plain), None, router, &stop).await?;
     }

@@ -45,7 +45,8 @@ fn broken(error: &ImageError) -> ApiError {
 impl ServerBlobs {
     pub async fn open(config: &ServerConfig, pool: Arc<Pool>) -> anyhow::Result<Self> {
         let dir = config.data_dir.join("images");
-        let store = tokio::task::spawn_blocking(move || BlobStore::open(dir)).await.context("opening the image store")??;
+        let store =
+            tokio::task::spawn_blocking(move || BlobStore::open(dir)).await.context("opening the image store")??;
         let others = config.members.iter().filter(|(id, _)| **id != config.node_id);
         Ok(Self { store, peers: others.map(|(_, m)| m.wire.clone()).collect(), pool })
     }
@@ -124,9 +125,8 @@ impl ServerBlobs {
         let mut revision = view.revision();
         let mut checked = BTreeSet::new();
         loop {
-            let wanted: BTreeSet<Digest> = view.read(|world| {
-                world.images.live.values().flat_map(|i| i.spec.blobs.iter().map(|b| b.digest)).collect()
-            });
+            let wanted: BTreeSet<Digest> = view
+                .read(|world| world.images.live.values().flat_map(|i| i.spec.blobs.iter().map(|b| b.digest)).collect());
             let missing: Vec<Digest> =
                 wanted.difference(&checked).copied().filter(|digest| self.store.size(*digest).is_none()).collect();
             let mut failed = false;

@@ -49,22 +49,8 @@ struct Figures {
 }
 
 impl Status {
-    pub fn new(
-        config: &ServerConfig,
-        store: Arc<dyn Store>,
-        view: View,
-        region: Arc<Region>,
-        pool: Arc<Pool>,
-    ) -> Self {
-        Self {
-            config: config.clone(),
-            store,
-            view,
-            region,
-            pool,
-            reachable: Mutex::default(),
-            figures: Arc::default(),
-        }
+    pub fn new(config: &ServerConfig, store: Arc<dyn Store>, view: View, region: Arc<Region>, pool: Arc<Pool>) -> Self {
+        Self { config: config.clone(), store, view, region, pool, reachable: Mutex::default(), figures: Arc::default() }
     }
 
     pub fn register(&self, registry: &Mutex<Registry>) {

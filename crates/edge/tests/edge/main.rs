@@ -1,0 +1,6 @@
+//! The gateway against real instances on the loopback.
+
+mod common;
+mod faults;
+mod proxying;
+mod tables;
