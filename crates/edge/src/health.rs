@@ -93,7 +93,7 @@ impl Health {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn ejections_grow_and_are_forgiven() {
         let health = Health::default();
         let mut now = Instant::now();
@@ -109,7 +109,7 @@ mod tests {
         assert_eq!(health.failed(Failure::Unreachable, now, false), Some(FIRST));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn only_resets_in_a_row_eject_and_never_one_that_is_spared() {
         let health = Health::default();
         let now = Instant::now();

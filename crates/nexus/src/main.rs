@@ -81,7 +81,7 @@ fn daemon(role: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> 
 /// One line per outcome on standard error; `NEXUS_LOG` chooses what, as in `info,nexus_agent=debug`.
 fn start_log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("NEXUS_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,openraft=warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
 }
 

@@ -80,7 +80,7 @@ async fn a_host_that_swallows_connections_is_left_for_another() {
     let (a, b) = (named("a").await, named("b").await);
     let links = Links::new();
     links.name(&Endpoint::Tcp(a.address), "a");
-    let transport = FaultyTransport::new(Arc::new(RealTransport), links.clone(), "edge");
+    let transport = FaultyTransport::new(Arc::new(RealTransport), "edge", links.clone());
     let env = Env::real().with_transport(Arc::new(transport));
     let edge = edge_in(env, options()).await;
     links.cut_both("edge", "a");
@@ -138,8 +138,7 @@ async fn draining_finishes_what_runs_and_takes_nothing_new() {
     .await;
     let mut edge = edge(options()).await;
     edge.gateway.offer(table(1, vec![service("x", vec![backend(1, slow.address)])]));
-    let running = get(&edge, "x.localhost");
-    tokio::pin!(running);
+    let mut running = Box::pin(get(&edge, "x.localhost"));
     tokio::select! {
         _ = &mut running => panic!("the instance has not answered"),
         () = until(async || slow.count() == 1) => {}
@@ -150,7 +149,8 @@ async fn draining_finishes_what_runs_and_takes_nothing_new() {
         () = until(async || tokio::net::TcpStream::connect(edge.address).await.is_err()) => {}
     }
     gate.notify_one();
-    assert_eq!(running.await.body, "done");
+    assert_eq!((&mut running).await.body, "done");
+    drop(running);
     tokio::time::timeout(LONG, &mut edge.task).await.unwrap().unwrap();
 }
 

@@ -34,7 +34,7 @@ impl Pki {
 
     fn identity(&self, id: SpiffeId) -> Identity {
         let now = nexus_iam::at_millis(self.env.now_millis());
-        Identity::from_issued(&self.authority.issue(&id, &[], now, YEAR).unwrap()).unwrap()
+        Identity::from_issued(&self.authority.issue(&id, &[], &[], now, YEAR).unwrap()).unwrap()
     }
 
     fn clock(&self) -> tls::Clock {
@@ -71,7 +71,7 @@ impl Pki {
             .unwrap();
         let (at, stop) = (server.local(), CancellationToken::new());
         let own_stop = stop.clone();
-        let task = tokio::spawn(async move { server.run(own_stop).await });
+        let task = tokio::spawn(async move { server.serve(own_stop).await });
         (at, stop, task)
     }
 }
