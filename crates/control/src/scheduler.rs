@@ -171,7 +171,8 @@ impl Scheduler {
     /// Moves an instance's reservation from where `old` had it to where `new` has it.
     pub fn set_instance(&mut self, old: Option<&Object<Instance>>, new: Option<&Object<Instance>>) {
         let place = |o: Option<&Object<Instance>>| o.and_then(|o| o.status.host.clone().zip(o.status.slot));
-        if place(old) == place(new) {
+        let buried = |o: Option<&Object<Instance>>| o.is_some_and(|o| o.metadata.deleting.is_some());
+        if place(old) == place(new) && buried(old) == buried(new) {
             return;
         }
         if let (Some(instance), Some((host, slot))) = (old, place(old)) {
@@ -218,7 +219,9 @@ impl Scheduler {
         request.scratch = template.resources.scratch.0;
         request.classes = template.classes.iter().map(|(c, n)| (ClassId(self.classes.id(c)), *n)).collect();
         request.image = Some(ImageId(self.images.id(&instance.spec.image_digest)));
-        request.group = Some(GroupId(self.groups.id(&app_uid(instance))));
+        // What is buried still takes room, but its app is spread without it.
+        let living = instance.metadata.deleting.is_none();
+        request.group = living.then(|| GroupId(self.groups.id(&app_uid(instance))));
         request.spread.level = match spread {
             Spread::None => placement::SpreadLevel::None,
             Spread::Host => placement::SpreadLevel::Host,
@@ -233,7 +236,7 @@ impl Scheduler {
     /// spreads over zones although each cell decides alone; the first that can take the instance gets it.
     pub fn place(&mut self, instance: &Object<Instance>, spread: Spread) -> Result<Placed, String> {
         let request = self.request(instance, spread);
-        let group = request.group.expect("set above");
+        let group = request.group.expect("only the living are placed");
         let mut order: Vec<(u32, u64, &Name)> = self
             .cells
             .iter()

@@ -200,6 +200,10 @@ fn a_dead_hosts_instances_run_elsewhere_and_its_capacity_is_held_until_it_return
     assert_eq!(lab.core.world.host(&victim).unwrap().status.state, HostState::Dead);
     assert_eq!(lab.app("shop").status.ready_replicas, 3);
     assert!(lab.instances("shop").iter().all(|i| i.status.host.as_ref() != Some(&victim)));
+    let mut zones: Vec<_> = lab.instances("shop").iter().map(|i| i.status.zone.clone().unwrap()).collect();
+    zones.sort();
+    zones.dedup();
+    assert_eq!(zones.len(), 3, "the lost instance still counted in its zone");
     assert_eq!(lab.core.world.host(&victim).unwrap().status.reserved.instances, 1, "not confirmed gone");
     lab.alive.push(victim.clone());
     lab.pass(Duration::from_secs(2));

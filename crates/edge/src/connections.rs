@@ -1,7 +1,7 @@
 //! When a user's connection has waited long enough: what its requests and bytes say, and how long it may still wait.
 //!
 //! A connection that is not serving anything is either idle or in the middle of sending a request's headers; the
-//! second may only take [`HEADERS`]. HTTP/2 connections send bytes of their own between requests, so for them only
+//! second may only take [`HEADERS`] (bytes that came together with the request before are idle time). HTTP/2 connections send bytes of their own between requests, so for them only
 //! idleness counts; the protocol's engine bounds their headers.
 
 use std::io;

@@ -105,7 +105,10 @@ async fn serve(
     service: &mut Option<Arc<Service>>,
 ) -> Result<Response<ResponseBody>, Problem> {
     let name = host_of(host.to_str().map_err(|_| Problem::NoHost)?);
-    let Some(table) = core.table() else { return Err(Problem::NoTable) };
+    // A gateway that has just started may be about to read its cache.
+    let mut tables = core.table.subscribe();
+    let first = timeout(core.options.patience, tables.wait_for(Option::is_some)).await;
+    let table = first.ok().and_then(Result::ok).and_then(|table| table.clone()).ok_or(Problem::NoTable)?;
     *service = Some(table.route(&name, path).ok_or_else(|| Problem::Unknown(name.clone()))?.clone());
     drop(table);
     let upgrade = (request.version() == Version::HTTP_11 && headers::upgrade(request.headers()).is_some())

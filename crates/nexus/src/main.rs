@@ -21,16 +21,13 @@ fn main() {
         end_with_the_reader();
     }
     let code = match dispatch(command) {
-        Ok(()) => 0,
-        Err(e) => {
-            eprintln!("error: {e:#}");
-            exit::code_of(&e)
-        }
+        Ok(code) => code,
+        Err(e) => cli::report::print(&e),
     };
     std::process::exit(code);
 }
 
-fn dispatch(command: Command) -> anyhow::Result<()> {
+fn dispatch(command: Command) -> anyhow::Result<i32> {
     match command {
         // Without threads.
         Command::Shim(inner) => role::shim::run(inner.args),
@@ -59,8 +56,10 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
             daemon(role::gateway::run(config))
         }
         // Clients.
+        Command::User(command) => return cli::run(*command),
         Command::Status(args) => local::small_runtime()?.block_on(cli::status::run(&args)),
-    }
+    }?;
+    Ok(0)
 }
 
 /// Lets `nexus … | head` end in silence when `head` has seen enough, as other programs do; by default a write would panic.

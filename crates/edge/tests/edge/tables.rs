@@ -54,6 +54,7 @@ impl Pki {
         let policy = Policy::roles("home", &[Role::Gateway]);
         let config = tls::server_config(&own, &self.roots, policy, &[nexus_wire::ALPN], self.clock()).unwrap();
         let server = Server::builder(&self.env, "127.0.0.1:0".parse().unwrap(), config)
+            .identify(|chain| tls::peer_id(chain).map(|id| id.to_string()))
             .stream(method::TABLE, move |_, request: TableRequest| {
                 let tables = tables.clone();
                 async move {

@@ -2,12 +2,31 @@
 //!
 //! Results go to standard output, progress and advice to standard error.
 
+mod apply;
+mod cloud;
+mod delete;
+mod deploy;
+mod describe;
+mod events;
+mod exec;
+mod explain;
+mod get;
+mod image;
+mod logs;
+mod manifest;
+mod output;
+mod progress;
+pub mod report;
+mod resource;
+mod settle;
 pub mod status;
+mod table;
+mod version;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use crate::local::{DownArgs, LocalArgs, UpArgs};
 
@@ -25,6 +44,8 @@ pub enum Command {
     Down(DownArgs),
     Status(status::StatusArgs),
     Local(LocalArgs),
+    #[command(flatten)]
+    User(Box<UserCommand>),
     /// Runs a control plane server
     Server(RoleArgs),
     /// Runs a host's agent
@@ -70,6 +91,65 @@ impl Command {
     }
 }
 
+/// What people do with a cloud.
+#[derive(Debug, Subcommand)]
+pub enum UserCommand {
+    Deploy(deploy::DeployArgs),
+    Scale(deploy::ScaleArgs),
+    Get(get::GetArgs),
+    Describe(describe::DescribeArgs),
+    Apply(apply::ApplyArgs),
+    Delete(delete::DeleteArgs),
+    Logs(logs::LogsArgs),
+    Exec(exec::ExecArgs),
+    Events(events::EventsArgs),
+    Image(image::ImageArgs),
+    Explain(explain::ExplainArgs),
+    Completions(CompletionsArgs),
+    Version(version::VersionArgs),
+}
+
+/// Prints a script that completes commands in a shell
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    nexus completions bash > /etc/bash_completion.d/nexus\n  \
+    source <(nexus completions zsh)")]
+pub struct CompletionsArgs {
+    shell: clap_complete::Shell,
+}
+
+/// Runs a user's command and answers the exit code: 0, or that of the remote command for `exec`.
+pub fn run(command: UserCommand) -> anyhow::Result<i32> {
+    let runtime = crate::local::small_runtime()?;
+    let done = runtime.block_on(Box::pin(perform(command)));
+    // A read of standard input that nobody ends must not keep the program.
+    runtime.shutdown_background();
+    done
+}
+
+async fn perform(command: UserCommand) -> anyhow::Result<i32> {
+    match command {
+        UserCommand::Deploy(args) => deploy::deploy(&args).await?,
+        UserCommand::Scale(args) => deploy::scale(&args).await?,
+        UserCommand::Get(args) => get::run(&args).await?,
+        UserCommand::Describe(args) => describe::run(&args).await?,
+        UserCommand::Apply(args) => apply::run(&args).await?,
+        UserCommand::Delete(args) => delete::run(&args).await?,
+        UserCommand::Logs(args) => logs::run(&args).await?,
+        UserCommand::Exec(args) => return exec::run(&args).await,
+        UserCommand::Events(args) => events::run(&args).await?,
+        UserCommand::Image(args) => image::run(&args).await?,
+        UserCommand::Explain(args) => explain::run(&args)?,
+        UserCommand::Completions(args) => {
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "nexus", &mut script);
+            output::bytes(&script)?;
+        }
+        UserCommand::Version(args) => version::run(&args).await?,
+    }
+    Ok(0)
+}
+
 #[derive(Debug, Args)]
 pub struct RoleArgs {
     /// The role's configuration, in TOML
@@ -82,4 +162,28 @@ pub struct RoleArgs {
 pub struct InnerArgs {
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub args: Vec<OsString>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_user_command_shows_examples() {
+        let cli = Cli::command();
+        let without: Vec<_> = UserCommand::augment_subcommands(clap::Command::new("x"))
+            .get_subcommands()
+            .map(|c| c.get_name().to_owned())
+            .filter(|name| {
+                let command = cli.find_subcommand(name).unwrap();
+                !command.get_after_help().is_some_and(|h| h.to_string().contains("Examples:"))
+            })
+            .collect();
+        assert!(without.is_empty(), "{without:?}");
+    }
 }

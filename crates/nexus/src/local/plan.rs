@@ -6,7 +6,7 @@
 //! Addresses: a ULA `/48` (RFC 4193) from the cluster id. Its subnet 0 is the underlay: `::1` is the machine itself,
 //! `::100 + n` host number n. Subnet n belongs to the instances of host n. IPv4 likewise in `10.x.0.0/16`.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use indexmap::IndexMap;
@@ -370,17 +370,19 @@ pub fn octet_is_free(routes: &str, octet: u8) -> bool {
     })
 }
 
-/// Whether an address belongs to the underlay of the plan.
-pub fn is_underlay(plan: &Plan, address: IpAddr) -> bool {
-    match address {
-        IpAddr::V6(a) => a.segments()[..4] == plan.subnet(0, 0).segments()[..4],
-        IpAddr::V4(a) => a.octets()[..3] == [10, plan.octet, 0],
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
+
+    /// Whether an address belongs to the underlay of the plan.
+    fn is_underlay(plan: &Plan, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V6(a) => a.segments()[..4] == plan.subnet(0, 0).segments()[..4],
+            IpAddr::V4(a) => a.octets()[..3] == [10, plan.octet, 0],
+        }
+    }
 
     fn plan(zones: usize, hosts: usize, classes: &[&str]) -> Result<Plan, String> {
         let given = GivenChoices {

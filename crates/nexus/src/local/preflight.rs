@@ -185,8 +185,8 @@ fn try_links() -> anyhow::Result<()> {
     let thread = std::thread::spawn(move || {
         let made = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET);
         // The receivers live until this thread has been joined.
-        drop(told.send(made.map(|()| nix::unistd::gettid())));
-        drop(held.recv());
+        told.send(made.map(|()| nix::unistd::gettid())).ok();
+        held.recv().ok();
     });
     let result = tell.recv().context("making a network namespace").and_then(|made| {
         let thread_id = made.context("making a network namespace")?;

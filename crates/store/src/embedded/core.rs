@@ -285,10 +285,9 @@ pub async fn save_snapshots(core: Arc<Core>) {
 
 /// Tells idle watchers how far the store is.
 pub async fn announce_progress(core: Arc<Core>) {
-    let mut position = core.shared.position.subscribe();
-    let mut told = position.borrow_and_update().revision;
+    let mut told = core.shared.read().counters.revision;
     loop {
-        if position.wait_for(|p| p.revision != told).await.is_err() {
+        if !core.shared.reached(|p| p.revision != told).await {
             return;
         }
         sleep(ANNOUNCE_AFTER).await;

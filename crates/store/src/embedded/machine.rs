@@ -24,11 +24,18 @@ pub struct Position {
     pub revision: u64,
 }
 
+impl Position {
+    fn of(state: &State) -> Self {
+        let next_index = state.counters.applied.map_or(0, |id| id.index + 1);
+        Self { next_index, revision: state.counters.revision }
+    }
+}
+
 /// The applied state and those who follow it.
 pub struct Shared {
     state: RwLock<State>,
     pub hub: Hub,
-    pub position: watch::Sender<Position>,
+    position: watch::Sender<Position>,
     /// Leases that changed and the leader's clock has not seen yet. Drained on every member, so it stays small.
     lease_changes: Mutex<VecDeque<LeaseChange>>,
     pub lease_wake: Notify,
@@ -69,15 +76,22 @@ impl Shared {
     }
 
     fn replace(&self, state: State) {
-        let mut guard = self.write();
-        *guard = state;
-        self.hub.restart();
-        self.moved(&guard);
+        let position = {
+            let mut guard = self.write();
+            *guard = state;
+            self.hub.restart();
+            Position::of(&guard)
+        };
+        self.position.send_replace(position);
     }
 
-    fn moved(&self, state: &State) {
-        let next_index = state.counters.applied.map_or(0, |id| id.index + 1);
-        self.position.send_replace(Position { next_index, revision: state.counters.revision });
+    /// Waits until this member has come as far as `far` wants; `false` if it is shut down before.
+    ///
+    /// The channel's guard is dropped here: whoever held it while taking the state's lock would stand in the way of
+    /// applying, which goes from the state to the position. For the same reason the position is only ever sent with
+    /// the state unlocked.
+    pub async fn reached(&self, far: impl FnMut(&Position) -> bool) -> bool {
+        self.position.subscribe().wait_for(far).await.is_ok()
     }
 
     fn apply(&self, entry: Entry) -> Applied {
@@ -115,7 +129,9 @@ impl Shared {
                 outcomes = effects.outcomes;
             }
         }
-        self.moved(&state);
+        let position = Position::of(&state);
+        drop(state);
+        self.position.send_replace(position);
         Applied(outcomes)
     }
 

@@ -310,9 +310,8 @@ impl Store for EmbeddedStore {
             return Err(StoreError::Invalid("the watched range is empty".into()));
         }
         // The revision may come from a member that is ahead of this one.
-        let mut position = self.core.shared.position.subscribe();
-        let reached = timeout(self.core.config.request_timeout, position.wait_for(|p| p.revision >= after.0)).await;
-        if !matches!(reached, Ok(Ok(_))) {
+        let limit = self.core.config.request_timeout;
+        if timeout(limit, self.core.shared.reached(|p| p.revision >= after.0)).await != Ok(true) {
             let current = self.core.shared.read().revision();
             return Err(StoreError::FutureRevision { asked: after, current });
         }

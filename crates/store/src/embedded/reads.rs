@@ -71,10 +71,9 @@ async fn round(core: &Core, mut waiters: Vec<Waiter>) {
         };
         match index {
             Ok(index) => {
-                let mut position = core.shared.position.subscribe();
-                let applied = timeout_at(deadline, position.wait_for(|p| p.next_index >= index)).await;
+                let applied = timeout_at(deadline, core.shared.reached(|p| p.next_index >= index)).await;
                 let result = match applied {
-                    Ok(Ok(_)) => Ok(index),
+                    Ok(true) => Ok(index),
                     _ => Err(Failure::Unavailable("this member lags behind the leader".into())),
                 };
                 return answer(waiters, &result);

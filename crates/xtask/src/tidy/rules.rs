@@ -48,7 +48,7 @@ fn every_text(source: &Source<'_>, findings: &mut Vec<Finding>) {
         if line.ends_with([' ', '\t']) {
             findings.push(source.finding(index + 1, "trailing-whitespace", "whitespace at the end of the line"));
         }
-        if let Some(path) = MACHINE_PATHS.iter().find(|p| line.contains(**p)) {
+        if let Some(path) = MACHINE_PATHS.iter().find(|p| names_path(line, p)) {
             findings.push(source.finding(index + 1, "machine-path", format!("`{path}` exists on one machine only")));
         }
     }
@@ -123,6 +123,11 @@ fn without_comment(line: &str) -> &str {
     line
 }
 
+/// Whether the line names the path from the root of the file system, not a folder of that name deeper down.
+fn names_path(line: &str, path: &str) -> bool {
+    line.match_indices(path).any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric() || "_-.}*".contains(c)))
+}
+
 /// Whether the word stands there by itself, not as the end of a longer name.
 fn contains_word(line: &str, word: &str) -> bool {
     line.match_indices(word).any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_'))
@@ -185,6 +190,7 @@ mod tests {
     #[test]
     fn machine_paths_and_trailing_blanks_are_found_in_any_text() {
         assert_eq!(broken("docs/a.md", &format!("see {}x\n", MACHINE_PATHS[0])), [(1, "machine-path")]);
+        assert_eq!(broken("docs/a.md", &format!("see /proc/{{pid}}{}x\n", MACHINE_PATHS[1])), []);
         assert_eq!(broken("docs/a.md", "text \n"), [(1, "trailing-whitespace")]);
         assert_eq!(broken("logo.png", "text \n"), []);
     }
