@@ -250,8 +250,12 @@ impl Core {
         let mut order: Vec<(i64, String)> = self.world.remembered.iter().map(|(k, r)| (r.at, k.clone())).collect();
         order.sort();
         let surplus = order.len().saturating_sub(REMEMBER_AT_MOST);
-        let doomed: Vec<String> =
-            order.into_iter().enumerate().filter(|(i, (at, _))| *i < surplus || now - at > limit).map(|(_, (_, k))| k).collect();
+        let doomed: Vec<String> = order
+            .into_iter()
+            .enumerate()
+            .filter(|(i, (at, _))| *i < surplus || now - at > limit)
+            .map(|(_, (_, k))| k)
+            .collect();
         for chunk in doomed.chunks(MAX_OPS) {
             let mut step = self.step(at);
             for place in chunk {
@@ -283,7 +287,8 @@ impl Core {
             let name = &host.metadata.name;
             let sum = Scheduler::reserved(self.world.instances_on(name));
             if sum != host.status.reserved {
-                differences.push(format!("host {name}: {:?} counted as reserved, {sum:?} reserved", host.status.reserved));
+                differences
+                    .push(format!("host {name}: {:?} counted as reserved, {sum:?} reserved", host.status.reserved));
             }
             let mut slots = BTreeSet::new();
             for i in self.world.instances_on(name) {
@@ -299,5 +304,4 @@ impl Core {
         self.violations += differences.len() as u64;
         differences
     }
-
 }

@@ -203,8 +203,7 @@ fn update<K: Admit>(
         serde_json::to_value(&wanted.spec).expect("specs are plain data"),
     );
     let moved = K::IMMUTABLE.iter().filter(|field| before.get(*field) != after.get(*field));
-    let errors: Vec<_> =
-        moved.map(|f| FieldError::new(format!("spec.{f}"), "can't change after the create")).collect();
+    let errors: Vec<_> = moved.map(|f| FieldError::new(format!("spec.{f}"), "can't change after the create")).collect();
     if !errors.is_empty() {
         return Err(ApiError::invalid(errors));
     }
@@ -239,11 +238,8 @@ fn current<K: Stored>(step: &Step<'_>, object: &Object<K>) -> AnyObject {
 
 fn delete<K: Admit>(step: &mut Step<'_>, intent: &Intent, old: Object<K>) -> Result<Accepted, ApiError> {
     if old.metadata.deletion_protection {
-        let detail = format!(
-            "{} {} is protected: set metadata.deletionProtection to false first",
-            K::KIND,
-            intent.target.name
-        );
+        let detail =
+            format!("{} {} is protected: set metadata.deletionProtection to false first", K::KIND, intent.target.name);
         return Err(ApiError::new(Code::Conflict, detail));
     }
     K::may_delete(step, &old)?;
@@ -421,8 +417,7 @@ pub fn recharge(step: &mut Step<'_>, project: &Name, before: [u64; 3], after: [u
         }
     }
     let narrow = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-    project.status.used =
-        QuotaUse { instances: narrow(new[0]), cpu: MilliCpu(narrow(new[1])), memory: Bytes(new[2]) };
+    project.status.used = QuotaUse { instances: narrow(new[0]), cpu: MilliCpu(narrow(new[1])), memory: Bytes(new[2]) };
     step.put(project);
     Ok(())
 }
@@ -465,4 +460,3 @@ impl Admit for Route {
 }
 
 impl Admit for Event {}
-

@@ -22,11 +22,17 @@ pub struct Target {
 #[serde(rename_all = "camelCase")]
 pub enum Change {
     /// Fails with `already-exists` if the name is taken.
-    Create { object: AnyObject },
+    Create {
+        object: AnyObject,
+    },
     /// Creates or replaces labels, annotations, deletion protection and spec.
-    Put { object: AnyObject },
+    Put {
+        object: AnyObject,
+    },
     /// A merge patch (RFC 7396) over the whole object; the result is parsed strictly by the writer.
-    Patch { patch: Value },
+    Patch {
+        patch: Value,
+    },
     Delete,
 }
 

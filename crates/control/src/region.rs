@@ -395,7 +395,8 @@ fn turn_away(input: Input, leader: Option<u64>) {
 }
 
 fn unknown(why: &str) -> ApiError {
-    let detail = format!("{why}; the change may have been committed: read it, or send it again with its Idempotency-Key");
+    let detail =
+        format!("{why}; the change may have been committed: read it, or send it again with its Idempotency-Key");
     ApiError::new(Code::Timeout, detail)
 }
 

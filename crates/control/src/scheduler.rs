@@ -211,11 +211,8 @@ impl Scheduler {
 
     fn request(&mut self, instance: &Object<Instance>, spread: Spread) -> placement::Request {
         let template = &instance.spec.template;
-        let mut request = placement::Request::new(
-            runtime(template.runtime),
-            template.resources.cpu.0,
-            template.resources.memory.0,
-        );
+        let mut request =
+            placement::Request::new(runtime(template.runtime), template.resources.cpu.0, template.resources.memory.0);
         request.scratch = template.resources.scratch.0;
         request.classes = template.classes.iter().map(|(c, n)| (ClassId(self.classes.id(c)), *n)).collect();
         request.image = Some(ImageId(self.images.id(&instance.spec.image_digest)));

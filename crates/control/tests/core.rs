@@ -237,11 +237,7 @@ fn a_new_leader_declares_nobody_dead_before_a_full_round() {
     // A second leader starts from what was committed, long after.
     lab.at += Duration::from_secs(3600);
     let world = std::mem::take(&mut lab.core.world);
-    lab.core = Core::new(
-        World { scheduler: None, ..world },
-        name("local"),
-        Cells::new(lab.at, "server-b".into(), 2),
-    );
+    lab.core = Core::new(World { scheduler: None, ..world }, name("local"), Cells::new(lab.at, "server-b".into(), 2));
     let silent = std::mem::take(&mut lab.alive);
     lab.pass(DEAD_AFTER - Duration::from_secs(1));
     assert!(lab.core.world.hosts.live.values().all(|h| h.status.state != HostState::Dead));

@@ -167,7 +167,11 @@ fn update_status(step: &mut Step<'_>, app: &Object<App>, hash: Option<&str>) {
         );
         (ConditionStatus::False, "ImageNotFound", message)
     } else if settled {
-        (ConditionStatus::True, "AllReady", format!("{} of {} replicas are ready", s.ready_replicas, s.desired_replicas))
+        (
+            ConditionStatus::True,
+            "AllReady",
+            format!("{} of {} replicas are ready", s.ready_replicas, s.desired_replicas),
+        )
     } else {
         let why = match stuck {
             Some(i) => format!(": {}: {}", i.metadata.name, i.status.message),

@@ -1,0 +1,210 @@
+//! `nexus describe`: all about one object, so that "why is it not ready?" is answered in one place.
+
+use clap::Args;
+use nexus_model::Timestamp;
+use nexus_model::kind::{self, KindDescriptor, SYSTEM_PROJECT, Scope};
+use serde_json::Value;
+
+use super::cloud::{Cloud, CloudArgs, Listing, text};
+use super::output::{self, plain};
+use super::resource;
+use super::settle;
+use super::table::{Columns, KindTable, Printer, age_of};
+
+/// The newest so many events are shown.
+const EVENTS: usize = 20;
+/// An app with more instances shows those that are not ready first, and so many in all.
+const INSTANCES: usize = 50;
+
+/// Shows all about an object: spec, status, conditions, events and, for an app, its instances
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    nexus describe app web\n  \
+    nexus describe app/web\n  \
+    nexus describe host zone-a-1")]
+pub struct DescribeArgs {
+    /// KIND NAME…, or KIND/NAME…
+    #[arg(required = true, value_name = "KIND NAME")]
+    what: Vec<String>,
+    #[command(flatten)]
+    cloud: CloudArgs,
+}
+
+pub async fn run(args: &DescribeArgs) -> anyhow::Result<()> {
+    let asked = resource::parse(&args.what)?;
+    let cloud = Cloud::connect(&args.cloud)?;
+    let mut first = true;
+    for one in &asked {
+        let kind = one.kind();
+        if one.names.is_empty() {
+            let message = format!("name one of the {}; `nexus get {}` lists them", kind.plural, kind.plural);
+            return Err(crate::exit::Fail::usage(message).into());
+        }
+        for name in &one.names {
+            let object = cloud.get(kind, name).await?;
+            let text = describe(&cloud, kind, &object).await?;
+            if !std::mem::replace(&mut first, false) {
+                output::text("")?;
+            }
+            output::text(text.trim_end())?;
+        }
+    }
+    Ok(())
+}
+
+async fn describe(cloud: &Cloud, kind: &'static KindDescriptor, object: &Value) -> anyhow::Result<String> {
+    let now = cloud.now();
+    let mut out = header(kind, object, now);
+    section(&mut out, "Spec", &yaml(&object["spec"])?);
+    let mut status = object["status"].clone();
+    if let Some(map) = status.as_object_mut() {
+        map.shift_remove("conditions");
+    }
+    section(&mut out, "Status", &yaml(&status)?);
+    section(&mut out, "Conditions", &conditions(object, now));
+    if kind.kind == "App" {
+        let urls = cloud.urls(object);
+        section(&mut out, "Addresses", &urls.join("\n"));
+        let instances = settle::instances_of(cloud, object).await?;
+        section(&mut out, "Instances", &instance_table(instances, now));
+    }
+    if !settle::is_settled(object) {
+        let why = settle::why(cloud, kind, object).await;
+        section(&mut out, "Why it is not ready", &why.join("\n"));
+    }
+    if kind.kind != "Event" {
+        let events = events_of(cloud, kind, object).await?;
+        section(&mut out, "Events", &event_table(&events, now));
+    }
+    Ok(out)
+}
+
+fn header(kind: &KindDescriptor, object: &Value, now: Timestamp) -> String {
+    let meta = &object["metadata"];
+    let mut lines = vec![("Name", text(meta, "/name").to_owned()), ("Kind", kind.kind.to_owned())];
+    for (title, key) in [("Project", "/project"), ("Region", "/region"), ("Uid", "/uid")] {
+        if !text(meta, key).is_empty() {
+            lines.push((title, text(meta, key).to_owned()));
+        }
+    }
+    let number = |key: &str| meta[key].as_u64().unwrap_or(0);
+    lines.push(("Generation", format!("{} (revision {})", number("generation"), number("revision"))));
+    lines.push(("Created", format!("{} ({} ago)", text(meta, "/created"), age_of(&meta["created"], now))));
+    if !text(meta, "/deleting").is_empty() {
+        lines.push(("Deleting", format!("for {}", age_of(&meta["deleting"], now))));
+    }
+    if meta["deletionProtection"] == true {
+        lines.push(("Protected", "a delete is refused".to_owned()));
+    }
+    if meta["owner"].is_object() {
+        lines.push(("Owner", format!("{}/{}", text(meta, "/owner/kind").to_lowercase(), text(meta, "/owner/name"))));
+    }
+    for (title, key) in [("Labels", "labels"), ("Annotations", "annotations")] {
+        let pairs = meta[key].as_object().into_iter().flatten();
+        let pairs: Vec<_> = pairs.map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default())).collect();
+        if !pairs.is_empty() {
+            lines.push((title, pairs.join(", ")));
+        }
+    }
+    lines.into_iter().map(|(title, value)| format!("{:<13}{}\n", format!("{title}:"), plain(&value))).collect()
+}
+
+/// An object's part as YAML, without what would move the cursor.
+fn yaml(value: &Value) -> anyhow::Result<String> {
+    if value.as_object().is_none_or(serde_json::Map::is_empty) {
+        return Ok(String::new());
+    }
+    Ok(serde_norway::to_string(value)?.lines().map(plain).collect::<Vec<_>>().join("\n"))
+}
+
+/// A titled, indented part; nothing if it is empty.
+fn section(out: &mut String, title: &str, content: &str) {
+    if content.is_empty() {
+        return;
+    }
+    out.push_str(&format!("\n{title}:\n"));
+    for line in content.lines() {
+        out.push_str(&format!("  {line}\n"));
+    }
+}
+
+fn conditions(object: &Value, now: Timestamp) -> String {
+    let conditions = object["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if conditions.is_empty() {
+        return String::new();
+    }
+    let row = |c: &Value| {
+        let word = |key: &str| plain(text(c, key));
+        vec![word("/type"), word("/status"), word("/reason"), age_of(&c["since"], now), word("/message")]
+    };
+    Printer::new(&["TYPE", "STATUS", "REASON", "SINCE", "MESSAGE"]).lines(conditions.iter().map(row).collect())
+}
+
+fn instance_table(mut instances: Vec<Value>, now: Timestamp) -> String {
+    if instances.is_empty() {
+        return "none".to_owned();
+    }
+    // What is not ready is what the reader looks for.
+    instances.sort_by_key(|i| i["status"]["ready"] == true);
+    let kind = kind::find("instance").expect("a kind");
+    let mut table = KindTable::new(kind, Columns { wide: true, ..Columns::default() });
+    let mut out = table.rows(instances.iter().take(INSTANCES).map(|i| (i, false)), now);
+    if instances.len() > INSTANCES {
+        out.push_str(&format!("\nand {} more", instances.len() - INSTANCES));
+    }
+    out
+}
+
+/// The events of one object, oldest first.
+pub async fn events_of(cloud: &Cloud, kind: &KindDescriptor, object: &Value) -> anyhow::Result<Vec<Value>> {
+    let uid = text(object, "/metadata/uid").to_owned();
+    let project = if kind.scope == Scope::Project { text(object, "/metadata/project") } else { SYSTEM_PROJECT };
+    let listing = Listing { project: project.parse().ok(), ..Listing::default() };
+    let events = kind::find("events").expect("a kind");
+    let (mut found, _) = cloud.list(events, &listing, |e| text(e, "/spec/regarding/uid") == uid).await?;
+    super::events::sort(&mut found);
+    Ok(found)
+}
+
+fn event_table(events: &[Value], now: Timestamp) -> String {
+    if events.is_empty() {
+        return String::new();
+    }
+    let row = |e: &Value| {
+        let word = |key: &str| plain(text(e, key));
+        let count = e["spec"]["count"].as_u64().unwrap_or(1).to_string();
+        vec![
+            age_of(&e["spec"]["last"], now),
+            count,
+            word("/spec/severity"),
+            word("/spec/reason"),
+            word("/spec/message"),
+        ]
+    };
+    let newest = &events[events.len().saturating_sub(EVENTS)..];
+    Printer::new(&["LAST", "COUNT", "SEVERITY", "REASON", "MESSAGE"]).lines(newest.iter().map(row).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_description_begins_with_what_the_object_is() {
+        let object = json!({
+            "metadata": {"name": "web", "project": "shop", "generation": 2, "revision": 7,
+                "created": "2023-11-14T22:13:20.000Z", "labels": {"a": "b"}},
+            "status": {"conditions": [
+                {"type": "Ready", "status": "False", "reason": "Waiting", "message": "no host",
+                 "since": "2023-11-14T22:13:20.000Z"}]},
+        });
+        let now = Timestamp::from_millis(1_700_000_060_000);
+        let text = header(kind::find("app").unwrap(), &object, now);
+        assert!(text.starts_with("Name:        web\nKind:        App\nProject:     shop\n"), "{text}");
+        assert!(text.contains("(1m ago)") && text.contains("Labels:      a=b\n"), "{text}");
+        let table = conditions(&object, now);
+        assert!(table.lines().nth(1).unwrap().starts_with("Ready   False    Waiting"), "{table}");
+    }
+}

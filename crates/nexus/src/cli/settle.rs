@@ -1,0 +1,177 @@
+//! Waiting until an object is as its spec wants it, and saying why it is not.
+
+use std::time::Duration;
+
+use nexus_model::kind::{self, KindDescriptor};
+use serde_json::Value;
+
+use super::cloud::{Cloud, Listing, text};
+use super::output::plain;
+use super::progress::Progress;
+use super::resource;
+use crate::client::ClientError;
+use crate::exit::{Exit, Fail};
+
+const LOOK: Duration = Duration::from_millis(300);
+/// So many instances are named in an explanation; the rest are counted.
+const NAMED: usize = 10;
+
+/// Whether an object has settled, by the same rule as the API's `Prefer: wait`: its phase is a good one and speaks of the
+/// newest generation. An object without a phase has nothing to wait for.
+pub fn is_settled(object: &Value) -> bool {
+    let status = &object["status"];
+    let Some(phase) = status["phase"].as_str() else { return true };
+    let good = matches!(phase, "Ready" | "Running" | "Stopped");
+    let generation = object["metadata"]["generation"].as_u64().unwrap_or(0);
+    good && status["observedGeneration"].as_u64().is_none_or(|seen| seen >= generation)
+}
+
+/// How far it is, in a few words.
+pub fn state(object: &Value) -> String {
+    let status = &object["status"];
+    let phase = status["phase"].as_str().unwrap_or("Unknown");
+    match (status["readyReplicas"].as_u64(), status["desiredReplicas"].as_u64()) {
+        (Some(ready), Some(wanted)) => format!("{phase}, {ready} of {wanted} ready"),
+        _ => phase.to_owned(),
+    }
+}
+
+/// The conditions that do not hold, each as a sentence.
+pub fn complaints(object: &Value) -> Vec<String> {
+    let conditions = object["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let failing = conditions.iter().filter(|c| c["status"] != "True");
+    let sentence = |c: &Value| {
+        let (kind, reason, message) = (text(c, "/type"), text(c, "/reason"), text(c, "/message"));
+        plain(&if message.is_empty() { format!("{kind}: {reason}") } else { format!("{kind}: {reason}: {message}") })
+    };
+    let mut all: Vec<String> = failing.map(sentence).collect();
+    let message = text(object, "/status/message");
+    if !message.is_empty() && !all.iter().any(|c| c.contains(message)) {
+        all.push(plain(message));
+    }
+    all
+}
+
+/// The instances that an app owns.
+pub async fn instances_of(cloud: &Cloud, app: &Value) -> Result<Vec<Value>, ClientError> {
+    let kind = kind::find("instances").expect("a kind");
+    let (name, uid) = (text(app, "/metadata/name"), text(app, "/metadata/uid"));
+    let project = text(app, "/metadata/project").parse().ok();
+    let listing = Listing { project, ..Listing::default() };
+    // The owner tells instances of this app from those of a former one of the same name.
+    let mine = |i: &Value| {
+        let owner = text(i, "/metadata/owner/uid");
+        if owner.is_empty() { text(i, "/spec/app") == name } else { owner == uid }
+    };
+    Ok(cloud.list(kind, &listing, mine).await?.0)
+}
+
+/// Why an object has not settled, line by line: its own conditions and, for an app, those of its instances.
+pub async fn why(cloud: &Cloud, kind: &KindDescriptor, object: &Value) -> Vec<String> {
+    let mut lines = complaints(object);
+    if kind.kind != "App" {
+        return lines;
+    }
+    // An explanation must not fail for want of a detail.
+    let Ok(instances) = instances_of(cloud, object).await else { return lines };
+    let unready: Vec<&Value> = instances.iter().filter(|i| i["status"]["ready"] != true).collect();
+    for instance in unready.iter().take(NAMED) {
+        let mut reasons = complaints(instance);
+        reasons.dedup();
+        let reason = if reasons.is_empty() { String::new() } else { format!(": {}", reasons.join("; ")) };
+        lines.push(plain(&format!(
+            "{} is {}{reason}",
+            resource::title(kind::find("instance").expect("a kind"), text(instance, "/metadata/name")),
+            state(instance)
+        )));
+    }
+    if unready.len() > NAMED {
+        lines.push(format!("and {} more instances are not ready", unready.len() - NAMED));
+    }
+    lines
+}
+
+/// Waits until the object at `path` has settled. Ctrl-C and the timeout leave it as it is.
+pub async fn wait(
+    cloud: &Cloud,
+    kind: &'static KindDescriptor,
+    path: &str,
+    made: &Value,
+    timeout: Duration,
+) -> anyhow::Result<Value> {
+    let title = resource::title(kind, text(made, "/metadata/name"));
+    let mut last = made.clone();
+    let mut progress = Progress::new();
+    let waiting = async {
+        let mut object = made.clone();
+        loop {
+            if is_settled(&object) {
+                return anyhow::Ok(object);
+            }
+            let complaint = complaints(&object).into_iter().next().map(|c| format!(" ({c})")).unwrap_or_default();
+            progress.say(&format!("{title}: {}{complaint}", state(&object)));
+            tokio::time::sleep(LOOK).await;
+            match cloud.find(path).await {
+                Ok(Some(newer)) if newer["metadata"]["uid"] == made["metadata"]["uid"] => {
+                    object = newer;
+                    last.clone_from(&object);
+                }
+                Ok(_) => return Err(Fail::new(Exit::Failed, format!("{title} was deleted meanwhile")).into()),
+                // A server that is away comes back, or the time runs out.
+                Err(e) if e.exit() == Exit::Unavailable => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    };
+    let ended = tokio::select! {
+        ended = waiting => Some(ended),
+        () = tokio::time::sleep(timeout) => None,
+        _ = tokio::signal::ctrl_c() => {
+            drop(progress);
+            let advice = format!("{title} stays as it is; `nexus describe {title}` shows how it goes on");
+            return Err(Fail::new(Exit::Failed, format!("interrupted: {advice}")).into());
+        }
+    };
+    drop(progress);
+    match ended {
+        Some(ended) => ended,
+        None => {
+            // The explanation has a deadline of its own: it is asked of a cloud that may be in trouble.
+            let reasons = tokio::time::timeout(Duration::from_secs(10), why(cloud, kind, &last)).await;
+            let mut message =
+                format!("{title} is not ready after {} seconds: {}", timeout.as_secs(), state(&last));
+            for reason in reasons.unwrap_or_default() {
+                message.push_str(&format!("\n  {reason}"));
+            }
+            message.push_str(&format!("\n  `nexus describe {title}` shows more"));
+            Err(Fail::unavailable(message).into())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn settled_means_a_good_phase_of_the_newest_generation() {
+        let app = |phase: &str, observed: u64| {
+            json!({"metadata": {"generation": 2}, "status": {"phase": phase, "observedGeneration": observed}})
+        };
+        assert!(is_settled(&app("Ready", 2)) && is_settled(&app("Stopped", 2)));
+        assert!(!is_settled(&app("Ready", 1)) && !is_settled(&app("Progressing", 2)));
+        assert!(is_settled(&json!({"metadata": {"generation": 1}, "status": {}})));
+    }
+
+    #[test]
+    fn what_fails_is_told_once() {
+        let instance = json!({"status": {"message": "no space", "conditions": [
+            {"type": "Scheduled", "status": "True", "reason": "Placed", "message": "on a host"},
+            {"type": "Ready", "status": "False", "reason": "Waiting", "message": "no space"},
+        ]}});
+        assert_eq!(complaints(&instance), ["Ready: Waiting: no space"]);
+        assert_eq!(complaints(&json!({"status": {"message": "alone"}})), ["alone"]);
+    }
+}
