@@ -7,8 +7,8 @@
 use axum::body::Body;
 use http::HeaderMap;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use nexus_model::kind::{KindDescriptor, Scope, validate_labels};
-use nexus_model::selector::{Labels, is_label_key};
+use nexus_model::kind::{KindDescriptor, Scope, validate_annotations, validate_labels};
+use nexus_model::selector::Labels;
 use nexus_model::{API_VERSION, AnyObject, ApiError, Code, FieldError, Metadata, Name};
 use serde_json::{Map, Value};
 
@@ -18,8 +18,8 @@ use crate::route::Place;
 
 /// The largest JSON body.
 pub(crate) const MAX_BODY: usize = 1 << 20;
-/// The longest value of an annotation, in bytes.
-pub(crate) const MAX_ANNOTATION: usize = 4096;
+/// The largest whole number that every JSON reader reads as it is.
+pub(crate) const MAX_INTEGER: u64 = (1 << 53) - 1;
 
 /// Reads a whole JSON body.
 pub(crate) async fn read_json(headers: &HeaderMap, body: Body, types: &[&str]) -> Result<Value, ApiError> {
@@ -85,27 +85,6 @@ fn texts(errors: &mut Errors, field: &str, value: &Value, nulls: bool) -> Labels
     out
 }
 
-fn validate_annotations(annotations: &Labels) -> Errors {
-    let mut errors = Errors::new();
-    if annotations.len() > 64 {
-        push(&mut errors, "metadata.annotations", "at most 64");
-    }
-    for (key, value) in annotations {
-        let field = || format!("metadata.annotations.{}", key.chars().take(80).collect::<String>());
-        if !is_label_key(key) {
-            push(
-                &mut errors,
-                field(),
-                "at most 63 letters, digits, '-', '_' and '.' in a key, after an optional prefix/",
-            );
-        }
-        if value.len() > MAX_ANNOTATION {
-            push(&mut errors, field(), format!("at most {MAX_ANNOTATION} bytes"));
-        }
-    }
-    errors
-}
-
 /// A name in the body must be well-formed and agree with the path.
 fn agreeing(errors: &mut Errors, field: &str, value: &Value, path: Option<&Name>) -> Option<Name> {
     let Some(text) = value.as_str() else {
@@ -126,7 +105,7 @@ fn agreeing(errors: &mut Errors, field: &str, value: &Value, path: Option<&Name>
 fn ignored(errors: &mut Errors, field: &str, value: &Value, key: &str) {
     let short = |v: &Value| v.as_str().is_some_and(|t| t.chars().count() <= 64);
     let good = match key {
-        "generation" => value.is_u64(),
+        "generation" => value.as_u64().is_some_and(|n| n <= MAX_INTEGER),
         "owner" => value
             .as_object()
             .is_some_and(|o| o.len() == 3 && ["kind", "name", "uid"].iter().all(|k| o.get(*k).is_some_and(short))),
@@ -166,7 +145,7 @@ fn metadata(errors: &mut Errors, value: &Value, expected: &Expected<'_>, patch: 
             "annotations" if patch && value.is_null() => {}
             "annotations" => {
                 out.annotations = texts(errors, &field, value, patch);
-                errors.extend(validate_annotations(&out.annotations));
+                errors.extend(validate_annotations(&field, &out.annotations));
             }
             "deletionProtection" => match value {
                 Value::Bool(on) => out.deletion_protection = *on,
@@ -174,8 +153,8 @@ fn metadata(errors: &mut Errors, value: &Value, expected: &Expected<'_>, patch: 
                 _ => push(errors, &field, "true or false"),
             },
             "revision" => match value.as_u64() {
-                Some(revision) => out.revision = revision,
-                None => push(errors, &field, "a whole number"),
+                Some(revision) if revision <= MAX_INTEGER => out.revision = revision,
+                _ => push(errors, &field, "a whole number"),
             },
             "uid" | "generation" | "created" | "deleting" | "requestId" | "owner" => {
                 ignored(errors, &field, value, key);

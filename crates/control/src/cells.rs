@@ -3,7 +3,8 @@
 //! A ready host that is silent for [`SUSPECT_AFTER`] gets nothing new; after [`DEAD_AFTER`] it is dead and its instances
 //! run elsewhere. Two brakes keep a fault of ours from becoming an outage of theirs:
 //!
-//! * a new leader counts every host as heard when it took over, so it waits a full round before it judges;
+//! * a new leader counts every host as heard when it took over, so it waits a full round before it judges; so does one
+//!   that was itself held up (paused, or waiting for its disk), because heartbeats may be waiting for it to look;
 //! * when more than a fifth of a cell's living hosts, and more than one, have vanished at once, nobody of that cell is
 //!   declared dead: the network or this server is the likelier culprit. The brake lets go when enough of them are back;
 //!   an operator who knows better deletes the host.
@@ -21,6 +22,9 @@ use crate::step::{Dirty, Step};
 pub const SUSPECT_AFTER: Duration = Duration::from_millis(2_500);
 pub const DEAD_AFTER: Duration = Duration::from_millis(5_000);
 
+/// A leader that did not come to judge for so long was held up itself.
+const HELD_UP: Duration = Duration::from_millis(1_250);
+
 /// A host's loads are told to placement when they moved by so many thousandths.
 const LOAD_STEP: u16 = 50;
 
@@ -34,6 +38,7 @@ struct Heard {
 #[derive(Debug)]
 pub struct Cells {
     since: Duration,
+    judged: Duration,
     heard: BTreeMap<Name, Heard>,
     /// Who judges: written into the cells' statuses.
     holder: String,
@@ -42,11 +47,11 @@ pub struct Cells {
 
 impl Cells {
     pub fn new(now: Duration, holder: String, epoch: u64) -> Self {
-        Self { since: now, heard: BTreeMap::new(), holder, epoch }
+        Self { since: now, judged: now, heard: BTreeMap::new(), holder, epoch }
     }
 
     fn silence(&self, host: &Name, now: Duration) -> Duration {
-        now.saturating_sub(self.heard.get(host).map_or(self.since, |h| h.at))
+        now.saturating_sub(self.heard.get(host).map_or(self.since, |h| h.at.max(self.since)))
     }
 
     /// Takes in a heartbeat. Answers the host's epoch.
@@ -90,7 +95,11 @@ impl Cells {
     }
 
     /// Judges everyone. Called a few times a second.
-    pub fn judge(&self, step: &mut Step<'_>, now: Duration) {
+    pub fn judge(&mut self, step: &mut Step<'_>, now: Duration) {
+        if now.saturating_sub(self.judged) > HELD_UP {
+            self.since = now;
+        }
+        self.judged = now;
         let cells: Vec<Name> = step.world.cells.live.keys().map(|(_, name)| name.clone()).collect();
         for cell in cells {
             self.judge_cell(step, &cell, now);

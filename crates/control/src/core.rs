@@ -34,6 +34,8 @@ const STEPS_PER_ROUND: usize = 2_000;
 #[derive(Debug, Clone)]
 pub struct Bootstrap {
     pub region: Name,
+    /// Apps are reached at `NAME.<domain>`.
+    pub domain: String,
     pub zones: Vec<Name>,
     pub cells: Vec<Name>,
 }
@@ -63,7 +65,7 @@ impl Pack {
 pub struct Core {
     pub world: World,
     pub cells: Cells,
-    region: Name,
+    bootstrap: Bootstrap,
     dirty: BTreeSet<Dirty>,
     packs: Vec<Pack>,
     /// Differences that the invariant checker found since this leader began.
@@ -80,7 +82,8 @@ pub struct Moment<'a> {
 
 impl Core {
     /// `world` as loaded, without a scheduler.
-    pub fn new(mut world: World, region: Name, cells: Cells) -> Self {
+    pub fn new(mut world: World, bootstrap: Bootstrap, cells: Cells) -> Self {
+        world.domain = bootstrap.domain.clone();
         let mut scheduler = Scheduler::default();
         for host in world.hosts.live.values() {
             scheduler.set_host(host);
@@ -89,11 +92,11 @@ impl Core {
             scheduler.set_instance(None, Some(instance));
         }
         world.scheduler = Some(scheduler);
-        Self { world, cells, region, dirty: BTreeSet::new(), packs: Vec::new(), violations: 0 }
+        Self { world, cells, bootstrap, dirty: BTreeSet::new(), packs: Vec::new(), violations: 0 }
     }
 
     fn step<'a>(&'a mut self, at: Moment<'a>) -> Step<'a> {
-        Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.region)
+        Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region)
     }
 
     fn absorb(&mut self, ops: Ops) {
@@ -111,7 +114,8 @@ impl Core {
     }
 
     /// Makes what a region can't be without, if it is not there.
-    pub fn bootstrap(&mut self, bootstrap: &Bootstrap, at: Moment<'_>) {
+    pub fn bootstrap(&mut self, at: Moment<'_>) {
+        let bootstrap = self.bootstrap.clone();
         let fixed = |s: &str| s.parse::<Name>().expect("a well-formed name");
         let mut step = self.step(at);
         if step.world.organizations.live.is_empty() && step.world.organizations.buried.is_empty() {
@@ -191,7 +195,7 @@ impl Core {
     /// Takes in a host's report; answers the host's epoch, or why it can't join.
     pub fn report(&mut self, report: &HostReport, at: Moment<'_>) -> Result<u64, String> {
         // Both fields are borrowed apart, because the cells look at the world through the step.
-        let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.region);
+        let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
         let answer = self.cells.hear(&mut step, report, at.monotonic);
         let ops = step.finish();
         self.absorb(ops);
@@ -200,7 +204,7 @@ impl Core {
 
     /// Judges hosts. Called a few times a second.
     pub fn tick(&mut self, at: Moment<'_>) {
-        let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.region);
+        let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
         self.cells.judge(&mut step, at.monotonic);
         let ops = step.finish();
         self.absorb(ops);

@@ -135,6 +135,7 @@ impl<K: Kind> Wanted<K> {
             UserMetadata::default()
         });
         errors.extend(validate_labels("metadata.labels", &metadata.labels));
+        errors.extend(validate_annotations("metadata.annotations", &metadata.annotations));
         let spec = match (descriptor_parse::<K>())(&after["spec"]) {
             Ok(spec) => serde_json::from_value(spec).ok(),
             Err(more) => {

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::StreamExt;
 use futures::stream::FuturesOrdered;
+use futures::{FutureExt, StreamExt};
 use nexus_env::{Env, RngExt};
 use nexus_model::plan::HostReport;
 use nexus_model::{ApiError, Code, Timestamp, key};
@@ -219,8 +219,8 @@ impl Region {
         let (mut chain, at) = self.claim(epoch).await?;
         let (world, _) = load(&*self.store, Some(at), &["o/", "t/", "i/"], false).await?;
         let cells = Cells::new(self.env.monotonic(), self.config.server.clone(), epoch);
-        let mut core = Core::new(world, self.config.bootstrap.region.clone(), cells);
-        core.bootstrap(&self.config.bootstrap, self.moment());
+        let mut core = Core::new(world, self.config.bootstrap.clone(), cells);
+        core.bootstrap(self.moment());
         self.counters.leading.store(1, Ordering::Relaxed);
         tracing::info!(epoch, revision = at.0, "this server's writer decides for the region");
 
@@ -238,6 +238,9 @@ impl Region {
                         Ok(input) => inputs.push(input),
                         Err(_) => break,
                     }
+                }
+                if tick.tick().now_or_never().is_some() {
+                    core.tick(self.moment());
                 }
             } else {
                 tokio::select! {

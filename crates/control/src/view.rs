@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nexus_model::kind::*;
 use nexus_model::plan::{
-    self, Backend, Desired, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RoutingTable, Service, TableRoute,
+    Backend, Desired, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RoutingTable, Service, TableRoute,
 };
 use nexus_model::{Name, Object, Uid, key};
 use nexus_store::{RangeRequest, Revision, Store, StoreError, WatchEvent};
@@ -37,13 +37,14 @@ pub struct View {
     revision: watch::Sender<u64>,
 }
 
-impl Default for View {
-    fn default() -> Self {
-        Self { state: Arc::default(), table: watch::Sender::default(), revision: watch::Sender::default() }
-    }
-}
-
 impl View {
+    /// A view that has seen nothing yet. Apps are reached at `NAME.<domain>`.
+    pub fn new(domain: &str) -> Self {
+        let view = Self { state: Arc::default(), table: watch::Sender::default(), revision: watch::Sender::default() };
+        domain.clone_into(&mut view.state().world.domain);
+        view
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -115,7 +116,8 @@ impl View {
 
     fn start_anew(&self, world: World, revision: u64) {
         let mut state = self.state();
-        state.world = world;
+        let domain = std::mem::take(&mut state.world.domain);
+        state.world = World { domain, ..world };
         self.revision.send_replace(revision);
         let hosts: Vec<Name> = state.plans.keys().cloned().collect();
         for host in hosts {
@@ -228,12 +230,12 @@ pub(crate) async fn load(
 }
 
 fn build_plan(world: &World, host: &Name, revision: u64) -> HostPlan {
-    let mut instances: Vec<InstancePlan> = world.instances_on(host).filter_map(|i| instance_plan(world, i)).collect();
+    let mut instances: Vec<InstancePlan> = world.instances_on(host).filter_map(instance_plan).collect();
     instances.sort_by_key(|i| i.uid);
     HostPlan { version: PLAN_VERSION, host: host.clone(), revision, instances }
 }
 
-fn instance_plan(_world: &World, i: &Object<Instance>) -> Option<InstancePlan> {
+fn instance_plan(i: &Object<Instance>) -> Option<InstancePlan> {
     let format = match i.spec.template.runtime {
         Runtime::Container => ImageFormat::Oci,
         Runtime::Function => ImageFormat::Wasm,
@@ -258,7 +260,7 @@ fn build_table(world: &World, revision: u64) -> RoutingTable {
     let mut known: BTreeMap<(Uid, u16), u32> = BTreeMap::new();
     let mut routes: Vec<(String, String, &Object<App>, Option<u16>)> = Vec::new();
     for app in world.apps.live.values() {
-        routes.extend(hostnames(app, plan::DEFAULT_DOMAIN).into_iter().map(|h| (h, "/".to_owned(), app, None)));
+        routes.extend(hostnames(app, &world.domain).into_iter().map(|h| (h, "/".to_owned(), app, None)));
     }
     for route in world.routes.live.values() {
         if let Some(app) = world.apps.get(route.metadata.project.as_ref(), &route.spec.app) {
@@ -271,6 +273,7 @@ fn build_table(world: &World, revision: u64) -> RoutingTable {
             Some(wanted) => ports.iter().find(|p| p.port == wanted),
             None => ports.iter().find(|p| p.protocol != Protocol::Tcp),
         };
+        let chosen = chosen.filter(|p| p.protocol != Protocol::Tcp);
         let Some(port) = chosen else { continue };
         let id = (app.metadata.uid, port.port);
         let service = *known.entry(id).or_insert_with(|| {

@@ -62,6 +62,8 @@ pub struct Remembered {
 
 #[derive(Debug, Default)]
 pub struct World {
+    /// Apps are reached at `NAME.<domain>`.
+    pub domain: String,
     pub organizations: Table<Organization>,
     pub projects: Table<Project>,
     pub regions: Table<Region>,

@@ -21,6 +21,7 @@ fn name(s: &str) -> Name {
 struct Lab {
     core: Core,
     rng: SeededRng,
+    bootstrap: Bootstrap,
     at: Duration,
     revision: u64,
     committed: BTreeMap<String, Vec<u8>>,
@@ -32,17 +33,18 @@ impl Lab {
     fn new(hosts_per_zone: usize) -> Self {
         let zones = vec![name("zone-a"), name("zone-b"), name("zone-c")];
         let cells = vec![name("cell-a"), name("cell-b"), name("cell-c")];
-        let core = Core::new(World::default(), name("local"), Cells::new(Duration::ZERO, "server-a".into(), 1));
+        let bootstrap = Bootstrap { region: name("local"), domain: "localhost".into(), zones, cells };
+        let core = Core::new(World::default(), bootstrap.clone(), Cells::new(Duration::ZERO, "server-a".into(), 1));
         let mut lab = Self {
             core,
             rng: SeededRng::new(7),
+            bootstrap,
             at: Duration::ZERO,
             revision: 0,
             committed: BTreeMap::new(),
             alive: Vec::new(),
         };
-        let bootstrap = Bootstrap { region: name("local"), zones, cells };
-        lab.with(|core, at| core.bootstrap(&bootstrap, at));
+        lab.with(|core, at| core.bootstrap(at));
         for zone in ["a", "b", "c"] {
             for n in 1..=hosts_per_zone {
                 lab.alive.push(name(&format!("zone-{zone}-{n}")));
@@ -237,13 +239,28 @@ fn a_new_leader_declares_nobody_dead_before_a_full_round() {
     // A second leader starts from what was committed, long after.
     lab.at += Duration::from_secs(3600);
     let world = std::mem::take(&mut lab.core.world);
-    lab.core = Core::new(World { scheduler: None, ..world }, name("local"), Cells::new(lab.at, "server-b".into(), 2));
+    lab.core =
+        Core::new(World { scheduler: None, ..world }, lab.bootstrap.clone(), Cells::new(lab.at, "server-b".into(), 2));
     let silent = std::mem::take(&mut lab.alive);
     lab.pass(DEAD_AFTER - Duration::from_secs(1));
     assert!(lab.core.world.hosts.live.values().all(|h| h.status.state != HostState::Dead));
     lab.alive = silent;
     lab.pass(Duration::from_secs(3));
     assert!(lab.core.world.hosts.live.values().all(|h| h.status.state == HostState::Ready));
+    assert_eq!(lab.app("shop").status.ready_replicas, 3);
+}
+
+#[test]
+fn a_leader_that_was_held_up_itself_declares_nobody_dead() {
+    let mut lab = Lab::new(1);
+    lab.image("web");
+    lab.create::<App>("shop", web(3)).unwrap();
+    lab.pass(Duration::from_secs(2));
+    // Nothing was taken in for a minute, then the judge comes before the heartbeats that wait.
+    lab.at += Duration::from_secs(60);
+    lab.with(|core, at| core.tick(at));
+    assert!(lab.core.world.hosts.live.values().all(|h| h.status.state == HostState::Ready));
+    lab.pass(Duration::from_secs(2));
     assert_eq!(lab.app("shop").status.ready_replicas, 3);
 }
 

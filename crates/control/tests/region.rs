@@ -72,11 +72,16 @@ impl Server {
         let config = Config {
             node,
             server: format!("server-{node}"),
-            bootstrap: Bootstrap { region: name("local"), zones: vec![name("zone-a")], cells: vec![name("cell-a")] },
+            bootstrap: Bootstrap {
+                region: name("local"),
+                domain: "localhost".into(),
+                zones: vec![name("zone-a")],
+                cells: vec![name("cell-a")],
+            },
         };
         let region = Arc::new(Region::new(config, env, store.clone(), net.clone()));
         net.regions.lock().unwrap().insert(node, Arc::downgrade(&region));
-        let (stop, view) = (CancellationToken::new(), View::default());
+        let (stop, view) = (CancellationToken::new(), View::new("localhost"));
         let mut tasks = tokio::task::JoinSet::new();
         let (runs, stopped) = (region.clone(), stop.clone());
         tasks.spawn(async move { runs.run(stopped).await });

@@ -81,6 +81,8 @@ struct State {
 pub struct MemDisk {
     state: Arc<Mutex<State>>,
     rng: Arc<SeededRng>,
+    /// The power count that this view was mounted at, for [`MemDisk::mount`].
+    mounted: Option<u64>,
 }
 
 fn gone() -> io::Error {
@@ -161,6 +163,7 @@ impl MemDisk {
                 syncs: 0,
             })),
             rng: Arc::new(SeededRng::new(seed)),
+            mounted: None,
         }
     }
 
@@ -171,6 +174,18 @@ impl MemDisk {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The disk as one machine sees it until the next power cut: after it, every call on this view fails. Give it to
+    /// whatever is to be killed, because threads that outlive their simulated machine would go on changing files.
+    pub fn mount(&self) -> Self {
+        Self { mounted: Some(self.state().power), ..self.clone() }
+    }
+
+    /// The state, if this view's machine still has power.
+    fn powered(&self) -> io::Result<MutexGuard<'_, State>> {
+        let s = self.state();
+        if self.mounted.is_some_and(|at| at != s.power) { Err(gone()) } else { Ok(s) }
     }
 
     /// Cuts the power. Open handles and locks die; what was not synced survives in part, as the seed decides.
@@ -375,14 +390,14 @@ impl Drop for MemLock {
 
 impl Disk for MemDisk {
     fn open(&self, path: &Path) -> io::Result<Box<dyn File>> {
-        let mut s = self.state();
+        let mut s = self.powered()?;
         s.strike(DiskOp::Open, path)?;
         let inode = *s.names.get(path).ok_or_else(|| missing(path))?;
         Ok(self.handle(&mut s, path, inode))
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn File>> {
-        let mut s = self.state();
+        let mut s = self.powered()?;
         s.strike(DiskOp::Create, path)?;
         let dir = s.parent(path)?.to_path_buf();
         if s.capacity.is_some_and(|c| s.used() >= c) {
@@ -409,14 +424,14 @@ impl Disk for MemDisk {
     }
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        let mut s = self.state();
+        let mut s = self.powered()?;
         s.strike(DiskOp::Read, path)?;
         let inode = s.names.get(path).ok_or_else(|| missing(path))?;
         Ok(s.nodes.get(inode).map(|n| n.data.clone()).unwrap_or_default())
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut s = self.state();
+        let mut s = self.powered()?;
         s.strike(DiskOp::Rename, from)?;
         let inode = *s.names.get(from).ok_or_else(|| missing(from))?;
         let dir = s.parent(to)?.to_path_buf();
@@ -425,7 +440,7 @@ impl Disk for MemDisk {
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
-        let mut s = self.state();
+        let mut s = self.powered()?;
         s.strike(DiskOp::Remove, path)?;
         if !s.names.contains_key(path) {
             return Err(missing(path));
@@ -436,7 +451,7 @@ impl Disk for MemDisk {
     }
 
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
-        let mut s = self.state();
+        let mut s = self.powered()?;
         let files: Vec<PathBuf> = s.names.keys().filter(|p| p.starts_with(path)).cloned().collect();
         for file in files {
             let dir = s.parent(&file)?.to_path_buf();
@@ -447,7 +462,7 @@ impl Disk for MemDisk {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<DirEntry>> {
-        let s = self.state();
+        let s = self.powered()?;
         if !s.dirs.contains(dir) {
             return Err(missing(dir));
         }
@@ -464,7 +479,7 @@ impl Disk for MemDisk {
     }
 
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        let mut s = self.state();
+        let mut s = self.powered()?;
         for level in dir.ancestors().filter(|p| !p.as_os_str().is_empty()) {
             s.dirs.insert(level.to_path_buf());
         }
@@ -472,7 +487,7 @@ impl Disk for MemDisk {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        let mut s = self.state();
+        let mut s = self.powered()?;
         s.strike(DiskOp::SyncDir, dir)?;
         let (now, later) = std::mem::take(&mut s.pending).into_iter().partition(|c| c.dir == dir);
         s.pending = later;
@@ -482,17 +497,17 @@ impl Disk for MemDisk {
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
-        let s = self.state();
+        let s = self.powered()?;
         Ok(s.names.contains_key(path) || s.dirs.contains(path))
     }
 
     fn free_space(&self, _path: &Path) -> io::Result<u64> {
-        let s = self.state();
+        let s = self.powered()?;
         Ok(s.capacity.map_or(u64::MAX, |c| c.saturating_sub(s.used())))
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn DiskLock>> {
-        let mut s = self.state();
+        let mut s = self.powered()?;
         if !s.locks.insert(path.to_path_buf()) {
             return Err(io::Error::new(io::ErrorKind::WouldBlock, format!("{} is locked", path.display())));
         }
@@ -569,6 +584,18 @@ mod tests {
         assert_eq!((file.len().unwrap(), disk.free_space(&dir).unwrap()), (10, 0));
         disk.set_capacity(None);
         file.append(&[1; 20]).unwrap();
+    }
+
+    #[test]
+    fn a_mount_dies_with_the_power() {
+        let (disk, dir) = disk(1);
+        let mount = disk.mount();
+        mount.create(&dir.join("f")).unwrap().sync().unwrap();
+        mount.sync_dir(&dir).unwrap();
+        disk.crash();
+        assert!(mount.remove_file(&dir.join("f")).is_err());
+        assert!(mount.create(&dir.join("g")).is_err());
+        assert!(disk.mount().exists(&dir.join("f")).unwrap());
     }
 
     #[test]

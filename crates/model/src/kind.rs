@@ -130,6 +130,28 @@ pub fn validate_labels(field: &str, labels: &Labels) -> Vec<FieldError> {
         .collect()
 }
 
+/// The longest value of an annotation, in characters.
+pub const MAX_ANNOTATION: usize = 4096;
+
+/// At most 64 annotations, with keys like labels' and values of at most [`MAX_ANNOTATION`] characters.
+pub fn validate_annotations(field: &str, annotations: &Labels) -> Vec<FieldError> {
+    if annotations.len() > 64 {
+        return vec![FieldError::new(field, "at most 64")];
+    }
+    let mut errors = Vec::new();
+    for (key, value) in annotations {
+        let at = || format!("{field}.{}", key.chars().take(80).collect::<String>());
+        if !is_label_key(key) {
+            let message = "at most 63 letters, digits, '-', '_' and '.' in a key, after an optional prefix/";
+            errors.push(FieldError::new(at(), message));
+        }
+        if value.chars().count() > MAX_ANNOTATION {
+            errors.push(FieldError::new(at(), format!("at most {MAX_ANNOTATION} characters")));
+        }
+    }
+    errors
+}
+
 /// A kind as generic code sees it.
 pub struct KindDescriptor {
     pub kind: &'static str,

@@ -219,6 +219,6 @@ pub mod channel {
     pub const EXIT: u8 = 3;
 }
 
-/// The part of a project's domain name that gateways append: `NAME.DOMAIN` for apps of the default project,
-/// `NAME.PROJECT.DOMAIN` for all.
+/// The domain under which gateways answer, unless an operator says otherwise: `NAME.DOMAIN` for apps of the default
+/// project, `NAME.PROJECT.DOMAIN` for all.
 pub const DEFAULT_DOMAIN: &str = "localhost";

@@ -88,7 +88,31 @@ impl fmt::Display for Bytes {
 /// A quantity comes as a text or as a bare number in its base unit (processors, bytes).
 struct TextOrNumber<T>(std::marker::PhantomData<T>);
 
-impl<T: FromStr<Err = QuantityError>> de::Visitor<'_> for TextOrNumber<T> {
+/// A bare number with more places than are kept, which is what arithmetic leaves behind (`0.1 + 0.2`).
+trait FromFraction: FromStr<Err = QuantityError> {
+    fn from_fraction(v: f64) -> Result<Self, QuantityError>;
+}
+
+impl FromFraction for MilliCpu {
+    /// Rounds up: who asks for anything does not get nothing.
+    fn from_fraction(v: f64) -> Result<Self, QuantityError> {
+        let millis = (v * 1000.0).ceil();
+        if (0.0..=f64::from(u32::MAX)).contains(&millis) {
+            // In range and whole, as was just seen.
+            Ok(Self(millis as u32))
+        } else {
+            Err(QuantityError::Cpu(v.to_string()))
+        }
+    }
+}
+
+impl FromFraction for Bytes {
+    fn from_fraction(v: f64) -> Result<Self, QuantityError> {
+        Err(QuantityError::Bytes(v.to_string()))
+    }
+}
+
+impl<T: FromFraction> de::Visitor<'_> for TextOrNumber<T> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -104,12 +128,12 @@ impl<T: FromStr<Err = QuantityError>> de::Visitor<'_> for TextOrNumber<T> {
     }
 
     fn visit_f64<E: de::Error>(self, v: f64) -> Result<T, E> {
-        v.to_string().parse().map_err(E::custom)
+        v.to_string().parse().or_else(|_| T::from_fraction(v)).map_err(E::custom)
     }
 }
 
 macro_rules! quantity {
-    ($type:ident, $pattern:literal) => {
+    ($type:ident, $number:literal, $most:literal, $pattern:literal) => {
         impl Serialize for $type {
             fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
                 s.collect_str(self)
@@ -132,14 +156,20 @@ macro_rules! quantity {
             }
 
             fn json_schema(_: &mut SchemaGenerator) -> Schema {
-                json_schema!({"type": "string", "pattern": $pattern})
+                // A pattern speaks of texts only, bounds of numbers only.
+                json_schema!({"type": ["string", $number], "pattern": $pattern, "minimum": 0, "maximum": $most})
             }
         }
     };
 }
 
-quantity!(MilliCpu, "^([0-9]{1,6}m|[0-9]{1,5}(\\.[0-9]{1,3})?)$");
-quantity!(Bytes, "^[0-9]{1,6}(Ki|Mi|Gi|Ti|k|M|G|T)?$");
+quantity!(MilliCpu, "number", 999_999, "^([0-9]{1,9}m|[0-9]{1,6}(\\.[0-9]{1,3})?)$");
+quantity!(
+    Bytes,
+    "integer",
+    9_007_199_254_740_991_u64,
+    "^([0-9]{1,19}|[0-9]{1,15}(Ki|k)|[0-9]{1,12}(Mi|M)|[0-9]{1,9}(Gi|G)|[0-9]{1,6}(Ti|T))$"
+);
 
 #[cfg(test)]
 mod tests {

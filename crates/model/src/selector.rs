@@ -28,6 +28,11 @@ pub enum SelectorError {
     Term(String),
 }
 
+/// The pattern of labels' keys that the published schemas carry; what [`is_label_key`] checks.
+pub const LABEL_KEY_PATTERN: &str = r"^([A-Za-z0-9._-]{1,253}/)?[A-Za-z0-9._-]{1,63}$";
+/// The pattern of labels' values; what [`is_label_value`] checks.
+pub const LABEL_VALUE_PATTERN: &str = r"^[A-Za-z0-9._-]{0,63}$";
+
 /// Whether `key` may be a label's key: 1 to 63 of letters, digits, `-`, `_`, `.`, after an optional `prefix/`.
 pub fn is_label_key(key: &str) -> bool {
     let (prefix, name) = key.rsplit_once('/').unwrap_or(("x", key));

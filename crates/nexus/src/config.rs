@@ -158,9 +158,6 @@ pub struct GatewayConfig {
     pub servers: Vec<Endpoint>,
     /// The cached routes.
     pub data_dir: PathBuf,
-    /// Apps are reached at `NAME.<domain>`.
-    #[serde(default = "default_domain")]
-    pub domain: String,
     pub tls: TlsFiles,
 }
 
@@ -185,7 +182,7 @@ pub struct HostInitConfig {
 }
 
 fn default_domain() -> String {
-    "localhost".to_owned()
+    nexus_model::plan::DEFAULT_DOMAIN.to_owned()
 }
 
 /// A configuration that can be read from a file.
@@ -370,7 +367,6 @@ key = "gateway.key"
         let config = GatewayConfig::load(&path).unwrap();
         assert_eq!(config.data_dir, dir.path().join("data"));
         assert_eq!(config.tls.ca, Path::new("/etc/ca.pem"));
-        assert_eq!(config.domain, "localhost");
     }
 
     #[test]

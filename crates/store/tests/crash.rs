@@ -172,3 +172,27 @@ async fn a_failed_sync_stops_the_member_and_opening_again_goes_on() {
     assert!(["before", "lost"].map(|v| v.as_bytes()).contains(&&*found.kvs[0].value));
     cluster.stop().await;
 }
+
+/// A leader sends entries to its followers before its own disk has them. One that came back in its old term could give
+/// the place of an entry that it has lost, but they have, to another. So it comes back as a follower.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_restarts_never_resumes_its_term() {
+    for members in [1, 3] {
+        let cluster = Cluster::start(members, 5).await;
+        let mut highest = 0;
+        for _ in 0..3 {
+            let leader = cluster.leader().await;
+            let epoch = cluster.node(leader).leadership().borrow().epoch;
+            assert!(epoch > highest, "{members} members: term {epoch} after {highest}");
+            highest = epoch;
+            cluster.node(leader).txn(Txn::put("k", "v")).await.unwrap();
+            for node in cluster.ids() {
+                cluster.kill(node).await;
+            }
+            for node in cluster.ids() {
+                cluster.boot(node).await.unwrap();
+            }
+        }
+        cluster.stop().await;
+    }
+}

@@ -107,7 +107,7 @@ pub(super) fn parameters(region: &Name) -> Value {
         "RequestId": header(
             "X-Request-Id",
             "Names the request in answers, events and logs. One that is not well-formed is replaced.",
-            json!({"type": "string", "maxLength": 64}),
+            json!({"type": "string"}),
         ),
     })
 }
@@ -380,7 +380,8 @@ fn blob_path() -> Value {
         &["403", "409", "413", "422"],
     );
     let mut put = operation("putBlob", "blobs", "Upload a blob", here(), put);
-    put["requestBody"] = json!({"required": true, "content": octets});
+    // No body is the empty blob.
+    put["requestBody"] = json!({"required": false, "content": octets});
     json!({
         "get": operation("getBlob", "blobs", "Fetch a blob", here(), get),
         "head": operation("headBlob", "blobs", "Ask whether a blob is there", here(), head),

@@ -6,18 +6,17 @@
 
 use std::sync::Arc;
 
-use nexus_model::kind::{self, KindDescriptor, Scope};
+use nexus_model::kind::{self, KindDescriptor, MAX_ANNOTATION, Scope};
+use nexus_model::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use nexus_model::{API_VERSION, ApiError, FieldError, Metadata, Name};
 use schemars::SchemaGenerator;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use crate::doors::ClusterStatus;
-use crate::input::MAX_ANNOTATION;
+use crate::input::MAX_INTEGER;
 
 const PREFIX: &str = "#/components/schemas/";
-const LABEL_KEY: &str = r"^([A-Za-z0-9._-]{1,253}/)?[A-Za-z0-9._-]{1,63}$";
-const LABEL_VALUE: &str = r"^[A-Za-z0-9._-]{0,63}$";
 
 /// The schemas of all kinds, and what generic code learns from them.
 pub(crate) struct Schemas {
@@ -70,7 +69,7 @@ fn tighten(schema: &mut Value) {
                 Some("uint32") => Some(json!(u32::MAX)),
                 Some("int32") => Some(json!(i32::MAX)),
                 // Whole in every JSON reader.
-                Some("uint64" | "int64" | "uint") => Some(json!((1u64 << 53) - 1)),
+                Some("uint64" | "int64" | "uint") => Some(json!(MAX_INTEGER)),
                 _ => None,
             };
             if let Some(maximum) = maximum {
@@ -178,7 +177,7 @@ fn nullable(schema: Value) -> Value {
     if already { schema } else { json!({"anyOf": [schema, {"type": "null"}]}) }
 }
 
-/// Makes schemas for merge patches: every member may be left out, or be null to be removed. Arrays are replaced whole, so
+/// Makes schemas for merge patches: every member may be left out, or be null to be removed if it isn't required. Arrays are replaced whole, so
 /// their items stay as they are.
 struct Patcher<'a> {
     definitions: &'a Map<String, Value>,
@@ -216,10 +215,14 @@ impl Patcher<'_> {
             }
             return json!({"type": "object", "properties": properties, "additionalProperties": false});
         }
-        map.shift_remove("required");
+        let needed = map.shift_remove("required").unwrap_or_default();
+        let needed = |name: &str| needed.as_array().is_some_and(|n| n.iter().any(|n| n == name));
         for key in ["properties", "patternProperties"] {
             if let Some(Value::Object(members)) = map.get_mut(key) {
-                members.values_mut().for_each(|member| *member = nullable(self.transform(member)));
+                for (name, member) in members {
+                    let made = self.transform(member);
+                    *member = if needed(name) { made } else { nullable(made) };
+                }
             }
         }
         if let Some(rest) = map.get_mut("additionalProperties").filter(|a| a.is_object()) {
@@ -392,26 +395,25 @@ fn metadata_input(region: &Name, project: bool, required: &[&str], patch: bool) 
     let name = json!({"type": "string", "minLength": 1, "maxLength": 63, "pattern": Name::PATTERN});
     let short = json!({"type": "string", "maxLength": 64, "description": "Accepted and ignored."});
     let count = json!({
-        "type": "integer", "minimum": 0, "maximum": (1u64 << 53) - 1, "description": "Accepted and ignored.",
+        "type": "integer", "minimum": 0, "maximum": MAX_INTEGER, "description": "Accepted and ignored.",
     });
     let or_null = |schema: Value| if patch { nullable(schema) } else { schema };
     let map = |value: Value| {
         or_null(json!({
-            "type": "object", "maxProperties": 64, "propertyNames": {"pattern": LABEL_KEY},
+            "type": "object", "maxProperties": 64, "propertyNames": {"pattern": LABEL_KEY_PATTERN},
             "additionalProperties": or_null(value),
         }))
     };
     let mut properties = json!({
         "name": name,
         "region": {"type": "string", "const": region},
-        "labels": map(json!({"type": "string", "pattern": LABEL_VALUE})),
-        // The bound counts bytes, the schema characters of up to four.
-        "annotations": map(json!({"type": "string", "maxLength": MAX_ANNOTATION / 4})),
+        "labels": map(json!({"type": "string", "pattern": LABEL_VALUE_PATTERN})),
+        "annotations": map(json!({"type": "string", "maxLength": MAX_ANNOTATION})),
         "deletionProtection": or_null(json!({"type": "boolean"})),
         "uid": short, "created": short, "deleting": short, "requestId": short,
         "generation": count,
         "revision": {
-            "type": "integer", "minimum": 0, "maximum": (1u64 << 53) - 1,
+            "type": "integer", "minimum": 0, "maximum": MAX_INTEGER,
             "description": "In a PUT, and not 0: the revision that is meant to be replaced. Ignored elsewhere.",
         },
         "owner": {

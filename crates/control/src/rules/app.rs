@@ -3,7 +3,7 @@
 
 use nexus_model::kind::*;
 use nexus_model::object::{ConditionStatus, set_condition};
-use nexus_model::{AnyObject, Digest, Name, Object, Uid, plan};
+use nexus_model::{AnyObject, Digest, Name, Object, Uid};
 
 use crate::decide::{charge, recharge};
 use crate::rules::buried::Teardown;
@@ -150,7 +150,7 @@ fn update_status(step: &mut Step<'_>, app: &Object<App>, hash: Option<&str>) {
     s.replicas = count(&|_| true);
     s.ready_replicas = count(&|i| i.status.ready);
     s.updated_replicas = count(&|i| Some(i.spec.template_hash.as_str()) == hash);
-    s.hostnames = hostnames(&app, plan::DEFAULT_DOMAIN);
+    s.hostnames = hostnames(&app, &step.world.domain);
     let updated_ready = count(&|i| i.status.ready && Some(i.spec.template_hash.as_str()) == hash);
     let settled = s.replicas == s.desired_replicas && updated_ready == s.desired_replicas;
     s.phase = match (s.desired_replicas, s.ready_replicas) {

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Classes, Column, Kind, Scope, Verbs};
+use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, FieldError, MilliCpu, Name};
 
 #[derive(Debug, Clone)]
@@ -40,16 +41,36 @@ pub struct Port {
     pub name: Option<Name>,
 }
 
+// The bounds of `validate_template` as patterns: a text that matches is within them. A few odd spellings of amounts that are
+// within do not match, such as `0064Mi`.
+
+/// 1m to 1000.
+const CPU_PATTERN: &str =
+    r"^(([1-9][0-9]{0,5}|1000000)m|([1-9][0-9]{0,2}|1000)|[1-9][0-9]{0,2}\.[0-9]{1,3}|0\.([1-9][0-9]{0,2}|0[1-9][0-9]?|00[1-9]))$";
+/// 4Mi to 64Ti.
+const MEMORY_PATTERN: &str = r"^([1-9][0-9]{7,12}|[1-9][0-9]{4,9}(Ki|k)|(4Mi|([5-9]|[1-9][0-9]{1,6})(Mi|M))|[1-9][0-9]{0,3}(Gi|G)|([1-9]|[1-5][0-9]|6[0-4])(Ti|T))$";
+/// 64Ki to 64Ti.
+const SCRATCH_PATTERN: &str = r"^([1-9][0-9]{5,12}|(6[4-9]|[7-9][0-9]|[1-9][0-9]{2,9})Ki|(6[6-9]|[7-9][0-9]|[1-9][0-9]{2,9})k|[1-9][0-9]{0,6}(Mi|M)|[1-9][0-9]{0,3}(Gi|G)|([1-9]|[1-5][0-9]|6[0-4])(Ti|T))$";
+/// A path of HTTP.
+const PATH_PATTERN: &str = "^/[!-~]{0,1023}$";
+/// No zero byte.
+const TEXT_PATTERN: &str = r"^[^\x00]*$";
+/// The name of a variable.
+const VARIABLE_PATTERN: &str = r"^[^=\x00]{1,256}$";
+
 /// What one instance gets. `cpu` and `memory` are both what is reserved and what is enforced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Resources {
+    #[schemars(range(min = 0.001, max = 1000), regex(pattern = CPU_PATTERN))]
     pub cpu: MilliCpu,
+    #[schemars(range(min = 4_194_304, max = 70_368_744_177_664u64), regex(pattern = MEMORY_PATTERN))]
     pub memory: Bytes,
     /// Processes and threads.
     #[schemars(range(min = 1, max = 32768))]
     pub pids: u32,
     /// The writable layer over the image; gone with the instance.
+    #[schemars(range(min = 65_536, max = 70_368_744_177_664u64), regex(pattern = SCRATCH_PATTERN))]
     pub scratch: Bytes,
 }
 
@@ -66,7 +87,7 @@ pub enum Probe {
     Http {
         #[schemars(range(min = 1, max = 65535))]
         port: u16,
-        #[schemars(length(min = 1, max = 1024))]
+        #[schemars(length(min = 1, max = 1024), regex(pattern = PATH_PATTERN))]
         path: String,
     },
     /// A connection that must open.
@@ -76,7 +97,7 @@ pub enum Probe {
     },
     /// A command in the instance that must exit with 0.
     Exec {
-        #[schemars(length(min = 1, max = 256))]
+        #[schemars(length(min = 1, max = 256), inner(length(max = MAX_TEXT), regex(pattern = TEXT_PATTERN)))]
         command: Vec<String>,
     },
 }
@@ -173,7 +194,11 @@ macro_rules! declare_template {
             pub expose: bool,
             /// Labels that its instances carry.
             #[serde(skip_serializing_if = "IndexMap::is_empty")]
-            #[schemars(extend("maxProperties" = 64))]
+            #[schemars(extend(
+                "maxProperties" = 64,
+                "propertyNames" = {"pattern": LABEL_KEY_PATTERN},
+                "additionalProperties" = {"type": "string", "pattern": LABEL_VALUE_PATTERN},
+            ))]
             pub instance_labels: IndexMap<String, String>,
         }
 
@@ -199,25 +224,33 @@ macro_rules! declare_template {
 
 declare_template! {
     runtime: Runtime = Runtime::default();
-    /// The name of an `Image` of the same project.
+    /// The name of an `Image` of the same project. `none` is no image's.
+    #[schemars(extend("not" = {"const": "none"}))]
     image: Name = "none".parse().expect("a well-formed name");
     /// In place of the image's entry point.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 256))]
+    #[schemars(length(max = 256), inner(length(max = MAX_TEXT), regex(pattern = TEXT_PATTERN)))]
     command: Vec<String> = Vec::new();
     /// In place of the image's arguments.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 256))]
+    #[schemars(length(max = 256), inner(length(max = MAX_TEXT), regex(pattern = TEXT_PATTERN)))]
     args: Vec<String> = Vec::new();
     #[serde(skip_serializing_if = "IndexMap::is_empty")]
-    #[schemars(extend("maxProperties" = 256))]
+    #[schemars(extend(
+        "maxProperties" = 256,
+        "propertyNames" = {"pattern": VARIABLE_PATTERN},
+        "additionalProperties" = {"type": "string", "maxLength": MAX_TEXT, "pattern": TEXT_PATTERN},
+    ))]
     env: IndexMap<String, String> = IndexMap::new();
     #[schemars(length(max = 32))]
     ports: Vec<Port> = Vec::new();
     resources: Resources = Resources::default();
     /// Compute classes that each instance takes.
     #[serde(skip_serializing_if = "IndexMap::is_empty")]
-    #[schemars(extend("maxProperties" = 16))]
+    #[schemars(extend(
+        "maxProperties" = 16,
+        "patternProperties" = {Name::PATTERN: {"type": "integer", "minimum": 1, "maximum": 1024}},
+    ))]
     classes: Classes = Classes::new();
     health: HealthChecks = HealthChecks::default();
     /// `TERM`, `INT`, `QUIT`, `HUP`, `USR1`, `USR2` or `KILL`.
@@ -314,8 +347,12 @@ impl Kind for App {
 }
 
 const SIGNALS: [&str; 7] = ["TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL"];
-/// Bounds one variable or argument, in bytes.
-const MAX_TEXT: usize = 32 << 10;
+/// Bounds one variable or argument, in characters. Linux takes at most 128 KiB in each.
+const MAX_TEXT: usize = 16 << 10;
+
+fn is_text(text: &str) -> bool {
+    text.chars().count() <= MAX_TEXT && !text.contains('\0')
+}
 
 fn validate_template(t: &Template) -> Vec<FieldError> {
     let mut errors = Vec::new();
@@ -351,12 +388,13 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
     check(t.env.len() <= 256, "spec.env", "at most 256 variables");
     for (key, value) in &t.env {
         let field = format!("spec.env.{}", key.chars().take(64).collect::<String>());
-        check(!key.is_empty() && key.len() <= 256 && !key.contains(['=', '\0']), &field, "not a variable's name");
-        check(value.len() <= MAX_TEXT && !value.contains('\0'), &field, "at most 32 KiB, without a zero byte");
+        let named = (1..=256).contains(&key.chars().count()) && !key.contains(['=', '\0']);
+        check(named, &field, "not a variable's name");
+        check(is_text(value), &field, "at most 16384 characters, without a zero byte");
     }
     for (list, field) in [(&t.command, "spec.command"), (&t.args, "spec.args")] {
         check(list.len() <= 256, field, "at most 256 words");
-        check(list.iter().all(|w| w.len() <= MAX_TEXT && !w.contains('\0')), field, "words of at most 32 KiB");
+        check(list.iter().all(|w| is_text(w)), field, "words of at most 16384 characters, without a zero byte");
     }
     check(t.classes.len() <= 16, "spec.classes", "at most 16");
     check(t.classes.values().all(|n| (1..=1024).contains(n)), "spec.classes", "counts between 1 and 1024");
@@ -376,7 +414,8 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
             }
             Probe::Tcp { port } => check(*port != 0, &at("probe.tcp.port"), "between 1 and 65535"),
             Probe::Exec { command } => {
-                check((1..=256).contains(&command.len()), &at("probe.exec.command"), "1 to 256 words");
+                let good = (1..=256).contains(&command.len()) && command.iter().all(|w| is_text(w));
+                check(good, &at("probe.exec.command"), "1 to 256 words of at most 16384 characters");
                 check(t.runtime == Runtime::Container, &at("probe.exec"), "a function can't run a command");
             }
         }

@@ -174,13 +174,13 @@ pub struct HostSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rack: Option<Name>,
     /// Where servers reach the agent.
-    #[schemars(with = "String")]
+    #[schemars(with = "String", regex(pattern = r"^(\[[0-9a-f:.]+\]|[0-9.]+):[0-9]{1,5}$"))]
     pub address: SocketAddr,
     /// The /64 from which this host's instances get their infrastructure addresses.
-    #[schemars(with = "String")]
+    #[schemars(with = "String", regex(pattern = "^([0-9a-f]{1,4}:){1,4}:$"))]
     pub prefix6: Ipv6Addr,
     /// The /24 for programs in instances that listen on IPv4 alone.
-    #[schemars(with = "String")]
+    #[schemars(with = "String", regex(pattern = r"^((25[0-5]|(2[0-4]|1[0-9]|[1-9])?[0-9])\.){3}0$"))]
     pub prefix4: Ipv4Addr,
     pub runtimes: Vec<Runtime>,
     pub capacity: Capacity,

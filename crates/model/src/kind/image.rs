@@ -25,7 +25,7 @@ pub enum ImageFormat {
 pub struct Blob {
     pub digest: Digest,
     /// Length in bytes.
-    #[schemars(range(min = 0, max = 9_007_199_254_740_991u64))]
+    #[schemars(range(min = 0, max = MAX_BLOB_SIZE))]
     pub size: u64,
 }
 
@@ -53,6 +53,8 @@ pub struct ImageStatus {
     pub conditions: Vec<Condition>,
 }
 
+/// Whole in every JSON reader. Uploads have a bound of their own.
+const MAX_BLOB_SIZE: u64 = (1 << 53) - 1;
 /// Bounds one image: 512 blobs.
 const MAX_BLOBS: usize = 512;
 
@@ -77,6 +79,9 @@ impl Kind for Image {
             errors.push(FieldError::new("spec.blobs", format!("between 1 and {MAX_BLOBS}")));
         } else if !spec.blobs.iter().any(|b| b.digest == spec.digest) {
             errors.push(FieldError::new("spec.digest", "must be among spec.blobs"));
+        }
+        for (i, _) in spec.blobs.iter().enumerate().filter(|(_, b)| b.size > MAX_BLOB_SIZE) {
+            errors.push(FieldError::new(format!("spec.blobs[{i}].size"), format!("at most {MAX_BLOB_SIZE}")));
         }
         errors
     }

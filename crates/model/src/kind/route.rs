@@ -13,11 +13,11 @@ pub struct Route;
 #[serde(rename_all = "camelCase")]
 pub struct RouteSpec {
     /// A host name such as `shop.example.com`, or `*.example.com` for every name one label below.
-    #[schemars(length(min = 1, max = 253))]
+    #[schemars(length(min = 1, max = 253), regex(pattern = HOST_PATTERN))]
     pub host: String,
     /// Requests whose path begins with this, at a `/`. The longest match wins.
     #[serde(default = "root")]
-    #[schemars(length(min = 1, max = 1024))]
+    #[schemars(length(min = 1, max = 1024), regex(pattern = "^/[!-~]*$"))]
     pub path: String,
     /// An app of the same project.
     pub app: Name,
@@ -26,6 +26,10 @@ pub struct RouteSpec {
     #[schemars(range(min = 1, max = 65535))]
     pub port: Option<u16>,
 }
+
+/// Labels (RFC 1123) with points between them, after an optional `*.`.
+const HOST_PATTERN: &str =
+    r"^(\*\.)?[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*$";
 
 fn root() -> String {
     "/".into()
@@ -62,7 +66,7 @@ impl Kind for Route {
     fn validate(spec: &RouteSpec) -> Vec<FieldError> {
         let mut errors = Vec::new();
         let host = spec.host.strip_prefix("*.").unwrap_or(&spec.host);
-        let good = host.len() <= 253 && host.split('.').all(|label| label.parse::<Name>().is_ok());
+        let good = spec.host.len() <= 253 && host.split('.').all(|label| label.parse::<Name>().is_ok());
         if !good {
             errors.push(FieldError::new("spec.host", "a lower-case host name, or *. and one"));
         }

@@ -214,6 +214,10 @@ impl Cloud {
 
     /// The address at which an HTTP app is reached, for each of its host names.
     pub fn urls(&self, app: &Value) -> Vec<String> {
+        let mut ports = app["spec"]["ports"].as_array().map(Vec::as_slice).unwrap_or_default().iter();
+        if app["spec"]["runtime"] != "function" && !ports.any(|p| p["protocol"] != "tcp") {
+            return Vec::new();
+        }
         let port = self.gateway_port();
         let shown = if port == 80 { String::new() } else { format!(":{port}") };
         let known = app["status"]["hostnames"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -302,8 +306,11 @@ mod tests {
 
     #[test]
     fn an_app_is_reached_by_its_host_names() {
-        let app = json!({"status": {"hostnames": ["web.localhost", "web.shop.localhost"]}});
+        let status = json!({"hostnames": ["web.localhost", "web.shop.localhost"]});
+        let app = json!({"spec": {"ports": [{"port": 80, "protocol": "http"}]}, "status": status});
         assert_eq!(cloud().urls(&app), ["http://web.localhost:8000", "http://web.shop.localhost:8000"]);
-        assert!(cloud().urls(&json!({"status": {}})).is_empty());
+        let tcp = json!({"spec": {"ports": [{"port": 80, "protocol": "tcp"}]}, "status": status});
+        assert!(cloud().urls(&tcp).is_empty());
+        assert_eq!(cloud().urls(&json!({"spec": {"runtime": "function"}, "status": status})).len(), 2);
     }
 }

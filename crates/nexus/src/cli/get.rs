@@ -77,6 +77,21 @@ pub async fn run(args: &GetArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// `nexus image list`.
+pub async fn images(cloud: &CloudArgs, output: Format) -> anyhow::Result<()> {
+    let args = GetArgs {
+        what: vec!["images".into()],
+        output,
+        watch: false,
+        selector: None,
+        all_projects: false,
+        deleting: false,
+        limit: None,
+        cloud: cloud.clone(),
+    };
+    run(&args).await
+}
+
 fn columns(args: &GetArgs) -> Columns {
     Columns { wide: args.output == Format::Wide, project: args.all_projects, deleting: args.deleting }
 }

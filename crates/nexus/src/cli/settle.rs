@@ -91,12 +91,19 @@ pub async fn why(cloud: &Cloud, kind: &KindDescriptor, object: &Value) -> Vec<St
     lines
 }
 
-/// Waits until the object at `path` has settled. Ctrl-C and the timeout leave it as it is.
+/// Whether every instance of an app runs this content.
+async fn runs(cloud: &Cloud, app: &Value, digest: &str) -> Result<bool, ClientError> {
+    let instances = instances_of(cloud, app).await?;
+    Ok(instances.iter().all(|i| text(i, "/spec/imageDigest") == digest))
+}
+
+/// Waits until the object at `path` has settled and, with a digest, every instance runs that content. Ctrl-C and the timeout leave it as it is.
 pub async fn wait(
     cloud: &Cloud,
     kind: &'static KindDescriptor,
     path: &str,
     made: &Value,
+    digest: Option<&str>,
     timeout: Duration,
 ) -> anyhow::Result<Value> {
     let title = resource::title(kind, text(made, "/metadata/name"));
@@ -106,7 +113,12 @@ pub async fn wait(
         let mut object = made.clone();
         loop {
             if is_settled(&object) {
-                return anyhow::Ok(object);
+                match digest {
+                    None => return anyhow::Ok(object),
+                    // Not to be asked is not to know.
+                    Some(digest) if runs(cloud, &object, digest).await.unwrap_or(false) => return Ok(object),
+                    Some(_) => {}
+                }
             }
             let complaint = complaints(&object).into_iter().next().map(|c| format!(" ({c})")).unwrap_or_default();
             progress.say(&format!("{title}: {}{complaint}", state(&object)));

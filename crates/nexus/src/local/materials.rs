@@ -193,7 +193,6 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
             admin_listen: gateway.admin,
             servers: endpoints.clone(),
             data_dir: dir.data(gateway.name.as_str()),
-            domain: DOMAIN.to_owned(),
             tls: tls(gateway.name.as_str()),
         };
         member(dir, gateway.name.as_str(), &config)?;

@@ -94,6 +94,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
             server: config.name.to_string(),
             bootstrap: Bootstrap {
                 region: config.region.clone(),
+                domain: config.domain.clone(),
                 zones: config.zones.clone(),
                 cells: config.cells.iter().map(|c| c.name.clone()).collect(),
             },
@@ -102,7 +103,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         contract.clone(),
         peers.clone(),
     ));
-    let view = View::default();
+    let view = View::new(&config.domain);
 
     let mut tasks = JoinSet::new();
     {

@@ -64,6 +64,11 @@ pub struct LogStore {
 impl LogStore {
     pub fn new(node: u64, group: GroupId, log: GroupLog, wal: WalHandle, eager: Arc<Eager>) -> Self {
         let GroupLog { vote, committed, purged, entries } = log;
+        // The consensus library lets a leader that restarts go on in its old term, which is safe only if nothing was
+        // sent before it was durable here, and if the commit position was. Neither holds (see `eager`, and
+        // `save_committed`): a follower may hold an entry that this member has lost, and this member would give its
+        // place to another. So a leader comes back as one that has merely voted for itself, and needs a new term.
+        let vote = vote.map(|v| Vote { committed: v.committed && v.leader_id.voted_for != Some(node), ..v });
         let inner = Inner { vote, committed, purged, entries };
         Self { node, group, inner: Arc::new(Mutex::new(inner)), wal, eager }
     }

@@ -94,7 +94,7 @@ impl Cluster {
         let group = GroupId::new("test").unwrap();
         let mut config = Config::new(node, group, PathBuf::from("/data/store"), members);
         (self.adjust)(&mut config);
-        let env = Env::real().with_disk(Arc::new(self.disks[&node].clone()));
+        let env = Env::real().with_disk(Arc::new(self.disks[&node].mount()));
         let wire = Arc::new(Wire { from: node, wires: self.wires.clone() });
         let store = Arc::new(EmbeddedStore::open(config, env, wire).await?);
         self.wires.nodes.lock().unwrap().insert(node, store.clone());

@@ -1,0 +1,264 @@
+//! From flags to an app's spec. Pure: what the command line says, laid over what is there.
+
+use indexmap::IndexMap;
+use nexus_model::kind::{FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, Spread};
+use nexus_model::selector::{is_label_key, is_label_value};
+use nexus_model::{API_VERSION, Bytes, MilliCpu, Name};
+use serde_json::{Map, Value, json};
+
+/// What a container serves when nobody said.
+const USUAL_PORT: u16 = 80;
+
+/// What the flags ask to be set; what they don't mention stays.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    pub image: Option<Name>,
+    pub runtime: Option<Runtime>,
+    pub replicas: Option<u32>,
+    pub ports: Vec<Port>,
+    pub env: Vec<(String, String)>,
+    pub labels: Vec<(String, String)>,
+    pub cpu: Option<MilliCpu>,
+    pub memory: Option<Bytes>,
+    pub scratch: Option<Bytes>,
+    pub pids: Option<u32>,
+    pub command: Vec<String>,
+    pub args: Vec<String>,
+    pub spread: Option<Spread>,
+    pub classes: Vec<(Name, u32)>,
+    pub health_path: Option<String>,
+}
+
+fn value<T: serde::Serialize>(part: &T) -> Value {
+    serde_json::to_value(part).expect("parts of specs are plain data")
+}
+
+/// The object at `key`, made if there is none.
+fn child<'a>(map: &'a mut Map<String, Value>, key: &str) -> &'a mut Map<String, Value> {
+    let entry = map.entry(key).or_insert_with(|| json!({}));
+    if !entry.is_object() {
+        *entry = json!({});
+    }
+    entry.as_object_mut().expect("made an object above")
+}
+
+/// The app to send: `existing` with the flags laid over it, or a new one. `format` is that of its image, if known.
+pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Option<ImageFormat>) -> Value {
+    let mut object = json!({"apiVersion": API_VERSION, "kind": "App", "metadata": {"name": name}, "spec": {}});
+    if let Some(existing) = existing {
+        for key in ["labels", "annotations", "deletionProtection"] {
+            if let Some(kept) = existing["metadata"].get(key) {
+                object["metadata"][key] = kept.clone();
+            }
+        }
+        object["spec"] = existing["spec"].clone();
+    }
+    let map = object.as_object_mut().expect("made an object above");
+    let labels = child(child(map, "metadata"), "labels");
+    labels.extend(wanted.labels.iter().map(|(k, v)| (k.clone(), Value::from(v.clone()))));
+    let spec = child(map, "spec");
+
+    match (&wanted.image, existing) {
+        (Some(image), _) => drop(spec.insert("image".into(), value(image))),
+        (None, None) => drop(spec.insert("image".into(), value(name))),
+        (None, Some(_)) => {}
+    }
+    let by_format = format.map(|f| match f {
+        ImageFormat::Oci => Runtime::Container,
+        ImageFormat::Wasm => Runtime::Function,
+    });
+    let before = spec.get("runtime").and_then(|r| serde_json::from_value::<Runtime>(r.clone()).ok());
+    let runtime = wanted.runtime.or(by_format).or(before).unwrap_or_default();
+    spec.insert("runtime".into(), value(&runtime));
+    let turned = before.is_some_and(|b| b != runtime);
+    if turned && runtime == Runtime::Function {
+        // A function has neither; what the container had is of no use to it.
+        for key in ["ports", "command", "args"] {
+            spec.shift_remove(key);
+        }
+    }
+    if !wanted.ports.is_empty() {
+        spec.insert("ports".into(), value(&wanted.ports));
+    } else if runtime == Runtime::Container && (existing.is_none() || turned) {
+        spec.insert("ports".into(), json!([{"port": USUAL_PORT, "protocol": "http"}]));
+    }
+    if let Some(replicas) = wanted.replicas {
+        spec.insert("replicas".into(), replicas.into());
+    }
+    for (key, list) in [("command", &wanted.command), ("args", &wanted.args)] {
+        if !list.is_empty() {
+            spec.insert(key.into(), value(list));
+        }
+    }
+    if let Some(spread) = wanted.spread {
+        spec.insert("spread".into(), value(&spread));
+    }
+    if !wanted.env.is_empty() {
+        child(spec, "env").extend(wanted.env.iter().map(|(k, v)| (k.clone(), Value::from(v.clone()))));
+    }
+    if !wanted.classes.is_empty() {
+        let classes: IndexMap<_, _> = wanted.classes.iter().cloned().collect();
+        spec.insert("classes".into(), value(&classes));
+    }
+    let resources = [
+        ("cpu", wanted.cpu.map(|v| value(&v))),
+        ("memory", wanted.memory.map(|v| value(&v))),
+        ("scratch", wanted.scratch.map(|v| value(&v))),
+        ("pids", wanted.pids.map(|v| value(&v))),
+    ];
+    for (key, amount) in resources {
+        if let Some(amount) = amount {
+            child(spec, "resources").insert(key.into(), amount);
+        }
+    }
+    if let Some(path) = &wanted.health_path {
+        let port = match runtime {
+            Runtime::Function => u64::from(FUNCTION_PORT),
+            Runtime::Container => spec["ports"][0]["port"].as_u64().unwrap_or(u64::from(USUAL_PORT)),
+        };
+        let readiness = child(child(spec, "health"), "readiness");
+        readiness.insert("probe".into(), json!({"http": {"port": port, "path": path}}));
+    }
+    let metadata = child(map, "metadata");
+    if metadata["labels"].as_object().is_some_and(Map::is_empty) {
+        metadata.shift_remove("labels");
+    }
+    object
+}
+
+/// `80`, `80/h2c` or `9000/tcp`.
+pub fn port(text: &str) -> Result<Port, String> {
+    let (number, protocol) = text.split_once('/').unwrap_or((text, "http"));
+    let digits = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+    let port = number.parse().ok().filter(|p: &u16| digits && *p != 0);
+    let port = port.ok_or_else(|| format!("{number:?} is not a port: a number between 1 and 65535"))?;
+    let protocol = match protocol {
+        "http" => Protocol::Http,
+        "h2c" => Protocol::H2c,
+        "tcp" => Protocol::Tcp,
+        other => return Err(format!("{other:?} is not a protocol: http, h2c or tcp")),
+    };
+    Ok(Port { port, protocol, name: None })
+}
+
+/// `KEY=VALUE`; the value may be empty and may hold more `=`.
+pub fn variable(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| format!("{text:?}: write KEY=VALUE"))?;
+    if key.is_empty() || key.contains(char::is_whitespace) {
+        return Err(format!("{key:?} is not a variable's name"));
+    }
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+pub fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| format!("{text:?}: write KEY=VALUE"))?;
+    if !is_label_key(key) || !is_label_value(value) {
+        return Err("at most 63 letters, digits, '-', '_' and '.' in key and value".into());
+    }
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+/// `NAME` or `NAME=COUNT`.
+pub fn class(text: &str) -> Result<(Name, u32), String> {
+    let (name, count) = text.split_once('=').unwrap_or((text, "1"));
+    let name = name.parse().map_err(|e| format!("{name:?}: {e}"))?;
+    let count = count.parse().ok().filter(|n| *n > 0);
+    Ok((name, count.ok_or_else(|| "a count is a whole number from 1".to_owned())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use nexus_model::kind;
+
+    use super::*;
+
+    fn name(text: &str) -> Name {
+        text.parse().unwrap()
+    }
+
+    fn valid(object: &Value) {
+        (kind::find("app").unwrap().parse_spec)(&object["spec"]).unwrap();
+    }
+
+    #[test]
+    fn ports_variables_labels_and_classes_are_read() {
+        assert_eq!(port("80").unwrap(), Port { port: 80, protocol: Protocol::Http, name: None });
+        assert_eq!(port("81/h2c").unwrap().protocol, Protocol::H2c);
+        assert_eq!(port("9000/tcp").unwrap().protocol, Protocol::Tcp);
+        for wrong in ["", "0", "65536", "+80", "80/udp", "a"] {
+            assert!(port(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(variable("A=b=c").unwrap(), ("A".into(), "b=c".into()));
+        assert_eq!(variable("A=").unwrap().1, "");
+        assert!(variable("A").is_err() && variable("=b").is_err() && variable("A B=c").is_err());
+        assert!(label("tier=front").is_ok() && label("tier").is_err() && label("a b=c").is_err());
+        assert_eq!(class("gpu").unwrap(), (name("gpu"), 1));
+        assert_eq!(class("gpu=2").unwrap(), (name("gpu"), 2));
+        assert!(class("gpu=0").is_err() && class("GPU").is_err());
+    }
+
+    #[test]
+    fn a_new_container_serves_port_80_and_a_function_none_of_its_own() {
+        let container = app(&name("web"), None, &Wanted::default(), Some(ImageFormat::Oci));
+        assert_eq!(container["spec"]["image"], "web");
+        assert_eq!(container["spec"]["ports"], json!([{"port": 80, "protocol": "http"}]));
+        valid(&container);
+        let function = app(&name("f"), None, &Wanted::default(), Some(ImageFormat::Wasm));
+        assert_eq!(function["spec"]["runtime"], "function");
+        assert!(function["spec"].get("ports").is_none() && function["metadata"].get("labels").is_none());
+        valid(&function);
+    }
+
+    #[test]
+    fn all_flags_make_a_valid_spec() {
+        let wanted = Wanted {
+            image: Some(name("img")),
+            runtime: Some(Runtime::Container),
+            replicas: Some(3),
+            ports: vec![port("8080/h2c").unwrap(), port("9/tcp").unwrap()],
+            env: vec![("A".into(), "b".into())],
+            labels: vec![("tier".into(), "front".into())],
+            cpu: Some("250m".parse().unwrap()),
+            memory: Some("128Mi".parse().unwrap()),
+            scratch: Some("1Gi".parse().unwrap()),
+            pids: Some(9),
+            command: vec!["sh".into()],
+            args: vec!["-c".into()],
+            spread: Some(Spread::Host),
+            classes: vec![class("gpu=2").unwrap()],
+            health_path: Some("/up".into()),
+        };
+        let object = app(&name("web"), None, &wanted, None);
+        valid(&object);
+        let spec = &object["spec"];
+        assert_eq!(spec["resources"], json!({"cpu": "250m", "memory": "128Mi", "scratch": "1Gi", "pids": 9}));
+        assert_eq!(spec["health"]["readiness"]["probe"], json!({"http": {"port": 8080, "path": "/up"}}));
+        assert_eq!((&spec["spread"], &spec["classes"]), (&json!("host"), &json!({"gpu": 2})));
+        assert_eq!(object["metadata"]["labels"], json!({"tier": "front"}));
+    }
+
+    #[test]
+    fn an_update_changes_only_what_was_asked() {
+        let existing = json!({
+            "metadata": {"name": "web", "uid": "u", "revision": 4, "labels": {"a": "b"}, "deletionProtection": true},
+            "spec": {"image": "v1", "runtime": "container", "replicas": 2, "ports": [{"port": 1}], "env": {"A": "1"}},
+            "status": {"phase": "Ready"},
+        });
+        let wanted = Wanted { env: vec![("B".into(), "2".into())], ..Wanted::default() };
+        let object = app(&name("web"), Some(&existing), &wanted, Some(ImageFormat::Oci));
+        let spec = json!({"image": "v1", "runtime": "container", "replicas": 2, "ports": [{"port": 1}],
+            "env": {"A": "1", "B": "2"}});
+        assert_eq!(object["spec"], spec);
+        assert_eq!(object["metadata"], json!({"name": "web", "labels": {"a": "b"}, "deletionProtection": true}));
+        assert!(object.get("status").is_none());
+    }
+
+    #[test]
+    fn a_container_that_becomes_a_function_leaves_its_ports() {
+        let existing = json!({"metadata": {"name": "web"}, "spec": {
+            "image": "v1", "runtime": "container", "ports": [{"port": 1}], "command": ["x"]}});
+        let object = app(&name("web"), Some(&existing), &Wanted::default(), Some(ImageFormat::Wasm));
+        assert_eq!(object["spec"], json!({"image": "v1", "runtime": "function"}));
+        valid(&object);
+    }
+}
