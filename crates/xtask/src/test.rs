@@ -81,6 +81,8 @@ pub fn run(root: &Path, filters: &[String]) -> anyhow::Result<()> {
         bail!("{line}: no test has a name that holds {filters:?}");
     }
     println!("test: ok: {line}");
+    // The same once more in the plain form that tools which watch test runs look for.
+    println!("{} passed, {} failed", total.passed, total.failed);
     Ok(())
 }
 

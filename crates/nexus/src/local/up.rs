@@ -165,9 +165,9 @@ fn report(dir: &DataDir, plan: &Plan, context_path: &Path) {
     println!("  gateways  {}", gateways.join(", "));
     println!("  context   {}", context_path.display());
     println!("Next:");
-    println!("  nexus status");
-    println!("  nexus local list");
-    println!("  nexus down");
+    println!("  nexus get hosts");
+    println!("  nexus deploy web --image PATH    # an OCI layout or archive, a docker archive, or a .wasm component");
+    println!("  nexus local kill zone-a-1        # pull a host's plug, and see the others carry on");
 }
 
 fn block_signals() -> anyhow::Result<SigSet> {

@@ -1,0 +1,254 @@
+"""Hooks for schemathesis: they give generated requests something real to speak of.
+
+A random name names nothing, and a run of 404s proves nothing. So where the generated data are valid, names of objects are
+replaced by names of objects that exist: a fixture for reading and changing, a throw-away made a moment before for deleting.
+What JSON Schema can't say (a digest that is among the blobs, ports that differ, fields that can't change) is made true the
+same way. Invalid data are left as they are: their refusal is the point.
+
+In the stateful phase names come from earlier answers and stay as they are.
+
+Every answer is counted per operation and status; the counts go to $NEXUS_ST_REPORT for the test to judge.
+"""
+
+import atexit
+import collections
+import hashlib
+import itertools
+import json
+import os
+import time
+
+import requests
+import schemathesis
+
+API = os.environ["NEXUS_ST_API"]
+TOKEN = os.environ["NEXUS_ST_TOKEN"]
+REPORT = os.environ["NEXUS_ST_REPORT"]
+REGION = f"{API}/v1/regions/local"
+PROJECT = f"{REGION}/projects/default"
+# An app of the test's own, running, and a host whose agent is dead.
+APP = os.environ["NEXUS_ST_APP"]
+DEAD_HOST = os.environ["NEXUS_ST_DEAD_HOST"]
+
+session = requests.Session()
+session.headers["Authorization"] = f"Bearer {TOKEN}"
+numbers = itertools.count()
+counts = collections.defaultdict(collections.Counter)
+
+
+def call(method, url, **more):
+    return session.request(method, url, timeout=30, **more)
+
+
+def made(url, body):
+    answer = call("PUT", url, json=body)
+    assert answer.ok, f"{url}: {answer.status_code} {answer.text}"
+    return answer.json()
+
+
+def digest(content):
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def app(image="missing"):
+    return {"spec": {"image": image, "replicas": 1, "resources": {"memory": "8Mi"}}}
+
+
+EMPTY = digest(b"")
+WASM = {"format": "wasm", "digest": EMPTY, "blobs": [{"digest": EMPTY, "size": 0}]}
+# By the last part of a collection's path: where the fixture is, and a body for a throw-away. Kinds without one are not made
+# by users.
+BODIES = {
+    "organizations": (f"{API}/v1/organizations", lambda n: {"spec": {}}),
+    "projects": (f"{API}/v1/projects", lambda n: {"spec": {}}),
+    "zones": (f"{REGION}/zones", lambda n: {"spec": {}}),
+    "cells": (f"{REGION}/cells", lambda n: {"spec": {}}),
+    "images": (f"{PROJECT}/images", lambda n: {"spec": WASM}),
+    "apps": (f"{PROJECT}/apps", lambda n: app()),
+    "routes": (f"{PROJECT}/routes", lambda n: {"spec": {"host": f"{n}.example.com", "app": APP}}),
+}
+# What reads and changes; never deleted.
+FIXTURE = "st-fixture"
+
+
+@schemathesis.hook
+def after_load_schema(context, schema):
+    assert call("PUT", f"{PROJECT}/blobs/{EMPTY}", data=b"").ok
+    # Bounds what generated apps place.
+    quota = {"spec": {"quota": {"instances": 60, "cpu": "1000", "memory": "4Ti"}}}
+    answer = call("PATCH", f"{API}/v1/projects/default", json=quota)
+    assert answer.ok, answer.text
+    for url, body in BODIES.values():
+        made(f"{url}/{FIXTURE}", body(FIXTURE))
+
+
+def kind_of(path):
+    """The collection's word of an operation on one object, such as `apps`."""
+    parts = path.split("/")
+    return parts[-2] if parts[-1].startswith("{name}") else None
+
+
+def is_positive(case, location):
+    """Whether this part of the request was generated to be valid."""
+    if case.meta is None:
+        return False
+    for where, component in case.meta.components.items():
+        if where.value == location:
+            return component.mode.is_positive
+    return True
+
+
+def phase(case):
+    return case.meta.phase.name.value if case.meta is not None else ""
+
+
+def pick(url, good=lambda o: True):
+    found = [o["metadata"]["name"] for o in call("GET", url).json()["items"] if good(o)]
+    return found[0] if found else None
+
+
+def instance(of_app):
+    """A placed instance of an app. A deleted one is replaced soon."""
+    for _ in range(100):
+        name = pick(f"{PROJECT}/instances", lambda o: o["spec"]["app"] == of_app and o["status"].get("host"))
+        if name:
+            return name
+        time.sleep(0.1)
+    raise AssertionError(f"no instance of {of_app}")
+
+
+def real_name(case, kind):
+    if kind in ("instances",):
+        return instance("st-victim" if case.method == "DELETE" else APP)
+    if kind == "events":
+        return pick(f"{PROJECT}/events?limit=1")
+    if kind == "regions":
+        return "local"
+    if kind == "hosts":
+        if case.method == "DELETE":
+            return DEAD_HOST
+        return pick(f"{REGION}/hosts", lambda o: o["metadata"]["name"] != DEAD_HOST)
+    if case.method != "DELETE":
+        return FIXTURE
+    url, body = BODIES[kind]
+    name = f"st-gone-{next(numbers)}"
+    made(f"{url}/{name}", body(name))
+    return name
+
+
+def repair_path(case):
+    names = case.path_parameters
+    if "region" in names:
+        names["region"] = "local"
+    if "project" in names:
+        names["project"] = "default"
+    kind = kind_of(case.path)
+    # A name that is only tried out creates its object; every fourth put is let do that.
+    creates = case.method == "PUT" and kind in BODIES and next(numbers) % 4 == 0
+    if kind and "name" in names:
+        if creates:
+            names["name"] = f"st-put-{next(numbers) % 8}"
+        else:
+            name = real_name(case, kind)
+            if name:
+                names["name"] = name
+    if "digest" in names:
+        names["digest"] = digest(case.body) if case.method == "PUT" and isinstance(case.body, bytes) else EMPTY
+
+
+def repair_query(case):
+    query = case.query or {}
+    if "cursor" in query:
+        # Only a cursor that this same list gave is one.
+        del query["cursor"]
+        url = API + case.formatted_path
+        asked = {**query, "limit": 1}
+        answer = call("GET", url, params=asked)
+        cursor = answer.json().get("metadata", {}).get("cursor") if answer.ok else None
+        if cursor:
+            query["cursor"] = cursor
+
+
+def repair_headers(case):
+    # Schemathesis takes the quotes of entity tags for its own.
+    for name in ("If-Match", "If-None-Match"):
+        value = case.headers.get(name) if case.headers else None
+        if isinstance(value, str) and value.isdigit():
+            case.headers[name] = f'"{value}"'
+
+
+def repair_app(spec, project):
+    if spec.get("runtime") == "function":
+        for field in ("ports", "command", "args"):
+            spec.pop(field, None)
+        for check in (spec.get("health") or {}).values():
+            if isinstance(check, dict) and "exec" in (check.get("probe") or {}):
+                check["probe"] = {"tcp": {"port": 8080}}
+    if isinstance(spec.get("ports"), list):
+        spec["ports"] = list({p["port"]: p for p in spec["ports"]}.values())
+    if "replicas" in spec:
+        # Thousands of instances would say no more than three.
+        spec["replicas"] = int(spec["replicas"]) % 4
+
+
+def repair_body(case):
+    body = case.body
+    if not isinstance(body, dict):
+        return
+    kind = kind_of(case.path) or case.path.split("/")[-1]
+    metadata = body.get("metadata")
+    if isinstance(metadata, dict):
+        if case.method == "POST":
+            metadata["name"] = f"st-post-{next(numbers)}"
+        elif "name" in metadata:
+            metadata["name"] = case.path_parameters["name"]
+        if "project" in metadata:
+            metadata["project"] = case.path_parameters.get("project", "default")
+        # In a PUT it is a precondition: see If-Match.
+        metadata.pop("revision", None)
+        # Else it could not be deleted.
+        metadata.pop("deletionProtection", None)
+    spec = body.get("spec")
+    if not isinstance(spec, dict):
+        return
+    if kind == "apps":
+        repair_app(spec, case.path_parameters.get("project"))
+    if kind == "images" and case.method != "PATCH":
+        spec["digest"] = spec["blobs"][0]["digest"]
+    if kind == "projects" and "organization" in spec:
+        # Who owns a project can't change.
+        spec["organization"] = "default"
+    if kind == "routes" and case.method != "PATCH":
+        spec["host"] = f"r{next(numbers)}.example.com"
+    if kind == "hosts":
+        # All else is the agent's to say.
+        name = case.path_parameters["name"]
+        answer = call("GET", f"{REGION}/hosts/{name}")
+        if answer.ok:
+            cordoned = spec.get("cordoned")
+            body["spec"] = answer.json()["spec"]
+            body["spec"]["cordoned"] = bool(cordoned) if case.method == "PUT" else cordoned
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    if case.meta is None or not case.meta.generation.mode.is_positive:
+        # One part is invalid; the others stay too, so that the refusal is due to it.
+        return
+    stateful = phase(case) == "stateful"
+    if not stateful:
+        repair_path(case)
+    repair_query(case)
+    repair_headers(case)
+    repair_body(case)
+
+
+@schemathesis.hook
+def after_call(context, case, response):
+    counts[case.operation.label][response.status_code] += 1
+
+
+@atexit.register
+def write():
+    with open(REPORT, "w") as out:
+        json.dump(counts, out, indent=1, sort_keys=True)
