@@ -1,6 +1,14 @@
 //! `cargo xtask bench NAME [--json]`: the benches by name. A new one is a file and a line in [`BENCHES`].
 
+mod api;
+mod cloud;
+mod container;
+mod function;
+mod http;
+mod load;
+mod local;
 mod placement;
+mod process;
 mod report;
 
 use report::Row;
@@ -12,8 +20,17 @@ struct Bench {
     run: fn() -> anyhow::Result<Vec<Row>>,
 }
 
-const BENCHES: &[Bench] =
-    &[Bench { name: "placement", about: "decisions of one cell with 50,000 hosts, on one core", run: placement::run }];
+const BENCHES: &[Bench] = &[
+    Bench { name: "placement", about: "decisions of one cell with 50,000 hosts, on one core", run: placement::run },
+    Bench {
+        name: "function",
+        about: "components: deployed to first answer, a fresh instance per request",
+        run: function::run,
+    },
+    Bench { name: "container", about: "containers: deployed to first answer, start to exit", run: container::run },
+    Bench { name: "api", about: "100,000 objects: creates, lists, gets", run: api::run },
+    Bench { name: "local", about: "the local cloud: coming up, and idle", run: local::run },
+];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -46,6 +46,14 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// The smallest value that is not below the given share of all.
+pub fn percentile(values: &[f64], share: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let place = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(place.max(1) - 1).copied().unwrap_or(f64::NAN)
+}
+
 /// Seconds of processor time that this process has used, all threads, in user and kernel.
 pub fn cpu_seconds() -> f64 {
     // SAFETY: all-zero is a valid `rusage`, and the call only writes to it.
@@ -112,5 +120,13 @@ mod tests {
         assert_eq!(median(&[1000.0, 1.0, 3.0]), 3.0);
         assert_eq!(median(&[4.0, 2.0]), 3.0);
         assert!(median(&[]).is_nan());
+    }
+
+    #[test]
+    fn a_percentile_is_one_of_the_values() {
+        let values: Vec<f64> = (1..=200).map(f64::from).collect();
+        assert_eq!((percentile(&values, 0.99), percentile(&values, 1.0)), (198.0, 200.0));
+        assert_eq!(percentile(&[7.0], 0.0), 7.0);
+        assert!(percentile(&[], 0.5).is_nan());
     }
 }

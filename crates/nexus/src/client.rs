@@ -189,21 +189,9 @@ impl Client {
         self.json(Method::GET, path, Parts::default()).await
     }
 
-    pub async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, ClientError> {
-        self.json(Method::POST, path, Parts::json(body)?).await
-    }
-
-    pub async fn put<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, ClientError> {
-        self.json(Method::PUT, path, Parts::json(body)?).await
-    }
-
     /// Sends a JSON merge patch.
     pub async fn patch<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, ClientError> {
         self.json(Method::PATCH, path, Parts::merge_patch(body)?).await
-    }
-
-    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        self.json(Method::DELETE, path, Parts::default()).await
     }
 
     /// Sends a request and reads a JSON answer. An empty answer reads as `null`.

@@ -57,6 +57,7 @@ pub const PACKAGES: &[Package] = &[
     package(Need::Test, "python3-venv", "the place for Python tools such as schemathesis"),
     package(Need::Bench, "runc", "the peer of the container runtime"),
     package(Need::Bench, "nginx-light", "the peer of the API and the gateway"),
+    package(Need::Bench, "wrk", "makes the load of HTTP benches"),
 ];
 
 /// Targets that rustup installs.

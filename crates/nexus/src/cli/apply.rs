@@ -76,11 +76,10 @@ pub fn diff(title: &str, before: Option<&Value>, after: &Value) -> anyhow::Resul
 /// The project in which a manifest's object stands.
 pub fn project_of(cloud: &Cloud, asked: Option<&Name>, manifest: &Manifest) -> anyhow::Result<Name> {
     match (&manifest.project, asked) {
-        (Some(own), Some(asked)) if own != asked && manifest.kind.scope == Scope::Project => Err(Fail::usage(format!(
-            "{}: metadata.project: {own:?} contradicts --project {asked}",
-            manifest.place
-        ))
-        .into()),
+        (Some(own), Some(asked)) if own != asked && manifest.kind.scope == Scope::Project => {
+            Err(Fail::usage(format!("{}: metadata.project: {own:?} contradicts --project {asked}", manifest.place))
+                .into())
+        }
         (Some(own), _) => Ok(own.clone()),
         (None, _) => Ok(cloud.target.project.clone()),
     }

@@ -270,7 +270,9 @@ pub fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
 /// The name of an object that the API gave.
 pub fn name_of(object: &Value) -> anyhow::Result<Name> {
     let name = text(object, "/metadata/name");
-    Ok(name.parse().map_err(|e| Fail::new(crate::exit::Exit::Failed, format!("the API named an object {name:?}: {e}")))?)
+    Ok(name
+        .parse()
+        .map_err(|e| Fail::new(crate::exit::Exit::Failed, format!("the API named an object {name:?}: {e}")))?)
 }
 
 #[cfg(test)]

@@ -76,7 +76,9 @@ async fn find(cloud: &Cloud, args: &DeleteArgs) -> anyhow::Result<Vec<Doomed>> {
             (Some(selector), true) => get::select(cloud, kind, selector).await?,
             (None, false) => asked.names,
             (Some(_), false) => return Err(Fail::usage("give names or a selector, not both").into()),
-            (None, true) => return Err(Fail::usage(format!("name the {} to delete, or choose with -l", kind.plural)).into()),
+            (None, true) => {
+                return Err(Fail::usage(format!("name the {} to delete, or choose with -l", kind.plural)).into());
+            }
         };
         doomed.extend(names.iter().map(|name| Doomed {
             kind,

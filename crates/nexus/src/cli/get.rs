@@ -97,12 +97,7 @@ fn columns(args: &GetArgs) -> Columns {
 }
 
 fn listing(args: &GetArgs) -> Listing {
-    Listing {
-        all_projects: args.all_projects,
-        project: None,
-        selector: args.selector.clone(),
-        deleting: args.deleting,
-    }
+    Listing { all_projects: args.all_projects, project: None, selector: args.selector.clone(), deleting: args.deleting }
 }
 
 async fn named_ones(cloud: &Cloud, args: &GetArgs, asked: &Asked) -> anyhow::Result<()> {
@@ -186,9 +181,7 @@ async fn watch(cloud: &Cloud, args: &GetArgs, asked: &Asked) -> anyhow::Result<(
             return Ok(());
         }
         match args.output {
-            Format::Table | Format::Wide => {
-                output::text(&table.rows([(change.object, change.deleted)], cloud.now()))
-            }
+            Format::Table | Format::Wide => output::text(&table.rows([(change.object, change.deleted)], cloud.now())),
             Format::Json => {
                 let event = if change.deleted { "delete" } else { "put" };
                 output::text(&json!({"event": event, "object": change.object}).to_string())
@@ -352,7 +345,9 @@ mod tests {
                 let (mut stream, _) = listener.accept().unwrap();
                 let mut buffer = [0; 4096];
                 let n = stream.read(&mut buffer).unwrap();
-                asked.send(String::from_utf8_lossy(&buffer[..n]).lines().next().unwrap_or_default().to_owned()).unwrap();
+                asked
+                    .send(String::from_utf8_lossy(&buffer[..n]).lines().next().unwrap_or_default().to_owned())
+                    .unwrap();
                 write!(stream, "HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{answer}").unwrap();
             }
         });

@@ -17,7 +17,7 @@ use crate::exit::{Exit, Fail};
 const MAX_FILE: u64 = 64 << 20;
 
 /// One object of a manifest.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Manifest {
     /// `web.yaml, document 2`.
     pub place: String,
@@ -212,10 +212,7 @@ mod tests {
         assert!(faults.is_empty(), "{faults:?}");
         sort(&mut manifests);
         let got: Vec<_> = manifests.iter().map(|m| (m.kind.kind, m.name.as_str(), m.place.as_str())).collect();
-        assert_eq!(
-            got,
-            [("App", "web", "web.yaml, document 2"), ("Route", "shop", "web.yaml, document 1")]
-        );
+        assert_eq!(got, [("App", "web", "web.yaml, document 2"), ("Route", "shop", "web.yaml, document 1")]);
         let app = &manifests[0];
         assert_eq!(app.project.as_ref().unwrap(), &"p");
         assert_eq!(app.object["kind"], "App");
@@ -240,7 +237,11 @@ mod tests {
         let (_, faults) = split(text);
         assert_eq!(faults[0], "web.yaml, document 1: spec.replcas: there is no such field");
         assert_eq!(faults[1], "web.yaml, document 1: spec.ports[0].port: between 1 and 65535");
-        assert!(faults[2].starts_with("web.yaml, document 2: kind: ") && faults[2].contains("did you mean"), "{}", faults[2]);
+        assert!(
+            faults[2].starts_with("web.yaml, document 2: kind: ") && faults[2].contains("did you mean"),
+            "{}",
+            faults[2]
+        );
         assert!(faults[3].starts_with("web.yaml, document 3: metadata.name: "));
         assert!(faults[4].starts_with("web.yaml, document 4: an object"));
         assert!(faults[5].starts_with("web.yaml, document 5: ") && faults[5].contains("line"), "{}", faults[5]);

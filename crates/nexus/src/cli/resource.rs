@@ -66,7 +66,9 @@ pub fn parse(words: &[String]) -> Result<Vec<Asked>, Fail> {
             let mut names = Vec::new();
             for text in &words[1..] {
                 if text.contains('/') {
-                    return Err(Fail::usage(format!("{text:?}: after a kind come names only; or write KIND/NAME each")));
+                    return Err(Fail::usage(format!(
+                        "{text:?}: after a kind come names only; or write KIND/NAME each"
+                    )));
                 }
                 names.push(find_name(kind, text)?);
             }

@@ -150,8 +150,7 @@ pub async fn wait(
         None => {
             // The explanation has a deadline of its own: it is asked of a cloud that may be in trouble.
             let reasons = tokio::time::timeout(Duration::from_secs(10), why(cloud, kind, &last)).await;
-            let mut message =
-                format!("{title} is not ready after {} seconds: {}", timeout.as_secs(), state(&last));
+            let mut message = format!("{title} is not ready after {} seconds: {}", timeout.as_secs(), state(&last));
             for reason in reasons.unwrap_or_default() {
                 message.push_str(&format!("\n  {reason}"));
             }
@@ -169,9 +168,7 @@ mod tests {
 
     #[test]
     fn settled_means_a_good_phase_of_the_newest_generation() {
-        let app = |phase: &str, observed: u64| {
-            json!({"metadata": {"generation": 2}, "status": {"phase": phase, "observedGeneration": observed}})
-        };
+        let app = |phase: &str, observed: u64| json!({"metadata": {"generation": 2}, "status": {"phase": phase, "observedGeneration": observed}});
         assert!(is_settled(&app("Ready", 2)) && is_settled(&app("Stopped", 2)));
         assert!(!is_settled(&app("Ready", 1)) && !is_settled(&app("Progressing", 2)));
         assert!(is_settled(&json!({"metadata": {"generation": 1}, "status": {}})));

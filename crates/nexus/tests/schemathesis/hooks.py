@@ -232,15 +232,17 @@ def repair_body(case):
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    if case.meta is None or not case.meta.generation.mode.is_positive:
-        # One part is invalid; the others stay too, so that the refusal is due to it.
+    if case.meta is None:
         return
-    stateful = phase(case) == "stateful"
-    if not stateful:
+    # What is invalid stays so, and is all that is: a wrong body sent to nowhere would tell of nowhere only.
+    if is_positive(case, "path") and phase(case) != "stateful":
         repair_path(case)
-    repair_query(case)
-    repair_headers(case)
-    repair_body(case)
+    if is_positive(case, "query"):
+        repair_query(case)
+    if is_positive(case, "header"):
+        repair_headers(case)
+    if is_positive(case, "body"):
+        repair_body(case)
 
 
 @schemathesis.hook

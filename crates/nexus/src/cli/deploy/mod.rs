@@ -15,7 +15,6 @@ use super::apply::{Outcome, diff};
 use super::cloud::{Cloud, CloudArgs, Guard, is_code, text};
 use super::output::{self, Format};
 use super::{image, resource, settle};
-use crate::client::Parts;
 use crate::exit::Fail;
 use spec::Wanted;
 
@@ -298,8 +297,7 @@ pub async fn scale(args: &ScaleArgs) -> anyhow::Result<()> {
     let name = resource::find_name(kind, text_of_name)?;
     let cloud = Cloud::connect(&args.cloud)?;
     let path = cloud.object(kind, &name);
-    let patch = Parts::merge_patch(&json!({"spec": {"replicas": args.replicas}}))?;
-    let object: Value = cloud.client.json(reqwest::Method::PATCH, &path, patch).await?;
+    let object: Value = cloud.client.patch(&path, &json!({"spec": {"replicas": args.replicas}})).await?;
     output::text(&format!("{} scaled to {}", resource::title(kind, text(&object, "/metadata/name")), args.replicas))?;
     if args.wait {
         settle::wait(&cloud, kind, &path, &object, None, Duration::from_secs(args.timeout)).await?;

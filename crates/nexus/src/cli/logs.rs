@@ -1,0 +1,280 @@
+//! `nexus logs`: what an instance says, or all of an app's, each line under its instance's name.
+//!
+//! With `-f`, instances that come later are followed too, and a stream that breaks off is taken up again at its end:
+//! what was said in between may be missing, and standard error says so.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use bytes::Bytes;
+use clap::Args;
+use futures::stream::FuturesUnordered;
+use futures::{Stream, StreamExt as _};
+use nexus_model::Name;
+use nexus_model::kind::{self, KindDescriptor};
+use reqwest::Method;
+use serde_json::Value;
+
+use super::cloud::{Cloud, CloudArgs, name_of, text};
+use super::{output, resource, settle};
+use crate::client::{ClientError, Parts};
+use crate::exit::{Exit, Fail};
+
+/// More instances than this are not followed at once.
+const MAX_FOLLOWED: usize = 100;
+/// How often an app is asked for new instances.
+const LOOK: Duration = Duration::from_secs(2);
+/// A line that is longer is passed on in pieces.
+const MAX_LINE: usize = 1 << 20;
+
+/// Shows what an instance, or all of an app's, wrote
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    nexus logs web\n  \
+    nexus logs app/web -f --tail 10\n  \
+    nexus logs instance/web-0a1b2c3d")]
+pub struct LogsArgs {
+    /// An app or an instance: NAME, app/NAME or instance/NAME
+    #[arg(value_name = "APP|INSTANCE")]
+    what: String,
+    /// Goes on with what is written from now on
+    #[arg(short, long)]
+    follow: bool,
+    /// The last so many lines of each instance; without it, all that is kept
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    tail: Option<u32>,
+    #[command(flatten)]
+    cloud: CloudArgs,
+}
+
+/// What a word that may name an app or an instance does name.
+pub enum Found {
+    App(Value),
+    Instance(Value),
+}
+
+fn kinds() -> (&'static KindDescriptor, &'static KindDescriptor) {
+    (kind::find("app").expect("a kind"), kind::find("instance").expect("a kind"))
+}
+
+/// Finds an app or an instance, in the order of `apps_first`.
+pub async fn find(cloud: &Cloud, word: &str, apps_first: bool) -> anyhow::Result<Found> {
+    let (apps, instances) = kinds();
+    if let Some((kind, name)) = word.split_once('/') {
+        let kind = resource::find_kind(kind)?;
+        let name = resource::find_name(kind, name)?;
+        return match kind.kind {
+            "App" => Ok(Found::App(cloud.get(kind, &name).await?)),
+            "Instance" => Ok(Found::Instance(cloud.get(kind, &name).await?)),
+            _ => Err(Fail::usage(format!("{} don't run: name an app or an instance", kind.plural)).into()),
+        };
+    }
+    let name = resource::find_name(if apps_first { apps } else { instances }, word)?;
+    for is_app in [apps_first, !apps_first] {
+        let kind = if is_app { apps } else { instances };
+        if let Some(object) = cloud.find(&cloud.object(kind, &name)).await? {
+            return Ok(if is_app { Found::App(object) } else { Found::Instance(object) });
+        }
+    }
+    let project = &cloud.target.project;
+    Err(Fail::not_found(format!("there is no app and no instance {word:?} in project {project}")).into())
+}
+
+pub async fn run(args: &LogsArgs) -> anyhow::Result<()> {
+    let cloud = Cloud::connect(&args.cloud)?;
+    match find(&cloud, &args.what, true).await? {
+        Found::Instance(instance) => {
+            let name = name_of(&instance)?;
+            let mut lines = open(&cloud, &name, args.follow, args.tail).await?;
+            while let Some(piece) = lines.next().await {
+                output::bytes(&piece?)?;
+            }
+            Ok(())
+        }
+        Found::App(app) if args.follow => follow(&cloud, &app, args.tail).await,
+        Found::App(app) => {
+            let instances = settle::instances_of(&cloud, &app).await?;
+            if instances.is_empty() {
+                eprintln!("app/{} has no instances", text(&app, "/metadata/name"));
+            }
+            for instance in &instances {
+                once(&cloud, &name_of(instance)?, args.tail).await?;
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn open(
+    cloud: &Cloud,
+    name: &Name,
+    follow: bool,
+    tail: Option<u32>,
+) -> Result<impl Stream<Item = Result<Bytes, ClientError>> + Unpin + use<>, ClientError> {
+    let mut path = format!("{}:logs?follow={follow}", cloud.object(kinds().1, name));
+    if let Some(tail) = tail {
+        path.push_str(&format!("&tail={tail}"));
+    }
+    cloud.client.stream(Method::GET, &path, Parts::default()).await
+}
+
+/// Puts an instance's name before each of its lines. Streams are cut anywhere, and lines of different instances must not
+/// run into one another.
+struct Prefixer {
+    prefix: Vec<u8>,
+    rest: Vec<u8>,
+}
+
+impl Prefixer {
+    fn new(name: &Name) -> Self {
+        Self { prefix: format!("{name}  ").into_bytes(), rest: Vec::new() }
+    }
+
+    /// The whole lines so far.
+    fn feed(&mut self, piece: &[u8]) -> Vec<u8> {
+        self.rest.extend_from_slice(piece);
+        let mut out = Vec::new();
+        let mut start = 0;
+        while let Some(length) = self.rest[start..].iter().position(|b| *b == b'\n') {
+            out.extend_from_slice(&self.prefix);
+            out.extend_from_slice(&self.rest[start..=start + length]);
+            start += length + 1;
+        }
+        self.rest.drain(..start);
+        if self.rest.len() > MAX_LINE {
+            out.append(&mut self.end());
+        }
+        out
+    }
+
+    /// What is left, as a line.
+    fn end(&mut self) -> Vec<u8> {
+        if self.rest.is_empty() {
+            return Vec::new();
+        }
+        let mut out = self.prefix.clone();
+        out.append(&mut self.rest);
+        out.push(b'\n');
+        out
+    }
+}
+
+/// Prints what one of several instances has said. One that can't be read must not keep the others.
+async fn once(cloud: &Cloud, name: &Name, tail: Option<u32>) -> anyhow::Result<()> {
+    let mut lines = match open(cloud, name, false, tail).await {
+        Ok(lines) => lines,
+        Err(e) => {
+            eprintln!("instance/{name}: {e}");
+            return Ok(());
+        }
+    };
+    let mut prefixer = Prefixer::new(name);
+    while let Some(piece) = lines.next().await {
+        match piece {
+            Ok(piece) => output::bytes(&prefixer.feed(&piece))?,
+            Err(e) => eprintln!("instance/{name}: {e}"),
+        }
+    }
+    output::bytes(&prefixer.end())
+}
+
+/// Follows one instance until its stream ends.
+async fn tail_one(cloud: &Cloud, name: Name, tail: Option<u32>) -> (Name, anyhow::Result<Result<(), ClientError>>) {
+    let told = async {
+        let mut lines = match open(cloud, &name, true, tail).await {
+            Ok(lines) => lines,
+            Err(e) => return Ok(Err(e)),
+        };
+        let mut prefixer = Prefixer::new(&name);
+        while let Some(piece) = lines.next().await {
+            match piece {
+                Ok(piece) => output::bytes(&prefixer.feed(&piece))?,
+                Err(e) => {
+                    output::bytes(&prefixer.end())?;
+                    return Ok(Err(e));
+                }
+            }
+        }
+        output::bytes(&prefixer.end())?;
+        Ok(Ok(()))
+    };
+    let told = told.await;
+    (name, told)
+}
+
+async fn follow(cloud: &Cloud, app: &Value, tail: Option<u32>) -> anyhow::Result<()> {
+    let mut streams = FuturesUnordered::new();
+    let mut followed: BTreeSet<Name> = BTreeSet::new();
+    // Instances whose stream was once open: they go on at their end instead of saying all again.
+    let mut heard: BTreeSet<Name> = BTreeSet::new();
+    let mut complained: BTreeSet<Name> = BTreeSet::new();
+    let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = look.tick() => {
+                let instances = match settle::instances_of(cloud, app).await {
+                    Ok(instances) => instances,
+                    // What is followed goes on meanwhile.
+                    Err(e) if e.exit() == Exit::Unavailable => continue,
+                    Err(e) => return Err(e.into()),
+                };
+                let names: BTreeSet<Name> = instances.iter().map(name_of).collect::<Result<_, _>>()?;
+                heard.retain(|n| names.contains(n));
+                complained.retain(|n| names.contains(n));
+                for name in names {
+                    if followed.contains(&name) {
+                        continue;
+                    }
+                    if followed.len() >= MAX_FOLLOWED {
+                        if complained.insert(name.clone()) {
+                            eprintln!("instance/{name}: not followed, {MAX_FOLLOWED} are already");
+                        }
+                        continue;
+                    }
+                    followed.insert(name.clone());
+                    let tail = if heard.contains(&name) { Some(0) } else { tail };
+                    streams.push(Box::pin(tail_one(cloud, name, tail)));
+                }
+            }
+            Some((name, told)) = streams.next(), if !streams.is_empty() => {
+                match told? {
+                    Ok(()) => drop(heard.insert(name.clone())),
+                    Err(e) => {
+                        if !matches!(e, ClientError::Refused(_)) {
+                            heard.insert(name.clone());
+                        }
+                        if complained.insert(name.clone()) {
+                            eprintln!("instance/{name}: {e}");
+                        }
+                    }
+                }
+                // Taken up again at the next look, if it is still there.
+                followed.remove(&name);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_prefixed_however_they_are_cut() {
+        let text = b"one\ntwo\n\nlast";
+        for size in 1..text.len() {
+            let mut prefixer = Prefixer::new(&"w".parse().unwrap());
+            let mut out: Vec<u8> = text.chunks(size).flat_map(|c| prefixer.feed(c)).collect();
+            out.extend(prefixer.end());
+            assert_eq!(String::from_utf8(out).unwrap(), "w  one\nw  two\nw  \nw  last\n", "in pieces of {size}");
+        }
+    }
+
+    #[test]
+    fn an_endless_line_is_passed_on() {
+        let mut prefixer = Prefixer::new(&"w".parse().unwrap());
+        assert!(prefixer.feed(&vec![b'x'; MAX_LINE]).is_empty());
+        assert_eq!(prefixer.feed(b"y").len(), MAX_LINE + 1 + 4);
+    }
+}
