@@ -35,7 +35,26 @@ pub(crate) async fn read_json(headers: &HeaderMap, body: Body, types: &[&str]) -
     if bytes.is_empty() {
         return Err(ApiError::new(Code::BadRequest, "the body is empty"));
     }
-    serde_json::from_slice(&bytes).map_err(|e| ApiError::new(Code::BadRequest, format!("the body is not JSON: {e}")))
+    let mut value = serde_json::from_slice(&bytes)
+        .map_err(|e| ApiError::new(Code::BadRequest, format!("the body is not JSON: {e}")))?;
+    whole_numbers(&mut value);
+    Ok(value)
+}
+
+/// Writes `2.0` as `2`: to JSON Schema (2020-12, 4.2.3), and to clients with one type of number, both are the same integer.
+fn whole_numbers(value: &mut Value) {
+    match value {
+        Value::Array(list) => list.iter_mut().for_each(whole_numbers),
+        Value::Object(map) => map.values_mut().for_each(whole_numbers),
+        Value::Number(n) if n.is_f64() => {
+            let whole = n.as_f64().filter(|f| f.fract() == 0.0 && f.abs() <= MAX_INTEGER as f64);
+            if let Some(whole) = whole {
+                // Within the bounds in which every whole number has its own f64.
+                *value = if whole < 0.0 { Value::from(whole as i64) } else { Value::from(whole as u64) };
+            }
+        }
+        _ => {}
+    }
 }
 
 /// Where a body's object must stand.
@@ -284,6 +303,13 @@ mod tests {
         let body = json!({"metadata": {"name": "a", "annotations": {"note": "x".repeat(4097)}}, "spec": spec});
         assert_eq!(fields("app", None, body), ["metadata.annotations.note"]);
         assert_eq!(fields("app", None, json!({"metadata": {"name": "-"}, "spec": spec})), ["metadata.name"]);
+    }
+
+    #[test]
+    fn a_whole_number_may_have_a_point() {
+        let mut value = json!({"a": [2.0, -3.0, -0.0, 1.5, 1e300, 7], "b": "2.0"});
+        whole_numbers(&mut value);
+        assert_eq!(value, json!({"a": [2, -3, 0, 1.5, 1e300, 7], "b": "2.0"}));
     }
 
     #[test]

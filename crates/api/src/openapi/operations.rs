@@ -102,7 +102,7 @@ pub(super) fn parameters(region: &Name) -> Value {
         "Prefer": header(
             "Prefer",
             "`wait=N`: answer when the object has settled, or after N seconds (at most 300). See RFC 7240.",
-            json!({"type": "string", "maxLength": 256, "examples": ["wait=1"]}),
+            json!({"type": "string", "examples": ["wait=1"]}),
         ),
         "RequestId": header(
             "X-Request-Id",

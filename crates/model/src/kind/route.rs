@@ -28,8 +28,7 @@ pub struct RouteSpec {
 }
 
 /// Labels (RFC 1123) with points between them, after an optional `*.`.
-const HOST_PATTERN: &str =
-    r"^(\*\.)?[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*$";
+const HOST_PATTERN: &str = r"^(\*\.)?[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*$";
 
 fn root() -> String {
     "/".into()

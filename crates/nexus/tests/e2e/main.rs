@@ -41,7 +41,7 @@ fn get(url: &str, host: &str) -> Result<(u16, String), String> {
 fn wait_page(cloud: &Cloud, gateway: u16, host: &str, path: &str, wanted: &str) {
     let url = format!("{}{path}", cloud.gateway(gateway));
     cloud.wait(&format!("{url} of {host}"), || match get(&url, host) {
-        Ok((200, body)) if body == wanted => Ok(()),
+        Ok((200, body)) if body.trim_end() == wanted.trim_end() => Ok(()),
         other => Err(format!("{other:?}")),
     });
 }

@@ -49,12 +49,16 @@ fn schemathesis() -> PathBuf {
 
 /// An image with nothing in it but busybox.
 fn busybox(dir: &Path) -> PathBuf {
-    let layout = dir.join("busybox");
+    let (layout, bundle) = (dir.join("busybox"), dir.join("bundle"));
     let image = format!("{}:latest", layout.display());
     let umoci = || Command::new("umoci");
     run(umoci().args(["init", "--layout"]).arg(&layout));
     run(umoci().args(["new", "--image", &image]));
-    run(umoci().args(["insert", "--image", &image, "/usr/bin/busybox", "/bin/busybox"]));
+    run(umoci().args(["unpack", "--image", &image]).arg(&bundle));
+    let bin = bundle.join("rootfs/bin");
+    std::fs::create_dir_all(&bin).unwrap();
+    std::fs::copy("/usr/bin/busybox", bin.join("busybox")).unwrap();
+    run(umoci().args(["repack", "--image", &image]).arg(&bundle));
     run(umoci().args(["config", "--image", &image, "--config.cmd", "/bin/busybox"]));
     layout
 }
