@@ -109,7 +109,7 @@ pub async fn run(args: &DeleteArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?;
     let doomed = find(&cloud, args).await?;
     if doomed.is_empty() {
-        eprintln!("nothing to delete");
+        output::note("nothing to delete");
     }
     let mut last: Option<anyhow::Error> = None;
     for one in &doomed {

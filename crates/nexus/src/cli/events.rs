@@ -111,7 +111,7 @@ pub async fn run(args: &EventsArgs) -> anyhow::Result<()> {
                 output::text(&resource::title(kind, text(event, "/metadata/name")))?;
             }
         }
-        Format::Table | Format::Wide if events.is_empty() => eprintln!("there are no events"),
+        Format::Table | Format::Wide if events.is_empty() => output::note("there are no events"),
         Format::Table | Format::Wide => {
             let now = cloud.now();
             output::text(&printer.lines(events.iter().map(|e| row(e, args.all_projects, now)).collect()))?;

@@ -73,7 +73,7 @@ pub async fn run(args: &ExecArgs) -> anyhow::Result<i32> {
             let ready = instances.into_iter().find(|i| i["status"]["ready"] == true);
             let name = text(&app, "/metadata/name");
             let ready = ready.ok_or_else(|| Fail::conflict(format!("app/{name} has no instance that is ready")))?;
-            eprintln!("in instance/{}", text(&ready, "/metadata/name"));
+            output::note(&format!("in instance/{}", text(&ready, "/metadata/name")));
             ready
         }
     };

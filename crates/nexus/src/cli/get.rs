@@ -146,7 +146,7 @@ async fn list(cloud: &Cloud, args: &GetArgs, kind: &'static KindDescriptor) -> a
             break;
         }
         if left == 0 {
-            eprintln!("there may be more {}: raise --limit", kind.plural);
+            output::note(&format!("there may be more {}: raise --limit", kind.plural));
             break;
         }
     }
@@ -160,7 +160,7 @@ async fn list(cloud: &Cloud, args: &GetArgs, kind: &'static KindDescriptor) -> a
             } else {
                 format!(" in project {project}")
             };
-            eprintln!("there are no {}{place}", kind.plural);
+            output::note(&format!("there are no {}{place}", kind.plural));
             Ok(())
         }
         _ => Ok(()),

@@ -139,7 +139,7 @@ async fn upload_blob(cloud: &Cloud, blob: &ImportedBlob) -> anyhow::Result<()> {
     let shown = format!("{} ({})", &blob.digest.hex()[..12], output::size(blob.size));
     let bar = progress::bytes(blob.size, &shown);
     if bar.is_hidden() {
-        eprintln!("sending {shown}");
+        output::note(&format!("sending {shown}"));
     }
     let timeout = Duration::from_secs(120 + blob.size / SLOWEST);
     let sent = cloud.client.upload(&path, blob.size, timeout, || body(blob, &bar)).await;

@@ -95,7 +95,7 @@ pub async fn run(args: &LogsArgs) -> anyhow::Result<()> {
         Found::App(app) => {
             let instances = settle::instances_of(&cloud, &app).await?;
             if instances.is_empty() {
-                eprintln!("app/{} has no instances", text(&app, "/metadata/name"));
+                output::note(&format!("app/{} has no instances", text(&app, "/metadata/name")));
             }
             for instance in &instances {
                 once(&cloud, &name_of(instance)?, args.tail).await?;
@@ -164,7 +164,7 @@ async fn once(cloud: &Cloud, name: &Name, tail: Option<u32>) -> anyhow::Result<(
     let mut lines = match open(cloud, name, false, tail).await {
         Ok(lines) => lines,
         Err(e) => {
-            eprintln!("instance/{name}: {e}");
+            output::note(&format!("instance/{name}: {e}"));
             return Ok(());
         }
     };
@@ -172,7 +172,7 @@ async fn once(cloud: &Cloud, name: &Name, tail: Option<u32>) -> anyhow::Result<(
     while let Some(piece) = lines.next().await {
         match piece {
             Ok(piece) => output::bytes(&prefixer.feed(&piece))?,
-            Err(e) => eprintln!("instance/{name}: {e}"),
+            Err(e) => output::note(&format!("instance/{name}: {e}")),
         }
     }
     output::bytes(&prefixer.end())
@@ -228,7 +228,7 @@ async fn follow(cloud: &Cloud, app: &Value, tail: Option<u32>) -> anyhow::Result
                     }
                     if followed.len() >= MAX_FOLLOWED {
                         if complained.insert(name.clone()) {
-                            eprintln!("instance/{name}: not followed, {MAX_FOLLOWED} are already");
+                            output::note(&format!("instance/{name}: not followed, {MAX_FOLLOWED} are already"));
                         }
                         continue;
                     }
@@ -245,7 +245,7 @@ async fn follow(cloud: &Cloud, app: &Value, tail: Option<u32>) -> anyhow::Result
                             heard.insert(name.clone());
                         }
                         if complained.insert(name.clone()) {
-                            eprintln!("instance/{name}: {e}");
+                            output::note(&format!("instance/{name}: {e}"));
                         }
                     }
                 }

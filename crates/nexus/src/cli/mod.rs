@@ -72,12 +72,15 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether a person or a script reads what it prints; daemons write logs instead.
+    /// Whether a person or a script reads what it prints, and nothing else may break; daemons write logs instead.
     pub fn is_for_people(&self) -> bool {
-        // A foreground `up` must outlive its reader: it has a cloud to stop.
+        // A foreground `up` must outlive its reader: it has a cloud to stop. A user's command speaks to servers, and one
+        // that breaks off must not end it in silence: a vectored write to a closed socket raises SIGPIPE too. Those
+        // commands look after their output themselves, in `output`.
         !matches!(
             self,
             Self::Up(_)
+                | Self::User(_)
                 | Self::Server(_)
                 | Self::Agent(_)
                 | Self::Keeper(_)

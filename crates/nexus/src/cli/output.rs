@@ -41,6 +41,11 @@ pub fn text(text: &str) -> anyhow::Result<()> {
     bytes(&line)
 }
 
+/// Tells something beside the result, on standard error. Nobody may be there to read it.
+pub fn note(text: &str) {
+    writeln!(io::stderr().lock(), "{text}").ok();
+}
+
 pub fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
     text(&serde_json::to_string_pretty(value)?)
 }

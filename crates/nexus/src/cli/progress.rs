@@ -27,7 +27,7 @@ impl Progress {
         match &self.bar {
             Some(bar) => bar.set_message(message),
             None if self.last != message => {
-                eprintln!("{message}");
+                super::output::note(&message);
                 self.last = message;
             }
             None => {}

@@ -10,7 +10,7 @@ pub fn print(error: &anyhow::Error) -> i32 {
     if error.chain().any(|e| e.downcast_ref::<super::output::Closed>().is_some()) {
         return 0;
     }
-    eprintln!("{}", text(error));
+    super::output::note(&text(error));
     exit::code_of(error)
 }
 

@@ -77,7 +77,7 @@ fn try_disk(root: &Path) -> Option<String> {
     let folder = existing(root);
     match nix::sys::statvfs::statvfs(&folder) {
         Ok(disk) => {
-            let free = disk.blocks_available() as u64 * disk.fragment_size() as u64;
+            let free = disk.blocks_available() * disk.fragment_size();
             (free < DISK_NEEDED).then(|| {
                 format!(
                     "{} has {} MiB free, and at least {} MiB are needed: make room, or choose another --data-dir",

@@ -92,7 +92,7 @@ impl ServerBlobs {
 
     /// Sends a blob to the peers until a majority of all servers has it; the others fetch it later.
     async fn spread(&self, digest: Digest) -> Result<(), ApiError> {
-        let needed = (self.peers.len() + 1) / 2;
+        let needed = self.peers.len().div_ceil(2);
         let sends = self.peers.iter().map(|peer| async move {
             if self.peer_has(peer, digest).await {
                 return true;

@@ -109,18 +109,15 @@ fn changes<T: Send + Sync + 'static>(
     receiver: watch::Receiver<Arc<T>>,
     skip: impl Fn(&T) -> bool + Send + 'static,
 ) -> impl futures::Stream<Item = Result<Arc<T>, Refusal>> + Send {
-    stream::unfold((receiver, true, skip), |(mut receiver, first, skip)| async move {
-        if !first {
-            receiver.changed().await.ok()?;
-        }
-        loop {
-            let value = receiver.borrow_and_update().clone();
-            if !first || !skip(&value) {
-                return Some((Ok(value), (receiver, false, skip)));
+    stream::unfold((receiver, true), move |(mut receiver, first)| {
+        // The first is what stands now, unless the caller has it already.
+        let have = first && !skip(&receiver.borrow_and_update());
+        async move {
+            if !have {
+                receiver.changed().await.ok()?;
             }
-            receiver.changed().await.ok()?;
             let value = receiver.borrow_and_update().clone();
-            return Some((Ok(value), (receiver, false, skip)));
+            Some((Ok(value), (receiver, false)))
         }
     })
 }
