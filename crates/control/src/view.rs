@@ -22,6 +22,10 @@ use crate::world::World;
 
 /// Changes of the routing table are gathered for so long, so that a burst makes one table.
 const GATHER: Duration = Duration::from_millis(20);
+/// A large table takes long to make: it is made less often, so that making it takes a tenth of one core at most …
+const REST: u32 = 9;
+/// … but changes never wait longer than this.
+const LONGEST: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 struct State {
@@ -97,19 +101,22 @@ impl View {
         self.start_anew(world, revision.0);
         let mut watch = store.watch("o/".into(), key::prefix_end("t/").into(), revision).await?;
         let mut table_due: Option<tokio::time::Instant> = None;
+        let mut gather = GATHER;
         loop {
             let batch = tokio::select! {
                 biased;
                 () = async { tokio::time::sleep_until(table_due.expect("guarded")).await }, if table_due.is_some() => {
                     table_due = None;
+                    let begun = tokio::time::Instant::now();
                     self.publish_table();
+                    gather = (begun.elapsed() * REST).clamp(GATHER, LONGEST);
                     continue;
                 }
                 batch = watch.next() => batch,
             };
             let Some(Ok(batch)) = batch else { return Ok(()) };
             if self.apply(&batch.events, batch.revision.0) && table_due.is_none() {
-                table_due = Some(tokio::time::Instant::now() + GATHER);
+                table_due = Some(tokio::time::Instant::now() + gather);
             }
         }
     }
@@ -259,7 +266,11 @@ fn build_table(world: &World, revision: u64) -> RoutingTable {
     let mut table = RoutingTable { version: PLAN_VERSION, revision, ..RoutingTable::default() };
     let mut known: BTreeMap<(Uid, u16), u32> = BTreeMap::new();
     let mut routes: Vec<(String, String, &Object<App>, Option<u16>)> = Vec::new();
-    for app in world.apps.live.values() {
+    let serves = |app: &&Object<App>| {
+        app.spec.runtime == Runtime::Function || app.spec.ports.iter().any(|p| p.protocol != Protocol::Tcp)
+    };
+    // Asked first: names are dear to make where most apps serve nobody.
+    for app in world.apps.live.values().filter(serves) {
         routes.extend(hostnames(app, &world.domain).into_iter().map(|h| (h, "/".to_owned(), app, None)));
     }
     for route in world.routes.live.values() {

@@ -188,7 +188,29 @@ fn parse_spec<K: Kind>(value: &Value) -> Result<Value, Vec<FieldError>> {
         .map(|path| FieldError::new(format!("spec.{}", path.replace(".?", "")), "there is no such field"))
         .collect();
     errors.extend(K::validate(&spec));
-    if errors.is_empty() { Ok(serde_json::to_value(&spec).expect("specs are plain data")) } else { Err(errors) }
+    let whole = serde_json::to_value(&spec).expect("specs are plain data");
+    lists_for_objects("spec", value, &whole, &mut errors);
+    if errors.is_empty() { Ok(whole) } else { Err(errors) }
+}
+
+/// Finds lists where an object belongs: serde would take a struct's fields from a list too, in their order.
+fn lists_for_objects(at: &str, given: &Value, read: &Value, errors: &mut Vec<FieldError>) {
+    match (given, read) {
+        (Value::Array(_), Value::Object(_)) => errors.push(FieldError::new(at, "must be an object, not a list")),
+        (Value::Array(given), Value::Array(read)) => {
+            for (i, (given, read)) in given.iter().zip(read).enumerate() {
+                lists_for_objects(&format!("{at}[{i}]"), given, read, errors);
+            }
+        }
+        (Value::Object(given), Value::Object(read)) => {
+            for (key, read) in read {
+                if let Some(given) = given.get(key) {
+                    lists_for_objects(&format!("{at}.{key}"), given, read, errors);
+                }
+            }
+        }
+        _ => {}
+    }
 }
 
 impl KindDescriptor {
@@ -268,6 +290,14 @@ mod tests {
         let errors = parse(&json!({"image": "web", "resources": {"memory": "64 megs"}})).unwrap_err();
         assert_eq!(errors[0].field, "spec.resources.memory");
         assert!(errors[0].message.contains("64Mi"), "{}", errors[0].message);
+        for list in
+            [json!({"health": [null, null]}), json!({"resources": ["1", "64Mi", 9, "1Mi"]}), json!({"ports": [[80]]})]
+        {
+            let mut spec = json!({"image": "web"});
+            spec.as_object_mut().unwrap().extend(list.as_object().unwrap().clone());
+            let errors = parse(&spec).unwrap_err();
+            assert!(errors[0].field.starts_with("spec."), "{errors:?}");
+        }
         let errors = parse(&json!({"image": "web", "ports": [{"port": 0}]})).unwrap_err();
         assert_eq!(errors[0].field, "spec.ports[0].port");
     }

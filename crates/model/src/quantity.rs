@@ -88,12 +88,18 @@ impl fmt::Display for Bytes {
 /// A quantity comes as a text or as a bare number in its base unit (processors, bytes).
 struct TextOrNumber<T>(std::marker::PhantomData<T>);
 
-/// A bare number with more places than are kept, which is what arithmetic leaves behind (`0.1 + 0.2`).
-trait FromFraction: FromStr<Err = QuantityError> {
+/// What a bare number may be.
+trait BareNumber: FromStr<Err = QuantityError> {
+    /// The largest, as the schema says.
+    const MOST: u64;
+
+    /// One with more places than are kept, which is what arithmetic leaves behind (`0.1 + 0.2`).
     fn from_fraction(v: f64) -> Result<Self, QuantityError>;
 }
 
-impl FromFraction for MilliCpu {
+impl BareNumber for MilliCpu {
+    const MOST: u64 = 999_999;
+
     /// Rounds up: who asks for anything does not get nothing.
     fn from_fraction(v: f64) -> Result<Self, QuantityError> {
         let millis = (v * 1000.0).ceil();
@@ -106,13 +112,15 @@ impl FromFraction for MilliCpu {
     }
 }
 
-impl FromFraction for Bytes {
+impl BareNumber for Bytes {
+    const MOST: u64 = (1 << 53) - 1;
+
     fn from_fraction(v: f64) -> Result<Self, QuantityError> {
         Err(QuantityError::Bytes(v.to_string()))
     }
 }
 
-impl<T: FromFraction> de::Visitor<'_> for TextOrNumber<T> {
+impl<T: BareNumber> de::Visitor<'_> for TextOrNumber<T> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -124,16 +132,22 @@ impl<T: FromFraction> de::Visitor<'_> for TextOrNumber<T> {
     }
 
     fn visit_u64<E: de::Error>(self, v: u64) -> Result<T, E> {
+        if v > T::MOST {
+            return Err(E::custom(format_args!("a bare number is at most {}: write it with its unit", T::MOST)));
+        }
         v.to_string().parse().map_err(E::custom)
     }
 
     fn visit_f64<E: de::Error>(self, v: f64) -> Result<T, E> {
+        if v > T::MOST as f64 {
+            return Err(E::custom(format_args!("a bare number is at most {}: write it with its unit", T::MOST)));
+        }
         v.to_string().parse().or_else(|_| T::from_fraction(v)).map_err(E::custom)
     }
 }
 
 macro_rules! quantity {
-    ($type:ident, $number:literal, $most:literal, $pattern:literal) => {
+    ($type:ident, $number:literal, $pattern:literal) => {
         impl Serialize for $type {
             fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
                 s.collect_str(self)
@@ -157,19 +171,14 @@ macro_rules! quantity {
 
             fn json_schema(_: &mut SchemaGenerator) -> Schema {
                 // A pattern speaks of texts only, bounds of numbers only.
-                json_schema!({"type": ["string", $number], "pattern": $pattern, "minimum": 0, "maximum": $most})
+                json_schema!({"type": ["string", $number], "pattern": $pattern, "minimum": 0, "maximum": Self::MOST})
             }
         }
     };
 }
 
-quantity!(MilliCpu, "number", 999_999, "^([0-9]{1,9}m|[0-9]{1,6}(\\.[0-9]{1,3})?)$");
-quantity!(
-    Bytes,
-    "integer",
-    9_007_199_254_740_991_u64,
-    "^([0-9]{1,19}|[0-9]{1,15}(Ki|k)|[0-9]{1,12}(Mi|M)|[0-9]{1,9}(Gi|G)|[0-9]{1,6}(Ti|T))$"
-);
+quantity!(MilliCpu, "number", "^([0-9]{1,9}m|[0-9]{1,6}(\\.[0-9]{1,3})?)$");
+quantity!(Bytes, "integer", "^([0-9]{1,19}|[0-9]{1,15}(Ki|k)|[0-9]{1,12}(Mi|M)|[0-9]{1,9}(Gi|G)|[0-9]{1,6}(Ti|T))$");
 
 #[cfg(test)]
 mod tests {

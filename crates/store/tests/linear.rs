@@ -24,6 +24,9 @@ enum Action {
     Swap(u64, u64, Option<bool>),
 }
 
+/// The place of what was no choice.
+const TAKEN_AT_ONCE: usize = usize::MAX;
+
 #[derive(Debug, Clone, Copy)]
 struct Operation {
     call: u64,
@@ -33,31 +36,55 @@ struct Operation {
 }
 
 /// Whether some order explains the history of one register that starts at 0.
+///
+/// Two things keep the search small. What leaves the register as it is and fits it (a read of its value, a swap that
+/// failed) is taken at once and never taken back, because it rules nothing out. And operations without an answer are tried
+/// last: most never took effect.
 fn linearizable(history: &[Operation]) -> bool {
     let mut order: Vec<usize> = (0..history.len()).collect();
     order.sort_by_key(|&i| history[i].call);
     let mut seen: HashSet<(Vec<u64>, u64)> = HashSet::new();
     let mut done = vec![0u64; history.len().div_ceil(64)];
-    // Depth first: each level remembers where its choice stood and the register before it.
-    let mut stack: Vec<(usize, u64)> = Vec::new();
+    // Depth first: each level remembers which candidate it chose, the operation, and the register before it.
+    let mut stack: Vec<(usize, usize, u64)> = Vec::new();
     let (mut at, mut value) = (0, 0);
     let is_done = |done: &[u64], i: usize| done[i / 64] >> (i % 64) & 1 == 1;
     loop {
-        let open: Vec<usize> = order.iter().copied().filter(|&i| !is_done(&done, i)).collect();
-        let first_answer = open.iter().map(|&i| history[i].answer).min().unwrap_or(u64::MAX);
+        // What may come next: everything that was called before the first answer that is due.
+        let (mut candidates, mut first_answer) = (Vec::new(), u64::MAX);
+        for &i in &order {
+            if is_done(&done, i) {
+                continue;
+            }
+            if history[i].call > first_answer {
+                break;
+            }
+            first_answer = first_answer.min(history[i].answer);
+            candidates.push(i);
+        }
         if first_answer == u64::MAX {
             // Only operations without an answer are left; they need not have happened.
             return true;
         }
-        let candidates = open.iter().copied().take_while(|&i| history[i].call < first_answer);
+        candidates.retain(|&i| history[i].call < first_answer);
+        candidates.sort_by_key(|&i| (history[i].answer == u64::MAX, history[i].call));
+        let harmless = candidates.iter().copied().find(|&i| match history[i].action {
+            Action::Read(found) => found == value,
+            Action::Swap(from, _, Some(false)) => from != value,
+            _ => false,
+        });
+        if let Some(i) = harmless {
+            done[i / 64] |= 1 << (i % 64);
+            stack.push((TAKEN_AT_ONCE, i, value));
+            at = 0;
+            continue;
+        }
         let mut chosen = None;
-        for (place, i) in candidates.enumerate().skip(at) {
+        for (place, i) in candidates.into_iter().enumerate().skip(at) {
             let next = match history[i].action {
-                Action::Read(found) => (found == value).then_some(value),
                 Action::Write(new) => Some(new),
-                Action::Swap(from, to, Some(true)) => (from == value).then_some(to),
-                Action::Swap(from, _, Some(false)) => (from != value).then_some(value),
-                Action::Swap(from, to, None) => (from == value).then_some(to),
+                Action::Swap(from, to, Some(true) | None) => (from == value).then_some(to),
+                Action::Read(_) | Action::Swap(_, _, Some(false)) => None,
             };
             let Some(next) = next else { continue };
             done[i / 64] |= 1 << (i % 64);
@@ -69,17 +96,19 @@ fn linearizable(history: &[Operation]) -> bool {
         }
         match chosen {
             Some((place, i, next)) => {
-                stack.push((place << 32 | i, value));
+                stack.push((place, i, value));
                 value = next;
                 at = 0;
             }
-            None => {
-                let Some((choice, before)) = stack.pop() else { return false };
-                let i = choice & 0xffff_ffff;
+            None => loop {
+                let Some((place, i, before)) = stack.pop() else { return false };
                 done[i / 64] &= !(1 << (i % 64));
                 value = before;
-                at = (choice >> 32) + 1;
-            }
+                if place != TAKEN_AT_ONCE {
+                    at = place + 1;
+                    break;
+                }
+            },
         }
     }
 }

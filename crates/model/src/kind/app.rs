@@ -46,10 +46,20 @@ pub struct Port {
 
 /// 1m to 1000.
 const CPU_PATTERN: &str = r"^(([1-9][0-9]{0,5}|1000000)m|([1-9][0-9]{0,2}|1000)|[1-9][0-9]{0,2}\.[0-9]{1,3}|0\.([1-9][0-9]{0,2}|0[1-9][0-9]?|00[1-9]))$";
-/// 4Mi to 64Ti.
-const MEMORY_PATTERN: &str = r"^([1-9][0-9]{7,12}|[1-9][0-9]{4,9}(Ki|k)|(4Mi|([5-9]|[1-9][0-9]{1,6})(Mi|M))|[1-9][0-9]{0,3}(Gi|G)|([1-9]|[1-5][0-9]|6[0-4])(Ti|T))$";
-/// 64Ki to 64Ti.
-const SCRATCH_PATTERN: &str = r"^([1-9][0-9]{5,12}|(6[4-9]|[7-9][0-9]|[1-9][0-9]{2,9})Ki|(6[6-9]|[7-9][0-9]|[1-9][0-9]{2,9})k|[1-9][0-9]{0,6}(Mi|M)|[1-9][0-9]{0,3}(Gi|G)|([1-9]|[1-5][0-9]|6[0-4])(Ti|T))$";
+/// 4Mi to [`MAX_BYTES`].
+const MEMORY_PATTERN: &str = concat!(
+    r"^(419430[4-9]|41943[1-9][0-9]|4194[4-9][0-9]{2}|419[5-9][0-9]{3}|4[2-9][0-9]{5}|[5-9][0-9]{6}|[1-9][0-9]{7,17}",
+    r"|(409[6-9]|4[1-9][0-9]{2}|[5-9][0-9]{3}|[1-9][0-9]{4,14})Ki|([5-9][0-9]{3}|[1-9][0-9]{4,14})k",
+    r"|4Mi|([5-9]|[1-9][0-9]{1,11})(Mi|M)|[1-9][0-9]{0,8}(Gi|G)|[1-9][0-9]{0,5}(Ti|T))$",
+);
+/// 64Ki to [`MAX_BYTES`].
+const SCRATCH_PATTERN: &str = concat!(
+    r"^(6553[6-9]|655[4-9][0-9]|65[6-9][0-9]{2}|6[6-9][0-9]{3}|[7-9][0-9]{4}|[1-9][0-9]{5,17}",
+    r"|(6[4-9]|[7-9][0-9]|[1-9][0-9]{2,14})Ki|(6[6-9]|[7-9][0-9]|[1-9][0-9]{2,14})k",
+    r"|[1-9][0-9]{0,11}(Mi|M)|[1-9][0-9]{0,8}(Gi|G)|[1-9][0-9]{0,5}(Ti|T))$",
+);
+/// More than any host has, and little enough that sums stay far from overflow.
+const MAX_BYTES: u64 = 1 << 60;
 /// A path of HTTP.
 const PATH_PATTERN: &str = "^/[!-~]{0,1023}$";
 /// No zero byte.
@@ -63,13 +73,13 @@ const VARIABLE_PATTERN: &str = r"^[^=\x00]{1,256}$";
 pub struct Resources {
     #[schemars(range(min = 0.001, max = 1000), regex(pattern = CPU_PATTERN))]
     pub cpu: MilliCpu,
-    #[schemars(range(min = 4_194_304, max = 70_368_744_177_664u64), regex(pattern = MEMORY_PATTERN))]
+    #[schemars(range(min = 4_194_304, max = 9_007_199_254_740_991u64), regex(pattern = MEMORY_PATTERN))]
     pub memory: Bytes,
     /// Processes and threads.
     #[schemars(range(min = 1, max = 32768))]
     pub pids: u32,
     /// The writable layer over the image; gone with the instance.
-    #[schemars(range(min = 65_536, max = 70_368_744_177_664u64), regex(pattern = SCRATCH_PATTERN))]
+    #[schemars(range(min = 65_536, max = 9_007_199_254_740_991u64), regex(pattern = SCRATCH_PATTERN))]
     pub scratch: Bytes,
 }
 
@@ -374,9 +384,9 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
     let r = &t.resources;
     check((1..=1_000_000).contains(&r.cpu.0), "spec.resources.cpu", "between 1m and 1000");
     check(r.memory.0 >= 4 << 20, "spec.resources.memory", "at least 4Mi");
-    check(r.memory.0 <= 64 << 40, "spec.resources.memory", "at most 64Ti");
+    check(r.memory.0 <= MAX_BYTES, "spec.resources.memory", "at most 1048576Ti");
     check((1..=32_768).contains(&r.pids), "spec.resources.pids", "between 1 and 32768");
-    check(r.scratch.0 <= 64 << 40, "spec.resources.scratch", "at most 64Ti");
+    check(r.scratch.0 <= MAX_BYTES, "spec.resources.scratch", "at most 1048576Ti");
     check(r.scratch.0 >= 64 << 10, "spec.resources.scratch", "at least 64Ki");
     check(
         SIGNALS.contains(&t.stop_signal.as_str()),
@@ -420,4 +430,33 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         }
     }
     errors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bounds_of_resources_are_exact() {
+        let valid = |field: &str, value: &str| {
+            let mut spec = serde_json::json!({"image": "web", "resources": {}});
+            spec["resources"][field] = value.into();
+            (crate::kind::find("app").unwrap().parse_spec)(&spec).is_ok()
+        };
+        for good in ["1m", "0.001", "1000", "1000000m"] {
+            assert!(valid("cpu", good), "{good}");
+        }
+        for bad in ["0", "0m", "0.000", "1001", "1000001m"] {
+            assert!(!valid("cpu", bad), "{bad}");
+        }
+        for good in ["4194304", "4096Ki", "4195k", "4Mi", "5M", "999999Ti", "999999999999999Ki"] {
+            assert!(valid("memory", good), "{good}");
+        }
+        for bad in ["4194303", "4095Ki", "4194k", "4M", "1048577Ti"] {
+            assert!(!valid("memory", bad), "{bad}");
+        }
+        for (text, good) in [("65536", true), ("64Ki", true), ("66k", true), ("65535", false), ("65k", false)] {
+            assert_eq!(valid("scratch", text), good, "{text}");
+        }
+    }
 }

@@ -225,7 +225,7 @@ fn a_function_answers_with_a_fresh_instance_each_time_and_bad_ones_harm_nobody()
     let garbage = files.path().join("garbage.wasm");
     std::fs::write(&garbage, b"not wasm").unwrap();
     let (_, error) = cloud.fails(&["image", "import", garbage.to_str().unwrap(), "--name", "garbage"]);
-    assert!(error.contains("component"), "{error}");
+    assert!(error.contains("is not WebAssembly"), "{error}");
     // A manifest with a field that does not exist, a wrong unit, a name too long.
     for (spec, place) in [
         ("imagee: hello", "spec.imagee"),
