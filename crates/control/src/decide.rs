@@ -178,6 +178,20 @@ pub fn merge_patch(target: &mut Value, patch: &Value) {
     }
 }
 
+/// The largest object, in bytes of its stored form: a step that makes a dozen instances of one template still fits in a
+/// transaction.
+const MAX_OBJECT: usize = 64 << 10;
+
+fn check_size<K: Kind>(object: &Object<K>) -> Result<(), ApiError> {
+    let size = serde_json::to_vec(&object.to_any()).expect("objects are plain data").len();
+    if size > MAX_OBJECT {
+        let detail =
+            format!("the object has {size} bytes, at most {MAX_OBJECT} are kept: put data into images or files");
+        return Err(ApiError::new(Code::TooLarge, detail));
+    }
+    Ok(())
+}
+
 fn create<K: Admit>(step: &mut Step<'_>, intent: &Intent, object: &AnyObject) -> Result<Accepted, ApiError> {
     let wanted = Wanted::<K>::of(object)?;
     let mut metadata = step.new_metadata(intent.target.name.clone(), intent.target.project.clone());
@@ -185,6 +199,7 @@ fn create<K: Admit>(step: &mut Step<'_>, intent: &Intent, object: &AnyObject) ->
     metadata.annotations = wanted.annotations;
     metadata.deletion_protection = wanted.deletion_protection;
     let mut new = Object::<K>::new(metadata, wanted.spec);
+    check_size(&new)?;
     K::admit(step, None, &mut new)?;
     step.put(new.clone());
     let m = &new.metadata;
@@ -220,6 +235,7 @@ fn update<K: Admit>(
     if new.spec != old.spec {
         new.metadata.generation += 1;
     }
+    check_size(&new)?;
     K::admit(step, Some(&old), &mut new)?;
     step.put(new.clone());
     if new.spec != old.spec {

@@ -61,6 +61,8 @@ impl Lab {
         while self.core.reconcile(at) {}
         for pack in self.core.take_packs() {
             assert!(pack.ops.len() <= 126, "a transaction has {} operations", pack.ops.len());
+            let bytes: usize = pack.ops.iter().map(|(k, v)| k.len() + v.as_ref().map_or(0, |v| v.len())).sum();
+            assert!(bytes < 1 << 20, "a transaction has {bytes} bytes");
             self.revision += 1;
             for (key, value) in &pack.ops {
                 match value {
@@ -262,6 +264,18 @@ fn a_leader_that_was_held_up_itself_declares_nobody_dead() {
     assert!(lab.core.world.hosts.live.values().all(|h| h.status.state == HostState::Ready));
     lab.pass(Duration::from_secs(2));
     assert_eq!(lab.app("shop").status.ready_replicas, 3);
+}
+
+#[test]
+fn the_largest_object_fits_and_a_larger_one_is_refused() {
+    let mut lab = Lab::new(2);
+    lab.image("web");
+    let mut spec = web(40);
+    spec.env = (0..3).map(|n| (format!("V{n}"), "x".repeat(16 << 10))).collect();
+    lab.create::<App>("wide", spec.clone()).unwrap();
+    assert_eq!(lab.instances("wide").len(), 40);
+    spec.env.insert("V4".into(), "x".repeat(16 << 10));
+    assert_eq!(lab.create::<App>("wider", spec).unwrap_err().code, Code::TooLarge);
 }
 
 #[test]

@@ -14,8 +14,8 @@ use serde_json::Value;
 use crate::packages::{self, Need};
 use crate::{process, target_dir};
 
-/// Python tools, in a folder of their own below the target folder.
-const PYTHON_TOOLS: &[&str] = &["schemathesis"];
+/// Python tools, by program and requirement, in a folder of their own below the target folder.
+const PYTHON_TOOLS: &[(&str, &str)] = &[("schemathesis", "schemathesis==4.32.5")];
 
 /// A program full of tests.
 #[derive(Debug, PartialEq, Eq)]
@@ -90,12 +90,12 @@ pub fn run(root: &Path, filters: &[String]) -> anyhow::Result<()> {
 fn python_tools(root: &Path) -> anyhow::Result<PathBuf> {
     let venv = target_dir(root).join("python");
     let bin = venv.join("bin");
-    for tool in PYTHON_TOOLS {
-        if bin.join(tool).is_file() {
+    for (program, requirement) in PYTHON_TOOLS {
+        if bin.join(program).is_file() {
             continue;
         }
         process::run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
-        process::run(Command::new(bin.join("pip")).args(["install", "--quiet", tool]))?;
+        process::run(Command::new(bin.join("pip")).args(["install", "--quiet", requirement]))?;
     }
     Ok(bin)
 }

@@ -434,8 +434,6 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     #[test]
     fn the_bounds_of_resources_are_exact() {
         let valid = |field: &str, value: &str| {

@@ -34,7 +34,7 @@ impl Cloud {
         let api_port = free_ports(40);
         let gateway_port = loop {
             let port = free_ports(20);
-            if port.abs_diff(api_port) >= 100 {
+            if port.abs_diff(api_port) >= 200 {
                 break port;
             }
         };
