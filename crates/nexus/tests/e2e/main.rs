@@ -221,6 +221,11 @@ fn a_function_answers_with_a_fresh_instance_each_time_and_bad_ones_harm_nobody()
         assert_eq!((status, body.trim()), (200, "1"), "a fresh instance counts from nothing");
     }
 
+    // Stopped and started again, as over a power cut, the cloud resumes with its app.
+    cloud.ok(&["down"]);
+    cloud.start(&["--zones", "1", "--hosts-per-zone", "1"]);
+    wait_page(&cloud, 0, "hello.localhost", "/", "Hello from e2e");
+
     // What is not a component is refused where it is imported.
     let garbage = files.path().join("garbage.wasm");
     std::fs::write(&garbage, b"not wasm").unwrap();
