@@ -16,7 +16,7 @@ use crate::config::{AgentConfig, AgentError, Engines};
 use crate::observer::{Observer, View};
 use crate::servers::Servers;
 use crate::worker::{Order, Shared, Worker};
-use crate::{plans, report, serve};
+use crate::{ahead, plans, report, serve};
 
 /// Instances that are started at once; more would only slow each other down.
 const STARTS_AT_ONCE: usize = 8;
@@ -65,8 +65,9 @@ pub async fn run(
     let observing = shared.clone();
     tasks.spawn(async move { observing.observer.run().await });
     tasks.spawn(plans::pull(config.name.clone(), servers.clone(), cache, plans, config.handle.clone()));
-    tasks.spawn(report::run(config.clone(), env, engines, servers));
+    tasks.spawn(report::run(config.clone(), env, engines.clone(), servers));
     let serving = tasks.spawn(server.serve(shutdown.clone()));
+    tasks.spawn(ahead::run(engines, planned.clone()));
     tasks.spawn(manage(shared, planned));
     shutdown.cancelled().await;
     // Whoever reads logs or waits for a command hears a proper end.

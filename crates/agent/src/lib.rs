@@ -8,6 +8,7 @@
 //! Architecture invariant: the daemon needs no server to go on. It acts on its last plan, and what it finds running is
 //! taken over, never started again.
 
+mod ahead;
 mod config;
 mod daemon;
 mod handle;

@@ -178,7 +178,13 @@ mod tests {
     use super::*;
 
     fn plan(revision: u64) -> HostPlan {
-        HostPlan { version: PLAN_VERSION, host: "h1".parse().unwrap(), revision, instances: Vec::new() }
+        HostPlan {
+            version: PLAN_VERSION,
+            host: "h1".parse().unwrap(),
+            revision,
+            instances: Vec::new(),
+            prepare: Vec::new(),
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use nexus_agent::{AgentConfig, AgentHandle, Engines, FetchError, ImageFetcher, I
 use nexus_compute::keep::{Keep, KeepError, Kept, Spawn};
 use nexus_compute::{ExecIo, Observed, Runtime, RuntimeError, Sandbox, State};
 use nexus_env::{Endpoint, Env};
-use nexus_model::kind::{self, HostSpec, InstancePhase, Port, Protocol, Template};
+use nexus_model::kind::{self, HostSpec, ImageFormat, InstancePhase, Port, Protocol, Template};
 use nexus_model::plan::{
     Desired, ExecRequest, HostPlan, HostReport, ImagePlan, InstancePlan, InstanceReport, LogsRequest, PLAN_VERSION,
     PlanRequest, ReportAck, channel, method,
@@ -79,6 +79,7 @@ impl Pki {
 /// A runtime whose instances are rows in a table: they outlive any daemon.
 #[derive(Default)]
 struct Fake {
+    prepared: Mutex<BTreeSet<Digest>>,
     rows: Mutex<BTreeMap<Uid, Observed>>,
     starts: Mutex<Vec<(Uid, u64, Instant)>>,
     stops: Mutex<Vec<Uid>>,
@@ -111,7 +112,8 @@ impl Fake {
 
 #[async_trait]
 impl Runtime for Fake {
-    async fn prepare(&self, _: Digest) -> Result<(), RuntimeError> {
+    async fn prepare(&self, image: Digest) -> Result<(), RuntimeError> {
+        self.prepared.lock().unwrap().insert(image);
         Ok(())
     }
 
@@ -301,7 +303,13 @@ fn instance(n: u8, epoch: u64) -> InstancePlan {
 }
 
 fn plan(revision: u64, instances: impl IntoIterator<Item = InstancePlan>) -> HostPlan {
-    HostPlan { version: PLAN_VERSION, host: name("host-1"), revision, instances: instances.into_iter().collect() }
+    HostPlan {
+        version: PLAN_VERSION,
+        host: name("host-1"),
+        revision,
+        instances: instances.into_iter().collect(),
+        prepare: Vec::new(),
+    }
 }
 
 struct Host {
@@ -386,6 +394,17 @@ async fn a_plan_is_followed_acknowledged_and_undone() {
     assert!(!host.runtime.runs(uid(1)) && !host.runtime.runs(uid(2)));
     assert_eq!(host.runtime.stops.lock().unwrap().len(), 2, "both were asked first");
     assert!(host.net.0.lock().unwrap().is_empty());
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn what_the_plan_names_is_made_ready_before_an_instance_comes() {
+    let host = Host::new();
+    let plane = plane(&host.pki, None).await;
+    let image = ImagePlan { format: ImageFormat::Oci, digest: Digest::of(b"ahead") };
+    plane.plan.send_replace(HostPlan { prepare: vec![image.clone()], ..plan(5, []) });
+    let daemon = host.start(std::slice::from_ref(&plane.at));
+    eventually("it is ready", || host.runtime.prepared.lock().unwrap().contains(&image.digest)).await;
     daemon.stop().await;
 }
 

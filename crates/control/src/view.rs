@@ -27,6 +27,9 @@ const REST: u32 = 9;
 /// … but changes never wait longer than this.
 const LONGEST: Duration = Duration::from_secs(1);
 
+/// Functions that hosts prepare ahead; of more, the newest.
+const PREPARE_AT_MOST: usize = 256;
+
 #[derive(Default)]
 struct State {
     world: World,
@@ -165,6 +168,9 @@ impl View {
                 }
             }
         }
+        if events.iter().any(|event| event.key().starts_with(b"o/images/")) {
+            hosts.extend(state.plans.keys().cloned());
+        }
         for host in hosts {
             publish_plan(&state, &host, revision);
         }
@@ -189,7 +195,7 @@ fn publish_plan(state: &State, host: &Name, revision: u64) {
     if let Some(sender) = state.plans.get(host) {
         let plan = build_plan(&state.world, host, revision);
         sender.send_if_modified(|old| {
-            let same = old.instances == plan.instances;
+            let same = old.instances == plan.instances && old.prepare == plan.prepare;
             // The same plan at a later revision is news only to those who read it next.
             *old = Arc::new(plan);
             !same
@@ -239,7 +245,15 @@ pub(crate) async fn load(
 fn build_plan(world: &World, host: &Name, revision: u64) -> HostPlan {
     let mut instances: Vec<InstancePlan> = world.instances_on(host).filter_map(instance_plan).collect();
     instances.sort_by_key(|i| i.uid);
-    HostPlan { version: PLAN_VERSION, host: host.clone(), revision, instances }
+    HostPlan { version: PLAN_VERSION, host: host.clone(), revision, instances, prepare: functions(world) }
+}
+
+/// The components that any host may be asked to run, the newest first.
+fn functions(world: &World) -> Vec<ImagePlan> {
+    let mut images: Vec<_> = world.images.live.values().filter(|i| i.spec.format == ImageFormat::Wasm).collect();
+    images.sort_by_key(|i| (std::cmp::Reverse(i.metadata.created), i.metadata.uid));
+    images.truncate(PREPARE_AT_MOST);
+    images.into_iter().map(|i| ImagePlan { format: ImageFormat::Wasm, digest: i.spec.digest }).collect()
 }
 
 fn instance_plan(i: &Object<Instance>) -> Option<InstancePlan> {

@@ -79,6 +79,9 @@ pub struct HostPlan {
     pub revision: u64,
     /// Sorted by uid.
     pub instances: Vec<InstancePlan>,
+    /// Images to fetch and compile before an instance of them is placed here: the region's functions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prepare: Vec<ImagePlan>,
 }
 
 pub const PLAN_VERSION: u32 = 1;
