@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use nexus_env::{BoxStream, Endpoint, Env, Listener};
 use tokio::sync::Semaphore;
@@ -44,7 +44,7 @@ async fn serve(
 ) {
     let acceptor = tls.map(tokio_rustls::TlsAcceptor::from);
     let room = Arc::new(Semaphore::new(CONNECTIONS));
-    let graceful = Arc::new(GracefulShutdown::new());
+    let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     loop {
         let permit = room.clone().acquire_owned().await.expect("never closed");
@@ -56,10 +56,10 @@ async fn serve(
         };
         match accepted {
             Ok((stream, _)) => {
-                let (acceptor, router, graceful) = (acceptor.clone(), router.clone(), graceful.clone());
+                let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
                 connections.spawn(async move {
                     let _permit = permit;
-                    connection(stream, acceptor, router, &graceful).await;
+                    connection(stream, acceptor, router, watcher).await;
                 });
             }
             Err(error) => {
@@ -69,25 +69,14 @@ async fn serve(
         }
     }
     drop(listener);
-    let drained = async {
-        if let Some(graceful) = Arc::into_inner(graceful) {
-            graceful.shutdown().await;
-        } else {
-            while connections.join_next().await.is_some() {}
-        }
-    };
-    if tokio::time::timeout(DRAIN, drained).await.is_err() {
+    // Idle connections close at once; those with a request, after it.
+    if tokio::time::timeout(DRAIN, graceful.shutdown()).await.is_err() {
         tracing::debug!("some API connections were cut off");
     }
     connections.shutdown().await;
 }
 
-async fn connection(
-    stream: BoxStream,
-    acceptor: Option<tokio_rustls::TlsAcceptor>,
-    router: Router,
-    graceful: &GracefulShutdown,
-) {
+async fn connection(stream: BoxStream, acceptor: Option<tokio_rustls::TlsAcceptor>, router: Router, watcher: Watcher) {
     let stream: BoxStream = match acceptor {
         None => stream,
         Some(acceptor) => match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
@@ -107,7 +96,7 @@ async fn connection(
         .keep_alive_timeout(Duration::from_secs(10));
     let service = TowerToHyperService::new(router);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
-    if let Err(error) = graceful.watch(connection).await {
+    if let Err(error) = watcher.watch(connection).await {
         tracing::debug!(%error, "an API connection ended badly");
     }
 }
