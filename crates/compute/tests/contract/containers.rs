@@ -21,6 +21,9 @@ use crate::images;
 use crate::keep::{DirectKeep, NetNs, pipe};
 use crate::suite::{self, PATIENCE, Subject, ended, state};
 
+/// What a script of [`World::shell`] prints last.
+const END: &str = "the-script-has-ended";
+
 static NEXT: AtomicU8 = AtomicU8::new(1);
 
 pub struct World {
@@ -72,18 +75,32 @@ impl World {
         }
     }
 
+    /// A script whose errors go where its output goes, in order, and whose last line is [`END`].
     fn shell(&self, script: &str) -> Sandbox {
-        self.sandbox(&["sh", "-c", script])
+        self.sandbox(&["sh", "-c", &format!("exec 2>&1; trap 'echo; echo {END}' EXIT\n{script}")])
     }
 
     /// Runs a script to its end: its status, the message, and what it printed.
     async fn output(&self, sandbox: &Sandbox) -> (Option<i32>, String, String) {
         self.runtime.start(sandbox).await.unwrap();
         let (code, message) = ended(&self.runtime, sandbox.uid).await;
-        // The end of the process may be known before its last line is.
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        let log = fs::read_to_string(sandbox.logs.dir.join("current")).unwrap_or_default();
-        let lines = log.lines().map(|line| line.splitn(3, ' ').nth(2).unwrap().to_owned() + "\n").collect();
+        let read = || {
+            let log = fs::read_to_string(sandbox.logs.dir.join("current")).unwrap_or_default();
+            log.lines().map(|line| line.splitn(3, ' ').nth(2).unwrap().to_owned() + "\n").collect::<String>()
+        };
+        let end = format!("\n{END}\n");
+        let mut lines = read();
+        if sandbox.template.command.iter().any(|word| word.contains(END)) && code.is_some_and(|code| code < 128) {
+            // The end of the process may be known before its last line is.
+            let whole = async {
+                while !lines.ends_with(&end) {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                    lines = read();
+                }
+            };
+            tokio::time::timeout(PATIENCE, whole).await.unwrap();
+            lines.truncate(lines.len() - end.len());
+        }
         self.runtime.remove(sandbox.uid).await.unwrap();
         (code, message, lines)
     }
