@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nexus_env::{Endpoint, Env, RngExt};
+use nexus_env::{Endpoint, Env, RngExt, on_disk};
 use nexus_model::Name;
 use nexus_model::plan::{RoutingTable, TableRequest, method};
 use nexus_wire::{ClientOptions, Pool, Streaming};
@@ -67,7 +67,8 @@ pub async fn follow(gateway: Gateway, config: SourceConfig, env: Env, stop: Canc
 
 async fn restore(gateway: &Gateway, config: &Arc<SourceConfig>, env: &Env) {
     let (own, disk) = (config.clone(), env.disk.clone());
-    let loaded = tokio::task::spawn_blocking(move || cache::load(&*disk, &own.data_dir, &own.cluster_id)).await;
+    let on = disk.clone();
+    let loaded = on_disk(&on, move || cache::load(&*disk, &own.data_dir, &own.cluster_id)).await;
     match loaded {
         Ok(Ok(Some(table))) => {
             let revision = table.revision;
@@ -88,7 +89,7 @@ async fn keep(config: Arc<SourceConfig>, env: Env, mut newest: watch::Receiver<O
         let Some(table) = newest.borrow_and_update().clone() else { continue };
         let (own, disk) = (config.clone(), env.disk.clone());
         let save = move || cache::save(&*disk, &own.data_dir, &own.cluster_id, &table);
-        let saved = tokio::task::spawn_blocking(save).await.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+        let saved = on_disk(&env.disk, save).await.and_then(|saved| saved);
         match saved {
             Ok(()) => failing = false,
             Err(e) => {

@@ -1,12 +1,14 @@
 //! Files, as a log or a cache needs them: append, read, make durable, swap atomically.
 //!
-//! Calls block; callers own a thread or use `spawn_blocking`. A write is durable only after [`File::sync`]; a created,
+//! Calls block; async callers go through [`on_disk`]. A write is durable only after [`File::sync`]; a created,
 //! renamed or removed name only after [`Disk::sync_dir`] on its folder.
 
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// One name in a folder.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,6 +74,29 @@ pub trait Disk: Send + Sync {
     fn free_space(&self, path: &Path) -> io::Result<u64>;
     /// Takes an exclusive lock on a file, made if missing; `WouldBlock` if another holds it.
     fn lock(&self, path: &Path) -> io::Result<Box<dyn DiskLock>>;
+
+    /// A disk of a simulation answers at once; work on it runs where it is asked for, after this much of the runtime's
+    /// own time. `None`: its calls block a thread.
+    fn simulated_delay(&self) -> Option<Duration> {
+        None
+    }
+}
+
+/// Runs work on a disk without holding up the async runtime: on a thread for blocking work, or, for a simulated disk, in
+/// place, so that nothing depends on how threads are scheduled. Fails only when the runtime is shutting down.
+pub async fn on_disk<T: Send + 'static>(
+    disk: &Arc<dyn Disk>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    match disk.simulated_delay() {
+        Some(delay) => {
+            if !delay.is_zero() {
+                tokio::time::sleep(delay).await;
+            }
+            Ok(work())
+        }
+        None => tokio::task::spawn_blocking(work).await.map_err(io::Error::other),
+    }
 }
 
 /// Replaces a file so that a crash leaves the old or the new content, never a mixture: write beside it, sync, rename,

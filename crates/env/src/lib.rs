@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use clock::{Clock, ManualClock, RealClock};
-pub use disk::{DirEntry, Disk, DiskLock, File, RealDisk, write_atomic};
+pub use disk::{DirEntry, Disk, DiskLock, File, RealDisk, on_disk, write_atomic};
 pub use endpoint::{Endpoint, ParseEndpointError};
 pub use faulty::{FaultyTransport, Links};
 pub use memdisk::{DiskOp, Fault, MemDisk};

@@ -72,6 +72,7 @@ struct State {
     power: u64,
     capacity: Option<u64>,
     sync_delay: Duration,
+    simulated: bool,
     faults: Vec<Fault>,
     syncs: u64,
 }
@@ -159,6 +160,7 @@ impl MemDisk {
                 power: 0,
                 capacity: None,
                 sync_delay: Duration::ZERO,
+                simulated: false,
                 faults: Vec::new(),
                 syncs: 0,
             })),
@@ -237,9 +239,15 @@ impl MemDisk {
         self.state().capacity = bytes;
     }
 
-    /// Every file sync takes this long (it blocks its thread, as a slow disk does).
+    /// Every file sync takes this long (it blocks its thread, as a slow disk does). On a simulated disk every piece of
+    /// work of [`on_disk`](crate::on_disk) takes this long, in the runtime's time.
     pub fn set_sync_delay(&self, delay: Duration) {
         self.state().sync_delay = delay;
+    }
+
+    /// From now on work on this disk runs in place, without threads; see [`Disk::simulated_delay`].
+    pub fn simulate(&self) {
+        self.state().simulated = true;
     }
 
     /// Lets coming calls fail.
@@ -338,7 +346,10 @@ impl File for MemFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let delay = self.disk.state().sync_delay;
+        let delay = {
+            let state = self.disk.state();
+            if state.simulated { Duration::ZERO } else { state.sync_delay }
+        };
         if !delay.is_zero() {
             std::thread::sleep(delay);
         }
@@ -389,6 +400,11 @@ impl Drop for MemLock {
 }
 
 impl Disk for MemDisk {
+    fn simulated_delay(&self) -> Option<Duration> {
+        let state = self.state();
+        state.simulated.then_some(state.sync_delay)
+    }
+
     fn open(&self, path: &Path) -> io::Result<Box<dyn File>> {
         let mut s = self.powered()?;
         s.strike(DiskOp::Open, path)?;

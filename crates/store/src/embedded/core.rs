@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nexus_env::{Env, File};
+use nexus_env::{Env, File, on_disk};
 use openraft::{ServerState, Snapshot};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -184,7 +184,7 @@ impl Core {
             return Err(std::io::Error::other("the pieces are out of order"));
         };
         let (data, done) = (chunk.data, chunk.done);
-        let written = tokio::task::spawn_blocking(move || {
+        let written = on_disk(&self.env.disk, move || {
             incoming.file.append(&data)?;
             incoming.len += data.len() as u64;
             if done {
@@ -192,7 +192,7 @@ impl Core {
             }
             Ok::<_, std::io::Error>(incoming)
         });
-        let incoming = written.await.map_err(std::io::Error::other)??;
+        let incoming = written.await??;
         if !done {
             *slot = Some(incoming);
             return Ok(Response::SnapshotMore);

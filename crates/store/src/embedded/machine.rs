@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use nexus_env::on_disk;
 use openraft::storage::RaftStateMachine;
 use openraft::{EntryPayload, RaftSnapshotBuilder, Snapshot};
 use tokio::sync::{Notify, watch};
@@ -190,7 +191,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, file: Box<SnapshotFile>) -> Result<(), StorageError> {
         let (snapshots, meta) = (self.snapshots.clone(), meta.clone());
-        let state = tokio::task::spawn_blocking(move || snapshots.install(&meta, &file))
+        let state = on_disk(self.snapshots.disk(), move || snapshots.install(&meta, &file))
             .await
             .map_err(machine_error)?
             .map_err(machine_error)?;
@@ -210,7 +211,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Machine {
         self.shared.unsaved_bytes.store(0, Ordering::Relaxed);
         let state = self.shared.read().clone();
         let snapshots = self.snapshots.clone();
-        let (meta, file) = tokio::task::spawn_blocking(move || snapshots.save(&state))
+        let (meta, file) = on_disk(self.snapshots.disk(), move || snapshots.save(&state))
             .await
             .map_err(machine_error)?
             .map_err(machine_error)?;

@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nexus_env::{DiskLock, Env, write_atomic};
+use nexus_env::{DiskLock, Env, on_disk, write_atomic};
 use openraft::{BasicNode, SnapshotPolicy};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -130,7 +130,8 @@ impl EmbeddedStore {
         config.validate()?;
         let found = {
             let (config, env) = (config.clone(), env.clone());
-            tokio::task::spawn_blocking(move || open_folder(&config, &env))
+            let disk = env.disk.clone();
+            on_disk(&disk, move || open_folder(&config, &env))
                 .await
                 .map_err(|e| StoreError::Storage(e.to_string()))??
         };

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use nexus_env::on_disk;
 use openraft::error::{
     Fatal, NetworkError, RPCError, RaftError, ReplicationClosed, StreamingError, Timeout, Unreachable,
 };
@@ -172,16 +173,16 @@ impl Peer {
         let snapshots = self.snapshots.clone();
         let source = (*snapshot.snapshot).clone();
         let len = source.len;
-        let open = tokio::task::spawn_blocking(move || snapshots.open_file(&source)).await;
-        let mut file = open.map_err(std::io::Error::other).and_then(|f| f).map_err(local)?;
+        let open = on_disk(self.snapshots.disk(), move || snapshots.open_file(&source)).await;
+        let mut file = open.and_then(|f| f).map_err(local)?;
         let mut offset = 0u64;
         loop {
             let want = CHUNK.min(usize::try_from(len - offset).unwrap_or(CHUNK));
-            let read = tokio::task::spawn_blocking(move || {
+            let read = on_disk(self.snapshots.disk(), move || {
                 let mut data = vec![0; want];
                 file.read_exact_at(offset, &mut data).map(|()| (file, data))
             });
-            let (back, data) = read.await.map_err(std::io::Error::other).and_then(|r| r).map_err(local)?;
+            let (back, data) = read.await.and_then(|r| r).map_err(local)?;
             file = back;
             let done = offset + want as u64 == len;
             let chunk = SnapshotChunk { vote, meta: snapshot.meta.clone(), offset, data: data.into(), done };

@@ -95,6 +95,10 @@ impl SnapshotDir {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
     pub fn current(&self) -> Option<(SnapshotMeta, SnapshotFile)> {
         self.lock().clone()
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nexus_env::{Disk, Env, File};
+use nexus_env::{Disk, Env, File, on_disk};
 use openraft::storage::LogFlushed;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -170,7 +170,8 @@ async fn run(mut writer: Writer, mut queue: mpsc::Receiver<Job>) {
             continue;
         }
         // Blocking work leaves the runtime's threads alone, and keeps a paused test clock from running ahead.
-        let written = tokio::task::spawn_blocking(move || {
+        let disk = writer.disk.clone();
+        let written = on_disk(&disk, move || {
             let result = writer.commit(&jobs);
             let purges: Vec<_> = jobs
                 .iter()
@@ -201,7 +202,8 @@ async fn run(mut writer: Writer, mut queue: mpsc::Receiver<Job>) {
     }
     if failed.is_none() {
         // A clean end notes how far was committed, so that the next start knows it without a leader.
-        let last = tokio::task::spawn_blocking(move || writer.commit(&[])).await;
+        let disk = writer.disk.clone();
+        let last = on_disk(&disk, move || writer.commit(&[])).await;
         if let Ok(Err(e)) = last {
             tracing::warn!(error = %e, "the last commit position was not written");
         }
