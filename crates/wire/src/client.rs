@@ -11,8 +11,9 @@ use http::{Method, Request, StatusCode};
 use nexus_env::{Endpoint, Env, RngExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
+use crate::breaker;
 use crate::connection::{Connection, Hold};
 use crate::error::{Refusal, WireError};
 use crate::frame::{Frame, FrameReader, Kind, end_frame, read_whole, send_frame, send_whole};
@@ -129,10 +130,42 @@ impl Client {
             let opened = self.open(method, body, until, Some(until), deadline).await?;
             self.whole_reply(opened).await
         };
+        self.guarded(method, until, deadline, work).await
+    }
+
+    /// Runs a call under its deadline and its method's circuit breaker.
+    async fn guarded<T>(
+        &self,
+        method: &str,
+        until: Instant,
+        after: Duration,
+        work: impl Future<Output = Result<T, WireError>>,
+    ) -> Result<T, WireError> {
+        let breakers = self.connection.breakers();
+        if !breakers.admits(method, Instant::now()) {
+            sleep_until(until.min(Instant::now() + breaker::PAUSE)).await;
+            let reason = format!("its last calls of `{method}` went unanswered; it is tried again every second");
+            return Err(WireError::Unreachable { endpoint: self.endpoint().clone(), reason, sent: false });
+        }
         // The work is polled first, so what it knows about its own deadline wins over the bare fact.
-        timeout_at(until, work)
+        let result = timeout_at(until, work)
             .await
-            .unwrap_or_else(|_| Err(WireError::Deadline { method: method.to_owned(), after: deadline }))
+            .unwrap_or_else(|_| Err(WireError::Deadline { method: method.to_owned(), after }));
+        match &result {
+            Err(WireError::Deadline { .. }) => {
+                if breakers.unanswered(method, Instant::now()) {
+                    tracing::warn!(peer = %self.endpoint(), method, "calls go unanswered; leaving the peer alone");
+                }
+            }
+            // A peer that can't be reached is its connection's business.
+            Err(WireError::Unreachable { .. } | WireError::Local(_)) => {}
+            _ => {
+                if breakers.answered(method) {
+                    tracing::info!(peer = %self.endpoint(), method, "calls are answered again");
+                }
+            }
+        }
+        result
     }
 
     /// One question, many answers, until either side ends.
@@ -220,9 +253,7 @@ impl Client {
         self.check_size(body.len())?;
         let limit = self.connection.options().open_timeout;
         let until = Instant::now() + limit;
-        let opened = timeout_at(until, self.open(method, body, until, None, limit))
-            .await
-            .unwrap_or_else(|_| Err(WireError::Deadline { method: method.to_owned(), after: limit }))?;
+        let opened = self.guarded(method, until, limit, self.open(method, body, until, None, limit)).await?;
         Ok(self.reply(opened, method))
     }
 

@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tracing::{debug, info, warn};
 
+use crate::breaker::Breakers;
 use crate::client::ClientOptions;
 use crate::error::WireError;
 use crate::keepalive::{Finding, InUse, Metered, Timing, Usage, watch as keep_watch};
@@ -87,7 +88,7 @@ impl Hold {
 }
 
 /// The connection of one client, aborted when dropped.
-pub(crate) struct Connection(Arc<Shared>);
+pub(crate) struct Connection(Arc<Shared>, Breakers);
 
 impl Drop for Connection {
     fn drop(&mut self) {
@@ -107,7 +108,12 @@ impl Connection {
             logged_reachable: None,
             tasks: JoinSet::new(),
         };
-        Self(Arc::new(Shared { env: env.clone(), endpoint, tls: tls.into(), options, state: Mutex::new(state) }))
+        let shared = Shared { env: env.clone(), endpoint, tls: tls.into(), options, state: Mutex::new(state) };
+        Self(Arc::new(shared), Breakers::default())
+    }
+
+    pub fn breakers(&self) -> &Breakers {
+        &self.1
     }
 
     pub fn endpoint(&self) -> &Endpoint {

@@ -42,6 +42,7 @@
 //! Architecture invariant: nothing here knows what a message means or what a certificate's name allows. The caller
 //! brings rustls configurations, a function from certificates to an identity, and one that authorises.
 
+mod breaker;
 mod client;
 mod connection;
 mod error;

@@ -115,6 +115,26 @@ async fn a_deadline_ends_the_wait_and_the_handler() {
 }
 
 #[tokio::test]
+async fn a_method_that_goes_unanswered_is_left_alone_and_others_are_not() {
+    let world = world().await;
+    let short = Duration::from_millis(20);
+    let mut begun = 0;
+    let refused = async {
+        loop {
+            match world.client.call::<_, ()>("hang", &(), short).await.unwrap_err() {
+                WireError::Deadline { .. } => begun += 1,
+                WireError::Unreachable { reason, sent: false, .. } => break reason,
+                other => panic!("{other}"),
+            }
+        }
+    };
+    let reason = tokio::time::timeout(LONG, refused).await.unwrap();
+    assert!(reason.contains("`hang`") && reason.contains("unanswered"), "{reason}");
+    assert!(begun >= 5, "{begun}");
+    assert_eq!(world.client.call::<_, u64>("add", &(2, 3), LONG).await.unwrap(), 5);
+}
+
+#[tokio::test]
 async fn dropping_a_call_drops_its_handler() {
     let w = world().await;
     let (begun, dropped) = (&w.server.watched.begun, &w.server.watched.dropped);
