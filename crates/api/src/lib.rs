@@ -12,6 +12,7 @@
 //! Architecture invariant: no business rule lives here. What depends on a region's state is decided by the writer; what
 //! a host does is asked of it through [`HostDoor`].
 
+mod admission;
 mod blobs;
 mod doors;
 mod headers;

@@ -19,6 +19,7 @@ use nexus_store::{Consistency, RangeRequest};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::admission::{Admission, Class};
 use crate::doors::Principal;
 use crate::headers::{self, Bearer};
 use crate::metrics::{self, Metrics};
@@ -32,7 +33,7 @@ use crate::{Api, blobs, list, settle, streams, watch, write};
 pub(crate) struct Server {
     pub api: Api,
     pub schemas: Schemas,
-    requests: Arc<Semaphore>,
+    admission: Arc<Admission>,
     streams: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
     metrics: Metrics,
@@ -53,7 +54,7 @@ impl Server {
         let openapi = Bytes::from(serde_json::to_vec(&document).expect("the document is plain data"));
         let openapi_tag = format!("{:x}", Sha256::digest(&openapi));
         Arc::new(Self {
-            requests: Arc::new(Semaphore::new(api.limits.requests)),
+            admission: Admission::new(api.limits.requests, &api.metrics),
             streams: Arc::new(Semaphore::new(api.limits.streams)),
             transfers: Arc::new(Semaphore::new(api.limits.transfers)),
             metrics: Metrics::new(&api.metrics),
@@ -197,6 +198,7 @@ async fn dispatch(
     }
     let context = Context { principal: server.authenticate(&parts)?, request_id };
     let reads = matches!(parts.method, Method::GET | Method::HEAD);
+    let class = Class::of(&target, &parts.headers);
     match target {
         Target::Blob(project, digest) => {
             let permit = server.transfer_permit()?;
@@ -205,7 +207,7 @@ async fn dispatch(
         Target::Custom(place, name, verb) => streams::handle(&server, &place, &name, verb, &mut parts).await,
         Target::Status => {
             Query::parse(parts.uri.query(), &[], &[])?;
-            let _permit = take(&server.requests, "requests")?;
+            let _permit = server.admission.admit(class, &server.api.env).await?;
             let status = server.deadline(server.api.status.status().map(Ok)).await?;
             let body = serde_json::to_vec(&status).expect("a status is plain data");
             Ok(plain("application/json", body))
@@ -215,22 +217,22 @@ async fn dispatch(
             if query.get("watch").is_some() {
                 return Ok(watch::handle(&server, &place, &query, &parts, &context).await?);
             }
-            let _permit = take(&server.requests, "requests")?;
+            let _permit = server.admission.admit(class, &server.api.env).await?;
             Ok(server.deadline(list::list(&server, &place, &query)).await?)
         }
         Target::Object(place, name) if reads => {
-            let _permit = take(&server.requests, "requests")?;
+            let _permit = server.admission.admit(class, &server.api.env).await?;
             let work = list::get(&server, &place, &name, &parts.headers, parts.uri.query());
             Ok(server.deadline(work).await?)
         }
         Target::Collection(place) => {
-            let permit = take(&server.requests, "requests")?;
+            let permit = server.admission.admit(class, &server.api.env).await?;
             let done = server.deadline(Box::pin(write::submit(&server, &place, None, &parts, body, &context))).await?;
             drop(permit);
             Ok(settle::answer(&server, &place, done).await)
         }
         Target::Object(place, name) => {
-            let permit = take(&server.requests, "requests")?;
+            let permit = server.admission.admit(class, &server.api.env).await?;
             let work = Box::pin(write::submit(&server, &place, Some(&name), &parts, body, &context));
             let done = server.deadline(work).await?;
             drop(permit);

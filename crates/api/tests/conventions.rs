@@ -330,6 +330,27 @@ async fn too_much_at_once_and_too_slow_are_refused() {
 }
 
 #[tokio::test]
+async fn under_overload_what_matters_less_is_shed_first() {
+    let limits = Limits { requests: 2, request_timeout: Duration::from_millis(500), ..Limits::default() };
+    let w = World::with(limits);
+    let slow = w.call("POST", APPS, &[], app("slow"));
+    let others = async {
+        let batch = loop {
+            let batch = w.call("GET", APPS, &[("priority", "u=7")], Value::Null).await;
+            if batch.status != StatusCode::OK {
+                break batch;
+            }
+            tokio::task::yield_now().await;
+        };
+        (batch, w.get("/v1/regions/local/hosts").await, w.get("/healthz").await)
+    };
+    let (_, (batch, operator, health)) = tokio::join!(slow, others);
+    batch.problem("overloaded");
+    assert_eq!(batch.header("retry-after"), "5");
+    assert_eq!((operator.status, health.status), (StatusCode::OK, StatusCode::OK));
+}
+
+#[tokio::test]
 async fn a_blob_goes_up_and_comes_down() {
     let w = World::new();
     let content = "some layer";

@@ -180,6 +180,9 @@ impl Store for MemStore {
             log_bytes: 0,
             snapshot_bytes: 0,
             commit_latency: Duration::ZERO,
+            disk_free_bytes: None,
+            state_bytes: 0,
+            pressure: nexus_store::Pressure::None,
             failure: None,
         }
     }
