@@ -9,6 +9,7 @@ use nexus_model::plan::{ExecRequest, LogsRequest};
 use nexus_model::{ApiError, Digest, Name};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::sync::mpsc;
 
 /// Who asks.
@@ -84,6 +85,13 @@ pub trait HostDoor: Send + Sync {
     /// Starts a command. Input goes as frames of channel 0 into the bounded sender, an empty one ends it, and dropping the
     /// sender says that the client has gone. The last frame that comes back is of channel 3.
     async fn exec(&self, host: &Name, request: ExecRequest) -> Result<(mpsc::Sender<Frame>, FrameStream), ApiError>;
+}
+
+/// What operators do to the fleet itself; see [`OPERATIONS`](crate::operations::OPERATIONS).
+#[async_trait]
+pub trait Operations: Send + Sync {
+    /// Runs one of the declared operations. The body is a JSON object; its content is checked here.
+    async fn run(&self, name: &str, body: Value) -> Result<Value, ApiError>;
 }
 
 /// How the control plane does, in a word.

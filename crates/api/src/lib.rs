@@ -20,6 +20,7 @@ mod input;
 mod list;
 mod metrics;
 mod openapi;
+pub mod operations;
 mod problem;
 mod query;
 mod render;
@@ -42,7 +43,7 @@ use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 pub use doors::{
-    Authenticator, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Principal,
+    Authenticator, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Operations, Principal,
     ServerStatus, StatusSource, TokenAuthenticator, Topology,
 };
 
@@ -57,6 +58,7 @@ pub struct Api {
     pub authenticator: Arc<dyn Authenticator>,
     pub blobs: Arc<dyn Blobs>,
     pub hosts: Arc<dyn HostDoor>,
+    pub operations: Arc<dyn Operations>,
     pub status: Arc<dyn StatusSource>,
     /// What `/metrics` shows; the API's own figures are registered by [`router`].
     pub metrics: Arc<Mutex<Registry>>,

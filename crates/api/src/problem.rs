@@ -43,7 +43,9 @@ impl Refusal {
         if matches!(self.error.code, Code::Overloaded | Code::Unavailable) {
             headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
-        headers.extend(self.headers);
+        for (name, value) in self.headers {
+            headers.insert(name, value);
+        }
         response
     }
 }

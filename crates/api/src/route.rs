@@ -7,6 +7,8 @@
 //! | region | `/v1/regions/{region}/{plural}` | `…/{plural}/{name}` |
 //! | project | `/v1/regions/{region}/projects/{project}/{plural}` | `…/{plural}/{name}` |
 //!
+//! `/v1/operations/{name}` are the operators' verbs ([`operations`]).
+//!
 //! `/v1/regions/{region}/{plural}` of a project's kind lists over all projects. Custom verbs follow the name after a
 //! colon (AIP-136).
 
@@ -15,6 +17,7 @@ use nexus_model::kind::{self, KindDescriptor, Scope};
 use nexus_model::{ApiError, Code, Digest, Name};
 use percent_encoding::percent_decode_str;
 
+use crate::operations::{self, Operation};
 use crate::problem::Refusal;
 
 /// Custom verbs: what can be done to one object beside reading and writing it.
@@ -49,6 +52,7 @@ pub(crate) enum Target {
     Object(Place, String),
     Custom(Place, Name, Verb),
     Blob(Name, Digest),
+    Operation(&'static Operation),
 }
 
 impl Target {
@@ -72,6 +76,7 @@ impl Target {
                 format!("{}/{{name}}:{word}", collection_template(place.kind, true))
             }
             Self::Blob(..) => BLOB_TEMPLATE.into(),
+            Self::Operation(operation) => operation.path(),
         }
     }
 
@@ -89,6 +94,7 @@ impl Target {
                 (false, false) => READ,
             },
             Self::Blob(..) => &[Method::GET, Method::HEAD, Method::PUT],
+            Self::Operation(_) => &[Method::POST],
             _ => READ,
         }
     }
@@ -193,6 +199,13 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
     match segments[..] {
         ["openapi.json"] => Ok(Target::OpenApi),
         ["status"] => Ok(Target::Status),
+        ["operations", name] => match operations::find(name) {
+            Some(operation) => Ok(Target::Operation(operation)),
+            None => {
+                let all: Vec<_> = operations::OPERATIONS.iter().map(|o| o.name).collect();
+                Err(no_path(format!("there is no such operation; there are: {}", all.join(", "))))
+            }
+        },
         [plural] => Ok(Target::Collection(Place { kind: kind_at(plural, &[Scope::Global])?, project: None })),
         [plural, name] => object(Place { kind: kind_at(plural, &[Scope::Global])?, project: None }, name),
         ["regions", r, plural] => {
@@ -273,6 +286,7 @@ mod tests {
     fn a_wrong_path_says_what_was_meant() {
         assert!(at("/v1/apps").unwrap_err().contains("/projects/{project}/apps"));
         assert!(at("/v1/regions/local/projects/p/app").unwrap_err().contains("\"apps\""));
+        assert!(at("/v1/operations/server-jion").unwrap_err().contains("server-join"));
         assert!(at("/v1/regions/local/hsots").unwrap_err().contains("\"hosts\""));
         assert!(at("/v1/regions/other/apps").unwrap_err().contains("\"local\""));
         assert!(at("/v1/regions/local/projects/p/instances/a:reboot").unwrap_err().contains(":logs"));

@@ -27,7 +27,7 @@ use crate::openapi::{self, Schemas};
 use crate::problem::{Refusal, from_store};
 use crate::query::Query;
 use crate::route::{self, Target};
-use crate::{Api, blobs, list, settle, streams, watch, write};
+use crate::{Api, blobs, list, operations, settle, streams, watch, write};
 
 /// The API with what it derives from its kinds once.
 pub(crate) struct Server {
@@ -196,6 +196,13 @@ async fn dispatch(
     if target.is_open() {
         return open(&server, &target, &parts).await;
     }
+    if let Target::Operation(operation) = &target {
+        if !operation.open {
+            server.authenticate(&parts)?;
+        }
+        let _permit = server.admission.admit(Class::of(&target, &parts.headers), &server.api.env).await?;
+        return Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?);
+    }
     let context = Context { principal: server.authenticate(&parts)?, request_id };
     let reads = matches!(parts.method, Method::GET | Method::HEAD);
     let class = Class::of(&target, &parts.headers);
@@ -239,7 +246,7 @@ async fn dispatch(
             Ok(settle::answer(&server, &place, done).await)
         }
         // Answered above.
-        Target::Health | Target::Ready | Target::Metrics | Target::OpenApi => {
+        Target::Health | Target::Ready | Target::Metrics | Target::OpenApi | Target::Operation(_) => {
             Err(Refusal::new(Code::NotFound, "nothing is at this path"))
         }
     }

@@ -507,3 +507,25 @@ async fn the_document_is_served_and_cached() {
     let again = w.call("GET", "/v1/openapi.json", &[("if-none-match", got.header("etag"))], Value::Null).await;
     assert_eq!(again.status, StatusCode::NOT_MODIFIED);
 }
+
+#[tokio::test]
+async fn operations_need_a_token_unless_they_bring_their_own_credential() {
+    let w = World::new();
+    let done = w.call("POST", "/v1/operations/server-remove", &[], json!({"name": "server-c"})).await;
+    assert_eq!(done.json(), json!({"ran": "server-remove", "with": {"name": "server-c"}}));
+    assert_eq!(done.header("cache-control"), "no-store");
+
+    let bare = |path: &str, body: &str| {
+        let request = http::Request::builder().method("POST").uri(path).header("content-type", "application/json");
+        request.body(Body::from(body.to_owned())).unwrap()
+    };
+    w.send(bare("/v1/operations/server-remove", r#"{"name": "server-c"}"#)).await.problem("unauthenticated");
+    let joined = w.send(bare("/v1/operations/server-join", "{}")).await;
+    assert_eq!(joined.json()["ran"], "server-join");
+
+    w.send(bare("/v1/operations/server-join", "[]")).await.problem("bad-request");
+    w.call("POST", "/v1/operations/reboot-all", &[], json!({})).await.problem("not-found");
+    let get = w.get("/v1/operations/server-join").await;
+    get.problem("method-not-allowed");
+    assert_eq!(get.header("allow"), "POST");
+}

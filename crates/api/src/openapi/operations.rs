@@ -20,6 +20,7 @@ pub(super) fn tags() -> Value {
     let kinds = kind::all().iter().map(|d| json!({"name": d.plural, "description": d.about}));
     let more = [
         json!({"name": "blobs", "description": "The content of images, by digest."}),
+        json!({"name": "operations", "description": "What operators do to the fleet itself."}),
         json!({"name": "server", "description": "The server and the cluster themselves."}),
     ];
     kinds.chain(more).collect()
@@ -421,9 +422,23 @@ fn instance_paths(paths: &mut Map<String, Value>, d: &KindDescriptor) {
     paths.insert(format!("{path}:exec"), json!({"get": exec}));
 }
 
+fn operation_path(o: &crate::operations::Operation) -> Value {
+    let answer = json!({"application/json": {"schema": {"type": "object", "additionalProperties": true}}});
+    let responses = answers(vec![("200", success("Done", answer, &[]))], &["403", "409", "413", "415", "422"]);
+    let mut post = operation(o.id, "operations", o.about, Vec::new(), responses);
+    post["requestBody"] = json!({"required": true, "content": {"application/json": {"schema": o.schema()}}});
+    if o.open {
+        post["security"] = json!([]);
+    }
+    json!({"post": post})
+}
+
 pub(super) fn paths() -> Map<String, Value> {
     let mut paths = Map::new();
     server_paths(&mut paths);
+    for o in crate::operations::OPERATIONS {
+        paths.insert(o.path(), operation_path(o));
+    }
     for d in kind::all() {
         let list = collection_template(d, true);
         paths.insert(format!("{list}/{{name}}"), object(d));

@@ -13,7 +13,7 @@ use futures::StreamExt;
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use nexus_api::{
-    Api, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Principal,
+    Api, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations, Principal,
     StatusSource, TokenAuthenticator, Topology,
 };
 use nexus_control::intent::{Accepted, Change, Intent, Writer};
@@ -344,6 +344,16 @@ impl HostDoor for EchoHost {
     }
 }
 
+/// Answers with what was asked.
+pub struct EchoOperations;
+
+#[async_trait]
+impl Operations for EchoOperations {
+    async fn run(&self, name: &str, body: Value) -> Result<Value, ApiError> {
+        Ok(json!({"ran": name, "with": body}))
+    }
+}
+
 pub struct Status;
 
 #[async_trait]
@@ -422,6 +432,7 @@ impl World {
             authenticator: Arc::new(TokenAuthenticator::new([(secret.hash(), principal)])),
             blobs: Arc::new(MemBlobs::default()),
             hosts: Arc::new(EchoHost),
+            operations: Arc::new(EchoOperations),
             status: Arc::new(Status),
             metrics: Arc::default(),
             shutdown: shutdown.clone(),

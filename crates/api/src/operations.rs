@@ -1,0 +1,371 @@
+//! What operators do to the fleet itself, beside its objects: `POST /v1/operations/{name}` with a JSON body.
+//!
+//! Each operation is declared once in [`OPERATIONS`]: its path, its description and its body's schema come from there.
+//! The binary answers them by [`Operations`](crate::Operations). An *open* operation carries its own credential in its
+//! body, the join token, because whoever joins has no other yet.
+
+use axum::body::Body;
+use axum::response::Response;
+use http::HeaderValue;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::request::Parts;
+use nexus_model::kind::{Capacity, Classes};
+use nexus_model::{ApiError, Name};
+use schemars::JsonSchema;
+use schemars::generate::SchemaSettings;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::input::read_json;
+use crate::query::Query;
+use crate::serve::Server;
+use crate::write::JSON;
+
+/// One operation.
+#[derive(Debug)]
+pub struct Operation {
+    /// The last segment of its path.
+    pub name: &'static str,
+    /// Its id in the OpenAPI document.
+    pub id: &'static str,
+    pub about: &'static str,
+    /// Whether it is answered without a bearer token.
+    pub open: bool,
+    schema: fn() -> Value,
+}
+
+impl PartialEq for Operation {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+/// A join token's shortest and longest life, in seconds.
+pub const MIN_TTL: u64 = 60;
+pub const MAX_TTL: u64 = 7 * 24 * 3600;
+pub const DEFAULT_TTL: u64 = 3600;
+
+fn default_ttl() -> u64 {
+    DEFAULT_TTL
+}
+
+/// What a join token lets in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum JoinRole {
+    Server,
+    Host,
+    Gateway,
+}
+
+impl std::fmt::Display for JoinRole {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Server => "server",
+            Self::Host => "host",
+            Self::Gateway => "gateway",
+        })
+    }
+}
+
+/// Asks for a join token: `server-token`, `host-token`, `gateway-token`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TokenRequest {
+    /// How long it can be used, in seconds.
+    #[serde(default = "default_ttl")]
+    #[schemars(range(min = 60, max = 604_800))]
+    pub ttl_seconds: u64,
+    /// Binds it to a zone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Name>,
+    /// Binds a host's token to a cell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cell: Option<Name>,
+}
+
+/// A join token. Its text is told once.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TokenGrant {
+    pub token: String,
+    /// By which it is listed and revoked.
+    pub id: String,
+    pub role: JoinRole,
+    /// RFC 3339.
+    pub expires: String,
+    /// Identifies the cluster's authority: `sha256:` and the hash of its certificate.
+    pub ca_pin: String,
+    /// Where to join, any of them.
+    pub endpoints: Vec<String>,
+}
+
+/// Names something: `server-remove`, and (by id) `token-revoke`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Named {
+    pub name: Name,
+}
+
+/// `token-revoke`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TokenId {
+    #[schemars(regex(pattern = "^[0-9a-f]{12}$"))]
+    pub id: String,
+}
+
+/// No parameters: `trust`, `token-list`, `server-list`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Nothing {}
+
+/// `server-replace`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Replace {
+    pub old: Name,
+    /// A server that has joined.
+    pub new: Name,
+}
+
+/// `host-leave`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HostLeave {
+    pub name: Name,
+    /// Also while instances run there; they are started elsewhere.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// `server-join`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServerJoin {
+    pub token: String,
+    pub name: Name,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Name>,
+    /// Where peers, agents and gateways reach it, such as `10.0.0.4:7440`.
+    pub wire: String,
+    /// Where users reach its API, such as `https://10.0.0.4:8443`.
+    pub api: String,
+    /// More names and addresses for the certificate that users see.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub api_names: Vec<String>,
+    /// PKCS #10, in PEM, for the ids `server/<name>` and `api/<name>` of the cluster's trust domain.
+    pub csr: String,
+}
+
+/// A member of a region's control plane, as whoever joins learns it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerEntry {
+    pub node: u64,
+    pub name: Name,
+    pub zone: Name,
+    pub wire: String,
+    pub api: String,
+}
+
+/// The answer to `server-join`: everything that the new server's configuration is made of.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerJoined {
+    pub cluster_id: String,
+    pub region: Name,
+    pub zone: Name,
+    pub node: u64,
+    pub domain: String,
+    pub zones: Vec<Name>,
+    /// The authority's certificate and the two new ones, in PEM.
+    pub ca: String,
+    pub cert: String,
+    pub api_cert: String,
+    /// The hash of the administrator's token.
+    pub token_hash: String,
+    pub members: Vec<ServerEntry>,
+    /// The authority's key, so that the new server can sign too. Never kept in the store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authority_key: Option<String>,
+    /// What else the server that answered has in its configuration and the new one needs, by field.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub config: serde_json::Map<String, Value>,
+}
+
+/// `host-join`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HostJoin {
+    pub token: String,
+    pub name: Name,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Name>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cell: Option<Name>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rack: Option<Name>,
+    /// Where servers reach the agent, such as `10.0.0.21:7450`.
+    pub address: String,
+    /// What the host offers.
+    #[serde(default)]
+    pub capacity: Capacity,
+    #[serde(default)]
+    pub classes: Classes,
+    /// PKCS #10, in PEM, for the id `agent/<name>`.
+    pub csr: String,
+}
+
+/// The answer to `host-join`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HostJoined {
+    pub cluster_id: String,
+    pub region: Name,
+    pub zone: Name,
+    pub cell: Name,
+    pub prefix6: std::net::Ipv6Addr,
+    pub prefix4: std::net::Ipv4Addr,
+    pub ca: String,
+    pub cert: String,
+    /// The wire endpoints of the region's servers.
+    pub servers: Vec<String>,
+}
+
+/// `gateway-join`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct GatewayJoin {
+    pub token: String,
+    pub name: Name,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Name>,
+    /// PKCS #10, in PEM, for the id `gateway/<name>`.
+    pub csr: String,
+}
+
+/// The answer to `gateway-join`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GatewayJoined {
+    pub cluster_id: String,
+    pub region: Name,
+    pub zone: Name,
+    pub ca: String,
+    pub cert: String,
+    pub servers: Vec<String>,
+}
+
+/// The answer to `trust`: what a newcomer checks against the pin that it was given.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Trust {
+    pub cluster_id: String,
+    pub region: Name,
+    pub ca: String,
+}
+
+fn schema<T: JsonSchema>() -> Value {
+    let mut settings = SchemaSettings::draft2020_12();
+    settings.meta_schema = None;
+    settings.inline_subschemas = true;
+    let mut schema = settings.into_generator().into_root_schema_for::<T>().to_value();
+    if let Some(map) = schema.as_object_mut() {
+        map.shift_remove("title");
+    }
+    schema
+}
+
+fn any_object() -> Value {
+    serde_json::json!({"type": "object", "additionalProperties": true})
+}
+
+const fn of(name: &'static str, id: &'static str, about: &'static str, open: bool, schema: fn() -> Value) -> Operation {
+    Operation { name, id, about, open, schema }
+}
+
+/// Every operation.
+pub static OPERATIONS: &[Operation] = &[
+    of("trust", "trust", "The cluster's authority, to be checked against a pin", true, schema::<Nothing>),
+    of("server-token", "serverToken", "Make a token by which one server may join", false, schema::<TokenRequest>),
+    of("host-token", "hostToken", "Make a token by which one host may join", false, schema::<TokenRequest>),
+    of("gateway-token", "gatewayToken", "Make a token by which one gateway may join", false, schema::<TokenRequest>),
+    of("token-list", "tokenList", "Join tokens that were not used yet", false, schema::<Nothing>),
+    of("token-revoke", "tokenRevoke", "Take a join token back", false, schema::<TokenId>),
+    of("server-join", "serverJoin", "Join the region's control plane, by a token", true, schema::<ServerJoin>),
+    of("host-join", "hostJoin", "Join the region as a host, by a token", true, schema::<HostJoin>),
+    of("gateway-join", "gatewayJoin", "Join the region as a gateway, by a token", true, schema::<GatewayJoin>),
+    of("server-list", "serverList", "The region's servers and how each does", false, schema::<Nothing>),
+    of("server-remove", "serverRemove", "Take a server out of the control plane", false, schema::<Named>),
+    of("server-replace", "serverReplace", "Put one server in another's place", false, schema::<Replace>),
+    of("host-leave", "hostLeave", "Take a host out of the region", false, schema::<HostLeave>),
+    of("backup-create", "backupCreate", "Write a backup", false, any_object),
+    of("backup-list", "backupList", "The backups that are there", false, any_object),
+];
+
+pub(crate) fn find(name: &str) -> Option<&'static Operation> {
+    OPERATIONS.iter().find(|o| o.name == name)
+}
+
+impl Operation {
+    pub(crate) fn path(&self) -> String {
+        format!("/v1/operations/{}", self.name)
+    }
+
+    /// Its body's schema, for the OpenAPI document.
+    pub(crate) fn schema(&self) -> Value {
+        (self.schema)()
+    }
+}
+
+/// Reads the body, runs the operation and answers what it answers.
+pub(crate) async fn handle(
+    server: &Server,
+    operation: &'static Operation,
+    parts: &Parts,
+    body: Body,
+) -> Result<Response, ApiError> {
+    Query::parse(parts.uri.query(), &[], &[])?;
+    let body = read_json(&parts.headers, body, JSON).await?;
+    if !body.is_object() {
+        return Err(ApiError::new(nexus_model::Code::BadRequest, "the body must be a JSON object"));
+    }
+    let answer = server.api.operations.run(operation.name, body).await?;
+    let bytes = serde_json::to_vec(&answer).expect("an answer is plain data");
+    let mut response = Response::new(Body::from(bytes));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    // Some answers hold what nobody between should keep.
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    Ok(response)
+}
+
+/// Reads an operation's body, and says which field is wrong.
+pub fn read<T: serde::de::DeserializeOwned>(body: Value) -> Result<T, ApiError> {
+    serde_json::from_value(body)
+        .map_err(|e| ApiError::new(nexus_model::Code::Invalid, format!("the operation's body: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_operation_has_a_closed_schema_of_its_own() {
+        for (i, operation) in OPERATIONS.iter().enumerate() {
+            assert!(OPERATIONS[..i].iter().all(|o| o.name != operation.name && o.id != operation.id));
+            let schema = operation.schema();
+            assert_eq!(schema["type"], "object", "{}", operation.name);
+            assert!(schema.get("additionalProperties").is_some(), "{}: {schema}", operation.name);
+            assert!(!schema.to_string().contains("$ref"), "{}: {schema}", operation.name);
+        }
+        assert_eq!(find("server-token").unwrap().schema()["properties"]["ttlSeconds"]["maximum"], MAX_TTL);
+    }
+
+    #[test]
+    fn a_wrong_body_says_what_is_wrong() {
+        let error = read::<Replace>(serde_json::json!({"old": "a", "nwe": "b"})).unwrap_err();
+        assert!(error.detail.contains("nwe"), "{error}");
+    }
+}
