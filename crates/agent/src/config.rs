@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use nexus_compute::keep::Keep;
-use nexus_env::Endpoint;
 use nexus_model::kind::{HostSpec, Runtime};
 use nexus_model::plan::ImagePlan;
 use nexus_model::{Digest, Name, Uid};
+use nexus_wire::ServerBook;
 use rustls::pki_types::CertificateDer;
 
 use crate::AgentHandle;
@@ -24,7 +24,8 @@ pub type Authorize = dyn Fn(&nexus_wire::Caller, &str) -> bool + Send + Sync;
 pub struct AgentConfig {
     pub name: Name,
     pub host: HostSpec,
-    pub servers: Vec<Endpoint>,
+    /// The region's servers; what they tell of each other goes into it.
+    pub servers: Arc<ServerBook>,
     /// The cached plan and the instances' log files.
     pub data_dir: PathBuf,
     pub boot_id: String,

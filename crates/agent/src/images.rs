@@ -12,7 +12,7 @@ use nexus_env::{Endpoint, Env};
 use nexus_model::Digest;
 use nexus_model::kind::ImageFormat;
 use nexus_model::plan::{BlobRequest, ImagePlan, method};
-use nexus_wire::{ByteStream, ClientOptions, Pool};
+use nexus_wire::{ByteStream, ClientOptions, Pool, ServerBook};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
@@ -29,7 +29,7 @@ const MAX_COMPONENT: u64 = 1 << 30;
 pub struct WireImages {
     blobs: BlobStore,
     pool: Pool,
-    servers: Vec<Endpoint>,
+    servers: Arc<ServerBook>,
     whole: Mutex<BTreeSet<Digest>>,
     /// One permit for each image that is being fetched, so that others wait for it.
     fetching: Mutex<BTreeMap<Digest, Arc<Semaphore>>>,
@@ -38,7 +38,7 @@ pub struct WireImages {
 
 impl WireImages {
     /// A fetcher that asks `servers` in turn. Blocks while it looks at what is here.
-    pub fn new(env: &Env, tls: Arc<rustls::ClientConfig>, servers: Vec<Endpoint>, blobs: BlobStore) -> Self {
+    pub fn new(env: &Env, tls: Arc<rustls::ClientConfig>, servers: Arc<ServerBook>, blobs: BlobStore) -> Self {
         // Whatever is in the store and was an image's root is here whole; other blobs are never asked for as images.
         let whole = blobs.list().unwrap_or_default().into_iter().map(|(digest, _)| digest).collect();
         Self {
@@ -76,7 +76,7 @@ impl WireImages {
         }
         let _permit = self.downloads.acquire().await.map_err(|e| e.to_string())?;
         let mut why = NO_SERVER.to_owned();
-        for endpoint in &self.servers {
+        for endpoint in &self.servers.all() {
             let stored = match self.open(endpoint, digest).await {
                 Ok(stream) => self.store(stream, digest, limit).await,
                 Err(e) => Err(e),
@@ -91,7 +91,7 @@ impl WireImages {
 
     async fn manifest(&self, digest: Digest) -> Result<Vec<u8>, String> {
         let mut why = NO_SERVER.to_owned();
-        for endpoint in &self.servers {
+        for endpoint in &self.servers.all() {
             let read = match self.open(endpoint, digest).await {
                 Ok(stream) => small(stream).await,
                 Err(e) => Err(e),

@@ -39,7 +39,9 @@ pub(crate) fn succeed(held: Option<&HostPlan>, mut new: HostPlan, host: &Name) -
         return Err(Unfit::Host(new.host));
     }
     let Some(held) = held else { return Ok(new) };
-    if new.revision <= held.revision {
+    // What to prepare comes from the log that all regions share: it changes while the region's own revision stands still.
+    let prepares = new.revision == held.revision && new.instances == held.instances && new.prepare != held.prepare;
+    if new.revision <= held.revision && !prepares {
         return Err(Unfit::Old(new.revision));
     }
     let before: BTreeMap<Uid, &InstancePlan> = held.instances.iter().map(|i| (i.uid, i)).collect();
@@ -174,6 +176,8 @@ async fn take(
 #[cfg(test)]
 mod tests {
     use nexus_env::MemDisk;
+    use nexus_model::kind::ImageFormat;
+    use nexus_model::plan::ImagePlan;
 
     use super::*;
 
@@ -193,6 +197,9 @@ mod tests {
         assert_eq!(succeed(None, plan(3), &host).unwrap().revision, 3);
         assert_eq!(succeed(Some(&plan(3)), plan(3), &host), Err(Unfit::Old(3)));
         assert_eq!(succeed(Some(&plan(3)), plan(2), &host), Err(Unfit::Old(2)));
+        let image = ImagePlan { format: ImageFormat::Wasm, digest: nexus_model::Digest::of(b"f") };
+        let prepares = HostPlan { prepare: vec![image], ..plan(3) };
+        assert_eq!(succeed(Some(&plan(3)), prepares.clone(), &host), Ok(prepares));
         let newer = HostPlan { version: PLAN_VERSION + 1, ..plan(9) };
         assert_eq!(succeed(Some(&plan(3)), newer, &host), Err(Unfit::Version(PLAN_VERSION + 1)));
         assert!(matches!(succeed(None, plan(1), &"h2".parse().unwrap()), Err(Unfit::Host(_))));

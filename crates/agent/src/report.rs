@@ -41,7 +41,7 @@ pub(crate) async fn run(config: Arc<AgentConfig>, env: Env, engines: Engines, se
             match send(&servers, &mut leader, &mut turn, &report).await {
                 Some(ack) => {
                     failures = 0;
-                    servers.learn(&ack.servers);
+                    servers.learn(&ack.servers).await;
                     let now = env.monotonic();
                     config.handle.update(|f| {
                         f.reports_sent += 1;

@@ -1,45 +1,35 @@
 //! Where the servers are, and which one to try next.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use nexus_env::{Endpoint, Env, RngExt};
-use nexus_wire::{Client, Pool};
+use nexus_env::{Endpoint, Env, RngExt, on_disk};
+use nexus_wire::{Client, Pool, ServerBook};
 
-/// The servers that are known. What a server tells replaces what was configured, which is tried again when nobody of
-/// those answers.
+/// The servers that are known, and the connections to them.
 pub(crate) struct Servers {
     pool: Pool,
     env: Env,
-    configured: Vec<Endpoint>,
-    told: Mutex<Arc<[Endpoint]>>,
+    book: Arc<ServerBook>,
 }
 
 impl Servers {
-    pub fn new(env: &Env, pool: Pool, configured: Vec<Endpoint>) -> Self {
-        Self { pool, env: env.clone(), configured, told: Mutex::new([].into()) }
+    pub fn new(env: &Env, pool: Pool, book: Arc<ServerBook>) -> Self {
+        Self { pool, env: env.clone(), book }
     }
 
-    /// Takes over what a server told. Text that is no endpoint is passed over.
-    pub fn learn(&self, servers: &[String]) {
-        let told: Vec<Endpoint> = servers.iter().take(64).filter_map(|s| s.parse().ok()).collect();
-        if told.is_empty() {
+    /// Takes over what a server told, and writes it down if it is news.
+    pub async fn learn(&self, servers: &[String]) {
+        if !self.book.learn(servers) {
             return;
         }
-        let mut held = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if **held != *told {
-            *held = told.into();
+        let known = self.book.all();
+        self.pool.retain(|endpoint| known.contains(endpoint));
+        let (book, disk) = (self.book.clone(), self.env.disk.clone());
+        let saved = on_disk(&self.env.disk, move || book.save(&*disk)).await.and_then(|s| s);
+        if let Err(error) = saved {
+            tracing::warn!(%error, "the list of servers can't be kept: a restart begins with the configured ones");
         }
-    }
-
-    pub fn all(&self) -> Vec<Endpoint> {
-        let mut all = self.told.lock().unwrap_or_else(PoisonError::into_inner).to_vec();
-        for endpoint in &self.configured {
-            if !all.contains(endpoint) {
-                all.push(endpoint.clone());
-            }
-        }
-        all
     }
 
     pub fn client(&self, endpoint: &Endpoint) -> Client {
@@ -48,8 +38,7 @@ impl Servers {
 
     /// The `n`th server to try, in an order that goes round.
     pub fn nth(&self, n: usize) -> Option<Endpoint> {
-        let all = self.all();
-        all.get(n.checked_rem(all.len())?).cloned()
+        self.book.nth(n)
     }
 
     /// A pause that doubles with each failure in a row, drawn between half and whole, so that hosts don't come back in

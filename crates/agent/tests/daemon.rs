@@ -18,7 +18,7 @@ use nexus_model::plan::{
     PlanRequest, ReportAck, channel, method,
 };
 use nexus_model::{Digest, Name, Timestamp, Uid};
-use nexus_wire::{Client, ClientOptions, Refusal, Server};
+use nexus_wire::{Client, ClientOptions, Refusal, Server, ServerBook};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::{Notify, watch};
@@ -337,7 +337,7 @@ impl Host {
         let config = AgentConfig {
             name: name("host-1"),
             host: HostSpec { address, ..HostSpec::default() },
-            servers: servers.to_vec(),
+            servers: Arc::new(ServerBook::open(&nexus_env::RealDisk, self.dir.path(), servers.to_vec())),
             data_dir: self.dir.path().to_owned(),
             boot_id: "boot".into(),
             agent_version: "test".into(),
@@ -644,7 +644,7 @@ async fn images_are_fetched_once_whole_and_checked() {
     let servers = vec!["127.0.0.1:1".parse().unwrap(), server.local()];
     let serving = tokio::spawn(server.serve(CancellationToken::new()));
     let blobs = BlobStore::open(dir.path()).unwrap();
-    let images = WireImages::new(&Env::real(), pki.client(), servers, blobs.clone());
+    let images = WireImages::new(&Env::real(), pki.client(), Arc::new(ServerBook::new(servers)), blobs.clone());
 
     let many = futures::future::join_all((0..8).map(|_| images.ensure(&image))).await;
     assert!(many.iter().all(Result::is_ok), "{many:?}");

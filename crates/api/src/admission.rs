@@ -68,6 +68,7 @@ impl Class {
                 Self::Interactive
             }
             Target::Blob(..) => Self::Interactive,
+            Target::Elsewhere(_, target) => Self::of(target, headers),
             _ => Self::Operator,
         }
     }
@@ -182,7 +183,8 @@ mod tests {
     #[test]
     fn classes_come_from_paths_and_can_only_be_lowered() {
         let region = "local".parse().unwrap();
-        let class = |path: &str, headers: &HeaderMap| Class::of(&crate::route::resolve(path, &region).unwrap(), headers);
+        let class =
+            |path: &str, headers: &HeaderMap| Class::of(&crate::route::resolve(path, &region).unwrap(), headers);
         let none = HeaderMap::new();
         assert_eq!(class("/healthz", &with("u=7")), Class::System);
         assert_eq!(class("/v1/status", &none), Class::Operator);

@@ -2,11 +2,13 @@
 //! the cluster says of itself. The binary brings the implementations.
 
 use async_trait::async_trait;
+use axum::extract::Request;
+use axum::response::Response;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use nexus_iam::{TokenHash, TokenSecret};
 use nexus_model::plan::{ExecRequest, LogsRequest};
-use nexus_model::{ApiError, Digest, Name};
+use nexus_model::{ApiError, Digest, Name, Timestamp};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -94,6 +96,17 @@ pub trait Operations: Send + Sync {
     async fn run(&self, name: &str, body: Value) -> Result<Value, ApiError>;
 }
 
+/// The way to servers of other regions.
+#[async_trait]
+pub trait Remote: Send + Sync {
+    /// The other regions of the fleet, as this server knows them.
+    fn regions(&self) -> Vec<Name>;
+
+    /// Has a server of another region answer a request, with its headers as they are and [`PASSED_ON`](crate::PASSED_ON)
+    /// beside them. Streams and upgrades pass through. The next server is tried when one can't be reached.
+    async fn pass(&self, region: &Name, request: Request) -> Result<Response, ApiError>;
+}
+
 /// How the control plane does, in a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -125,6 +138,52 @@ pub struct ServerStatus {
     pub reachable: bool,
 }
 
+/// A member of a group of the metadata store, as the group's leader sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct GroupMember {
+    pub node: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Takes part in elections and quorums.
+    pub voter: bool,
+    pub reachable: bool,
+    /// Entries of the log that it has not stored yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_entries: Option<u64>,
+    /// How far its clock is ahead of the leader's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_skew_ms: Option<i64>,
+}
+
+/// A group of the metadata store: `global`, or the region's own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct GroupStatus {
+    pub group: String,
+    /// The node that leads, as this server knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leader: Option<u64>,
+    /// Whether it can commit, as far as this server can tell.
+    pub quorum: bool,
+    pub commit_latency_ms: f64,
+    /// The newest revision of this server's copy.
+    pub revision: u64,
+    /// How long ago this server's copy was last known to be complete.
+    pub stale_ms: u64,
+    /// Why this server's store has little room left, if it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pressure: Option<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub members: Vec<GroupMember>,
+}
+
+/// A certificate of this server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Certificate {
+    /// What it is for: `wire` or `api`.
+    pub name: String,
+    pub not_after: Timestamp,
+}
+
 /// What `/v1/status` answers. Everything is measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ClusterStatus {
@@ -145,6 +204,12 @@ pub struct ClusterStatus {
     pub revision: Option<u64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub servers: Vec<ServerStatus>,
+    /// The groups of the metadata store that this server is a member of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupStatus>,
+    /// The certificates of the server that answers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub certificates: Vec<Certificate>,
     /// Why it is not healthy, in a sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,

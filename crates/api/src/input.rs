@@ -7,7 +7,7 @@
 use axum::body::Body;
 use http::HeaderMap;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use nexus_model::kind::{KindDescriptor, Scope, validate_annotations, validate_labels};
+use nexus_model::kind::{Home, KindDescriptor, Scope, validate_annotations, validate_labels};
 use nexus_model::selector::Labels;
 use nexus_model::{API_VERSION, AnyObject, ApiError, Code, FieldError, Metadata, Name};
 use serde_json::{Map, Value};
@@ -153,6 +153,11 @@ fn metadata(errors: &mut Errors, value: &Value, expected: &Expected<'_>, patch: 
             "project" if expected.place.project.is_some() => {
                 agreeing(errors, &field, value, expected.place.project.as_ref());
             }
+            // Of what all regions share, the path may name a region too.
+            "region" if value.as_str() == expected.place.region.as_ref().map(Name::as_str) => {}
+            "region" if expected.place.kind.home == Home::Global && expected.place.region.is_none() => {
+                agreeing(errors, &field, value, None);
+            }
             "region" => {
                 agreeing(errors, &field, value, Some(expected.region));
             }
@@ -280,7 +285,12 @@ mod tests {
 
     fn place(word: &str) -> Place {
         let kind = kind::find(word).unwrap();
-        Place { kind, project: (kind.scope == Scope::Project).then(|| "default".parse().unwrap()) }
+        let local = || "local".parse().unwrap();
+        Place {
+            kind,
+            project: (kind.scope == Scope::Project).then(|| "default".parse().unwrap()),
+            region: (kind.scope != Scope::Global).then(local),
+        }
     }
 
     fn fields(word: &str, name: Option<&str>, body: Value) -> Vec<String> {

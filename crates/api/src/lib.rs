@@ -3,7 +3,7 @@
 //! [`router`] makes one axum router over every [`KindDescriptor`](nexus_model::kind::KindDescriptor): paths, methods,
 //! schemas and the OpenAPI document come from the declaration, and a new kind needs no line here. A request passes, in
 //! this order: path and method ([`route`]), authentication, the limits on what runs at once, its handler. Reads
-//! go to the metadata store; writes become an [`Intent`](nexus_control::intent::Intent) for the region's writer.
+//! go to the metadata store, the region's or the one that all regions share; writes become an [`Intent`](nexus_control::intent::Intent) for its writer. What is in another region is passed on.
 //!
 //! Conventions that hold everywhere: every answer carries `X-Request-Id`; every error is a problem document (RFC 9457);
 //! an object's `metadata.revision`, its ETag and what `If-Match` compares are one number, the revision at which its key
@@ -15,6 +15,7 @@
 mod admission;
 mod blobs;
 mod doors;
+mod elsewhere;
 mod headers;
 mod input;
 mod list;
@@ -43,18 +44,24 @@ use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 pub use doors::{
-    Authenticator, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Operations, Principal,
-    ServerStatus, StatusSource, TokenAuthenticator, Topology,
+    Authenticator, BlobStream, Blobs, Certificate, ClusterHealth, ClusterStatus, Frame, FrameStream, GroupMember,
+    GroupStatus, HostDoor, Operations, Principal, Remote, ServerStatus, StatusSource, TokenAuthenticator, Topology,
 };
+
+pub use elsewhere::PASSED_ON;
 
 /// Everything that the API needs, given by the binary.
 #[derive(Clone)]
 pub struct Api {
-    /// The region that this server serves; other regions' paths are answered 404.
+    /// The region that this server serves; other regions' paths are passed on to them.
     pub region: Name,
     pub env: Env,
     pub store: Arc<dyn Store>,
     pub writer: Arc<dyn Writer>,
+    /// Of the group that all regions share, as `store` and `writer` are the region's own.
+    pub global_store: Arc<dyn Store>,
+    pub global_writer: Arc<dyn Writer>,
+    pub remote: Arc<dyn Remote>,
     pub authenticator: Arc<dyn Authenticator>,
     pub blobs: Arc<dyn Blobs>,
     pub hosts: Arc<dyn HostDoor>,

@@ -73,7 +73,7 @@ pub(crate) async fn find(
 ) -> Result<Option<KeyValue>, ApiError> {
     let mut request = RangeRequest::get(key::object(place.kind, place.project.as_ref(), name));
     request.consistency = consistency;
-    Ok(server.api.store.range(request).await.map_err(from_store)?.kvs.into_iter().next())
+    Ok(server.store(place).range(request).await.map_err(from_store)?.kvs.into_iter().next())
 }
 
 pub(crate) fn parse_name(place: &Place, text: &str) -> Result<Name, ApiError> {
@@ -170,7 +170,7 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
             let batch = if filtered { BATCH } else { limit - count };
             let mut request = RangeRequest::new(start.clone(), end.clone()).limit(batch.min(MAX_SCAN - scanned).max(1));
             request.consistency = consistency;
-            let answer = server.api.store.range(request).await.map_err(from_store)?;
+            let answer = server.store(place).range(request).await.map_err(from_store)?;
             // This node has seen everything up to the first answer by now, so that later ones need not ask again.
             consistency = Consistency::Stale;
             revision.get_or_insert(answer.revision.0);
@@ -205,7 +205,7 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
     let revision = match revision {
         Some(revision) => revision,
         // Only a cursor behind everything asks the store for nothing.
-        None => server.current_revision(consistency).await?,
+        None => server.current_revision(place, consistency).await?,
     };
     let mut body = Vec::with_capacity(items.len() + 256);
     let mut metadata = serde_json::json!({"revision": revision});

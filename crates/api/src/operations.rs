@@ -41,7 +41,7 @@ impl PartialEq for Operation {
 }
 
 /// A join token's shortest and longest life, in seconds.
-pub const MIN_TTL: u64 = 60;
+pub const MIN_TTL: u64 = 1;
 pub const MAX_TTL: u64 = 7 * 24 * 3600;
 pub const DEFAULT_TTL: u64 = 3600;
 
@@ -74,7 +74,7 @@ impl std::fmt::Display for JoinRole {
 pub struct TokenRequest {
     /// How long it can be used, in seconds.
     #[serde(default = "default_ttl")]
-    #[schemars(range(min = 60, max = 604_800))]
+    #[schemars(range(min = 1, max = 604_800))]
     pub ttl_seconds: u64,
     /// Binds it to a zone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -113,6 +113,15 @@ pub struct Named {
 pub struct TokenId {
     #[schemars(regex(pattern = "^[0-9a-f]{12}$"))]
     pub id: String,
+}
+
+/// `region-remove`: a region whose servers have stopped, with their node ids.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RegionRemove {
+    pub name: Name,
+    #[schemars(length(max = 100))]
+    pub nodes: Vec<u64>,
 }
 
 /// No parameters: `trust`, `token-list`, `server-list`.
@@ -267,6 +276,23 @@ pub struct Trust {
     pub ca: String,
 }
 
+/// `backup-create`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct BackupCreate {
+    /// Chosen by the server, without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[A-Za-z0-9_:-][A-Za-z0-9_.:-]{0,63}$"))]
+    pub name: Option<String>,
+    /// Only the newest so many stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1_000_000))]
+    pub keep: Option<usize>,
+    /// What this server knows, without asking a majority.
+    #[serde(default)]
+    pub stale: bool,
+}
+
 fn schema<T: JsonSchema>() -> Value {
     let mut settings = SchemaSettings::draft2020_12();
     settings.meta_schema = None;
@@ -276,10 +302,6 @@ fn schema<T: JsonSchema>() -> Value {
         map.shift_remove("title");
     }
     schema
-}
-
-fn any_object() -> Value {
-    serde_json::json!({"type": "object", "additionalProperties": true})
 }
 
 const fn of(name: &'static str, id: &'static str, about: &'static str, open: bool, schema: fn() -> Value) -> Operation {
@@ -300,9 +322,16 @@ pub static OPERATIONS: &[Operation] = &[
     of("server-list", "serverList", "The region's servers and how each does", false, schema::<Nothing>),
     of("server-remove", "serverRemove", "Take a server out of the control plane", false, schema::<Named>),
     of("server-replace", "serverReplace", "Put one server in another's place", false, schema::<Replace>),
+    of(
+        "region-remove",
+        "regionRemove",
+        "Take a region's servers out of the global group",
+        false,
+        schema::<RegionRemove>,
+    ),
     of("host-leave", "hostLeave", "Take a host out of the region", false, schema::<HostLeave>),
-    of("backup-create", "backupCreate", "Write a backup", false, any_object),
-    of("backup-list", "backupList", "The backups that are there", false, any_object),
+    of("backup-create", "backupCreate", "Write a backup", false, schema::<BackupCreate>),
+    of("backup-list", "backupList", "The backups that are there", false, schema::<Nothing>),
 ];
 
 pub(crate) fn find(name: &str) -> Option<&'static Operation> {

@@ -9,11 +9,15 @@
 //!
 //! `/v1/operations/{name}` are the operators' verbs ([`operations`]).
 //!
+//! The region `global` stands for the group that all regions share: images are there, and apps and routes of no one region.
+//! Its paths, and those of this server's region, are answered here; images in whatever region's path. Any other
+//! region's path is passed on to a server of that region.
+//!
 //! `/v1/regions/{region}/{plural}` of a project's kind lists over all projects. Custom verbs follow the name after a
 //! colon (AIP-136).
 
 use http::{HeaderValue, Method, header};
-use nexus_model::kind::{self, KindDescriptor, Scope};
+use nexus_model::kind::{self, GLOBAL, Home, KindDescriptor, Scope};
 use nexus_model::{ApiError, Code, Digest, Name};
 use percent_encoding::percent_decode_str;
 
@@ -37,6 +41,8 @@ pub(crate) struct Place {
     pub kind: &'static KindDescriptor,
     /// Absent for kinds without projects, and when a list goes over all projects.
     pub project: Option<Name>,
+    /// As the path says it; absent for kinds without regions.
+    pub region: Option<Name>,
 }
 
 /// What a path names.
@@ -53,6 +59,8 @@ pub(crate) enum Target {
     Custom(Place, Name, Verb),
     Blob(Name, Digest),
     Operation(&'static Operation),
+    /// In another region.
+    Elsewhere(Name, Box<Target>),
 }
 
 impl Target {
@@ -77,6 +85,7 @@ impl Target {
             }
             Self::Blob(..) => BLOB_TEMPLATE.into(),
             Self::Operation(operation) => operation.path(),
+            Self::Elsewhere(_, target) => target.template(),
         }
     }
 
@@ -95,6 +104,7 @@ impl Target {
             },
             Self::Blob(..) => &[Method::GET, Method::HEAD, Method::PUT],
             Self::Operation(_) => &[Method::POST],
+            Self::Elsewhere(_, target) => target.methods(),
             _ => READ,
         }
     }
@@ -116,10 +126,16 @@ impl Place {
         self.kind.scope == Scope::Project && self.project.is_none()
     }
 
+    /// Whether the group that all regions share keeps what is here.
+    pub fn is_global(&self) -> bool {
+        self.kind.home == Home::Global || self.region.as_ref().is_some_and(|r| *r == *GLOBAL)
+    }
+
     /// The path of an object here.
-    pub fn path(&self, region: &Name, name: &Name) -> String {
+    pub fn path(&self, name: &Name) -> String {
         let project = self.project.as_ref().map_or("", Name::as_str);
-        let collection = collection_template(self.kind, true).replace("{region}", region.as_str());
+        let region = self.region.as_ref().map_or("", Name::as_str);
+        let collection = collection_template(self.kind, true).replace("{region}", region);
         format!("{}/{name}", collection.replace("{project}", project))
     }
 }
@@ -172,6 +188,31 @@ fn object(place: Place, last: &str) -> Result<Target, ApiError> {
     Ok(Target::Custom(place, name, *verb))
 }
 
+/// A place in a region, and the region if it is neither `here` nor `global`.
+fn place(
+    kind: &'static KindDescriptor,
+    region: &str,
+    project: Option<&str>,
+    here: &Name,
+) -> Result<(Place, Option<Name>), ApiError> {
+    let region = name_of("region", region)?;
+    if region == *GLOBAL && kind.home == Home::Region {
+        let path = collection_template(kind, true);
+        return Err(no_path(format!("{} belong to a region: {path}, with the region's own name", kind.plural)));
+    }
+    let answered = region == *here || region == *GLOBAL || kind.home == Home::Global;
+    let elsewhere = (!answered).then(|| region.clone());
+    let project = project.map(|p| name_of("project", p)).transpose()?;
+    Ok((Place { kind, project, region: Some(region) }, elsewhere))
+}
+
+fn wherever(elsewhere: Option<Name>, target: Target) -> Target {
+    match elsewhere {
+        Some(region) => Target::Elsewhere(region, Box::new(target)),
+        None => target,
+    }
+}
+
 /// Takes a path apart. `region` is the one that this server serves.
 pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
     match path {
@@ -189,13 +230,6 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
         .collect();
     let segments = segments?;
     let segments: Vec<&str> = segments.iter().map(|s| &**s).collect();
-    let in_region = |name: &str| {
-        if *region == name {
-            return Ok(());
-        }
-        let shown: String = name.chars().take(64).collect();
-        Err(no_path(format!("this server serves the region {:?}, not {shown:?}", region.as_str())))
-    };
     match segments[..] {
         ["openapi.json"] => Ok(Target::OpenApi),
         ["status"] => Ok(Target::Status),
@@ -206,34 +240,42 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
                 Err(no_path(format!("there is no such operation; there are: {}", all.join(", "))))
             }
         },
-        [plural] => Ok(Target::Collection(Place { kind: kind_at(plural, &[Scope::Global])?, project: None })),
-        [plural, name] => object(Place { kind: kind_at(plural, &[Scope::Global])?, project: None }, name),
-        ["regions", r, plural] => {
-            in_region(r)?;
-            Ok(Target::Collection(Place { kind: kind_at(plural, &[Scope::Region, Scope::Project])?, project: None }))
+        [plural] => {
+            let kind = kind_at(plural, &[Scope::Global])?;
+            Ok(Target::Collection(Place { kind, project: None, region: None }))
         }
-        ["regions", r, "projects", _] => {
-            in_region(r)?;
+        [plural, name] => {
+            let kind = kind_at(plural, &[Scope::Global])?;
+            object(Place { kind, project: None, region: None }, name)
+        }
+        ["regions", _, "projects", _] => {
             Err(no_path("projects are at /v1/projects; what a project owns is one segment further"))
         }
-        ["regions", r, plural, name] => {
-            in_region(r)?;
-            object(Place { kind: kind_at(plural, &[Scope::Region])?, project: None }, name)
-        }
-        ["regions", r, "projects", project, plural] => {
-            in_region(r)?;
-            let kind = kind_at(plural, &[Scope::Project])?;
-            Ok(Target::Collection(Place { kind, project: Some(name_of("project", project)?) }))
-        }
         ["regions", r, "projects", project, "blobs", digest] => {
-            in_region(r)?;
+            // Every server has or fetches every blob, so the region in the path says nothing.
+            name_of("region", r)?;
             let digest = digest.parse().map_err(|e| no_path(format!("there is no such blob: {e}")))?;
             Ok(Target::Blob(name_of("project", project)?, digest))
         }
-        ["regions", r, "projects", project, plural, name] => {
-            in_region(r)?;
+        ["regions", r, plural] => {
+            let kind = kind_at(plural, &[Scope::Region, Scope::Project])?;
+            let (place, elsewhere) = place(kind, r, None, region)?;
+            Ok(wherever(elsewhere, Target::Collection(place)))
+        }
+        ["regions", r, plural, name] => {
+            let kind = kind_at(plural, &[Scope::Region])?;
+            let (place, elsewhere) = place(kind, r, None, region)?;
+            Ok(wherever(elsewhere, object(place, name)?))
+        }
+        ["regions", r, "projects", project, plural] => {
             let kind = kind_at(plural, &[Scope::Project])?;
-            object(Place { kind, project: Some(name_of("project", project)?) }, name)
+            let (place, elsewhere) = place(kind, r, Some(project), region)?;
+            Ok(wherever(elsewhere, Target::Collection(place)))
+        }
+        ["regions", r, "projects", project, plural, name] => {
+            let kind = kind_at(plural, &[Scope::Project])?;
+            let (place, elsewhere) = place(kind, r, Some(project), region)?;
+            Ok(wherever(elsewhere, object(place, name)?))
         }
         _ => Err(no_path("nothing is at this path; the API's description is at /v1/openapi.json")),
     }
@@ -283,12 +325,32 @@ mod tests {
     }
 
     #[test]
+    fn other_regions_paths_are_passed_on_and_global_ones_are_not() {
+        let to = |path: &str| resolve(path, &"local".parse().unwrap()).map_err(|e| e.detail).unwrap();
+        let elsewhere = |path: &str| matches!(to(path), Target::Elsewhere(region, _) if region == *"other");
+        for path in ["apps", "hosts", "projects/p/apps", "projects/p/apps/a", "projects/p/instances/i:logs"] {
+            assert!(elsewhere(&format!("/v1/regions/other/{path}")), "{path}");
+        }
+        for path in ["projects/p/images", "projects/p/images/a", "images"] {
+            assert!(!elsewhere(&format!("/v1/regions/other/{path}")), "{path}");
+        }
+        let is_global = |path: &str| match to(path) {
+            Target::Collection(place) | Target::Object(place, _) => place.is_global(),
+            _ => false,
+        };
+        for path in ["regions/global/projects/p/apps/a", "projects", "regions/other", "regions/local/images"] {
+            assert!(is_global(&format!("/v1/{path}")), "{path}");
+        }
+        assert!(!is_global("/v1/regions/local/projects/p/apps"));
+    }
+
+    #[test]
     fn a_wrong_path_says_what_was_meant() {
         assert!(at("/v1/apps").unwrap_err().contains("/projects/{project}/apps"));
         assert!(at("/v1/regions/local/projects/p/app").unwrap_err().contains("\"apps\""));
         assert!(at("/v1/operations/server-jion").unwrap_err().contains("server-join"));
         assert!(at("/v1/regions/local/hsots").unwrap_err().contains("\"hosts\""));
-        assert!(at("/v1/regions/other/apps").unwrap_err().contains("\"local\""));
+        assert!(at("/v1/regions/global/hosts").unwrap_err().contains("belong to a region"));
         assert!(at("/v1/regions/local/projects/p/instances/a:reboot").unwrap_err().contains(":logs"));
         for path in ["/", "/v1", "/v1/", "/v2/apps", "/v1/regions/local/projects/P!/apps", "/v1/regions/local/apps/x"] {
             assert!(at(path).is_err(), "{path}");

@@ -13,9 +13,10 @@ use futures::FutureExt;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, WWW_AUTHENTICATE};
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode};
+use nexus_control::intent::Writer;
 use nexus_env::RngExt;
 use nexus_model::{ApiError, Code, RequestId};
-use nexus_store::{Consistency, RangeRequest};
+use nexus_store::{Consistency, RangeRequest, Store};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -26,8 +27,8 @@ use crate::metrics::{self, Metrics};
 use crate::openapi::{self, Schemas};
 use crate::problem::{Refusal, from_store};
 use crate::query::Query;
-use crate::route::{self, Target};
-use crate::{Api, blobs, list, operations, settle, streams, watch, write};
+use crate::route::{self, Place, Target};
+use crate::{Api, blobs, elsewhere, list, operations, settle, streams, watch, write};
 
 /// The API with what it derives from its kinds once.
 pub(crate) struct Server {
@@ -65,11 +66,21 @@ impl Server {
         })
     }
 
-    /// The newest revision of the region's log.
-    pub async fn current_revision(&self, consistency: Consistency) -> Result<u64, ApiError> {
+    /// The store that keeps what is at a place.
+    pub fn store(&self, place: &Place) -> &Arc<dyn Store> {
+        if place.is_global() { &self.api.global_store } else { &self.api.store }
+    }
+
+    /// The writer of what is at a place.
+    pub fn writer(&self, place: &Place) -> &Arc<dyn Writer> {
+        if place.is_global() { &self.api.global_writer } else { &self.api.writer }
+    }
+
+    /// The newest revision of a place's log.
+    pub async fn current_revision(&self, place: &Place, consistency: Consistency) -> Result<u64, ApiError> {
         let mut request = RangeRequest::get(nexus_model::key::FORMAT);
         request.consistency = consistency;
-        Ok(self.api.store.range(request).await.map_err(from_store)?.revision.0)
+        Ok(self.store(place).range(request).await.map_err(from_store)?.revision.0)
     }
 
     /// A place among the streams, if one is free.
@@ -204,6 +215,9 @@ async fn dispatch(
         return Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?);
     }
     let context = Context { principal: server.authenticate(&parts)?, request_id };
+    if let Target::Elsewhere(region, _) = &target {
+        return Ok(elsewhere::pass(&server, region, parts, body, &context).await?);
+    }
     let reads = matches!(parts.method, Method::GET | Method::HEAD);
     let class = Class::of(&target, &parts.headers);
     match target {
@@ -246,8 +260,11 @@ async fn dispatch(
             Ok(settle::answer(&server, &place, done).await)
         }
         // Answered above.
-        Target::Health | Target::Ready | Target::Metrics | Target::OpenApi | Target::Operation(_) => {
-            Err(Refusal::new(Code::NotFound, "nothing is at this path"))
-        }
+        Target::Health
+        | Target::Ready
+        | Target::Metrics
+        | Target::OpenApi
+        | Target::Operation(_)
+        | Target::Elsewhere(..) => Err(Refusal::new(Code::NotFound, "nothing is at this path")),
     }
 }

@@ -34,6 +34,7 @@ enum Look {
 
 struct Waiting<'a> {
     server: &'a Server,
+    place: &'a Place,
     kind: &'static KindDescriptor,
     key: String,
     uid: Uid,
@@ -66,7 +67,7 @@ impl Waiting<'_> {
 
     /// True once the object has settled, false if it never will.
     async fn settled(&mut self) -> bool {
-        let store = &self.server.api.store;
+        let store = self.server.store(self.place);
         loop {
             let Ok(now) = store.range(RangeRequest::get(self.key.clone())).await else {
                 tokio::time::sleep(RETRY).await;
@@ -113,6 +114,7 @@ pub(crate) async fn answer(server: &Server, place: &Place, done: Done) -> Respon
             Ok(_permit) => {
                 let mut waiting = Waiting {
                     server,
+                    place,
                     kind: place.kind,
                     key: if deleted {
                         key::tombstone(place.kind, metadata.uid)
@@ -140,7 +142,7 @@ pub(crate) async fn answer(server: &Server, place: &Place, done: Done) -> Respon
     let mut response = object_response(body, revision);
     if accepted.created && !dry_run {
         *response.status_mut() = StatusCode::CREATED;
-        let path = place.path(&server.api.region, &metadata.name);
+        let path = place.path(&metadata.name);
         let value = HeaderValue::from_maybe_shared(Bytes::from(path)).expect("paths of names are plain ASCII");
         response.headers_mut().insert(header::LOCATION, value);
     }

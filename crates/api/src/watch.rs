@@ -160,13 +160,13 @@ impl Stream {
 }
 
 /// Where a watch begins: what the client saw last, or now.
-async fn begin(server: &Server, query: &Query, parts: &Parts) -> Result<u64, ApiError> {
+async fn begin(server: &Server, place: &Place, query: &Query, parts: &Parts) -> Result<u64, ApiError> {
     let asked = match query.get("watch") {
         None | Some("") => 0,
         Some(_) => query.number("watch", 0..=i64::MAX as u64)?.unwrap_or(0),
     };
     match last_event_id(&parts.headers)?.unwrap_or(asked) {
-        0 => server.current_revision(list::consistency(query)?).await,
+        0 => server.current_revision(place, list::consistency(query)?).await,
         revision => Ok(revision),
     }
 }
@@ -185,14 +185,14 @@ pub(crate) async fn handle(
     }
     let selector = list::selector(query)?;
     let permit = server.stream_permit()?;
-    let after = begin(server, query, parts).await?;
+    let after = begin(server, place, query, parts).await?;
     let prefix = key::objects(place.kind, place.project.as_ref());
     let (start, end) = (Bytes::from(prefix.clone()), Bytes::from(key::prefix_end(&prefix)));
-    let store = &server.api.store;
+    let store = server.store(place);
     let mut watch = store.watch(start.clone(), end.clone(), Revision(after)).await;
     if let Err(StoreError::FutureRevision { .. }) = watch {
         // The client may have listed on a server that is ahead of this one: a linearizable read catches up.
-        server.current_revision(nexus_store::Consistency::Linearizable).await?;
+        server.current_revision(place, nexus_store::Consistency::Linearizable).await?;
         watch = store.watch(start, end, Revision(after)).await;
     }
     let mut stream = Stream {

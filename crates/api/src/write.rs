@@ -6,6 +6,7 @@ use axum::body::Body;
 use http::Method;
 use http::request::Parts;
 use nexus_control::intent::{Accepted, Change, Intent, Target};
+use nexus_model::kind::GLOBAL;
 use nexus_model::{ApiError, Code, FieldError, Name};
 use nexus_store::Consistency;
 
@@ -38,6 +39,12 @@ struct Asked {
     if_match: Option<IfMatch>,
 }
 
+/// What an object here says of its region.
+fn region_of(server: &Server, place: &Place) -> Name {
+    let global = || GLOBAL.parse().expect("a well-formed name");
+    if place.is_global() { global() } else { server.api.region.clone() }
+}
+
 async fn read(
     server: &Server,
     place: &Place,
@@ -45,7 +52,7 @@ async fn read(
     parts: &Parts,
     body: Body,
 ) -> Result<Asked, ApiError> {
-    let region = &server.api.region;
+    let region = &region_of(server, place);
     let mut if_match = headers::if_match(&parts.headers)?;
     let only_new = match headers::if_none_match(&parts.headers)? {
         Some(IfNoneMatch::Any) if parts.method == Method::PUT => true,
@@ -129,6 +136,6 @@ pub(crate) async fn submit(
         idempotency_key,
         dry_run,
     };
-    let accepted = server.api.writer.submit(intent).await?;
+    let accepted = server.writer(place).submit(intent).await?;
     Ok(Done { accepted, deleted, dry_run, wait })
 }

@@ -10,6 +10,9 @@ mod local;
 mod placement;
 mod process;
 mod report;
+mod scale;
+mod store;
+mod watch;
 
 use report::Row;
 
@@ -29,6 +32,9 @@ const BENCHES: &[Bench] = &[
     },
     Bench { name: "container", about: "containers: deployed to first answer, start to exit", run: container::run },
     Bench { name: "api", about: "100,000 objects: creates, lists, gets", run: api::run },
+    Bench { name: "scale", about: "one region's control plane under 10,000 hosts, 100,000 instances", run: scale::run },
+    Bench { name: "store", about: "the metadata store beside etcd; a large state; a leader's death", run: store::run },
+    Bench { name: "watch", about: "5,000 watches of the metadata store under load", run: watch::run },
     Bench { name: "local", about: "the local cloud: coming up, and idle", run: local::run },
 ];
 
@@ -41,6 +47,10 @@ fn main() {
 }
 
 fn run(arguments: &[String]) -> anyhow::Result<()> {
+    // A member of a measured cluster is this program once more.
+    if let Some((_, rest)) = arguments.split_first().filter(|(first, _)| *first == "store-server") {
+        return store::server::run(rest);
+    }
     let json = arguments.iter().any(|a| a == "--json");
     let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|a| *a != "--json").collect();
     let [name] = names[..] else {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use nexus_model::Name;
 use nexus_model::kind::{Cell, CellStatus, HostState, Severity};
-use nexus_model::plan::HostReport;
+use nexus_model::plan::{HostReport, InstanceReport};
 
 use crate::rules::{host, instance};
 use crate::step::{Dirty, Step};
@@ -24,6 +24,9 @@ pub const DEAD_AFTER: Duration = Duration::from_millis(5_000);
 
 /// A leader that did not come to judge for so long was held up itself.
 const HELD_UP: Duration = Duration::from_millis(1_250);
+
+/// How often a cell's load and blast radius are written down.
+const FIGURES_EVERY: Duration = Duration::from_secs(5);
 
 /// A host's loads are told to placement when they moved by so many thousandths.
 const LOAD_STEP: u16 = 50;
@@ -37,6 +40,8 @@ struct Heard {
 /// What this server has heard since it leads.
 #[derive(Debug)]
 pub struct Cells {
+    /// When each cell's load and blast radius were last refreshed.
+    told: BTreeMap<Name, Duration>,
     since: Duration,
     judged: Duration,
     heard: BTreeMap<Name, Heard>,
@@ -47,7 +52,7 @@ pub struct Cells {
 
 impl Cells {
     pub fn new(now: Duration, holder: String, epoch: u64) -> Self {
-        Self { since: now, judged: now, heard: BTreeMap::new(), holder, epoch }
+        Self { told: BTreeMap::new(), since: now, judged: now, heard: BTreeMap::new(), holder, epoch }
     }
 
     fn silence(&self, host: &Name, now: Duration) -> Duration {
@@ -74,11 +79,14 @@ impl Cells {
 
     fn observe(&self, step: &mut Step<'_>, report: &HostReport) {
         let mine: Vec<_> = step.world.on_host.get(&report.host).into_iter().flatten().copied().collect();
+        let mut all: Vec<&InstanceReport> = report.instances.iter().collect();
+        all.sort_by_key(|told| told.uid);
         for uid in mine {
             let Some(i) = step.world.instance(uid) else { continue };
-            let told = report.instances.iter().find(|r| r.uid == uid);
+            let told = all.binary_search_by_key(&uid, |told| told.uid).ok().map(|at| all[at]);
             if i.metadata.deleting.is_none() {
-                if let Some(told) = told.filter(|told| told.epoch == i.status.epoch) {
+                // Nearly always nothing is new; that must cost nothing.
+                if let Some(told) = told.filter(|told| told.epoch == i.status.epoch && instance::is_news(i, told)) {
                     let i = i.clone();
                     instance::observe(step, &i, told);
                 }
@@ -94,27 +102,19 @@ impl Cells {
         }
     }
 
-    /// Judges everyone. Called a few times a second.
-    pub fn judge(&mut self, step: &mut Step<'_>, now: Duration) {
+    /// Begins a round of judging. Called a few times a second; every cell is judged after it, by [`Cells::judge`].
+    pub fn begin(&mut self, now: Duration) {
         if now.saturating_sub(self.judged) > HELD_UP {
             self.since = now;
         }
         self.judged = now;
-        let cells: Vec<Name> = step.world.cells.live.keys().map(|(_, name)| name.clone()).collect();
-        for cell in cells {
-            self.judge_cell(step, &cell, now);
-        }
     }
 
-    fn judge_cell(&self, step: &mut Step<'_>, cell: &Name, now: Duration) {
-        let hosts: Vec<(Name, HostState)> = step
-            .world
-            .hosts
-            .live
-            .values()
-            .filter(|h| h.spec.cell == *cell)
-            .map(|h| (h.metadata.name.clone(), h.status.state))
-            .collect();
+    /// Judges the hosts of one cell.
+    pub fn judge(&mut self, step: &mut Step<'_>, cell: &Name, now: Duration) {
+        let scheduler = step.world.scheduler.as_ref().expect("only the writer judges");
+        let known = scheduler.hosts_in(cell).filter_map(|name| step.world.host(name));
+        let hosts: Vec<(Name, HostState)> = known.map(|h| (h.metadata.name.clone(), h.status.state)).collect();
         let living = hosts.iter().filter(|(_, s)| *s != HostState::Dead);
         let silent: Vec<(&Name, HostState, Duration)> = living
             .clone()
@@ -131,14 +131,24 @@ impl Cells {
                 host::set_state(step, name, HostState::Suspect, "its heartbeats are late");
             }
         }
-        self.tell(step, cell, hosts.len(), brake);
+        self.tell(step, cell, hosts.len(), brake, now);
     }
 
-    fn tell(&self, step: &mut Step<'_>, name: &Name, hosts: usize, brake: bool) {
+    fn tell(&mut self, step: &mut Step<'_>, name: &Name, hosts: usize, brake: bool, now: Duration) {
         let Some(cell) = step.world.cells.get(None, name).cloned() else { return };
-        let in_cell = step.world.hosts.live.values().filter(|h| h.spec.cell == *name);
+        let scheduler = step.world.scheduler.as_ref().expect("only the writer judges");
+        let in_cell = scheduler.hosts_in(name).filter_map(|name| step.world.host(name));
         let ready = in_cell.filter(|h| h.status.state == HostState::Ready).count();
+        let due = self.told.get(name).is_none_or(|then| now.saturating_sub(*then) >= FIGURES_EVERY);
+        let (reserved_percent, blast_radius) = if due {
+            self.told.insert(name.clone(), now);
+            scheduler.load_of(name)
+        } else {
+            (cell.status.reserved_percent, cell.status.blast_radius)
+        };
         let status = CellStatus {
+            reserved_percent,
+            blast_radius,
             hosts: u32::try_from(hosts).unwrap_or(u32::MAX),
             ready_hosts: u32::try_from(ready).unwrap_or(u32::MAX),
             holder: Some(self.holder.clone()),
@@ -174,6 +184,8 @@ pub fn everything(step: &mut Step<'_>) {
         let organizations = w.organizations.buried.keys().map(|uid| Dirty::Buried(Organization::PLURAL, *uid));
         apps.chain(projects).chain(organizations).collect()
     };
+    let usages: Vec<_> = step.world.usages.live.keys().map(|(_, name)| name.clone()).collect();
+    step.dirty.extend(usages.into_iter().map(Dirty::Usage));
     step.dirty.extend(apps.into_iter().map(Dirty::App));
     step.dirty.extend(hosts.into_iter().map(Dirty::Host));
     step.dirty.extend(buried);

@@ -2,22 +2,24 @@
 //! packs what changed into transactions. Pure but for the clock and chance that it is handed, so that the simulator and the
 //! tests can drive it by hand.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::time::Duration;
 
 use bytes::Bytes;
 use nexus_env::Rng;
 use nexus_model::kind::*;
 use nexus_model::plan::HostReport;
-use nexus_model::{ApiError, Code, Name, Object, Timestamp};
+use nexus_model::{ApiError, Code, Name, Object, Timestamp, key};
 
 use crate::cells::{self, Cells};
-use crate::decide::{charge, decide};
+use crate::decide::decide;
 use crate::intent::{Accepted, Intent};
 use crate::rules;
+use crate::rules::usage::{amounts, charge};
 use crate::scheduler::Scheduler;
 use crate::step::{Dirty, Ops, Step, any_key};
-use crate::world::World;
+use crate::world::{Part, Stored, World};
 
 /// Operations and bytes in one transaction; the store allows 128 and 1 MiB, two operations are the writer's own.
 const MAX_OPS: usize = 120;
@@ -30,9 +32,17 @@ const REMEMBER_AT_MOST: usize = 20_000;
 /// Reconcile steps after one round of inputs; what remains waits for the next round, so that inputs are not starved.
 const STEPS_PER_ROUND: usize = 2_000;
 
-/// What a region starts with.
+/// Calls of [`Core::check_on`] for one whole recount.
+const SLICES: usize = 60;
+
+/// Transactions after which a round ends likewise: all of them must be durable before the store's deadline, and nobody is
+/// answered before.
+const PACKS_PER_ROUND: usize = 32;
+
+/// What a group starts with.
 #[derive(Debug, Clone)]
 pub struct Bootstrap {
+    /// The region, or `global` for the group that all regions share.
     pub region: Name,
     /// Apps are reached at `NAME.<domain>`.
     pub domain: String,
@@ -62,14 +72,80 @@ impl Pack {
     }
 }
 
+/// Runs work that may have a defect; answers the panic's text instead of passing it on. What a step had changed is taken
+/// back while it unwinds.
+fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+        text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default()
+    })
+}
+
+/// Between the tries of an object whose reconciler panics.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_LAST: Duration = Duration::from_secs(60);
+
+/// Objects whose reconciler panicked, each with its failures in a row and the time of its next try.
+#[derive(Debug, Default)]
+struct Quarantine {
+    held: BTreeMap<Dirty, Duration>,
+    failures: BTreeMap<Dirty, u32>,
+    planted: BTreeSet<Dirty>,
+    /// For tests: what is never done.
+    restless: BTreeSet<Dirty>,
+}
+
+impl Quarantine {
+    fn holds(&self, item: &Dirty) -> bool {
+        self.held.contains_key(item)
+    }
+
+    fn add(&mut self, item: Dirty, now: Duration) -> Duration {
+        let failures = self.failures.entry(item.clone()).or_default();
+        let wait = RETRY_FIRST.saturating_mul(1 << (*failures).min(10)).min(RETRY_LAST);
+        *failures += 1;
+        self.held.insert(item, now + wait);
+        wait
+    }
+
+    fn due(&mut self, now: Duration) -> Vec<Dirty> {
+        let due: Vec<Dirty> = self.held.iter().filter(|(_, at)| **at <= now).map(|(item, _)| item.clone()).collect();
+        self.held.retain(|_, at| *at > now);
+        due
+    }
+
+    fn recovered(&mut self, item: &Dirty) {
+        if !self.failures.is_empty() {
+            self.failures.remove(item);
+        }
+    }
+
+    fn planted(&self, item: &Dirty) -> bool {
+        self.planted.contains(item)
+    }
+}
+
 pub struct Core {
     pub world: World,
     pub cells: Cells,
     bootstrap: Bootstrap,
     dirty: BTreeSet<Dirty>,
+    /// What is left of the present pass over the dirty.
+    pass: BTreeSet<Dirty>,
+    quarantine: Quarantine,
     packs: Vec<Pack>,
+    /// When this leader began to listen to regions, or was last held up itself.
+    pub(crate) listening: Duration,
+    pub(crate) ticked: Option<Duration>,
     /// Differences that the invariant checker found since this leader began.
     pub violations: u64,
+    /// The host that [`Core::check_on`] looked at last.
+    checked: Option<Name>,
+}
+
+/// Whether nothing of that name is there, not even something that can't be read.
+fn is_missing<K: Stored>(world: &World, name: &Name) -> bool {
+    K::table(world).get(None, name).is_none() && world.refuse_unreadable::<K>(None, name).is_ok()
 }
 
 /// The moment at which an input is decided.
@@ -81,10 +157,13 @@ pub struct Moment<'a> {
 }
 
 impl Core {
-    /// `world` as loaded, without a scheduler.
+    /// `world` as loaded, without a scheduler. Its part says whether a region is one of a fleet.
     pub fn new(mut world: World, bootstrap: Bootstrap, cells: Cells) -> Self {
         world.domain = bootstrap.domain.clone();
-        let mut scheduler = Scheduler::default();
+        if bootstrap.region == GLOBAL {
+            world.part = Part::Global;
+        }
+        let mut scheduler = Scheduler::new(bootstrap.region.clone());
         for host in world.hosts.live.values() {
             scheduler.set_host(host);
         }
@@ -92,11 +171,41 @@ impl Core {
             scheduler.set_instance(None, Some(instance));
         }
         world.scheduler = Some(scheduler);
-        Self { world, cells, bootstrap, dirty: BTreeSet::new(), packs: Vec::new(), violations: 0 }
+        Self {
+            world,
+            cells,
+            bootstrap,
+            dirty: BTreeSet::new(),
+            pass: BTreeSet::new(),
+            quarantine: Quarantine::default(),
+            packs: Vec::new(),
+            listening: Duration::ZERO,
+            ticked: None,
+            violations: 0,
+            checked: None,
+        }
     }
 
     fn step<'a>(&'a mut self, at: Moment<'a>) -> Step<'a> {
         Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region)
+    }
+
+    /// Runs one step and keeps what it changed.
+    pub(crate) fn alone<T>(&mut self, at: Moment<'_>, work: impl FnOnce(&mut Step<'_>) -> T) -> T {
+        let mut step = self.step(at);
+        let answer = work(&mut step);
+        let ops = step.finish();
+        self.absorb(ops);
+        answer
+    }
+
+    pub(crate) fn mark(&mut self, dirty: impl IntoIterator<Item = Dirty>) {
+        self.dirty.extend(dirty);
+    }
+
+    /// The region, or `global`.
+    pub fn region(&self) -> &Name {
+        &self.bootstrap.region
     }
 
     fn absorb(&mut self, ops: Ops) {
@@ -118,29 +227,35 @@ impl Core {
         let bootstrap = self.bootstrap.clone();
         let fixed = |s: &str| s.parse::<Name>().expect("a well-formed name");
         let mut step = self.step(at);
-        if step.world.organizations.live.is_empty() && step.world.organizations.buried.is_empty() {
+        let part = step.world.part;
+        let has_fleet = part != Part::Region;
+        let none = step.world.organizations.live.is_empty() && step.world.organizations.buried.is_empty();
+        if has_fleet && none && is_missing::<Organization>(step.world, &fixed("default")) {
             let organization = fixed("default");
             let metadata = step.new_metadata(organization.clone(), None);
             let spec = OrganizationSpec { display_name: "Default".into() };
             step.put(Object::<Organization>::new(metadata, spec));
-            for project in ["default", SYSTEM_PROJECT] {
-                let metadata = step.new_metadata(fixed(project), None);
+            for project in ["default", SYSTEM_PROJECT].map(fixed) {
+                if !is_missing::<Project>(step.world, &project) {
+                    continue;
+                }
+                let metadata = step.new_metadata(project, None);
                 let spec = ProjectSpec { organization: organization.clone(), ..ProjectSpec::default() };
                 step.put(Object::<Project>::new(metadata, spec));
             }
         }
-        if step.world.regions.get(None, &bootstrap.region).is_none() {
+        if part == Part::Alone && is_missing::<Region>(step.world, &bootstrap.region) {
             let metadata = step.new_metadata(bootstrap.region.clone(), None);
             step.put(Object::<Region>::new(metadata, RegionSpec::default()));
         }
         for zone in &bootstrap.zones {
-            if step.world.zones.get(None, zone).is_none() {
+            if is_missing::<Zone>(step.world, zone) {
                 let metadata = step.new_metadata(zone.clone(), None);
                 step.put(Object::<Zone>::new(metadata, ZoneSpec::default()));
             }
         }
         for cell in &bootstrap.cells {
-            if step.world.cells.get(None, cell).is_none() {
+            if is_missing::<Cell>(step.world, cell) {
                 let metadata = step.new_metadata(cell.clone(), None);
                 step.put(Object::<Cell>::new(metadata, CellSpec::default()));
             }
@@ -152,6 +267,14 @@ impl Core {
 
     /// Decides an intent. What it changed is in the packs; the answer must wait for the last of them.
     pub fn intent(&mut self, intent: &Intent, at: Moment<'_>) -> Result<Accepted, ApiError> {
+        guarded(|| self.decide(intent, at)).unwrap_or_else(|why| {
+            tracing::error!(request = %intent.request_id, panic = why, "deciding a request panicked; it is refused");
+            let detail = "a defect of the control plane; nothing was changed, its log has more under this request's id";
+            Err(ApiError::new(Code::Internal, detail))
+        })
+    }
+
+    fn decide(&mut self, intent: &Intent, at: Moment<'_>) -> Result<Accepted, ApiError> {
         let mut step = self.step(at);
         let accepted = decide(&mut step, intent)?;
         if intent.dry_run {
@@ -194,37 +317,144 @@ impl Core {
 
     /// Takes in a host's report; answers the host's epoch, or why it can't join.
     pub fn report(&mut self, report: &HostReport, at: Moment<'_>) -> Result<u64, String> {
-        // Both fields are borrowed apart, because the cells look at the world through the step.
-        let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
-        let answer = self.cells.hear(&mut step, report, at.monotonic);
-        let ops = step.finish();
+        let heard = guarded(|| {
+            // Both fields are borrowed apart, because the cells look at the world through the step.
+            let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
+            let answer = self.cells.hear(&mut step, report, at.monotonic);
+            (answer, step.finish())
+        });
+        let (answer, ops) = heard.map_err(|why| {
+            tracing::error!(host = %report.host, panic = why, "taking in a host's report panicked");
+            "a defect of the control plane: its log says more".to_owned()
+        })?;
         self.absorb(ops);
         answer
     }
 
     /// Judges hosts. Called a few times a second.
     pub fn tick(&mut self, at: Moment<'_>) {
-        let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
-        self.cells.judge(&mut step, at.monotonic);
+        if self.world.part == Part::Global {
+            self.judge_regions(at);
+        }
+        self.cells.begin(at.monotonic);
+        let cells: Vec<Name> = self.world.cells.live.keys().map(|(_, name)| name.clone()).collect();
+        // Each by itself: a cell that can't be judged must not keep the others from it.
+        for cell in cells {
+            let judged = guarded(|| {
+                let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
+                self.cells.judge(&mut step, &cell, at.monotonic);
+                step.finish()
+            });
+            match judged {
+                Ok(ops) => self.absorb(ops),
+                Err(why) => tracing::error!(%cell, panic = why, "judging a cell's hosts panicked"),
+            }
+        }
+    }
+
+    /// Lets the reconcilers follow what changed. True if some work was left for the next round.
+    ///
+    /// Everything dirty gets one step before anything gets a second, so that an object which is never done starves nobody.
+    /// One whose step panics is taken back, set aside and tried again later, ever more seldom: a poisoned object is its
+    /// own trouble alone.
+    pub fn reconcile(&mut self, at: Moment<'_>) -> bool {
+        self.dirty.extend(self.quarantine.due(at.monotonic));
+        let most = self.packs.len() + PACKS_PER_ROUND;
+        for _ in 0..STEPS_PER_ROUND {
+            if self.packs.len() >= most {
+                return true;
+            }
+            if self.pass.is_empty() {
+                self.pass = std::mem::take(&mut self.dirty);
+            }
+            let Some(next) = self.pass.pop_first() else { return false };
+            if self.quarantine.holds(&next) {
+                continue;
+            }
+            let faulty = self.quarantine.planted(&next);
+            let stepped = guarded(|| {
+                let mut step = self.step(at);
+                assert!(!faulty, "a planted fault");
+                rules::reconcile(&mut step, &next);
+                step.finish()
+            });
+            match stepped {
+                Ok(ops) => {
+                    self.quarantine.recovered(&next);
+                    if self.quarantine.restless.contains(&next) {
+                        self.dirty.insert(next);
+                    }
+                    self.absorb(ops);
+                }
+                Err(why) => self.set_aside(next, &why, at),
+            }
+        }
+        !self.dirty.is_empty() || !self.pass.is_empty()
+    }
+
+    fn set_aside(&mut self, item: Dirty, why: &str, at: Moment<'_>) {
+        let wait = self.quarantine.add(item.clone(), at.monotonic);
+        tracing::error!(?item, panic = why, ?wait, "a reconciler panicked; the object is set aside");
+        let world = &self.world;
+        let regarding = match &item {
+            Dirty::App((project, name)) => {
+                world.apps.get(project.as_ref(), name).map(|o| (project.clone(), o.owner_ref()))
+            }
+            Dirty::Instance(uid) => world.instance(*uid).map(|o| (o.metadata.project.clone(), o.owner_ref())),
+            Dirty::Host(name) => world.host(name).map(|o| (None, o.owner_ref())),
+            Dirty::Usage(name) => world.usage(name).map(|o| (Some(name.clone()), o.owner_ref())),
+            Dirty::Project(name) => world.project(name).map(|o| (None, o.owner_ref())),
+            Dirty::Child((project, name)) => {
+                let global = world.fleet().apps.get(project.as_ref(), name);
+                global.map(|o| (project.clone(), o.owner_ref()))
+            }
+            Dirty::Buried(..) | Dirty::Room => None,
+        };
+        let Some((project, regarding)) = regarding else { return };
+        let mut step = self.step(at);
+        let message = "a defect of the control plane stops its reconciling; it is tried again, other objects go on";
+        step.event(project.as_ref(), regarding, Severity::Warning, "Quarantined", message);
         let ops = step.finish();
         self.absorb(ops);
     }
 
-    /// Lets the reconcilers follow what changed. True if some work was left for the next round.
-    pub fn reconcile(&mut self, at: Moment<'_>) -> bool {
-        for _ in 0..STEPS_PER_ROUND {
-            let Some(next) = self.dirty.pop_first() else { return false };
-            let mut step = self.step(at);
-            rules::reconcile(&mut step, &next);
-            let ops = step.finish();
-            self.absorb(ops);
+    /// What is set aside because its reconciler panics.
+    pub fn quarantined(&self) -> usize {
+        self.quarantine.held.len()
+    }
+
+    /// Lets every step for `item` panic, or no longer: for tests and the simulator.
+    #[doc(hidden)]
+    pub fn plant_fault(&mut self, item: Dirty, panics: bool) {
+        if panics {
+            self.quarantine.planted.insert(item.clone());
+            self.dirty.insert(item);
+        } else {
+            self.quarantine.planted.remove(&item);
         }
-        !self.dirty.is_empty()
+    }
+
+    /// Lets `item` ask for another step after each one, or no longer: for tests and the simulator.
+    #[doc(hidden)]
+    pub fn plant_restless(&mut self, item: Dirty, restless: bool) {
+        if restless {
+            self.quarantine.restless.insert(item.clone());
+            self.dirty.insert(item);
+        } else {
+            self.quarantine.restless.remove(&item);
+        }
     }
 
     /// What is to be committed, in order.
     pub fn take_packs(&mut self) -> Vec<Pack> {
-        std::mem::take(&mut self.packs)
+        let mut packs = std::mem::take(&mut self.packs);
+        // What is decided upon a copy of the global group is committed with the copy's revision, not before it.
+        if let Some(first) = packs.first_mut().filter(|_| self.world.global_revision > self.world.adopted) {
+            self.world.adopted = self.world.global_revision;
+            let value = serde_json::to_vec(&self.world.adopted).expect("a number is plain data");
+            first.ops.insert(key::ADOPTED.to_owned(), Some(value.into()));
+        }
+        packs
     }
 
     /// How many packs are waiting: an answer given now depends on all of them.
@@ -272,40 +502,71 @@ impl Core {
 
     /// Recounts what must agree with the rows: quota use per project, reservations per host. Answers each difference.
     pub fn check_invariants(&mut self) -> Vec<String> {
+        let mut differences = self.wrong_totals();
+        differences.extend(self.world.hosts.live.values().flat_map(|host| self.wrong_on(host)));
+        self.violations += differences.len() as u64;
+        differences
+    }
+
+    /// The same in small parts, so that no call keeps the writer long: some hosts, and the rest when all have had their turn,
+    /// every [`SLICES`] calls.
+    pub fn check_on(&mut self) -> Vec<String> {
+        let hosts = &self.world.hosts.live;
+        let slice = hosts.len().div_ceil(SLICES).max(1);
+        let after = match &self.checked {
+            Some(name) => Bound::Excluded((None, name.clone())),
+            None => Bound::Unbounded,
+        };
+        let some: Vec<_> = hosts.range((after, Bound::Unbounded)).map(|(_, host)| host).take(slice).collect();
+        let mut differences: Vec<String> = some.iter().flat_map(|host| self.wrong_on(host)).collect();
+        let last = some.last().map(|host| host.metadata.name.clone()).filter(|_| some.len() == slice);
+        if last.is_none() {
+            differences.extend(self.wrong_totals());
+        }
+        self.checked = last;
+        self.violations += differences.len() as u64;
+        differences
+    }
+
+    fn wrong_totals(&self) -> Vec<String> {
         let mut differences = Vec::new();
-        for project in self.world.projects.live.values() {
-            let mut sum = [0u64; 3];
-            for app in self.world.apps.in_project(&project.metadata.name) {
-                for (total, part) in sum.iter_mut().zip(charge(&app.spec)) {
-                    *total = total.saturating_add(part);
-                }
-            }
-            let used = project.status.used;
-            let used = [u64::from(used.instances), u64::from(used.cpu.0), used.memory.0];
-            if used != sum {
-                let name = &project.metadata.name;
-                differences.push(format!("project {name}: {used:?} counted as used, {sum:?} in use"));
+        let mut uses: BTreeMap<&Name, [u64; 3]> = BTreeMap::new();
+        let charged = self.world.part != Part::Global;
+        for app in self.world.apps.live.values().filter(|_| charged) {
+            let sum = uses.entry(app.metadata.project.as_ref().expect("apps have a project")).or_default();
+            for (total, part) in sum.iter_mut().zip(charge(&app.spec)) {
+                *total = total.saturating_add(part);
             }
         }
-        for host in self.world.hosts.live.values() {
-            let name = &host.metadata.name;
-            let sum = Scheduler::reserved(self.world.instances_on(name));
-            if sum != host.status.reserved {
-                differences
-                    .push(format!("host {name}: {:?} counted as reserved, {sum:?} reserved", host.status.reserved));
-            }
-            let mut slots = BTreeSet::new();
-            for i in self.world.instances_on(name) {
-                if !slots.insert(i.status.slot) {
-                    differences.push(format!("host {name}: slot {:?} is given twice", i.status.slot));
-                }
+        let counted = self.world.usages.live.values().map(|u| (&u.metadata.name, amounts(&u.status.used)));
+        let counted: BTreeMap<&Name, [u64; 3]> = counted.collect();
+        for name in uses.keys().chain(counted.keys()).copied().collect::<BTreeSet<_>>() {
+            let used = counted.get(name).copied().unwrap_or_default();
+            let sum = uses.get(name).copied().unwrap_or_default();
+            if used != sum {
+                differences.push(format!("project {name}: {used:?} counted as used, {sum:?} in use"));
             }
         }
         let oversold = self.world.scheduler.as_ref().map_or(0, |s| s.oversold);
         if oversold > 0 {
             differences.push(format!("{oversold} reservations did not fit when they were made"));
         }
-        self.violations += differences.len() as u64;
+        differences
+    }
+
+    fn wrong_on(&self, host: &Object<Host>) -> Vec<String> {
+        let mut differences = Vec::new();
+        let name = &host.metadata.name;
+        let sum = Scheduler::reserved(self.world.instances_on(name));
+        if sum != host.status.reserved {
+            differences.push(format!("host {name}: {:?} counted as reserved, {sum:?} reserved", host.status.reserved));
+        }
+        let mut slots = BTreeSet::new();
+        for i in self.world.instances_on(name) {
+            if !slots.insert(i.status.slot) {
+                differences.push(format!("host {name}: slot {:?} is given twice", i.status.slot));
+            }
+        }
         differences
     }
 }

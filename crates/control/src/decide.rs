@@ -2,16 +2,18 @@
 //!
 //! Everything here is a function of the [`Step`]'s world. A refusal leaves no trace.
 
-use nexus_model::kind::{AppSpec, Kind, QuotaUse, Severity, *};
+use nexus_model::kind::{Kind, Severity, *};
+use nexus_model::object::ConditionStatus;
 use nexus_model::selector::Labels;
-use nexus_model::{AnyObject, ApiError, Bytes, Code, FieldError, MilliCpu, Name, Object, key};
+use nexus_model::{AnyObject, ApiError, Bytes, Code, FieldError, Name, Object, key};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::intent::{Accepted, Change, Intent};
 use crate::rules;
+use crate::rules::usage::{self, charge, recharge};
 use crate::step::{Dirty, Step};
-use crate::world::{Remembered, Stored, for_kind};
+use crate::world::{Part, Remembered, Stored, for_kind};
 
 /// Decides one intent. The answer's revision is filled in after the commit.
 pub fn decide(step: &mut Step<'_>, intent: &Intent) -> Result<Accepted, ApiError> {
@@ -44,13 +46,31 @@ fn fingerprint(intent: &Intent) -> String {
     nexus_model::Digest::of(&what).hex()[..32].to_owned()
 }
 
+/// Whether this group keeps objects of a kind.
+fn is_home<K: Kind>(part: Part) -> bool {
+    match K::HOME {
+        Home::Either => true,
+        Home::Global => part != Part::Region,
+        Home::Region => part != Part::Global,
+    }
+}
+
 fn decide_kind<K: Admit>(step: &mut Step<'_>, intent: &Intent) -> Result<Accepted, ApiError> {
     let target = &intent.target;
+    if !is_home::<K>(step.world.part) {
+        let detail = format!("{} are not kept in {}: see `nexus explain {}`", K::PLURAL, step.region(), K::PLURAL);
+        return Err(ApiError::new(Code::Internal, detail));
+    }
     if let Some(project) = &target.project
         && step.world.project(project).is_none()
     {
+        if !step.world.knows_fleet() {
+            let detail = "this region's writer is still reading the global group: try again soon";
+            return Err(ApiError::new(Code::Unavailable, detail));
+        }
         return Err(ApiError::not_found("Project", project.as_str()));
     }
+    step.world.refuse_unreadable::<K>(target.project.as_ref(), &target.name)?;
     let old = K::table(step.world).get(target.project.as_ref(), &target.name).cloned();
     if let (Some(wanted), Some(old)) = (intent.if_match, &old)
         && step.committed_revision(old) != Some(wanted)
@@ -200,6 +220,9 @@ fn create<K: Admit>(step: &mut Step<'_>, intent: &Intent, object: &AnyObject) ->
     metadata.deletion_protection = wanted.deletion_protection;
     let mut new = Object::<K>::new(metadata, wanted.spec);
     check_size(&new)?;
+    if let Some(project) = intent.target.project.as_ref().filter(|_| step.world.part != Part::Global) {
+        usage::open(step, project)?;
+    }
     K::admit(step, None, &mut new)?;
     step.put(new.clone());
     let m = &new.metadata;
@@ -328,7 +351,25 @@ impl Admit for Project {
     }
 }
 
-impl Admit for Region {}
+impl Admit for Region {
+    fn may_delete(_: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        let ready = old.status.conditions.iter().find(|c| c.kind == "Ready");
+        if ready.is_some_and(|c| c.status == ConditionStatus::True) {
+            let detail = "this region's servers report and would register it again: stop them first";
+            return Err(ApiError::new(Code::Conflict, detail));
+        }
+        Ok(())
+    }
+
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        step.erase(old);
+        // Whatever waited for it waits no longer.
+        rules::fleet::everywhere(step);
+        let mut any = old.to_any();
+        any.metadata.deleting = Some(step.now);
+        any
+    }
+}
 
 impl Admit for Zone {
     fn may_delete(step: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
@@ -399,48 +440,24 @@ impl Admit for Image {
     }
 }
 
-/// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not.
-pub fn charge(spec: &AppSpec) -> [u64; 3] {
-    let n = u64::from(spec.replicas);
-    [n, n * u64::from(spec.resources.cpu.0), n.saturating_mul(spec.resources.memory.0)]
-}
-
-/// Changes a project's use from one charge to another in this same step, or says which quota would be passed.
-pub fn recharge(step: &mut Step<'_>, project: &Name, before: [u64; 3], after: [u64; 3]) -> Result<(), ApiError> {
-    if before == after {
-        return Ok(());
-    }
-    let Some(mut project) = step.world.project(project).cloned() else { return Ok(()) };
-    let (used, quota) = (project.status.used, project.spec.quota);
-    let used = [u64::from(used.instances), u64::from(used.cpu.0), used.memory.0];
-    let limit = [u64::from(quota.instances), u64::from(quota.cpu.0), quota.memory.0];
-    let mut new = [0; 3];
-    for (i, name) in ["instances", "cpu", "memory"].into_iter().enumerate() {
-        new[i] = used[i].saturating_sub(before[i]).saturating_add(after[i]);
-        if after[i] > before[i] && new[i] > limit[i] {
-            let show = |amount: u64| match i {
-                0 => amount.to_string(),
-                1 => u32::try_from(amount).map_or_else(|_| format!("{amount}m"), |m| MilliCpu(m).to_string()),
-                _ => Bytes(amount).to_string(),
-            };
-            let detail = format!(
-                "the {name} quota of project {} is {}, {} are in use, this would make it {}: ask for less or raise the quota",
-                project.metadata.name,
-                show(limit[i]),
-                show(used[i]),
-                show(new[i]),
-            );
-            return Err(ApiError::new(Code::QuotaExceeded, detail));
-        }
-    }
-    let narrow = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-    project.status.used = QuotaUse { instances: narrow(new[0]), cpu: MilliCpu(narrow(new[1])), memory: Bytes(new[2]) };
-    step.put(project);
-    Ok(())
-}
-
 impl Admit for App {
     fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        old.map_or(Ok(()), rules::child::refuse_users)?;
+        if step.world.part == Part::Global {
+            let known = |name: &Name| step.world.regions.get(None, name).is_some();
+            let before: &[Name] = old.map_or(&[], |old| &old.spec.regions);
+            let unknown = |(_, name): &(usize, &Name)| !known(name) && !before.contains(*name);
+            let unknown = new.spec.regions.iter().enumerate().filter(unknown);
+            let field = |i: usize| format!("spec.regions[{i}]");
+            let errors = unknown.map(|(i, name)| FieldError::new(field(i), format!("there is no region {name}")));
+            let errors: Vec<_> = errors.collect();
+            if !errors.is_empty() {
+                return Err(ApiError::invalid(errors));
+            }
+        } else if !new.spec.regions.is_empty() {
+            let message = "only an app of the region `global` has regions: this one runs where it is";
+            return Err(ApiError::invalid(vec![FieldError::new("spec.regions", message)]));
+        }
         let project = new.metadata.project.clone().expect("apps have a project");
         let before = old.map_or([0; 3], |old| charge(&old.spec));
         recharge(step, &project, before, charge(&new.spec))
@@ -448,6 +465,10 @@ impl Admit for App {
 
     fn changed(step: &mut Step<'_>, new: &Object<Self>) {
         step.mark(Dirty::App((new.metadata.project.clone(), new.metadata.name.clone())));
+    }
+
+    fn may_delete(_: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        rules::child::refuse_users(old)
     }
 
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
@@ -465,10 +486,11 @@ impl Admit for Route {
     fn admit(step: &mut Step<'_>, _: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
         let place = (new.metadata.project.clone(), new.metadata.name.clone());
         let same = |r: &&Object<Route>| r.spec.host == new.spec.host && r.spec.path == new.spec.path;
-        let taken = step.world.routes.live.iter().find(|(p, r)| **p != place && same(r));
-        match taken {
-            None => Ok(()),
-            Some(_) => {
+        let taken = step.world.routes.live.iter().any(|(p, r)| *p != place && same(&r));
+        let global = step.world.global.as_ref().is_some_and(|g| g.routes.live.values().any(|r| same(&r)));
+        match taken || global {
+            false => Ok(()),
+            true => {
                 let detail = format!("another route answers {}{} already", new.spec.host, new.spec.path);
                 Err(ApiError::new(Code::Conflict, detail))
             }
@@ -477,3 +499,5 @@ impl Admit for Route {
 }
 
 impl Admit for Event {}
+
+impl Admit for Usage {}

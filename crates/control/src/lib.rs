@@ -2,6 +2,7 @@
 //! them in batches; the reconcilers, cells and quotas are functions over that state.
 //!
 //! * [`region`]: the loop that leads, and the door to it from any server.
+//! * [`fleet`]: what a region takes in from the group that all regions share, and what it tells it.
 //! * [`core`]: the loop's inside, free of I/O. [`decide`] rules on what users ask; [`rules`] are the reconcilers;
 //!   [`cells`] judges hosts; [`scheduler`] chooses cells and hosts.
 //! * [`world`]: the region's state as typed tables; [`step`]: one decision over it, all or nothing.
@@ -12,10 +13,14 @@
 pub mod cells;
 pub mod core;
 pub mod decide;
+pub mod fleet;
+mod inbox;
 pub mod intent;
+mod link;
 pub mod region;
 pub mod rules;
 pub mod scheduler;
+mod shard;
 pub mod step;
 pub mod view;
 pub mod world;

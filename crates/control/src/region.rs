@@ -5,6 +5,9 @@
 //! compares `sys/writer` with what the one before left there and moves it on, so a writer that has lost its right, or one
 //! whose earlier transaction did not commit, commits nothing more. When a commit's outcome is not known, the writer drops
 //! its state and, if it still leads, claims and loads anew.
+//!
+//! The same loop writes the group that all regions share. A region of a fleet follows this server's own copy of that group
+//! while it leads, and tells its leader every second what the region has.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,19 +19,21 @@ use bytes::Bytes;
 use futures::stream::FuturesOrdered;
 use futures::{FutureExt, StreamExt};
 use nexus_env::{Env, RngExt};
-use nexus_model::plan::HostReport;
+use nexus_model::kind::{RegionServer, Tier};
+use nexus_model::plan::{HostReport, RegionSummary, ServerNote};
 use nexus_model::{ApiError, Code, Timestamp, key};
-use nexus_store::{Compare, Leadership, Op, RangeRequest, Revision, Store, StoreError, Txn, TxnOutcome};
-use tokio::sync::{mpsc, oneshot, watch};
+use nexus_store::{Compare, Leadership, Op, Pressure, RangeRequest, Revision, Store, StoreError, Txn, TxnOutcome};
+use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::cells::Cells;
 use crate::core::{Bootstrap, Core, Moment, Pack};
-use crate::intent::{Accepted, Intent, Writer};
+use crate::inbox::{Inbox, Input, IntentReply, ReportReply};
+use crate::intent::{Accepted, Change, Intent, Writer};
+use crate::link::Link;
 use crate::view::load;
+use crate::world::{Part, World};
 
-/// Inputs that wait for the writer; more are refused as `overloaded`.
-const QUEUE: usize = 4_096;
 /// Inputs decided in one round.
 const ROUND: usize = 512;
 /// How often hosts are judged.
@@ -37,7 +42,9 @@ const TICK: Duration = Duration::from_millis(250);
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How long a request waits while nobody leads before it says so.
 const NO_LEADER: Duration = Duration::from_secs(3);
-/// How often invariants are recounted and old keys forgotten.
+/// How long a refused request waits for what the global group has promised meanwhile.
+const CATCH_UP: Duration = Duration::from_secs(2);
+/// How often old keys are forgotten.
 const HOUSEKEEPING: Duration = Duration::from_secs(15);
 
 /// Why another server's writer did not take an intent.
@@ -57,6 +64,23 @@ pub trait Forward: Send + Sync {
     async fn forward(&self, node: u64, intent: &Intent, deadline: Duration) -> Result<Accepted, ForwardError>;
 }
 
+/// The way to the writer of the group that all regions share.
+#[async_trait]
+pub trait Upward: Send + Sync {
+    /// Tells it what a region has; answers the newest revision that it has committed.
+    async fn summarize(&self, summary: &RegionSummary, deadline: Duration) -> Result<u64, String>;
+}
+
+/// What makes a region one of a fleet.
+pub struct Fleet {
+    /// This server's own copy of the group that all regions share.
+    pub store: Arc<dyn Store>,
+    pub upward: Arc<dyn Upward>,
+    pub tier: Tier,
+    /// The region's servers, as configured; they are asked what they say of themselves.
+    pub servers: Vec<RegionServer>,
+}
+
 /// Why a report was not taken here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReportError {
@@ -65,20 +89,12 @@ pub enum ReportError {
     Overloaded,
 }
 
-type IntentReply = oneshot::Sender<Result<Accepted, Undecided>>;
-type ReportReply = oneshot::Sender<Result<u64, ReportError>>;
-
 /// How the loop answers an intent that it could not decide for good.
 #[derive(Debug)]
-enum Undecided {
+pub(crate) enum Undecided {
     NotLeader,
     Decided(ApiError),
     Unknown(String),
-}
-
-enum Input {
-    Intent(Box<Intent>, IntentReply),
-    Report(Box<HostReport>, ReportReply),
 }
 
 /// Counters for metrics.
@@ -87,6 +103,14 @@ pub struct Counters {
     pub intents: AtomicU64,
     pub refusals: AtomicU64,
     pub reports: AtomicU64,
+    /// Times that the writer took in what waited, decided and committed.
+    pub rounds: AtomicU64,
+    /// Reports that a later one of the same host replaced before the writer came to them.
+    pub reports_replaced: AtomicU64,
+    /// Objects whose reconciler panics and that are tried again later.
+    pub quarantined: AtomicU64,
+    /// Stored keys whose values can't be read: they are passed over.
+    pub unreadable: AtomicU64,
     pub commits: AtomicU64,
     pub operations: AtomicU64,
     pub violations: AtomicU64,
@@ -94,6 +118,8 @@ pub struct Counters {
     pub active_hosts: AtomicU64,
     /// 1 while this server's writer decides.
     pub leading: AtomicU64,
+    /// Milliseconds since this leader's copy of the global group was known to be complete.
+    pub fleet_stale_ms: AtomicU64,
 }
 
 pub struct Config {
@@ -101,6 +127,8 @@ pub struct Config {
     /// This server's name, as cells' holder.
     pub server: String,
     pub bootstrap: Bootstrap,
+    /// `None`: the global group itself, or a region that is a fleet of its own.
+    pub fleet: Option<Fleet>,
 }
 
 /// A server's part in its region: the door to the writer, and the writer itself while this server leads.
@@ -110,15 +138,14 @@ pub struct Region {
     store: Arc<dyn Store>,
     forward: Arc<dyn Forward>,
     leadership: watch::Receiver<Leadership>,
-    input: mpsc::Sender<Input>,
-    /// Taken by [`Region::run`].
-    queue: std::sync::Mutex<Option<mpsc::Receiver<Input>>>,
+    inbox: Inbox,
+    /// The revision of the global group that this server's writer has taken in, while it leads.
+    adopted: watch::Sender<u64>,
     pub counters: Counters,
 }
 
 impl Region {
     pub fn new(config: Config, env: Env, store: Arc<dyn Store>, forward: Arc<dyn Forward>) -> Self {
-        let (input, queue) = mpsc::channel(QUEUE);
         let leadership = store.leadership();
         Self {
             config,
@@ -126,25 +153,44 @@ impl Region {
             store,
             forward,
             leadership,
-            input,
-            queue: std::sync::Mutex::new(Some(queue)),
+            inbox: Inbox::default(),
+            adopted: watch::Sender::default(),
             counters: Counters::default(),
         }
     }
 
     /// Takes in a host's report, if this server leads. Answers the host's epoch.
     pub async fn report(&self, report: HostReport) -> Result<u64, ReportError> {
+        self.tell(|reply| Input::Report(Box::new(report), reply)).await
+    }
+
+    /// Takes in what a region says of itself, if this server leads the global group. Answers the newest revision.
+    pub async fn hear(&self, summary: RegionSummary) -> Result<u64, ReportError> {
+        self.tell(|reply| Input::Summary(Box::new(summary), reply)).await
+    }
+
+    async fn tell(&self, input: impl FnOnce(ReportReply) -> Input) -> Result<u64, ReportError> {
         let now = *self.leadership.borrow();
         if !now.is_self {
             return Err(ReportError::NotLeader { leader: now.leader });
         }
         let (reply, answer) = oneshot::channel();
-        self.input.try_send(Input::Report(Box::new(report), reply)).map_err(|_| ReportError::Overloaded)?;
+        let replaced = self.inbox.put(input(reply)).map_err(|_| ReportError::Overloaded)?;
+        self.counters.reports_replaced.fetch_add(u64::from(replaced), Ordering::Relaxed);
         match tokio::time::timeout(DEADLINE, answer).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(ReportError::NotLeader { leader: self.leadership.borrow().leader }),
             Err(_) => Err(ReportError::Overloaded),
         }
+    }
+
+    /// Takes in what a server of this region says of itself, if this one leads.
+    pub fn note(&self, note: ServerNote) -> Result<(), ReportError> {
+        let now = *self.leadership.borrow();
+        if !now.is_self {
+            return Err(ReportError::NotLeader { leader: now.leader });
+        }
+        self.inbox.put(Input::Note(note)).map(|_| ()).map_err(|_| ReportError::Overloaded)
     }
 
     /// Takes an intent here, if this server leads: what another server forwards. `None`: it does not lead.
@@ -158,12 +204,48 @@ impl Region {
     }
 
     async fn try_here(&self, intent: Intent) -> Result<Accepted, Undecided> {
+        let knew = *self.adopted.borrow();
+        match self.decide_here(intent.clone()).await {
+            // What the user has just been promised by the global group may not have come through yet.
+            Err(Undecided::Decided(error)) if may_be_early(&intent, &error) => match self.catch_up().await {
+                Some(()) if *self.adopted.borrow() > knew => self.decide_here(intent).await,
+                Some(()) => Err(Undecided::Decided(error)),
+                None => {
+                    let detail = format!(
+                        "{}, as far as this region knows: the global group can't be reached now, so what was changed \
+                         there lately is not known here",
+                        error.detail
+                    );
+                    Err(Undecided::Decided(ApiError { detail, ..error }))
+                }
+            },
+            decided => decided,
+        }
+    }
+
+    /// Waits until this writer has taken in all that the global group had committed by now. `None` if that can't be told.
+    async fn catch_up(&self) -> Option<()> {
+        let Some(fleet) = &self.config.fleet else { return Some(()) };
+        let newest = tokio::time::timeout(CATCH_UP, fleet.store.range(RangeRequest::get(key::FORMAT))).await;
+        let newest = newest.ok()?.ok()?.revision.0;
+        let mut adopted = self.adopted.subscribe();
+        tokio::time::timeout(CATCH_UP, adopted.wait_for(|at| *at >= newest)).await.ok()?.ok().map(drop)
+    }
+
+    async fn decide_here(&self, intent: Intent) -> Result<Accepted, Undecided> {
         if !self.leadership.borrow().is_self {
             return Err(Undecided::NotLeader);
         }
+        // Wishes that grow are refused while there is still room for what cleaning up writes.
+        if intent.change != Change::Delete
+            && let Pressure::Full(reason) = self.store.status().await.pressure
+        {
+            let detail = format!("the metadata store is nearly full, only deletes are taken: {reason}");
+            return Err(Undecided::Decided(ApiError::new(Code::Overloaded, detail)));
+        }
         let (reply, answer) = oneshot::channel();
         let full = || Undecided::Decided(ApiError::new(Code::Overloaded, "the writer's queue is full: try again"));
-        self.input.try_send(Input::Intent(Box::new(intent), reply)).map_err(|_| full())?;
+        self.inbox.put(Input::Intent(Box::new(intent), reply)).map_err(|_| full())?;
         match tokio::time::timeout(DEADLINE, answer).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(Undecided::Unknown("the writer stopped".into())),
@@ -173,8 +255,6 @@ impl Region {
 
     /// Runs the writer whenever this server leads, until `stop` is cancelled or the store is closed. Called once.
     pub async fn run(&self, stop: CancellationToken) {
-        let taken = self.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let mut queue = taken.expect("run is called once");
         let mut leadership = self.leadership.clone();
         loop {
             let epoch = {
@@ -187,8 +267,9 @@ impl Region {
                         Err(_) => return,
                     },
                     // Whoever comes while nobody leads here is sent on.
-                    Some(input) = queue.recv() => {
-                        turn_away(input, self.leadership.borrow().leader);
+                    () = self.inbox.filled() => {
+                        let leader = self.leadership.borrow().leader;
+                        self.inbox.take(ROUND).into_iter().for_each(|input| turn_away(input, leader));
                         continue;
                     }
                 }
@@ -196,7 +277,7 @@ impl Region {
             let end = tokio::select! {
                 biased;
                 () = stop.cancelled() => Ok(()),
-                end = self.lead(epoch, &mut queue, &mut leadership) => end,
+                end = self.lead(epoch, &mut leadership) => end,
             };
             self.counters.leading.store(0, Ordering::Relaxed);
             if stop.is_cancelled() {
@@ -210,37 +291,34 @@ impl Region {
     }
 
     /// Claims the right to write and decides until it is lost.
-    async fn lead(
-        &self,
-        epoch: u64,
-        queue: &mut mpsc::Receiver<Input>,
-        leadership: &mut watch::Receiver<Leadership>,
-    ) -> Result<(), StoreError> {
+    async fn lead(&self, epoch: u64, leadership: &mut watch::Receiver<Leadership>) -> Result<(), StoreError> {
         let (mut chain, at) = self.claim(epoch).await?;
-        let (world, _) = load(&*self.store, Some(at), &["o/", "t/", "i/"], false).await?;
+        let (world, _) = load(&*self.store, Some(at), &["o/", "t/", "i/", key::ADOPTED], false).await?;
+        let part = if self.config.fleet.is_some() { Part::Region } else { Part::Alone };
+        let world = World { part, ..world };
         let cells = Cells::new(self.env.monotonic(), self.config.server.clone(), epoch);
         let mut core = Core::new(world, self.config.bootstrap.clone(), cells);
         core.bootstrap(self.moment());
+        let mut link = self.config.fleet.as_ref().map(|fleet| Link::new(fleet, epoch, self.env.monotonic()));
+        let mut newest = at.0;
+        self.counters.unreadable.store(core.world.unreadable.len() as u64, Ordering::Relaxed);
         self.counters.leading.store(1, Ordering::Relaxed);
-        tracing::info!(epoch, revision = at.0, "this server's writer decides for the region");
+        tracing::info!(epoch, revision = at.0, "this server's writer decides for its group");
 
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
         housekeeping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut inputs = Vec::with_capacity(ROUND);
         let mut more = true;
         loop {
             if more {
                 // Work is left from the last round: take what waits, without waiting for more.
-                while inputs.len() < ROUND {
-                    match queue.try_recv() {
-                        Ok(input) => inputs.push(input),
-                        Err(_) => break,
-                    }
+                if let Some(link) = &mut link {
+                    link.take_in_what_waits(&mut core, self.moment());
                 }
                 if tick.tick().now_or_never().is_some() {
-                    core.tick(self.moment());
+                    self.tick(&mut core);
+                    self.report_up(&mut link, &core);
                 }
             } else {
                 tokio::select! {
@@ -252,16 +330,21 @@ impl Region {
                         }
                     }
                     _ = tick.tick() => {
-                        core.tick(self.moment());
-                        let active = core.cells.active(self.env.monotonic()) as u64;
-                        self.counters.active_hosts.store(active, Ordering::Relaxed);
+                        self.tick(&mut core);
+                        self.report_up(&mut link, &core);
+                    }
+                    news = next_news(&mut link) => {
+                        core.adopt(news, self.moment());
+                        if let Some(link) = &mut link {
+                            link.take_in_what_waits(&mut core, self.moment());
+                        }
                     }
                     _ = housekeeping.tick() => self.keep_house(&mut core),
-                    n = queue.recv_many(&mut inputs, ROUND) => if n == 0 { return Ok(()) },
+                    () = self.inbox.filled() => {}
                 }
             }
             let mut answers: VecDeque<(IntentReply, Result<Accepted, ApiError>)> = VecDeque::new();
-            for input in inputs.drain(..) {
+            for input in self.inbox.take(ROUND) {
                 match input {
                     Input::Intent(intent, reply) => {
                         self.counters.intents.fetch_add(1, Ordering::Relaxed);
@@ -272,14 +355,30 @@ impl Region {
                         let answer = core.report(&report, self.moment());
                         let _ = reply.send(answer.map_err(ReportError::Refused));
                     }
+                    Input::Summary(summary, reply) => {
+                        let answer = core.hear(&summary, self.moment()).map(|()| newest);
+                        let _ = reply.send(answer.map_err(ReportError::Refused));
+                    }
+                    Input::Note(note) => {
+                        if let Some(link) = &mut link {
+                            link.note(note, self.env.monotonic());
+                        }
+                    }
                 }
             }
             more = core.reconcile(self.moment());
-            if let Err(error) = self.commit(&mut core, &mut chain).await {
-                for (reply, _) in answers {
-                    let _ = reply.send(Err(Undecided::Unknown(error.to_string())));
+            self.counters.rounds.fetch_add(1, Ordering::Relaxed);
+            match self.commit(&mut core, &mut chain).await {
+                Ok(at) => newest = newest.max(at.0),
+                Err(error) => {
+                    for (reply, _) in answers {
+                        let _ = reply.send(Err(Undecided::Unknown(error.to_string())));
+                    }
+                    return Err(error);
                 }
-                return Err(error);
+            }
+            if link.is_some() {
+                self.adopted.send_replace(core.world.global_revision);
             }
             for (reply, answer) in answers {
                 let answer = match answer {
@@ -309,12 +408,29 @@ impl Region {
         }
     }
 
+    /// Tells the global group what the region has, when that has changed or is due.
+    fn report_up(&self, link: &mut Option<Link>, core: &Core) {
+        if let Some(link) = link {
+            let stale_ms = link.report(core, self.env.monotonic());
+            self.counters.fleet_stale_ms.store(stale_ms, Ordering::Relaxed);
+        }
+    }
+
     fn keep_house(&self, core: &mut Core) {
         core.forget_old(self.moment());
-        for difference in core.check_invariants() {
+        self.counters.quarantined.store(core.quarantined() as u64, Ordering::Relaxed);
+        self.counters.unreadable.store(core.world.unreadable.len() as u64, Ordering::Relaxed);
+    }
+
+    /// Judges hosts, and recounts a little of what must agree.
+    fn tick(&self, core: &mut Core) {
+        core.tick(self.moment());
+        for difference in core.check_on() {
             self.counters.violations.fetch_add(1, Ordering::Relaxed);
             tracing::error!(%difference, "an invariant does not hold");
         }
+        let active = core.cells.active(self.env.monotonic()) as u64;
+        self.counters.active_hosts.store(active, Ordering::Relaxed);
     }
 
     /// Takes over `sys/writer`: from that revision on, no other writer can commit.
@@ -335,11 +451,15 @@ impl Region {
         }
     }
 
-    async fn commit(&self, core: &mut Core, chain: &mut Chain) -> Result<(), StoreError> {
+    /// Commits what was decided; answers the newest revision that it made, 0 if it made none.
+    async fn commit(&self, core: &mut Core, chain: &mut Chain) -> Result<Revision, StoreError> {
+        let mut newest = Revision(0);
         let packs: Vec<Pack> = core.take_packs();
-        let mut flight: FuturesOrdered<_> = packs
-            .iter()
-            .map(|pack| {
+        // Each pack's compare names the one before: an engine that may swap them gets the next when the last is done.
+        let together = if self.store.keeps_order() { usize::MAX } else { 1 };
+        let mut rest = packs.iter();
+        let mut begin = |chain: &mut Chain| {
+            rest.next().map(|pack| {
                 let before = chain.value();
                 chain.next += 1;
                 let mut ops: Vec<Op> = pack
@@ -353,23 +473,45 @@ impl Region {
                 ops.push(Op::put(key::WRITER, chain.value()));
                 self.store.txn(Txn::new(vec![Compare::value(key::WRITER, before)], ops))
             })
-            .collect();
+        };
+        let mut flight = FuturesOrdered::new();
         let mut done = packs.iter();
-        while let Some(outcome) = flight.next().await {
+        loop {
+            while flight.len() < together
+                && let Some(txn) = begin(chain)
+            {
+                flight.push_back(txn);
+            }
+            let Some(outcome) = flight.next().await else { break };
             let pack = done.next().expect("an outcome per pack");
             match outcome? {
                 TxnOutcome::Committed { revision } => {
                     self.counters.commits.fetch_add(1, Ordering::Relaxed);
                     self.counters.operations.fetch_add(pack.ops.len() as u64, Ordering::Relaxed);
                     core.committed(pack, revision.0);
+                    newest = revision;
                 }
                 TxnOutcome::CompareFailed { .. } => {
                     return Err(StoreError::Unavailable { reason: "another server has become the writer".into() });
                 }
             }
         }
-        Ok(())
+        Ok(newest)
     }
+}
+
+/// News of the global group, for a region that follows one.
+async fn next_news(link: &mut Option<Link>) -> crate::fleet::Adopt {
+    match link {
+        Some(link) => link.news().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether a refusal may only say that this region has not heard of something yet.
+fn may_be_early(intent: &Intent, error: &ApiError) -> bool {
+    let project = intent.target.project.as_ref();
+    error.code == Code::QuotaExceeded || project.is_some_and(|p| *error == ApiError::not_found("Project", p.as_str()))
 }
 
 /// The value of `sys/writer`, which each transaction moves on by one.
@@ -391,9 +533,10 @@ fn turn_away(input: Input, leader: Option<u64>) {
         Input::Intent(_, reply) => {
             let _ = reply.send(Err(Undecided::NotLeader));
         }
-        Input::Report(_, reply) => {
+        Input::Report(_, reply) | Input::Summary(_, reply) => {
             let _ = reply.send(Err(ReportError::NotLeader { leader }));
         }
+        Input::Note(_) => {}
     }
 }
 
@@ -434,8 +577,14 @@ impl Writer for Region {
                     "no majority of the servers is reachable, so nothing can be written now".clone_into(&mut why);
                 }
             }
-            // Wait for news of a leader, or a little while.
-            let _ = tokio::time::timeout(Duration::from_millis(100), leadership.changed()).await;
+            // Wait for news of a leader, or a little while. A store that is closed has no more news, at once and for ever.
+            let news = tokio::time::timeout(Duration::from_millis(100), leadership.changed()).await;
+            if matches!(news, Ok(Err(_))) {
+                return Err(ApiError::new(
+                    Code::Unavailable,
+                    "this server's metadata store is closed: ask another server",
+                ));
+            }
         }
     }
 }

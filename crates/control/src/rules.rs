@@ -3,17 +3,26 @@
 
 pub mod app;
 pub mod buried;
+pub mod child;
+pub mod fleet;
 pub mod host;
 pub mod instance;
+pub mod usage;
 
 use crate::step::{Dirty, Step};
+use crate::world::Part;
 
 /// Takes one step for whatever is dirty.
 pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
     match dirty {
+        Dirty::App(place) if step.world.part == Part::Global => fleet::reconcile_app(step, place),
         Dirty::App(place) => app::reconcile(step, place),
+        Dirty::Child(place) => child::reconcile(step, place),
         Dirty::Instance(uid) => instance::reconcile(step, *uid),
+        Dirty::Usage(project) => usage::reconcile(step, project),
+        Dirty::Project(name) => fleet::add_up(step, name),
         Dirty::Buried(plural, uid) => buried::reconcile(step, plural, *uid),
         Dirty::Host(name) => host::reconcile(step, name),
+        Dirty::Room => instance::wake(step),
     }
 }

@@ -1,16 +1,20 @@
 //! The regional scheduler: chooses cells, asks their placement for a host, and keeps what is reserved in step with the
 //! rows of instances and hosts.
 //!
+//! A project's instances go to the cells of its shard (see [`crate::shard`]), and beyond only when those are full.
+//!
 //! An instance holds its reservation and its address slot from the row that names its host until that row is erased;
 //! burying it changes neither, because its host may still run it.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
-use nexus_model::kind::{self, Host, HostState, Instance, Runtime, Spread};
+use nexus_model::kind::{self, BlastRadius, Host, HostState, Instance, Runtime, Spread};
 use nexus_model::{Bytes, Digest, MilliCpu, Name, Object, Uid};
 use nexus_placement as placement;
 use placement::{Cell, ClassId, GroupId, HostId, ImageId, RackId, ZoneId};
 
+use crate::shard;
 use crate::world::app_uid;
 
 /// Hands out small numbers for names.
@@ -41,6 +45,9 @@ impl<T: Ord + Clone> Interner<T> {
 /// The slots of a host's prefixes that instances may have: .1 is the host's own, .255 is broadcast.
 const SLOTS: std::ops::RangeInclusive<u16> = 2..=254;
 
+/// Shards that are remembered; computing one anew takes microseconds.
+const SHARDS_KEPT: usize = 20_000;
+
 /// How full a cell is, in millicores: kept beside the cell because choosing a cell must not look at every host.
 #[derive(Debug, Default)]
 struct Fill {
@@ -54,10 +61,38 @@ impl Fill {
     }
 }
 
+/// Who has instances in a cell, living ones, and how many.
+#[derive(Debug, Default)]
+struct Tenants {
+    instances: u32,
+    projects: BTreeMap<Name, u32>,
+}
+
+impl Tenants {
+    fn change(&mut self, project: &Name, by: i32) {
+        self.instances = self.instances.saturating_add_signed(by);
+        let of_project = self.projects.entry(project.clone()).or_default();
+        *of_project = of_project.saturating_add_signed(by);
+        if *of_project == 0 {
+            self.projects.remove(project);
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Scheduler {
+    /// What shards are computed from, beside the names: see [`crate::shard`].
+    seed: Option<Name>,
     cells: BTreeMap<Name, Cell>,
     fill: BTreeMap<Name, Fill>,
+    zone_of: BTreeMap<Name, Name>,
+    in_cell: BTreeMap<Name, BTreeSet<Name>>,
+    tenants: BTreeMap<Name, Tenants>,
+    everywhere: Tenants,
+    /// Each project's shard, computed when first asked for.
+    shards: BTreeMap<Name, BTreeSet<Name>>,
+    /// Living instances without a host, by app and template: those of one are interchangeable.
+    waiting: BTreeMap<(Uid, String), BTreeSet<Uid>>,
     capacities: BTreeMap<Name, u64>,
     hosts: BTreeMap<Name, (Name, HostId)>,
     by_id: BTreeMap<(Name, HostId), Name>,
@@ -76,6 +111,8 @@ pub struct Scheduler {
 pub struct Placed {
     pub host: Name,
     pub slot: u16,
+    /// The project's shard was full: the host is in another cell.
+    pub spilled: bool,
 }
 
 fn runtime(r: Runtime) -> placement::Runtime {
@@ -96,6 +133,11 @@ fn host_state(host: &Object<Host>) -> placement::HostState {
 }
 
 impl Scheduler {
+    /// A scheduler whose shards are computed with a seed: the region's name.
+    pub fn new(seed: Name) -> Self {
+        Self { seed: Some(seed), ..Self::default() }
+    }
+
     /// Learns of a host or of what changed about it.
     pub fn set_host(&mut self, host: &Object<Host>) {
         let spec = &host.spec;
@@ -138,6 +180,11 @@ impl Scheduler {
             load: placement::Load::default(),
         };
         let cell = host.spec.cell.clone();
+        if !self.cells.contains_key(&cell) {
+            self.zone_of.insert(cell.clone(), host.spec.zone.clone());
+            self.shards.clear();
+        }
+        self.in_cell.entry(cell.clone()).or_default().insert(name.clone());
         let id = self.cells.entry(cell.clone()).or_default().add_host(spec);
         self.hosts.insert(name.clone(), (cell.clone(), id));
         self.by_id.insert((cell, id), name.clone());
@@ -153,6 +200,9 @@ impl Scheduler {
             }
             if let Some(fill) = self.fill.get_mut(&cell) {
                 fill.capacity -= self.capacities.remove(name).unwrap_or(0);
+            }
+            if let Some(hosts) = self.in_cell.get_mut(&cell) {
+                hosts.remove(name);
             }
             self.by_id.remove(&(cell, id));
             self.slots.remove(name);
@@ -172,6 +222,19 @@ impl Scheduler {
     pub fn set_instance(&mut self, old: Option<&Object<Instance>>, new: Option<&Object<Instance>>) {
         let place = |o: Option<&Object<Instance>>| o.and_then(|o| o.status.host.clone().zip(o.status.slot));
         let buried = |o: Option<&Object<Instance>>| o.is_some_and(|o| o.metadata.deleting.is_some());
+        let waits = |o: &&Object<Instance>| o.status.host.is_none() && o.metadata.deleting.is_none();
+        let waited = |o: &Object<Instance>| (app_uid(o), o.spec.template_hash.clone());
+        if let Some(old) = old.filter(waits)
+            && let Entry::Occupied(mut like) = self.waiting.entry(waited(old))
+        {
+            like.get_mut().remove(&old.metadata.uid);
+            if like.get().is_empty() {
+                like.remove();
+            }
+        }
+        if let Some(new) = new.filter(waits) {
+            self.waiting.entry(waited(new)).or_default().insert(new.metadata.uid);
+        }
         if place(old) == place(new) && buried(old) == buried(new) {
             return;
         }
@@ -185,6 +248,7 @@ impl Scheduler {
                 self.oversold += 1;
             }
             self.fill_of(&host, |fill| fill.reserved = fill.reserved.saturating_sub(u64::from(request.cpu)));
+            self.count(&host, instance, -1);
         }
         if let (Some(instance), Some((host, slot))) = (new, place(new)) {
             self.slots.entry(host.clone()).or_default().insert(slot);
@@ -198,7 +262,80 @@ impl Scheduler {
                 cell.adopt(*id, &request).expect("the handle came from this cell");
             }
             self.fill_of(&host, |fill| fill.reserved += u64::from(request.cpu));
+            self.count(&host, instance, 1);
         }
+    }
+
+    fn count(&mut self, host: &Name, instance: &Object<Instance>, by: i32) {
+        let Some(project) = instance.metadata.project.as_ref().filter(|_| instance.metadata.deleting.is_none()) else {
+            return;
+        };
+        if let Some((cell, _)) = self.hosts.get(host) {
+            self.tenants.entry(cell.clone()).or_default().change(project, by);
+            self.everywhere.change(project, by);
+        }
+    }
+
+    /// The hosts of a cell.
+    pub fn hosts_in(&self, cell: &Name) -> impl ExactSizeIterator<Item = &Name> {
+        static NONE: BTreeSet<Name> = BTreeSet::new();
+        self.in_cell.get(cell).unwrap_or(&NONE).iter()
+    }
+
+    /// Of each kind of instance that has no host yet, one.
+    pub fn first_waiting(&self) -> impl Iterator<Item = Uid> + '_ {
+        self.waiting.values().filter_map(|like| like.first().copied())
+    }
+
+    /// Another that waits for the same as this one did.
+    pub fn waiting_like(&self, instance: &Object<Instance>) -> Option<Uid> {
+        let key = (app_uid(instance), instance.spec.template_hash.clone());
+        self.waiting.get(&key).and_then(|like| like.first().copied())
+    }
+
+    /// How full a cell is, and who would feel its loss.
+    pub fn load_of(&self, cell: &Name) -> (u32, BlastRadius) {
+        let fill = self.fill.get(cell).map_or(0, |fill| fill.thousandths() / 10);
+        let nobody = Tenants::default();
+        let here = self.tenants.get(cell).unwrap_or(&nobody);
+        let percent = |part: usize, whole: usize| (part * 100).div_ceil(whole.max(1)) as u32;
+        let wholly = here.projects.iter().filter(|(project, n)| self.everywhere.projects.get(*project) == Some(n));
+        let radius = BlastRadius {
+            instances: here.instances,
+            instances_percent: percent(here.instances as usize, self.everywhere.instances as usize),
+            projects: here.projects.len() as u32,
+            projects_percent: percent(here.projects.len(), self.everywhere.projects.len()),
+            projects_wholly: wholly.count() as u32,
+        };
+        (u32::try_from(fill).unwrap_or(u32::MAX), radius)
+    }
+
+    /// A zone's cells in the order in which a project uses them.
+    fn ranked<'a>(&'a self, project: &Name) -> Vec<Vec<&'a Name>> {
+        let Some(seed) = &self.seed else { return vec![self.cells.keys().collect()] };
+        let zones: BTreeSet<&Name> = self.zone_of.values().collect();
+        let of = |zone: &Name| {
+            let cells = self.zone_of.iter().filter(move |(_, z)| *z == zone).map(|(cell, _)| cell);
+            shard::order(seed, project, cells)
+        };
+        zones.into_iter().map(of).collect()
+    }
+
+    fn shard_of(&mut self, project: &Name) -> BTreeSet<Name> {
+        if let Some(shard) = self.shards.get(project) {
+            return shard.clone();
+        }
+        let whole = self.seed.is_none();
+        let part = |zone: Vec<&Name>| {
+            let n = if whole { zone.len() } else { shard::size(zone.len()) };
+            zone.into_iter().take(n).cloned().collect::<Vec<_>>()
+        };
+        let shard: BTreeSet<Name> = self.ranked(project).into_iter().flat_map(part).collect();
+        if self.shards.len() >= SHARDS_KEPT {
+            self.shards.clear();
+        }
+        self.shards.insert(project.clone(), shard.clone());
+        shard
     }
 
     fn fill_of(&mut self, host: &Name, change: impl FnOnce(&mut Fill)) {
@@ -229,14 +366,17 @@ impl Scheduler {
 
     /// Finds a host, or says for how many hosts each filter said no.
     ///
-    /// The regional part: cells are asked in the order of how few of the app's instances their zones hold, so that an app
-    /// spreads over zones although each cell decides alone; the first that can take the instance gets it.
+    /// The regional part: the cells of the project's shard are asked in the order of how few of the app's instances their
+    /// zones hold, so that an app spreads over zones although each cell decides alone; the first that can take the instance
+    /// gets it. When the shard is full, the next cells in the project's order are asked.
     pub fn place(&mut self, instance: &Object<Instance>, spread: Spread) -> Result<Placed, String> {
         let request = self.request(instance, spread);
         let group = request.group.expect("only the living are placed");
-        let mut order: Vec<(u32, u64, &Name)> = self
-            .cells
+        let project = instance.metadata.project.clone().expect("instances have a project");
+        let shard = self.shard_of(&project);
+        let mut order: Vec<(u32, u64, &Name)> = shard
             .iter()
+            .filter_map(|name| self.cells.get_key_value(name))
             .map(|(name, cell)| {
                 let mine: u32 = match spread {
                     Spread::None => 0,
@@ -250,17 +390,31 @@ impl Scheduler {
         let mut refusals = Vec::new();
         for (_, _, name) in order {
             match self.cells[name].place(&request) {
+                Ok(decision) => return Ok(self.placed(name.clone(), decision.host, false)),
+                Err(refusal) => refusals.push(refusal),
+            }
+        }
+        let ranked = self.ranked(&project);
+        let deepest = ranked.iter().map(Vec::len).max().unwrap_or(0);
+        let beyond = (0..deepest).flat_map(|rank| ranked.iter().filter_map(move |zone| zone.get(rank)));
+        for name in beyond.filter(|name| !shard.contains(**name)) {
+            match self.cells[*name].place(&request) {
                 Ok(decision) => {
-                    let host = self.by_id[&(name.clone(), decision.host)].clone();
-                    let used = self.slots.entry(host.clone()).or_default();
-                    let slot = SLOTS.into_iter().find(|s| !used.contains(s));
-                    let slot = slot.expect("placement keeps a host's instances to its slots");
-                    return Ok(Placed { host, slot });
+                    let cell = (*name).clone();
+                    return Ok(self.placed(cell, decision.host, true));
                 }
                 Err(refusal) => refusals.push(refusal),
             }
         }
         Err(self.explain(&refusals))
+    }
+
+    fn placed(&mut self, cell: Name, id: HostId, spilled: bool) -> Placed {
+        let host = self.by_id[&(cell, id)].clone();
+        let used = self.slots.entry(host.clone()).or_default();
+        let slot = SLOTS.into_iter().find(|s| !used.contains(s));
+        let slot = slot.expect("placement keeps a host's instances to its slots");
+        Placed { host, slot, spilled }
     }
 
     /// The refusals of all cells as one sentence that counts hosts per filter.

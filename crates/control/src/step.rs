@@ -11,7 +11,7 @@ use nexus_env::{Rng, RngExt};
 use nexus_model::kind::{self, Event, EventSpec, Severity};
 use nexus_model::{AnyObject, Metadata, Name, Object, OwnerRef, RequestId, Timestamp, Uid, key};
 
-use crate::world::{Place, Remembered, Stored, World, key_of};
+use crate::world::{Blocked, Place, Remembered, Seat, Stored, World, key_of};
 
 /// Events kept per project; the oldest go first.
 const EVENTS_PER_PROJECT: usize = 2_000;
@@ -20,10 +20,18 @@ const EVENTS_PER_PROJECT: usize = 2_000;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Dirty {
     App(Place),
+    /// A global app's place in a region.
+    Child(Place),
     Instance(Uid),
+    /// What a project has in a region.
+    Usage(Name),
+    /// What all regions together report of a project.
+    Project(Name),
     /// A buried organization, project or app that may be erased.
     Buried(&'static str, Uid),
     Host(Name),
+    /// Room may have come for instances that found none.
+    Room,
 }
 
 /// Store operations by key: `None` deletes.
@@ -60,6 +68,11 @@ impl<'a> Step<'a> {
         std::mem::take(&mut self.ops)
     }
 
+    /// The region whose group this is, or `global`.
+    pub fn region(&self) -> &'a Name {
+        self.region
+    }
+
     pub fn new_uid(&self) -> Uid {
         Uid::from_random(self.rng.bytes())
     }
@@ -74,44 +87,34 @@ impl<'a> Step<'a> {
         }
     }
 
-    fn record<K: Stored>(&mut self, old: Option<Object<K>>, new: Option<&Object<K>>) {
-        if let Some(old) = &old
-            && new.is_none_or(|new| key_of(new) != key_of(old))
-        {
-            self.ops.insert(key_of(old), None);
-        }
-        if let Some(new) = new {
-            let value = serde_json::to_vec(&new.to_any()).expect("objects are plain data");
-            self.ops.insert(key_of(new), Some(value.into()));
-        }
-        let new = new.cloned();
-        self.undo.push(Box::new(move |world| world.set(new.as_ref(), old)));
-    }
-
     /// Puts a new object or replaces the one of its name.
     pub fn put<K: Stored>(&mut self, new: Object<K>) {
-        let m = &new.metadata;
-        let old = match m.deleting {
-            Some(_) => K::table(self.world).buried.get(&m.uid).cloned(),
-            None => K::table(self.world).get(m.project.as_ref(), &m.name).cloned(),
-        };
-        self.record(old.clone(), Some(&new));
-        self.world.set(old.as_ref(), Some(new));
+        let (key, seat) = (key_of(&new), Seat::of(&new));
+        // Whoever gets here has not asked: better that this one step fails than that the evidence is gone.
+        assert!(!self.world.unreadable.contains_key(&key), "{key} holds something that can't be read");
+        self.ops.insert(key, Some(new.to_vec().into()));
+        let old = self.world.replace(&seat, Some(new));
+        self.undo.push(Box::new(move |world| drop(world.replace(&seat, old))));
     }
 
     /// Turns a living object into a tombstone: its name is free at once, its teardown goes on.
     pub fn bury<K: Stored>(&mut self, old: &Object<K>) -> Object<K> {
         let mut new = old.clone();
         new.metadata.deleting = Some(self.now);
-        self.record(Some(old.clone()), Some(&new));
-        self.world.set(Some(old), Some(new.clone()));
+        self.ops.insert(key_of(old), None);
+        self.ops.insert(key_of(&new), Some(new.to_vec().into()));
+        let (from, to) = (Seat::of(old), Seat::of(&new));
+        let old = self.world.replace(&from, Some(new.clone()));
+        self.undo.push(Box::new(move |world| drop(world.replace(&to, old))));
         new
     }
 
     /// Removes an object, living or buried, for good.
     pub fn erase<K: Stored>(&mut self, old: &Object<K>) {
-        self.record(Some(old.clone()), None);
-        self.world.set(Some(old), None);
+        self.ops.insert(key_of(old), None);
+        let seat = Seat::of(old);
+        let old = self.world.replace::<K>(&seat, None);
+        self.undo.push(Box::new(move |world| drop(world.replace(&seat, old))));
     }
 
     pub fn remember(&mut self, place: String, remembered: Remembered) {
@@ -186,6 +189,20 @@ impl<'a> Step<'a> {
     pub fn committed_revision<K: Stored>(&self, object: &Object<K>) -> Option<u64> {
         let key = key_of(object);
         if self.ops.contains_key(&key) { None } else { self.world.revisions.get(&key).copied() }
+    }
+
+    /// Notes that this region can't make its share of the global app at a place, or that nothing is in its way.
+    pub fn block(&mut self, place: &Place, now: Option<(Uid, Blocked)>) {
+        let old: Vec<_> = self.world.blocked.iter().filter(|(_, b)| b.place == *place).map(|(uid, _)| *uid).collect();
+        let old: Vec<_> = old.into_iter().filter_map(|uid| self.world.blocked.remove_entry(&uid)).collect();
+        let new = now.as_ref().map(|(uid, _)| *uid);
+        self.world.blocked.extend(now);
+        if !old.is_empty() || new.is_some() {
+            self.undo.push(Box::new(move |world| {
+                new.iter().for_each(|uid| drop(world.blocked.remove(uid)));
+                world.blocked.extend(old);
+            }));
+        }
     }
 
     pub fn mark(&mut self, dirty: Dirty) {

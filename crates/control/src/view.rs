@@ -1,8 +1,9 @@
-//! What the committed state means for hosts and gateways: follows this server's own copy of the log, and publishes a plan
-//! per host and the routing table.
+//! What the committed state means for hosts and gateways: follows this server's own copies of the region's log and of the
+//! global one, and publishes a plan per host and the routing table.
 //!
 //! Reads are stale on purpose: a server that can't reach a majority still tells hosts and gateways the newest that it
-//! knows. Plans and tables say their revision, so a reader never goes back.
+//! knows. Plans and tables say their revision, so a reader never goes back. A plan's is the region's; a table's is the sum
+//! of both logs' revisions, which grows with either.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use nexus_model::kind::*;
 use nexus_model::plan::{
-    Backend, Desired, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RoutingTable, Service, TableRoute,
+    Backend, Desired, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RemoteRegion, RoutingTable, Service, TableRoute,
 };
 use nexus_model::{Name, Object, Uid, key};
 use nexus_store::{RangeRequest, Revision, Store, StoreError, WatchEvent};
@@ -18,7 +19,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::rules::app::hostnames;
-use crate::world::World;
+use crate::rules::child::{is_child, shares};
+use crate::world::{Place, World};
 
 /// Changes of the routing table are gathered for so long, so that a burst makes one table.
 const GATHER: Duration = Duration::from_millis(20);
@@ -30,8 +32,14 @@ const LONGEST: Duration = Duration::from_secs(1);
 /// Functions that hosts prepare ahead; of more, the newest.
 const PREPARE_AT_MOST: usize = 256;
 
+/// Kinds of the global group that a region goes by.
+pub(crate) const FLEET: &[&str] =
+    &["o/apps/", "o/images/", "o/organizations/", "o/projects/", "o/regions/", "o/routes/"];
+
 #[derive(Default)]
 struct State {
+    /// The region's name, once it is known.
+    region: Option<Name>,
     world: World,
     plans: BTreeMap<Name, watch::Sender<Arc<HostPlan>>>,
 }
@@ -42,14 +50,33 @@ pub struct View {
     state: Arc<std::sync::Mutex<State>>,
     table: watch::Sender<Arc<RoutingTable>>,
     revision: watch::Sender<u64>,
+    global_revision: watch::Sender<u64>,
+}
+
+/// Which log a view follows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Log {
+    Region,
+    Global,
 }
 
 impl View {
     /// A view that has seen nothing yet. Apps are reached at `NAME.<domain>`.
     pub fn new(domain: &str) -> Self {
-        let view = Self { state: Arc::default(), table: watch::Sender::default(), revision: watch::Sender::default() };
+        let view = Self {
+            state: Arc::default(),
+            table: watch::Sender::default(),
+            revision: watch::Sender::default(),
+            global_revision: watch::Sender::default(),
+        };
         domain.clone_into(&mut view.state().world.domain);
         view
+    }
+
+    /// Says which of the fleet's regions this is: its tables name the others.
+    pub fn in_region(self, region: &Name) -> Self {
+        self.state().region = Some(region.clone());
+        self
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -64,6 +91,11 @@ impl View {
     /// The newest revision seen; 0 before the first list.
     pub fn revision(&self) -> watch::Receiver<u64> {
         self.revision.subscribe()
+    }
+
+    /// The newest revision of the global group seen; 0 before the first list.
+    pub fn global_revision(&self) -> watch::Receiver<u64> {
+        self.global_revision.subscribe()
     }
 
     pub fn table(&self) -> watch::Receiver<Arc<RoutingTable>> {
@@ -82,13 +114,22 @@ impl View {
         receiver
     }
 
-    /// Follows the store until it is closed or `stop` is cancelled.
+    /// Follows the region's store until it is closed or `stop` is cancelled.
     pub async fn follow(&self, store: Arc<dyn Store>, stop: CancellationToken) {
+        self.follow_log(Log::Region, store, stop).await;
+    }
+
+    /// Follows the global group likewise.
+    pub async fn follow_global(&self, store: Arc<dyn Store>, stop: CancellationToken) {
+        self.follow_log(Log::Global, store, stop).await;
+    }
+
+    async fn follow_log(&self, log: Log, store: Arc<dyn Store>, stop: CancellationToken) {
         while !stop.is_cancelled() {
             let end = tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                end = self.follow_once(&*store) => end,
+                end = self.follow_once(log, &*store) => end,
             };
             match end {
                 Ok(()) => tracing::debug!("the view fell behind and lists again"),
@@ -99,9 +140,10 @@ impl View {
         }
     }
 
-    async fn follow_once(&self, store: &dyn Store) -> Result<(), StoreError> {
-        let (world, revision) = load(store, None, &["o/", "t/"], true).await?;
-        self.start_anew(world, revision.0);
+    async fn follow_once(&self, log: Log, store: &dyn Store) -> Result<(), StoreError> {
+        let prefixes = if log == Log::Global { FLEET } else { &["o/", "t/"] };
+        let (world, revision) = load(store, None, prefixes, true).await?;
+        self.start_anew(log, world, revision.0);
         let mut watch = store.watch("o/".into(), key::prefix_end("t/").into(), revision).await?;
         let mut table_due: Option<tokio::time::Instant> = None;
         let mut gather = GATHER;
@@ -118,56 +160,87 @@ impl View {
                 batch = watch.next() => batch,
             };
             let Some(Ok(batch)) = batch else { return Ok(()) };
-            if self.apply(&batch.events, batch.revision.0) && table_due.is_none() {
+            if self.apply(log, &batch.events, batch.revision.0) && table_due.is_none() {
                 table_due = Some(tokio::time::Instant::now() + gather);
             }
         }
     }
 
-    fn start_anew(&self, world: World, revision: u64) {
+    fn start_anew(&self, log: Log, world: World, revision: u64) {
         let mut state = self.state();
-        let domain = std::mem::take(&mut state.world.domain);
-        state.world = World { domain, ..world };
-        self.revision.send_replace(revision);
+        match log {
+            Log::Region => {
+                let old = std::mem::take(&mut state.world);
+                let replanned = Some(BTreeSet::new());
+                state.world = World { domain: old.domain, global: old.global, replanned, ..world };
+                self.revision.send_replace(revision);
+            }
+            Log::Global => {
+                state.world.global = Some(Box::new(world));
+                self.global_revision.send_replace(revision);
+            }
+        }
         let hosts: Vec<Name> = state.plans.keys().cloned().collect();
         for host in hosts {
-            publish_plan(&state, &host, revision);
+            publish_plan(&state, &host, *self.revision.borrow());
         }
         drop(state);
         self.publish_table();
     }
 
     /// Applies one revision. True if the routing table may have changed.
-    fn apply(&self, events: &[WatchEvent], revision: u64) -> bool {
+    fn apply(&self, log: Log, events: &[WatchEvent], revision: u64) -> bool {
+        match log {
+            Log::Region => self.apply_region(events, revision),
+            Log::Global => self.apply_global(events, revision),
+        }
+    }
+
+    fn apply_global(&self, events: &[WatchEvent], revision: u64) -> bool {
         let mut state = self.state();
-        let mut hosts = BTreeSet::new();
+        let (mut routing, mut images) = (false, false);
+        for event in events {
+            let key = String::from_utf8_lossy(event.key()).into_owned();
+            let Some(global) = state.world.global.as_deref_mut() else { break };
+            let Some(kind) = FLEET.iter().find(|prefix| key.starts_with(**prefix)) else { continue };
+            images |= *kind == "o/images/";
+            routing |= matches!(*kind, "o/apps/" | "o/routes/" | "o/regions/");
+            match event {
+                WatchEvent::Put { kv, .. } => {
+                    if let Err(error) = global.take_in(kv) {
+                        tracing::error!(%error, "an object of the global group can't be read; it is left out");
+                    }
+                }
+                WatchEvent::Delete { .. } => global.leave_out(&key),
+            }
+        }
+        if images {
+            let hosts: Vec<Name> = state.plans.keys().cloned().collect();
+            for host in hosts {
+                publish_plan(&state, &host, *self.revision.borrow());
+            }
+        }
+        self.global_revision.send_replace(revision);
+        routing
+    }
+
+    fn apply_region(&self, events: &[WatchEvent], revision: u64) -> bool {
+        let mut state = self.state();
         let mut routing = false;
         for event in events {
             let key = String::from_utf8_lossy(event.key()).into_owned();
             let instance = key.starts_with("o/instances/") || key.starts_with("t/instances/");
             routing |= instance || key.starts_with("o/apps/") || key.starts_with("o/routes/");
-            let host = |kv: &nexus_store::KeyValue| {
-                let any: nexus_model::AnyObject = serde_json::from_slice(&kv.value).ok()?;
-                any.status.get("host")?.as_str()?.parse::<Name>().ok()
-            };
             match event {
-                WatchEvent::Put { kv, prev } => {
-                    if instance {
-                        hosts.extend(host(kv));
-                        hosts.extend(prev.as_ref().and_then(host));
-                    }
+                WatchEvent::Put { kv, .. } => {
                     if let Err(error) = state.world.take_in(kv) {
                         tracing::error!(%error, "an object of the store can't be read; it is left out of plans");
                     }
                 }
-                WatchEvent::Delete { prev, .. } => {
-                    if instance {
-                        hosts.extend(prev.as_ref().and_then(host));
-                    }
-                    state.world.leave_out(&key);
-                }
+                WatchEvent::Delete { .. } => state.world.leave_out(&key),
             }
         }
+        let mut hosts = state.world.replanned.replace(BTreeSet::new()).unwrap_or_default();
         if events.iter().any(|event| event.key().starts_with(b"o/images/")) {
             hosts.extend(state.plans.keys().cloned());
         }
@@ -181,10 +254,14 @@ impl View {
     fn publish_table(&self) {
         let table = {
             let state = self.state();
-            build_table(&state.world, *self.revision.borrow())
+            let revision = *self.revision.borrow() + *self.global_revision.borrow();
+            build_table(&state.world, state.region.as_ref(), revision)
         };
         self.table.send_if_modified(|old| {
-            let same = old.services == table.services && old.routes == table.routes && old.version == table.version;
+            let same = old.services == table.services
+                && old.routes == table.routes
+                && old.regions == table.regions
+                && old.version == table.version;
             *old = Arc::new(table);
             !same
         });
@@ -226,7 +303,7 @@ pub(crate) async fn load(
             revision.get_or_insert(page.revision);
             for kv in &page.kvs {
                 if let Err(error) = world.take_in(kv) {
-                    return Err(StoreError::Invalid(format!("loading the region's state: {error}")));
+                    tracing::error!(%error, "a stored object can't be read; it is passed over");
                 }
             }
             match page.kvs.last() {
@@ -250,7 +327,8 @@ fn build_plan(world: &World, host: &Name, revision: u64) -> HostPlan {
 
 /// The components that any host may be asked to run, the newest first.
 fn functions(world: &World) -> Vec<ImagePlan> {
-    let mut images: Vec<_> = world.images.live.values().filter(|i| i.spec.format == ImageFormat::Wasm).collect();
+    let mut images: Vec<_> =
+        world.fleet().images.live.values().filter(|i| i.spec.format == ImageFormat::Wasm).collect();
     images.sort_by_key(|i| (std::cmp::Reverse(i.metadata.created), i.metadata.uid));
     images.truncate(PREPARE_AT_MOST);
     images.into_iter().map(|i| ImagePlan { format: ImageFormat::Wasm, digest: i.spec.digest }).collect()
@@ -276,23 +354,86 @@ fn instance_plan(i: &Object<Instance>) -> Option<InstancePlan> {
     })
 }
 
-fn build_table(world: &World, revision: u64) -> RoutingTable {
+/// An app as the table needs it.
+struct Exposed<'a> {
+    app: &'a Object<App>,
+    global: bool,
+    /// The other regions that should run it.
+    regions: Vec<Name>,
+}
+
+/// The apps that this region's gateways answer for: its own, its shares of global ones, and the global ones that it runs
+/// nothing of.
+fn exposed<'a>(world: &'a World, region: Option<&Name>) -> BTreeMap<&'a Place, Exposed<'a>> {
+    let global = world.global.as_ref().map(|global| &global.apps.live);
+    let elsewhere = |app: Option<&Object<App>>| -> Vec<Name> {
+        let shares = app.map(|app| shares(world.fleet(), app)).unwrap_or_default();
+        shares.into_iter().map(|(name, _)| name).filter(|name| Some(name) != region).collect()
+    };
+    let mut all: BTreeMap<&Place, Exposed<'_>> = BTreeMap::new();
+    for (place, app) in global.into_iter().flatten() {
+        all.insert(place, Exposed { app, global: true, regions: elsewhere(Some(app)) });
+    }
+    for (place, app) in &world.apps.live {
+        let owner = app.metadata.owner.as_ref().filter(|_| is_child(app));
+        let exposed = match owner {
+            None => Exposed { app, global: false, regions: Vec::new() },
+            Some(owner) => {
+                let parent = global.and_then(|g| g.get(place)).filter(|g| g.metadata.uid == owner.uid);
+                Exposed { app, global: true, regions: elsewhere(parent) }
+            }
+        };
+        all.insert(place, exposed);
+    }
+    all
+}
+
+/// The other regions, as gateways of this one reach them.
+fn other_regions(world: &World, region: Option<&Name>) -> Vec<RemoteRegion> {
+    let others = world.fleet().regions.live.values().filter(|r| Some(&r.metadata.name) != region);
+    let remote = |r: &Object<Region>| RemoteRegion {
+        name: r.metadata.name.clone(),
+        tier: r.spec.tier,
+        gateways: r.status.gateways.clone(),
+    };
+    if region.is_some() { others.map(remote).collect() } else { Vec::new() }
+}
+
+fn build_table(world: &World, region: Option<&Name>, revision: u64) -> RoutingTable {
     let mut table = RoutingTable { version: PLAN_VERSION, revision, ..RoutingTable::default() };
+    if let Some(region) = region {
+        table.region = region.clone();
+        table.regions = other_regions(world, Some(region));
+    }
     let mut known: BTreeMap<(Uid, u16), u32> = BTreeMap::new();
-    let mut routes: Vec<(String, String, &Object<App>, Option<u16>)> = Vec::new();
-    let serves = |app: &&Object<App>| {
+    let apps = exposed(world, region);
+    let mut routes: Vec<(String, String, &Exposed<'_>, Option<u16>)> = Vec::new();
+    let serves = |app: &Object<App>| {
         app.spec.runtime == Runtime::Function || app.spec.ports.iter().any(|p| p.protocol != Protocol::Tcp)
     };
     // Asked first: names are dear to make where most apps serve nobody.
-    for app in world.apps.live.values().filter(serves) {
-        routes.extend(hostnames(app, &world.domain).into_iter().map(|h| (h, "/".to_owned(), app, None)));
+    for exposed in apps.values().filter(|e| serves(e.app)) {
+        let names = hostnames(exposed.app, &world.domain);
+        routes.extend(names.into_iter().map(|h| (h, "/".to_owned(), exposed, None)));
     }
+    let mut taken = BTreeSet::new();
     for route in world.routes.live.values() {
-        if let Some(app) = world.apps.get(route.metadata.project.as_ref(), &route.spec.app) {
-            routes.push((route.spec.host.clone(), route.spec.path.clone(), app, route.spec.port));
+        taken.insert((&route.spec.host, &route.spec.path));
+        if let Some(exposed) = apps.get(&(route.metadata.project.clone(), route.spec.app.clone())) {
+            routes.push((route.spec.host.clone(), route.spec.path.clone(), exposed, route.spec.port));
         }
     }
-    for (host, path, app, port) in routes {
+    // A region's own route goes before a global one.
+    for route in world.global.iter().flat_map(|global| global.routes.live.values()) {
+        let place = (route.metadata.project.clone(), route.spec.app.clone());
+        if let Some(exposed) = apps.get(&place).filter(|e| e.global)
+            && !taken.contains(&(&route.spec.host, &route.spec.path))
+        {
+            routes.push((route.spec.host.clone(), route.spec.path.clone(), exposed, route.spec.port));
+        }
+    }
+    for (host, path, exposed, port) in routes {
+        let app = exposed.app;
         let ports = app.spec.template().served_ports();
         let chosen = match port {
             Some(wanted) => ports.iter().find(|p| p.port == wanted),
@@ -302,7 +443,7 @@ fn build_table(world: &World, revision: u64) -> RoutingTable {
         let Some(port) = chosen else { continue };
         let id = (app.metadata.uid, port.port);
         let service = *known.entry(id).or_insert_with(|| {
-            table.services.push(service(world, app, port));
+            table.services.push(service(world, exposed, port));
             u32::try_from(table.services.len() - 1).expect("fewer than 2^32 services")
         });
         table.routes.push(TableRoute { host, path, service });
@@ -310,7 +451,8 @@ fn build_table(world: &World, revision: u64) -> RoutingTable {
     table
 }
 
-fn service(world: &World, app: &Object<App>, port: &Port) -> Service {
+fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
+    let app = exposed.app;
     let mut backends: Vec<Backend> = world
         .instances_of(app.metadata.uid)
         .filter_map(|i| {
@@ -332,5 +474,7 @@ fn service(world: &World, app: &Object<App>, port: &Port) -> Service {
         protocol: port.protocol,
         runtime: app.spec.runtime,
         backends,
+        global: exposed.global,
+        regions: exposed.regions.clone(),
     }
 }

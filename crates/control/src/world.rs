@@ -1,15 +1,17 @@
-//! A region's state as typed tables: the projection of its metadata log that the writer decides on and that plans and
-//! routing tables are read from.
+//! A group's state as typed tables: the projection of its metadata log that the writer decides on and that plans and
+//! routing tables are read from. A region's world carries a copy of the global one.
 //!
 //! A table holds a kind's living objects by project and name, and its buried ones (tombstones) by uid. Every change goes
 //! through [`World::set`], which keeps the indexes true; the writer's world also carries a [`Scheduler`], so that what is
 //! reserved on a host is by construction the sum over the rows that say so.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::time::Duration;
 
 use nexus_model::kind::{self, *};
-use nexus_model::object::DecodeError;
-use nexus_model::{AnyObject, Name, Object, Uid, key};
+use nexus_model::plan::RegionSummary;
+use nexus_model::{ApiError, Code, Name, Object, Uid, key};
 use nexus_store::KeyValue;
 use serde::{Deserialize, Serialize};
 
@@ -60,10 +62,42 @@ pub struct Remembered {
     pub at: i64,
 }
 
+/// Which group a [`World`] shows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Part {
+    /// A region that is a fleet of its own: its group holds the global kinds too.
+    #[default]
+    Alone,
+    /// The group that all regions share.
+    Global,
+    /// One region's group, with a copy of the global one beside it.
+    Region,
+}
+
+/// What a region last said of itself to the writer of the global group.
+#[derive(Debug, Clone)]
+pub struct Heard {
+    pub summary: RegionSummary,
+    /// By the monotonic clock of the server that leads.
+    pub at: Duration,
+}
+
 #[derive(Debug, Default)]
 pub struct World {
+    pub part: Part,
     /// Apps are reached at `NAME.<domain>`.
     pub domain: String,
+    /// Beside a region's world: the global group, as far as this server has followed it. Read, never written.
+    pub global: Option<Box<World>>,
+    /// The revision that `global` shows; 0 before the first.
+    pub global_revision: u64,
+    /// The newest revision of the global group that any writer of this region has decided upon. A copy that is older
+    /// knows less than the region's own rows do, so nothing is torn down by it.
+    pub adopted: u64,
+    /// Only in the global writer's world: what the regions say.
+    pub heard: BTreeMap<Name, Heard>,
+    /// Only in a regional writer's world: the global apps, by uid, whose share this region can't make, and why.
+    pub blocked: BTreeMap<Uid, Blocked>,
     pub organizations: Table<Organization>,
     pub projects: Table<Project>,
     pub regions: Table<Region>,
@@ -75,7 +109,10 @@ pub struct World {
     pub instances: Table<Instance>,
     pub routes: Table<Route>,
     pub events: Table<Event>,
+    pub usages: Table<Usage>,
     pub remembered: BTreeMap<String, Remembered>,
+    /// Keys whose values can't be read, and why. Nothing is written over them; the rest of the world goes on.
+    pub unreadable: BTreeMap<String, String>,
     /// When each key last changed, as the store counts.
     pub revisions: BTreeMap<String, u64>,
     /// Living instances by uid.
@@ -84,10 +121,23 @@ pub struct World {
     pub of_app: BTreeMap<Uid, BTreeSet<Uid>>,
     /// Instances, living and buried, by the host that they were placed on.
     pub on_host: BTreeMap<Name, BTreeSet<Uid>>,
+    /// Hosts by their addresses and prefixes: see [`addresses_of`].
+    pub host_addresses: BTreeMap<SocketAddr, Name>,
     /// Each project's events, oldest first.
     pub event_order: BTreeMap<Name, VecDeque<Name>>,
+    /// Only in a view's world: hosts whose plans changed since they were last taken.
+    pub replanned: Option<BTreeSet<Name>>,
     /// Only in the writer's world.
     pub scheduler: Option<Scheduler>,
+}
+
+/// Why a region can't make its share of a global app.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blocked {
+    pub place: Place,
+    /// One CamelCase word.
+    pub reason: &'static str,
+    pub message: String,
 }
 
 /// A kind whose table is in the [`World`].
@@ -119,7 +169,8 @@ macro_rules! stored {
 /// Runs generic code for the kind that a plural names; `None` for a plural that names none.
 macro_rules! for_kind {
     ($plural:expr, $K:ident => $body:expr) => {
-        for_kind!(@ $plural, $K, $body, Organization Project Region Zone Cell Host Image App Instance Route Event)
+        for_kind!(@ $plural, $K, $body,
+            Organization Project Region Zone Cell Host Image App Instance Route Event Usage)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -146,9 +197,29 @@ stored! {
     Instance => instances, index_instance;
     Route => routes;
     Event => events, index_event;
+    Usage => usages;
 }
 
-fn index_host(world: &mut World, _old: Option<&Object<Host>>, new: Option<&Object<Host>>) {
+/// What no two hosts may share: their address, and both prefixes as addresses with port 0.
+pub fn addresses_of(spec: &HostSpec) -> [SocketAddr; 3] {
+    [spec.address, (spec.prefix6, 0).into(), (spec.prefix4, 0).into()]
+}
+
+fn index_host(world: &mut World, old: Option<&Object<Host>>, new: Option<&Object<Host>>) {
+    let spec = |o: Option<&Object<Host>>| o.map(|o| addresses_of(&o.spec));
+    if spec(old) != spec(new) {
+        if let Some(old) = old {
+            for address in addresses_of(&old.spec) {
+                if world.host_addresses.get(&address) == Some(&old.metadata.name) {
+                    world.host_addresses.remove(&address);
+                }
+            }
+        }
+        if let Some(new) = new {
+            let name = &new.metadata.name;
+            world.host_addresses.extend(addresses_of(&new.spec).map(|address| (address, name.clone())));
+        }
+    }
     if let (Some(scheduler), Some(new)) = (&mut world.scheduler, new) {
         scheduler.set_host(new);
     }
@@ -165,18 +236,31 @@ fn index_instance(world: &mut World, old: Option<&Object<Instance>>, new: Option
         world.by_uid.insert(m.uid, (m.project.clone(), m.name.clone()));
         world.of_app.entry(app_uid(new)).or_default().insert(m.uid);
     }
-    let host = |o: Option<&Object<Instance>>| o.and_then(|o| o.status.host.clone());
+    fn host(o: Option<&Object<Instance>>) -> Option<&Name> {
+        o.and_then(|o| o.status.host.as_ref())
+    }
     if host(old) != host(new) {
         if let (Some(old), Some(name)) = (old, host(old)) {
-            remove_from(&mut world.on_host, &name, old.metadata.uid);
+            remove_from(&mut world.on_host, name, old.metadata.uid);
         }
         if let (Some(new), Some(name)) = (new, host(new)) {
-            world.on_host.entry(name).or_default().insert(new.metadata.uid);
+            world.on_host.entry(name.clone()).or_default().insert(new.metadata.uid);
         }
+    }
+    if let Some(hosts) = &mut world.replanned
+        && old.map(for_plan) != new.map(for_plan)
+    {
+        hosts.extend(host(old).into_iter().chain(host(new)).cloned());
     }
     if let Some(scheduler) = &mut world.scheduler {
         scheduler.set_instance(old, new);
     }
+}
+
+/// The part of an instance's row that its host's plan depends on and that can change.
+fn for_plan(i: &Object<Instance>) -> impl PartialEq + use<'_> {
+    let s = &i.status;
+    (s.host.as_ref(), s.epoch, s.address6, s.address4, i.metadata.deleting.is_some())
 }
 
 fn index_event(world: &mut World, old: Option<&Object<Event>>, new: Option<&Object<Event>>) {
@@ -188,7 +272,11 @@ fn index_event(world: &mut World, old: Option<&Object<Event>>, new: Option<&Obje
         (Some(old), None) => {
             let project = old.metadata.project.clone().expect("events have a project");
             if let Some(order) = world.event_order.get_mut(&project) {
-                order.retain(|name| *name != old.metadata.name);
+                // Nearly always the oldest goes.
+                match order.front() {
+                    Some(first) if *first == old.metadata.name => drop(order.pop_front()),
+                    _ => order.retain(|name| *name != old.metadata.name),
+                }
             }
         }
         _ => {}
@@ -209,6 +297,23 @@ pub fn app_uid(instance: &Object<Instance>) -> Uid {
     instance.metadata.owner.as_ref().map(|o| o.uid).unwrap_or_default()
 }
 
+/// Where a row stands in its table.
+#[derive(Debug, Clone)]
+pub(crate) enum Seat {
+    Live(Place),
+    Buried(Uid),
+}
+
+impl Seat {
+    pub fn of<K: Kind>(object: &Object<K>) -> Self {
+        let m = &object.metadata;
+        match m.deleting {
+            Some(_) => Self::Buried(m.uid),
+            None => Self::Live((m.project.clone(), m.name.clone())),
+        }
+    }
+}
+
 /// The store key of a typed object.
 pub fn key_of<K: Kind>(object: &Object<K>) -> String {
     let m = &object.metadata;
@@ -224,63 +329,72 @@ pub fn key_of<K: Kind>(object: &Object<K>) -> String {
 pub enum LoadError {
     #[error("{key} does not hold JSON of the expected shape: {source}")]
     Json { key: String, source: serde_json::Error },
-    #[error(transparent)]
-    Decode(#[from] DecodeError),
+    #[error("{key} holds an object that does not belong there")]
+    Misplaced { key: String },
 }
 
 impl World {
-    /// Puts, replaces or (with `None` of both) leaves: the one door through which rows change. `old` is taken out of where
-    /// it stood, `new` put where it belongs.
-    pub fn set<K: Stored>(&mut self, old: Option<&Object<K>>, new: Option<Object<K>>) {
-        if let Some(old) = old {
-            let m = &old.metadata;
-            let table = K::table_mut(self);
-            match m.deleting {
-                Some(_) => table.buried.remove(&m.uid),
-                None => table.live.remove(&(m.project.clone(), m.name.clone())),
-            };
-        }
-        K::index(self, old, new.as_ref());
+    /// Takes out what stands at `from` and puts `new` where it belongs: the one door through which rows change. Answers
+    /// what was taken out.
+    pub(crate) fn replace<K: Stored>(&mut self, from: &Seat, new: Option<Object<K>>) -> Option<Object<K>> {
+        let table = K::table_mut(self);
+        let old = match from {
+            Seat::Live(place) => table.live.remove(place),
+            Seat::Buried(uid) => table.buried.remove(uid),
+        };
+        K::index(self, old.as_ref(), new.as_ref());
         if let Some(new) = new {
-            let m = &new.metadata;
             let table = K::table_mut(self);
-            match m.deleting {
-                Some(_) => table.buried.insert(m.uid, new),
-                None => table.live.insert((m.project.clone(), m.name.clone()), new),
+            match Seat::of(&new) {
+                Seat::Live(place) => table.live.insert(place, new),
+                Seat::Buried(uid) => table.buried.insert(uid, new),
             };
         }
+        old
     }
 
     /// Takes in one stored key, as loading and following do. Keys of other families are passed over.
     pub fn take_in(&mut self, kv: &KeyValue) -> Result<(), LoadError> {
         let key = String::from_utf8_lossy(&kv.key).into_owned();
-        let json = |source| LoadError::Json { key: key.clone(), source };
+        let read = self.read_in(&key, kv);
+        match &read {
+            Ok(()) if self.unreadable.is_empty() => {}
+            Ok(()) => drop(self.unreadable.remove(&key)),
+            // What stood there before stays in the tables, so that hosts and gateways keep what they have.
+            Err(error) => drop(self.unreadable.insert(key, error.to_string().chars().take(300).collect())),
+        }
+        read
+    }
+
+    fn read_in(&mut self, key: &str, kv: &KeyValue) -> Result<(), LoadError> {
+        let json = |source| LoadError::Json { key: key.to_owned(), source };
         if let Some(rest) = key.strip_prefix("i/") {
             let remembered: Remembered = serde_json::from_slice(&kv.value).map_err(json)?;
             self.remembered.insert(rest.to_owned(), remembered);
+        } else if key == key::ADOPTED {
+            self.adopted = serde_json::from_slice(&kv.value).map_err(json)?;
         } else if key.starts_with("o/") || key.starts_with("t/") {
-            let any: AnyObject = serde_json::from_slice(&kv.value).map_err(json)?;
             let plural = key.split('/').nth(1).unwrap_or_default();
-            for_kind!(plural, K => self.take_in_object::<K>(&any)?);
-            self.revisions.insert(key, kv.mod_revision.0);
+            for_kind!(plural, K => self.take_in_object::<K>(Object::<K>::from_slice(&kv.value).map_err(json)?, key)?);
+            match self.revisions.get_mut(key) {
+                Some(revision) => *revision = kv.mod_revision.0,
+                None => drop(self.revisions.insert(key.to_owned(), kv.mod_revision.0)),
+            }
         }
         Ok(())
     }
 
-    fn take_in_object<K: Stored>(&mut self, any: &AnyObject) -> Result<(), LoadError> {
-        let new = Object::<K>::from_any(any)?;
-        let m = &new.metadata;
-        let table = K::table_mut(self);
-        let old = match m.deleting {
-            Some(_) => table.buried.remove(&m.uid),
-            None => table.live.remove(&(m.project.clone(), m.name.clone())),
-        };
-        self.set(old.as_ref(), Some(new));
+    fn take_in_object<K: Stored>(&mut self, new: Object<K>, key: &str) -> Result<(), LoadError> {
+        if new.metadata.project.is_some() != matches!(K::SCOPE, Scope::Project) || key_of(&new) != key {
+            return Err(LoadError::Misplaced { key: key.to_owned() });
+        }
+        self.replace(&Seat::of(&new), Some(new));
         Ok(())
     }
 
     /// Forgets one deleted key.
     pub fn leave_out(&mut self, key: &str) {
+        self.unreadable.remove(key);
         self.revisions.remove(key);
         let mut parts = key.splitn(4, '/');
         let (family, plural) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
@@ -292,18 +406,34 @@ impl World {
                 let Ok(name) = name.parse::<Name>() else { return };
                 let place = (project.parse().ok().filter(|_| project != "-"), name);
                 for_kind!(plural, K => {
-                    let old = K::table_mut(self).live.remove(&place);
-                    self.set(old.as_ref(), None);
+                    self.replace::<K>(&Seat::Live(place), None);
                 });
             }
             ("t", Some(uid), None) => {
                 let Ok(uid) = uid.parse::<Uid>() else { return };
                 for_kind!(plural, K => {
-                    let old = K::table_mut(self).buried.remove(&uid);
-                    self.set(old.as_ref(), None);
+                    self.replace::<K>(&Seat::Buried(uid), None);
                 });
             }
             _ => {}
+        }
+    }
+
+    /// Refuses a name whose key holds something that can't be read: it is evidence, and perhaps somebody's object.
+    pub fn refuse_unreadable<K: Kind>(&self, project: Option<&Name>, name: &Name) -> Result<(), ApiError> {
+        if self.unreadable.is_empty() {
+            return Ok(());
+        }
+        let key = key::object(kind::find(K::PLURAL).expect("every kind is listed"), project, name);
+        match self.unreadable.get(&key) {
+            None => Ok(()),
+            Some(why) => {
+                let detail = format!(
+                    "what is stored for {} {name} can't be read: look at it with `nexus debug store get {key}`, or choose another name ({why})",
+                    K::KIND
+                );
+                Err(ApiError::new(Code::Conflict, detail))
+            }
         }
     }
 
@@ -322,11 +452,26 @@ impl World {
         self.on_host.get(host).into_iter().flatten().filter_map(|uid| self.instance(*uid))
     }
 
+    /// The world that holds the global kinds: the copy beside a region's, else this one.
+    pub fn fleet(&self) -> &World {
+        self.global.as_deref().unwrap_or(self)
+    }
+
+    /// Whether the copy of the global group says what is and what is not.
+    pub fn knows_fleet(&self) -> bool {
+        self.part != Part::Region || (self.global_revision > 0 && self.global_revision >= self.adopted)
+    }
+
+    /// What a project uses here.
+    pub fn usage(&self, project: &Name) -> Option<&Object<Usage>> {
+        self.usages.get(Some(project), project)
+    }
+
     pub fn host(&self, name: &Name) -> Option<&Object<Host>> {
         self.hosts.get(None, name)
     }
 
     pub fn project(&self, name: &Name) -> Option<&Object<Project>> {
-        self.projects.get(None, name)
+        self.fleet().projects.get(None, name)
     }
 }

@@ -290,7 +290,7 @@ fn quota_is_taken_and_given_back_with_the_app() {
     assert!(refused.detail.contains("instances quota of project default is 4"), "{}", refused.detail);
     lab.submit(&lab.intent("apps", Some("default"), "one", Change::Delete)).unwrap();
     lab.create::<App>("two", web(4)).unwrap();
-    let used = lab.core.world.project(&name("default")).unwrap().status.used;
+    let used = lab.core.world.usage(&name("default")).unwrap().status.used;
     assert_eq!(used.instances, 4);
 }
 

@@ -13,7 +13,7 @@ use nexus_control::view::View;
 use nexus_env::{Env, MemDisk};
 use nexus_model::kind::{Blob, *};
 use nexus_model::{ApiError, Code, Metadata, Name, Object};
-use nexus_store::embedded::{self, EmbeddedStore, Peers};
+use nexus_store::embedded::{self, EmbeddedStore, PeerRef, Peers};
 use nexus_store::{GroupId, PeerError, Store};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -31,11 +31,11 @@ struct Net {
 
 #[async_trait]
 impl Peers for Net {
-    async fn call(&self, to: u64, _: &GroupId, message: Bytes) -> Result<Bytes, PeerError> {
-        let store = self.stores.lock().unwrap().get(&to).and_then(Weak::upgrade);
+    async fn call(&self, to: &PeerRef, _: &GroupId, message: Bytes) -> Result<Bytes, PeerError> {
+        let store = self.stores.lock().unwrap().get(&to.node).and_then(Weak::upgrade);
         match store {
             Some(store) => Ok(store.handle(message).await),
-            None => Err(PeerError::Unreachable(format!("{to} is dead"))),
+            None => Err(PeerError::Unreachable(format!("{} is dead", to.node))),
         }
     }
 }
@@ -78,6 +78,7 @@ impl Server {
                 zones: vec![name("zone-a")],
                 cells: vec![name("cell-a")],
             },
+            fleet: None,
         };
         let region = Arc::new(Region::new(config, env, store.clone(), net.clone()));
         net.regions.lock().unwrap().insert(node, Arc::downgrade(&region));
@@ -166,7 +167,7 @@ async fn intents_from_any_server_survive_the_leaders_death_and_are_decided_once(
             loop {
                 let (apps, used) = server
                     .view
-                    .read(|w| (w.apps.live.len(), w.project(&name("default")).map(|p| p.status.used.instances)));
+                    .read(|w| (w.apps.live.len(), w.usage(&name("default")).map(|u| u.status.used.instances)));
                 if (apps, used) == (32, Some(64)) {
                     return;
                 }

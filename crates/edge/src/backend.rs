@@ -1,5 +1,6 @@
 //! One instance as requests see it: how busy it is, how well, and the connections that are open to it. Outlives the
-//! table that named it, for as long as the next one names the same placement.
+//! table that named it, for as long as the next one names the same placement. Another region's gateway is seen in the
+//! same way: it too is somewhere to send a request to.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,7 +8,8 @@ use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
 use nexus_env::Endpoint;
-use nexus_model::Uid;
+use nexus_model::{Name, Uid};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::body::RequestBody;
@@ -27,6 +29,10 @@ pub(crate) struct Backend {
     pub epoch: u64,
     /// HTTP/2 with prior knowledge instead of HTTP/1.1.
     pub http2: bool,
+    /// Of a gateway of another region, which is reached by mTLS.
+    pub region: Option<Name>,
+    /// Of the same: whether it is heard.
+    heard: Option<watch::Receiver<bool>>,
     pub health: Health,
     outstanding: AtomicU32,
     idle: Mutex<Vec<(Http1, Instant)>>,
@@ -59,11 +65,31 @@ impl Backend {
             address,
             epoch,
             http2,
+            region: None,
+            heard: None,
             health: Health::default(),
             outstanding: AtomicU32::new(0),
             idle: Mutex::default(),
             shared: Mutex::default(),
         }
+    }
+
+    /// A gateway of another region; `heard` says whether it answers pings.
+    pub fn gateway(uid: Uid, address: Endpoint, region: Name, http2: bool, heard: watch::Receiver<bool>) -> Self {
+        Self { region: Some(region), heard: Some(heard), ..Self::new(uid, address, 0, http2) }
+    }
+
+    /// Waits until a gateway of another region is lost; for ever, of an instance: that is noticed by its connection.
+    pub async fn lost(&self) {
+        let Some(mut heard) = self.heard.clone() else { return std::future::pending().await };
+        heard.borrow_and_update();
+        while heard.changed().await.is_ok() {
+            if !*heard.borrow_and_update() {
+                return;
+            }
+        }
+        // It has gone from the table, which says nothing of what it is doing for us.
+        std::future::pending().await
     }
 
     pub fn outstanding(&self) -> u32 {

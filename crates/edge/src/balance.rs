@@ -21,14 +21,29 @@ pub(crate) struct Candidate {
     pub excluded: bool,
 }
 
+/// How far down a choice may go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Worst {
+    /// Ready and not ejected.
+    Well,
+    /// Ready.
+    Ready,
+    /// Whatever there is.
+    Any,
+}
+
 /// The index of the choice. `turn` should differ from call to call.
-pub(crate) fn pick(candidates: impl ExactSizeIterator<Item = Candidate> + Clone, turn: usize) -> Option<usize> {
+pub(crate) fn pick(
+    candidates: impl ExactSizeIterator<Item = Candidate> + Clone,
+    turn: usize,
+    worst: Worst,
+) -> Option<usize> {
     let any_ready = candidates.clone().any(|c| c.ready);
     let tier = |c: &Candidate| match (c.ready, c.ejected) {
         (true, false) => Some(0u8),
-        (true, true) => Some(1),
-        (false, ejected) if !any_ready => Some(2 + u8::from(ejected)),
-        (false, _) => None,
+        (true, true) if worst >= Worst::Ready => Some(1),
+        (false, ejected) if !any_ready && worst == Worst::Any => Some(2 + u8::from(ejected)),
+        _ => None,
     };
     let count = candidates.len();
     // The best of the own zone and of the others: (tier, outstanding, whose turn, index).
@@ -62,7 +77,7 @@ mod tests {
     const FAR: Candidate = Candidate { local: false, ..FINE };
 
     fn choose(candidates: &[Candidate], turn: usize) -> Option<usize> {
-        pick(candidates.iter().copied(), turn)
+        pick(candidates.iter().copied(), turn, Worst::Any)
     }
 
     #[test]
@@ -89,5 +104,17 @@ mod tests {
         assert_eq!(choose(&[starting, Candidate { excluded: true, ..out }], 0), None);
         assert_eq!(choose(&[starting], 0), Some(0));
         assert_eq!(choose(&[], 0), None);
+    }
+
+    #[test]
+    fn a_choice_goes_no_further_down_than_it_may() {
+        let out = Candidate { ejected: true, ..FINE };
+        let starting = Candidate { ready: false, ..FINE };
+        let choose = |candidates: &[Candidate], worst| pick(candidates.iter().copied(), 0, worst);
+        assert_eq!(choose(&[out, FINE], Worst::Well), Some(1));
+        assert_eq!(choose(&[out], Worst::Well), None);
+        assert_eq!(choose(&[out], Worst::Ready), Some(0));
+        assert_eq!(choose(&[starting], Worst::Ready), None);
+        assert_eq!(choose(&[starting], Worst::Any), Some(0));
     }
 }

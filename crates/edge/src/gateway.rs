@@ -25,6 +25,10 @@ const MAX_PROBES: usize = 64;
 /// How a gateway behaves.
 #[derive(Debug, Clone)]
 pub struct Options {
+    /// The region whose gateway this is.
+    pub region: Option<Name>,
+    /// How other regions' gateways are connected to. Without it, no request leaves the region.
+    pub peer_tls: Option<Arc<rustls::ClientConfig>>,
     /// The zone whose instances are nearest.
     pub zone: Name,
     /// How long an instance may take to accept a connection.
@@ -52,6 +56,8 @@ pub struct Options {
 impl Options {
     pub fn new(zone: Name) -> Self {
         Self {
+            region: None,
+            peer_tls: None,
             zone,
             connect_timeout: Duration::from_secs(1),
             budget: Duration::from_secs(8),
@@ -112,12 +118,15 @@ impl Gateway {
     }
 
     /// Takes a table if it is newer than the one in use; says whether.
-    pub fn offer(&self, table: RoutingTable) -> bool {
+    pub fn offer(&self, mut table: RoutingTable) -> bool {
         let core = &self.0;
         let _one_at_a_time = core.compiling.lock().unwrap_or_else(PoisonError::into_inner);
         let before = core.table();
         if before.as_ref().is_some_and(|b| b.revision >= table.revision) {
             return false;
+        }
+        if core.options.peer_tls.is_none() {
+            table.regions.clear();
         }
         let new = Table::compile(table, &core.options.zone, before.as_deref(), &core.metrics);
         core.metrics.revision.set(new.revision);
@@ -152,6 +161,9 @@ pub(crate) async fn maintain(core: Arc<Core>) {
         while probes.try_join_next().is_some() {}
         let Some(table) = core.table() else { continue };
         let now = Instant::now();
+        for peer in table.regions.values().flat_map(|r| &r.peers) {
+            peer.backends().into_iter().for_each(|b| b.prune(now));
+        }
         for service in &table.services {
             for backend in service.members.iter().map(|m| &m.backend) {
                 backend.prune(now);

@@ -6,6 +6,14 @@ use http::header::{
 use nexus_env::Endpoint;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// From one gateway to another: the region of the sender. What carries it is passed on no further.
+pub(crate) const HOP: HeaderName = HeaderName::from_static("x-nexus-hop");
+/// From one gateway to another: the service that the request is for.
+pub(crate) const SERVICE: HeaderName = HeaderName::from_static("x-nexus-service");
+/// On a gateway's answer to another: it is its own and not an instance's, and what has become of the request.
+pub(crate) const REFUSED: HeaderName = HeaderName::from_static("x-nexus-refused");
+/// The region of the gateway that answers, to a ping.
+pub(crate) const REGION: HeaderName = HeaderName::from_static("x-nexus-region");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -38,8 +46,9 @@ pub(crate) fn strip(headers: &mut HeaderMap) {
     }
 }
 
-/// Makes a user's headers those of the request to an instance.
-pub(crate) fn to_instance(headers: &mut HeaderMap, host: &HeaderValue, peer: &Endpoint, http2: bool) {
+/// Makes a user's headers those of the request to an instance. Without `peer` they come from another gateway, which has
+/// said already who asked for what.
+pub(crate) fn to_instance(headers: &mut HeaderMap, host: &HeaderValue, peer: Option<&Endpoint>, http2: bool) {
     let trailers = has_token(headers, &TE, "trailers");
     let upgrade = upgrade(headers);
     strip(headers);
@@ -55,7 +64,7 @@ pub(crate) fn to_instance(headers: &mut HeaderMap, host: &HeaderValue, peer: &En
         headers.insert(UPGRADE, protocol);
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     }
-    if let Endpoint::Tcp(peer) = peer {
+    if let Some(Endpoint::Tcp(peer)) = peer {
         let address = peer.ip().to_canonical().to_string();
         let address = HeaderValue::try_from(address).expect("an address is ASCII");
         match headers.entry(FORWARDED_FOR) {
@@ -69,8 +78,10 @@ pub(crate) fn to_instance(headers: &mut HeaderMap, host: &HeaderValue, peer: &En
             }
         }
     }
-    headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
-    headers.insert(FORWARDED_HOST, host.clone());
+    if peer.is_some() {
+        headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+        headers.insert(FORWARDED_HOST, host.clone());
+    }
     if http2 {
         headers.remove(HOST);
     } else {
@@ -97,7 +108,7 @@ mod tests {
             headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
         let peer = Endpoint::Tcp("[::ffff:9.9.9.9]:1".parse().unwrap());
-        to_instance(&mut headers, &HeaderValue::from_static("shop.localhost"), &peer, false);
+        to_instance(&mut headers, &HeaderValue::from_static("shop.localhost"), Some(&peer), false);
         let text = |name: &str| headers.get(name).map(|v| v.to_str().unwrap());
         assert_eq!(text("x-private"), None);
         assert_eq!(text("keep-alive"), None);

@@ -8,6 +8,9 @@
 //! (healthy ones, the gateway's own zone first, fewest outstanding requests), and the proxy tries others when that
 //! one can't be reached. What is safe to send twice is decided in one place, `proxy::Attempts`.
 //!
+//! Instances of a global app run in several regions. When this region has none that is well, a request is passed on to a
+//! gateway of the nearest region that has ([`regions`](self)), over mTLS and once at most.
+//!
 //! Architecture invariant: this room knows routing tables, not kinds of resources, and no other engine.
 
 mod backend;
@@ -21,6 +24,7 @@ mod health;
 mod metrics;
 mod problem;
 mod proxy;
+mod regions;
 mod serve;
 mod source;
 mod table;
@@ -28,4 +32,5 @@ mod tunnel;
 mod upstream;
 
 pub use gateway::{Gateway, Options};
+pub use serve::PeerDoor;
 pub use source::{SourceConfig, follow};

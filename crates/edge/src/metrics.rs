@@ -23,7 +23,20 @@ struct ByService {
     service: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByRegion {
+    region: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByOutcome {
+    region: String,
+    outcome: &'static str,
+}
+
 const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+
+const OUTCOMES: [&str; 3] = ["answered", "refused", "failed"];
 
 fn histogram() -> Histogram {
     // From half a millisecond up to a stretched-out fail-over.
@@ -36,6 +49,10 @@ pub(crate) struct Metrics {
     retries: Family<ByService, Counter>,
     ejections: Family<ByService, Counter>,
     latency: Family<ByService, Histogram, fn() -> Histogram>,
+    region_requests: Family<ByOutcome, Counter>,
+    region_latency: Family<ByRegion, Gauge<f64, AtomicU64>>,
+    region_gateways: Family<ByRegion, Gauge>,
+    taken_in: Family<ByRegion, Counter>,
     pub unrouted: Counter,
     pub connections: Gauge,
     pub revision: Gauge<u64, AtomicU64>,
@@ -48,6 +65,17 @@ pub(crate) struct ServiceMetrics {
     pub retries: Counter,
     pub ejections: Counter,
     latency: Histogram,
+}
+
+/// What is counted of requests to another region.
+pub(crate) struct RegionMetrics {
+    pub answered: Counter,
+    pub refused: Counter,
+    pub failed: Counter,
+    /// Smoothed, to the nearest gateway; not a number while none is heard.
+    pub latency: Gauge<f64, AtomicU64>,
+    /// How many of its gateways are heard.
+    pub gateways: Gauge,
 }
 
 impl ServiceMetrics {
@@ -66,6 +94,10 @@ impl Metrics {
             retries: Family::default(),
             ejections: Family::default(),
             latency: Family::new_with_constructor(histogram),
+            region_requests: Family::default(),
+            region_latency: Family::default(),
+            region_gateways: Family::default(),
+            taken_in: Family::default(),
             unrouted: Counter::default(),
             connections: Gauge::default(),
             revision: Gauge::default(),
@@ -75,6 +107,22 @@ impl Metrics {
         r.register("nexus_gateway_retries", "Requests sent to another instance", new.retries.clone());
         r.register("nexus_gateway_ejections", "Instances put aside for failures", new.ejections.clone());
         r.register("nexus_gateway_latency_seconds", "Seconds until the answer began", new.latency.clone());
+        r.register(
+            "nexus_gateway_region_requests",
+            "Requests passed on to another region, by what became of them",
+            new.region_requests.clone(),
+        );
+        r.register(
+            "nexus_gateway_region_latency_seconds",
+            "Smoothed round trip to the nearest gateway of another region",
+            new.region_latency.clone(),
+        );
+        r.register(
+            "nexus_gateway_region_gateways",
+            "Gateways of another region that answer",
+            new.region_gateways.clone(),
+        );
+        r.register("nexus_gateway_taken_in", "Requests that another region passed on to here", new.taken_in.clone());
         r.register("nexus_gateway_unrouted", "Requests for unknown hosts and paths", new.unrouted.clone());
         r.register("nexus_gateway_connections", "Users' open connections", new.connections.clone());
         r.register("nexus_gateway_table_revision", "Revision of the routing table", new.revision.clone());
@@ -103,6 +151,35 @@ impl Metrics {
         self.retries.remove(&own);
         self.ejections.remove(&own);
         self.latency.remove(&own);
+    }
+
+    pub fn region(&self, name: &str) -> RegionMetrics {
+        let own = ByRegion { region: name.to_owned() };
+        let outcome =
+            |outcome| self.region_requests.get_or_create(&ByOutcome { region: name.to_owned(), outcome }).clone();
+        RegionMetrics {
+            answered: outcome(OUTCOMES[0]),
+            refused: outcome(OUTCOMES[1]),
+            failed: outcome(OUTCOMES[2]),
+            latency: self.region_latency.get_or_create(&own).clone(),
+            gateways: self.region_gateways.get_or_create(&own).clone(),
+        }
+    }
+
+    /// Ends the series of a region that is gone.
+    pub fn forget_region(&self, name: &str) {
+        let own = ByRegion { region: name.to_owned() };
+        for outcome in OUTCOMES {
+            self.region_requests.remove(&ByOutcome { region: name.to_owned(), outcome });
+        }
+        self.region_latency.remove(&own);
+        self.region_gateways.remove(&own);
+        self.taken_in.remove(&own);
+    }
+
+    /// Counts a request that came from another region's gateway.
+    pub fn take_in(&self, region: String) {
+        self.taken_in.get_or_create(&ByRegion { region }).inc();
     }
 
     pub fn text(&self) -> String {

@@ -7,6 +7,11 @@ use serde::Serialize;
 
 use crate::body::ResponseBody;
 
+/// Nobody has acted on the request: anyone else may.
+pub(crate) const NOT_STARTED: HeaderValue = HeaderValue::from_static("not-started");
+/// An instance may have acted on it.
+pub(crate) const BROKEN: HeaderValue = HeaderValue::from_static("broken");
+
 /// Why the gateway itself answers.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Problem {
@@ -42,6 +47,17 @@ struct Document<'a> {
 }
 
 impl Problem {
+    /// What another gateway must know of a request that it passed on and that got this answer.
+    pub fn refusal(&self) -> Option<HeaderValue> {
+        match self {
+            Self::Unknown(_) | Self::NoTable | Self::NoInstance(_) | Self::Busy(_) | Self::Unreachable(_) => {
+                Some(NOT_STARTED)
+            }
+            Self::Broken(_) => Some(BROKEN),
+            Self::NoHost | Self::Connect | Self::Body => None,
+        }
+    }
+
     fn parts(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NoHost => (StatusCode::BAD_REQUEST, "bad-request"),

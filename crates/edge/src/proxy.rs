@@ -8,6 +8,10 @@
 //! Short answers to idempotent requests are given a moment to arrive whole before their head is passed on, so that an
 //! instance that dies in the middle of one costs nothing. An instance's own error answers are passed on as they are.
 //! There is no limit to how long an instance may think: a dead host is noticed by its connection, not by silence.
+//!
+//! A global app's request goes to an instance of this region that is well; else to the nearest other region; else to
+//! whatever instance there is here. One that came from another region's gateway goes no further: with nobody to give it
+//! to, the gateway says so at once, and whether anyone may have acted on it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,17 +25,19 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use nexus_env::{Endpoint, RngExt};
-use nexus_model::{RequestId, Uid};
+use nexus_model::{Name, RequestId, Uid};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tracing::{debug, info, warn};
 
-use crate::backend::Lease;
+use crate::backend::{Backend, Lease};
+use crate::balance::Worst;
 use crate::body::{Answer, RequestBody, ResponseBody};
 use crate::gateway::Core;
-use crate::headers::{self, REQUEST_ID};
+use crate::headers::{self, HOP, REFUSED, REQUEST_ID, SERVICE};
 use crate::health::Failure;
-use crate::problem::Problem;
-use crate::table::{Choice, Service, host_of};
+use crate::problem::{BROKEN, NOT_STARTED, Problem};
+use crate::regions::{self, Wanted};
+use crate::table::{Choice, Service, Table, host_of};
 use crate::upstream::{self, Connection, Failed};
 
 /// Bodies of idempotent requests up to this size are read before they are sent, and so can be sent again.
@@ -45,9 +51,49 @@ const SETTLE_TIME: Duration = Duration::from_millis(50);
 /// The pause after every instance has been tried, unless a new table comes.
 const ROUND: Duration = Duration::from_millis(200);
 
+/// How long another gateway's short refusal may take to arrive whole, so that its connection can be kept.
+const REFUSAL_TIME: Duration = Duration::from_millis(50);
+
+/// Who sends a request.
+pub(crate) enum Sender {
+    User(Endpoint),
+    /// A gateway of another region, for a service by its name.
+    Gateway(String),
+}
+
+/// Answers a request of another region's gateway.
+pub(crate) async fn handle_passed_on(core: Arc<Core>, request: Request<Incoming>) -> Response<ResponseBody> {
+    let text = |name| request.headers().get(name).and_then(|v: &HeaderValue| v.to_str().ok()).map(str::to_owned);
+    let (hop, service) = (text(HOP), text(SERVICE));
+    let (Some(hop), Some(service)) = (hop, service) else { return about_itself(&core, &request) };
+    // Only names that the table knows: what others send must not make new series.
+    let known = core.table().is_some_and(|t| t.regions.keys().any(|r| *r.as_str() == *hop));
+    core.metrics.take_in(if known { hop } else { "other".to_owned() });
+    handle(core, request, Sender::Gateway(service)).await
+}
+
+/// What another gateway asks of this one itself: whether it is there.
+fn about_itself(core: &Core, request: &Request<Incoming>) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::Own(None, None));
+    *response.status_mut() = match request.uri().path() {
+        regions::PING_PATH if core.table().is_some() => StatusCode::NO_CONTENT,
+        regions::PING_PATH => StatusCode::SERVICE_UNAVAILABLE,
+        _ => StatusCode::NOT_FOUND,
+    };
+    if let Some(region) = &core.options.region {
+        let region = HeaderValue::try_from(region.as_str()).expect("names are ASCII");
+        response.headers_mut().insert(headers::REGION, region);
+    }
+    response
+}
+
 /// Answers a request. Never fails: what goes wrong is an answer too.
-pub(crate) async fn handle(core: Arc<Core>, mut request: Request<Incoming>, peer: Endpoint) -> Response<ResponseBody> {
+pub(crate) async fn handle(core: Arc<Core>, mut request: Request<Incoming>, from: Sender) -> Response<ResponseBody> {
     let began = Instant::now();
+    // Between gateways only: a user's would be a lie, and an instance has no use for them.
+    for name in [HOP, SERVICE] {
+        request.headers_mut().remove(name);
+    }
     let given = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok()).and_then(|t| t.parse().ok());
     let id: RequestId = given.unwrap_or_else(|| RequestId::from_random(core.env.rng.bytes()));
     let id_value = HeaderValue::try_from(id.as_str()).expect("request ids are visible ASCII");
@@ -59,9 +105,21 @@ pub(crate) async fn handle(core: Arc<Core>, mut request: Request<Incoming>, peer
     let outcome = match &host {
         _ if method == Method::CONNECT => Err(Problem::Connect),
         None => Err(Problem::NoHost),
-        Some(host) => serve(&core, request, host, &path, &peer, began, &mut service).await,
+        Some(host) => serve(&core, request, host, &path, &from, began, &mut service).await,
     };
-    let mut response = outcome.unwrap_or_else(|problem| problem.answer(id.as_str()));
+    let mut response = match outcome {
+        Ok(mut answer) => {
+            answer.headers_mut().remove(REFUSED);
+            answer
+        }
+        Err(problem) => {
+            let mut answer = problem.answer(id.as_str());
+            if let (Sender::Gateway(_), Some(refusal)) = (&from, problem.refusal()) {
+                answer.headers_mut().insert(REFUSED, refusal);
+            }
+            answer
+        }
+    };
     response.headers_mut().entry(REQUEST_ID).or_insert(id_value);
     let took = began.elapsed();
     match &service {
@@ -72,9 +130,13 @@ pub(crate) async fn handle(core: Arc<Core>, mut request: Request<Incoming>, peer
     }
     if core.options.access_log {
         let service = service.as_ref().map(|s| s.metrics.name.as_str());
+        let peer = match &from {
+            Sender::User(peer) => peer.to_string(),
+            Sender::Gateway(_) => "another region's gateway".to_owned(),
+        };
         info!(
             target: "nexus_edge::access",
-            %peer, request_id = %id, %method, host = host.as_ref().and_then(|h| h.to_str().ok()), path,
+            peer, request_id = %id, %method, host = host.as_ref().and_then(|h| h.to_str().ok()), path,
             status = response.status().as_u16(), millis = took.as_millis() as u64, service,
         );
     }
@@ -100,23 +162,27 @@ async fn serve(
     mut request: Request<Incoming>,
     host: &HeaderValue,
     path: &str,
-    peer: &Endpoint,
+    from: &Sender,
     began: Instant,
     service: &mut Option<Arc<Service>>,
 ) -> Result<Response<ResponseBody>, Problem> {
     let name = host_of(host.to_str().map_err(|_| Problem::NoHost)?);
-    // A gateway that has just started may be about to read its cache.
+    // A gateway that has just started may be about to read its cache. Another gateway has others to ask.
+    let patience = if matches!(from, Sender::User(_)) { core.options.patience } else { Duration::ZERO };
     let mut tables = core.table.subscribe();
-    let first = timeout(core.options.patience, tables.wait_for(Option::is_some)).await;
+    let first = timeout(patience, tables.wait_for(Option::is_some)).await;
     let table = first.ok().and_then(Result::ok).and_then(|table| table.clone()).ok_or(Problem::NoTable)?;
-    *service = Some(table.route(&name, path).ok_or_else(|| Problem::Unknown(name.clone()))?.clone());
+    let found = route(&table, from, &name, path).ok_or_else(|| Problem::Unknown(name.clone()))?.clone();
     drop(table);
+    let leaves = matches!(from, Sender::User(_)) && found.regions.is_some();
+    *service = Some(found);
     let upgrade = (request.version() == Version::HTTP_11 && headers::upgrade(request.headers()).is_some())
         .then(|| hyper::upgrade::on(&mut request));
     let (head, body) = request.into_parts();
     // An upgrade is a conversation; nothing of it may happen twice.
     let idempotent = upgrade.is_none() && is_idempotent(&head.method);
-    let body = take_body(body, idempotent).await?;
+    // Another region may refuse any request before anyone has acted on it; then it must still be there to send.
+    let body = take_body(body, idempotent || (leaves && upgrade.is_none())).await?;
     let attempts = Attempts {
         core,
         idempotent,
@@ -125,7 +191,7 @@ async fn serve(
         headers: head.headers,
         host,
         name,
-        peer,
+        from,
         body,
         upgrade,
         until: began + core.options.budget,
@@ -138,15 +204,31 @@ fn is_idempotent(method: &Method) -> bool {
     [Method::GET, Method::HEAD, Method::OPTIONS, Method::PUT, Method::DELETE, Method::TRACE].contains(method)
 }
 
-async fn take_body(body: Incoming, idempotent: bool) -> Result<RequestBody, Problem> {
+/// A sender's service: by what a user asks for, or as another gateway names it.
+fn route<'t>(table: &'t Table, from: &Sender, host: &str, path: &str) -> Option<&'t Arc<Service>> {
+    match from {
+        Sender::User(_) => table.route(host, path),
+        Sender::Gateway(service) => table.named(service),
+    }
+}
+
+async fn take_body(body: Incoming, keep: bool) -> Result<RequestBody, Problem> {
     if body.is_end_stream() {
         return Ok(RequestBody::Whole(None));
     }
-    if idempotent && body.size_hint().exact().is_some_and(|size| size <= KEPT_BODY) {
+    if keep && body.size_hint().exact().is_some_and(|size| size <= KEPT_BODY) {
         let whole = timeout(BODY_TIME, body.collect()).await.map_err(|_| Problem::Body)?.map_err(|_| Problem::Body)?;
         return Ok(RequestBody::Whole(Some(whole.to_bytes())));
     }
     Ok(RequestBody::stream(body))
+}
+
+/// Who had their chance with a request.
+#[derive(Default)]
+struct Tried {
+    backends: Vec<Uid>,
+    /// Regions that have nobody for it.
+    regions: Vec<Name>,
 }
 
 /// A request that is tried until it is answered or may not be tried again.
@@ -159,7 +241,7 @@ struct Attempts<'a> {
     host: &'a HeaderValue,
     /// The host as tables know it.
     name: String,
-    peer: &'a Endpoint,
+    from: &'a Sender,
     body: RequestBody,
     upgrade: Option<OnUpgrade>,
     until: Instant,
@@ -169,27 +251,38 @@ struct Attempts<'a> {
 impl Attempts<'_> {
     async fn run(mut self, held: &mut Option<Arc<Service>>) -> Result<Response<ResponseBody>, Problem> {
         let options = &self.core.options;
-        let mut tried: Vec<Uid> = Vec::new();
+        let mut tried = Tried::default();
         let mut sends = 0;
         let mut attempts = 0u32;
+        let mut failures = 0u32;
         loop {
             // Taken before the table is looked at, so that no change is missed.
             let mut tables = self.core.table.subscribe();
             let table = self.core.table().ok_or(Problem::NoTable)?;
             // A route that went away meanwhile leaves the request with the service that it had.
-            if let Some(newest) = table.route(&self.name, self.uri.path()) {
+            if let Some(newest) = route(&table, self.from, &self.name, self.uri.path()) {
                 *held = Some(newest.clone());
             }
-            drop(table);
             let service = held.clone().expect("the request has been routed");
             let named = || service.metrics.name.clone();
-            let lease = match service.choose(&tried, options.max_outstanding) {
+            let choice = self.choose(&service, &table, &tried);
+            drop(table);
+            let lease = match choice {
                 Choice::Instance(lease) => lease,
                 choice => {
-                    let (busy, none) = (matches!(choice, Choice::Busy), service.members.is_empty());
+                    let busy = matches!(choice, Choice::Busy);
+                    let none = service.members.is_empty() && failures == 0;
+                    if matches!(self.from, Sender::Gateway(_)) {
+                        return Err(match (busy, none) {
+                            (true, _) => Problem::Busy(named()),
+                            (false, true) => Problem::NoInstance(named()),
+                            (false, false) => Problem::Unreachable(named()),
+                        });
+                    }
                     let until = if busy || none { self.until.min(self.began + options.patience) } else { self.until };
-                    let waited = wait(&service, options.max_waiting, until, none, tables.changed()).await;
-                    tried.clear();
+                    let for_table = none && service.regions.as_ref().is_none_or(Vec::is_empty);
+                    let waited = wait(&service, options.max_waiting, until, for_table, tables.changed()).await;
+                    tried = Tried::default();
                     match waited {
                         Ok(()) => continue,
                         Err(()) if busy => return Err(Problem::Busy(named())),
@@ -202,36 +295,88 @@ impl Attempts<'_> {
             if attempts > 1 {
                 service.metrics.retries.inc();
             }
-            let uid = lease.backend().uid;
+            let backend = lease.backend().clone();
             match self.attempt(&service, lease).await {
                 Ok(response) => return Ok(response),
                 Err(failed) => {
                     sends += u32::from(failed.sent);
+                    failures += u32::from(!failed.refused);
                     let again = (!failed.sent || (self.idempotent && sends < options.max_sends))
                         && self.body.is_untouched()
                         && Instant::now() < self.until;
-                    debug!(service = service.metrics.name, instance = %uid, again, reason = failed.reason,
+                    debug!(service = service.metrics.name, instance = %backend.uid, again, reason = failed.reason,
                            "an attempt failed");
                     if !again {
                         return Err(if failed.sent { Problem::Broken(named()) } else { Problem::Unreachable(named()) });
                     }
-                    tried.push(uid);
+                    match &backend.region {
+                        Some(region) if failed.refused => tried.regions.push(region.clone()),
+                        _ => tried.backends.push(backend.uid),
+                    }
                 }
             }
         }
     }
 
-    /// Sends the request to one instance.
+    /// Who is asked next. What came from another region does not leave this one.
+    fn choose(&self, service: &Service, table: &Table, tried: &Tried) -> Choice {
+        let max = self.core.options.max_outstanding;
+        let local = |worst| service.choose(&tried.backends, max, worst);
+        let names = match (self.from, &service.regions) {
+            (Sender::Gateway(_), _) => return local(Worst::Ready),
+            (Sender::User(_), None) => return local(Worst::Any),
+            (Sender::User(_), Some(names)) => names,
+        };
+        let wanted = Wanted {
+            regions: names,
+            http2: service.http2 && self.upgrade.is_none(),
+            tried: &tried.backends,
+            refused: &tried.regions,
+            refusals: &service.shared.refusals,
+            max_outstanding: max,
+            now: Instant::now(),
+        };
+        if let well @ Choice::Instance(_) = local(Worst::Well) {
+            return well;
+        }
+        if let Some(lease) = regions::nearest(&table.regions, &wanted, &service.turn) {
+            return Choice::Instance(lease);
+        }
+        match local(Worst::Any) {
+            Choice::Nobody => {
+                regions::any(&table.regions, &wanted, &service.turn).map_or(Choice::Nobody, Choice::Instance)
+            }
+            choice => choice,
+        }
+    }
+
+    /// Sends the request to one instance, or to another region's gateway.
     async fn attempt(&mut self, service: &Service, lease: Lease) -> Result<Response<ResponseBody>, Failed> {
+        let region = lease.backend().region.clone();
+        let result = self.try_once(service, lease).await;
+        if let Some(region) = region
+            && let Some(counted) = self.core.table().and_then(|t| t.regions.get(&region).map(|r| r.metrics.clone()))
+        {
+            match &result {
+                Ok(_) => counted.answered.inc(),
+                Err(failed) if failed.refused => counted.refused.inc(),
+                Err(_) => counted.failed.inc(),
+            };
+        }
+        result
+    }
+
+    async fn try_once(&mut self, service: &Service, lease: Lease) -> Result<Response<ResponseBody>, Failed> {
         let backend = lease.backend().clone();
         // A connection that was idle may have been closed at the other end just now. That says nothing of the
         // instance, so it is asked again on a new connection before another one is.
         if let Some(idle) = upstream::pooled(&backend) {
-            match self.exchange(idle, &lease).await {
+            match self.exchange(idle, service, &lease).await {
                 Ok(answer) => {
                     backend.health.succeeded();
                     return Ok(self.deliver(answer, lease));
                 }
+                Err(failed) if failed.refused => return Err(failed),
                 Err(failed) => {
                     if failed.silent {
                         backend.forget_connections();
@@ -250,14 +395,15 @@ impl Attempts<'_> {
                 backend.forget_connections();
                 let reason = e.to_string();
                 self.blame(service, &lease, Failure::Unreachable, &reason);
-                return Err(Failed { sent: false, silent: false, reason });
+                return Err(Failed { sent: false, silent: false, refused: false, reason });
             }
         };
-        match self.exchange(connection, &lease).await {
+        match self.exchange(connection, service, &lease).await {
             Ok(answer) => {
                 backend.health.succeeded();
                 Ok(self.deliver(answer, lease))
             }
+            Err(failed) if failed.refused => Err(failed),
             Err(failed) => {
                 let kind = if failed.silent { Failure::Unreachable } else { Failure::Reset };
                 self.blame(service, &lease, kind, &failed.reason);
@@ -268,8 +414,20 @@ impl Attempts<'_> {
 
     fn blame(&self, service: &Service, lease: &Lease, failure: Failure, reason: &str) {
         let backend = lease.backend();
-        // The last instance that may still work is never put aside.
-        let spare = !service.has_other(backend.uid);
+        if let Some(region) = &backend.region {
+            // Pings bring it back.
+            if let Some(time) = backend.health.failed(failure, Instant::now(), false) {
+                warn!(%region, gateway = %backend.address, ?time, reason, "another region's gateway is put aside");
+            }
+            return;
+        }
+        // The last instance that may still work is never put aside; another region's may work too.
+        let elsewhere = || {
+            let table = self.core.table();
+            let names = service.regions.iter().flatten();
+            table.is_some_and(|t| names.filter_map(|n| t.regions.get(n)).any(|r| r.is_heard(Instant::now())))
+        };
+        let spare = !service.has_other(backend.uid) && !elsewhere();
         if let Some(time) = backend.health.failed(failure, Instant::now(), spare) {
             service.metrics.ejections.inc();
             warn!(service = service.metrics.name, instance = %backend.uid, address = %backend.address, ?time, reason,
@@ -277,10 +435,39 @@ impl Attempts<'_> {
         }
     }
 
-    async fn exchange(&self, connection: Connection, lease: &Lease) -> Result<(Response<()>, Answer), Failed> {
-        let request = self.request(lease.backend().http2);
-        let (answer, connection) = upstream::send(connection, request).await?;
+    async fn exchange(
+        &self,
+        connection: Connection,
+        service: &Service,
+        lease: &Lease,
+    ) -> Result<(Response<()>, Answer), Failed> {
+        let request = self.request(service, lease.backend());
+        let sending = upstream::send(connection, request);
+        let (answer, connection) = tokio::select! {
+            biased;
+            answer = sending => answer?,
+            () = lease.backend().lost() => {
+                let reason = "the region is not heard any more".to_owned();
+                return Err(Failed { sent: true, silent: true, refused: false, reason });
+            }
+        };
         let (head, body) = answer.into_parts();
+        if let Some(region) = &lease.backend().region
+            && let Some(refusal) = head.headers.get(REFUSED)
+        {
+            let sent = refusal != NOT_STARTED;
+            debug_assert!(!sent || refusal == BROKEN, "gateways refuse in two ways");
+            if !sent {
+                service.shared.refusals.note(region, Instant::now());
+            }
+            if timeout(REFUSAL_TIME, body.collect()).await.is_ok_and(|read| read.is_ok())
+                && let Some(connection) = connection
+            {
+                lease.backend().keep_http1(connection);
+            }
+            let reason = format!("region {region} has nobody to give it to ({})", head.status);
+            return Err(Failed { sent, silent: false, refused: true, reason });
+        }
         let mut answer = Answer { early: VecDeque::new(), rest: Some(body), connection, lease: None };
         let length = head.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|t| t.parse().ok());
         if self.idempotent && length.is_some_and(|l: u64| l <= SETTLED_ANSWER) {
@@ -289,9 +476,20 @@ impl Attempts<'_> {
         Ok((Response::from_parts(head, ()), answer))
     }
 
-    fn request(&self, http2: bool) -> Request<RequestBody> {
+    fn request(&self, service: &Service, backend: &Backend) -> Request<RequestBody> {
+        let http2 = backend.http2;
         let mut headers = self.headers.clone();
-        headers::to_instance(&mut headers, self.host, self.peer, http2);
+        let user = match self.from {
+            Sender::User(peer) => Some(peer),
+            Sender::Gateway(_) => None,
+        };
+        headers::to_instance(&mut headers, self.host, user, http2);
+        if backend.region.is_some() {
+            let own = self.core.options.region.as_ref().map_or("", Name::as_str);
+            headers.insert(HOP, HeaderValue::try_from(own).expect("names are ASCII"));
+            let name = HeaderValue::try_from(&*service.metrics.name).expect("names are ASCII");
+            headers.insert(SERVICE, name);
+        }
         let path = self.uri.path_and_query().map_or("/", |p| p.as_str());
         let mut uri = Uri::builder().path_and_query(path);
         if http2 {
@@ -338,7 +536,8 @@ async fn settle(answer: &mut Answer) -> Result<(), Failed> {
             Ok(None) => answer.rest = None,
             Ok(Some(Err(e))) => {
                 answer.connection = None;
-                return Err(Failed { sent: true, silent: false, reason: format!("the answer broke off: {e}") });
+                let reason = format!("the answer broke off: {e}");
+                return Err(Failed { sent: true, silent: false, refused: false, reason });
             }
             Err(_) => break,
         }

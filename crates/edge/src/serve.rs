@@ -1,4 +1,5 @@
-//! The listener: users' connections, in HTTP/1.1 or HTTP/2, their bounds, and their end.
+//! The listeners: connections of users, and of other regions' gateways, in HTTP/1.1 or HTTP/2, their bounds, and their
+//! end.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -12,12 +13,14 @@ use nexus_env::{BoxStream, Endpoint, Listener};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::connections::{Activity, Metered};
 use crate::gateway::{Core, Gateway, maintain};
-use crate::proxy;
+use crate::proxy::{self, Sender};
+use crate::regions::keep_in_touch;
 use crate::upstream::Spawner;
 
 /// The largest headers of a request, and how many.
@@ -36,74 +39,53 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// After a failed accept, such as one for want of file descriptors, the listener rests this long.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
+/// Where gateways of other regions bring requests.
+pub struct PeerDoor {
+    pub listener: Box<dyn Listener>,
+    /// Must ask for certificates of gateways and let nobody else in.
+    pub tls: Arc<rustls::ServerConfig>,
+}
+
 impl Gateway {
     /// Serves a listener until `stop`, then lets what is running end for the drain time. A gateway serves once.
-    pub async fn serve(&self, mut listener: Box<dyn Listener>, stop: CancellationToken) {
+    pub async fn serve(&self, listener: Box<dyn Listener>, stop: CancellationToken) {
+        self.serve_all(listener, None, stop).await;
+    }
+
+    /// The same, and takes in what other regions' gateways pass on.
+    pub async fn serve_with_peers(&self, users: Box<dyn Listener>, peers: PeerDoor, stop: CancellationToken) {
+        self.serve_all(users, Some(peers), stop).await;
+    }
+
+    async fn serve_all(&self, users: Box<dyn Listener>, peers: Option<PeerDoor>, stop: CancellationToken) {
         let core = &self.0;
         let mut upkeep = JoinSet::new();
         upkeep.spawn(maintain(core.clone()));
-        let room = Arc::new(Semaphore::new(core.options.max_connections));
-        let builder = Arc::new(builder(core));
-        let mut users = JoinSet::new();
-        let welcome = |users: &mut JoinSet<()>, stream, peer, seat| {
-            let (core, builder, stop) = (core.clone(), builder.clone(), stop.clone());
-            users.spawn(async move {
-                core.metrics.connections.inc();
-                connection(&core, &builder, stream, peer, stop).await;
-                core.metrics.connections.dec();
-                drop(seat);
-            });
+        if core.options.peer_tls.is_some() {
+            upkeep.spawn(keep_in_touch(core.clone()));
+        }
+        let peers = async {
+            match peers {
+                Some(door) => admit(core, door.listener, Some(TlsAcceptor::from(door.tls)), &stop).await,
+                None => JoinSet::new(),
+            }
         };
-        let (mut full, mut failing) = (false, false);
-        loop {
-            while users.try_join_next().is_some() {}
-            if full != (room.available_permits() == 0) {
-                full = !full;
-                if full {
-                    warn!(limit = core.options.max_connections, "no more connections are taken for now");
-                }
-            }
-            let accept = async {
-                let seat = room.clone().acquire_owned().await.expect("the semaphore is never closed");
-                (seat, listener.accept().await)
-            };
-            let (seat, accepted) = tokio::select! {
-                biased;
-                () = stop.cancelled() => break,
-                accepted = accept => accepted,
-            };
-            match accepted {
-                Ok((stream, peer)) => {
-                    failing = false;
-                    welcome(&mut users, stream, peer, seat);
-                }
-                Err(e) => {
-                    if !std::mem::replace(&mut failing, true) {
-                        warn!(reason = %e, "connections can't be accepted");
-                    }
-                    sleep(ACCEPT_REST).await;
-                }
-            }
-        }
-        // Whoever is in the listener's queue already would be reset with it.
-        while let Ok(seat) = room.clone().try_acquire_owned()
-            && let Some(Ok((stream, peer))) = listener.accept().now_or_never()
-        {
-            welcome(&mut users, stream, peer, seat);
-        }
-        drop(listener);
-        self.drain(users).await;
+        let (users, peers) = tokio::join!(admit(core, users, None, &stop), peers);
+        self.drain(users, peers).await;
     }
 
-    async fn drain(&self, mut users: JoinSet<()>) {
+    async fn drain(&self, mut users: JoinSet<()>, mut peers: JoinSet<()>) {
         let core = &self.0;
         info!(connections = users.len(), "draining");
         core.tracker.close();
         let drained = timeout(core.options.drain_timeout, async {
             while users.join_next().await.is_some() {}
+            while peers.join_next().await.is_some() {}
             // Idle connections to instances would wait for ever; tunnels still have their time.
-            for backend in core.table().iter().flat_map(|t| &t.services).flat_map(|s| &s.members).map(|m| &m.backend) {
-                backend.forget_connections();
+            if let Some(table) = core.table() {
+                table.services.iter().flat_map(|s| &s.members).for_each(|m| m.backend.forget_connections());
+                let gateways = table.regions.values().flat_map(|r| &r.peers);
+                gateways.flat_map(|p| p.backends()).for_each(|b| b.forget_connections());
             }
             core.tracker.wait().await;
         });
@@ -112,8 +94,77 @@ impl Gateway {
         }
         core.kill.cancel();
         users.shutdown().await;
+        peers.shutdown().await;
         core.tracker.wait().await;
     }
+}
+
+/// Accepts until `stop`; the result are the connections that are still open. With `tls`, only other gateways come.
+async fn admit(
+    core: &Arc<Core>,
+    mut listener: Box<dyn Listener>,
+    tls: Option<TlsAcceptor>,
+    stop: &CancellationToken,
+) -> JoinSet<()> {
+    let room = Arc::new(Semaphore::new(core.options.max_connections));
+    let builder = Arc::new(builder(core));
+    let mut open = JoinSet::new();
+    let welcome = |open: &mut JoinSet<()>, stream, peer, seat| {
+        let (core, builder, tls, stop) = (core.clone(), builder.clone(), tls.clone(), stop.clone());
+        open.spawn(async move {
+            match tls {
+                None => {
+                    core.metrics.connections.inc();
+                    connection(&core, &builder, stream, Some(peer), stop).await;
+                    core.metrics.connections.dec();
+                }
+                Some(tls) => match timeout(core.options.header_timeout, tls.accept(stream)).await {
+                    Ok(Ok(stream)) => connection(&core, &builder, Box::new(stream), None, stop).await,
+                    Ok(Err(e)) => debug!(%peer, reason = %e, "a connection of no gateway is refused"),
+                    Err(_) => debug!(%peer, "a connection did not prove in time whose it is"),
+                },
+            }
+            drop(seat);
+        });
+    };
+    let (mut full, mut failing) = (false, false);
+    loop {
+        while open.try_join_next().is_some() {}
+        if full != (room.available_permits() == 0) {
+            full = !full;
+            if full {
+                warn!(limit = core.options.max_connections, "no more connections are taken for now");
+            }
+        }
+        let accept = async {
+            let seat = room.clone().acquire_owned().await.expect("the semaphore is never closed");
+            (seat, listener.accept().await)
+        };
+        let (seat, accepted) = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            accepted = accept => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                failing = false;
+                welcome(&mut open, stream, peer, seat);
+            }
+            Err(e) => {
+                if !std::mem::replace(&mut failing, true) {
+                    warn!(reason = %e, "connections can't be accepted");
+                }
+                sleep(ACCEPT_REST).await;
+            }
+        }
+    }
+    // Whoever is in the listener's queue already would be reset with it.
+    while let Ok(seat) = room.clone().try_acquire_owned()
+        && let Some(Ok((stream, peer))) = listener.accept().now_or_never()
+    {
+        welcome(&mut open, stream, peer, seat);
+    }
+    open
 }
 
 fn builder(core: &Arc<Core>) -> auto::Builder<Spawner> {
@@ -142,15 +193,18 @@ async fn connection(
     core: &Arc<Core>,
     builder: &auto::Builder<Spawner>,
     stream: BoxStream,
-    peer: Endpoint,
+    user: Option<Endpoint>,
     stop: CancellationToken,
 ) {
     let activity = Activity::new(core.options.header_timeout);
     let service = service_fn(|request: http::Request<hyper::body::Incoming>| {
         let active = activity.begin(request.version() == http::Version::HTTP_2);
-        let (core, peer) = (core.clone(), peer.clone());
+        let (core, user) = (core.clone(), user.clone());
         async move {
-            let mut response = Box::pin(proxy::handle(core, request, peer)).await;
+            let mut response = match user {
+                Some(user) => Box::pin(proxy::handle(core, request, Sender::User(user))).await,
+                None => Box::pin(proxy::handle_passed_on(core, request)).await,
+            };
             response.body_mut().hold(active);
             Ok::<_, Infallible>(response)
         }

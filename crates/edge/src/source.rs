@@ -2,16 +2,18 @@
 //!
 //! Up to [`STREAMS`] servers are listened to at once and the highest revision wins, so that one server that is cut off
 //! from the others, but not from us, can't hold the gateway at an old table. Each stream goes round a share of the
-//! servers of its own, with pauses that grow when none of them answers.
+//! servers of its own, with pauses that grow when none of them answers. Where the servers are is asked of them now and
+//! then, and kept on disk too.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nexus_env::{Endpoint, Env, RngExt, on_disk};
 use nexus_model::Name;
-use nexus_model::plan::{RoutingTable, TableRequest, method};
-use nexus_wire::{ClientOptions, Pool, Streaming};
+use nexus_model::plan::{RoutingTable, ServerList, TableRequest, method};
+use nexus_wire::{ClientOptions, Pool, ServerBook, Streaming};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
@@ -26,6 +28,9 @@ const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(3);
 /// The cache is written at most this often; a change in between waits.
 const SAVE_REST: Duration = Duration::from_millis(500);
+/// How often a server is asked where all servers are.
+const ASK: Duration = Duration::from_secs(10);
+const ASK_DEADLINE: Duration = Duration::from_secs(3);
 /// A stream that lasted this long was a good one: the next try need not wait.
 const GOOD_STREAM: Duration = Duration::from_secs(5);
 
@@ -35,6 +40,8 @@ pub struct SourceConfig {
     pub gateway: Name,
     pub cluster_id: String,
     pub servers: Vec<Endpoint>,
+    /// Where other regions' gateways reach this one.
+    pub peer: Option<SocketAddr>,
     /// The folder of the cached table.
     pub data_dir: PathBuf,
     pub tls: Arc<rustls::ClientConfig>,
@@ -48,15 +55,21 @@ pub async fn follow(gateway: Gateway, config: SourceConfig, env: Env, stop: Canc
     let mut tasks = JoinSet::new();
     tasks.spawn(keep(config.clone(), env.clone(), saved));
     let pool = Pool::new(&env, config.tls.clone(), ClientOptions::default());
-    let streams = STREAMS.min(config.servers.len());
-    for share in 0..streams {
-        let servers: Vec<Endpoint> = config.servers.iter().skip(share).step_by(streams).cloned().collect();
+    let (own, disk) = (config.clone(), env.disk.clone());
+    let open = move || ServerBook::open(&*disk, &own.data_dir, own.servers.clone());
+    let Ok(book) = on_disk(&env.disk, open).await else { return };
+    let book = Arc::new(book);
+    tasks.spawn(learn(book.clone(), pool.clone(), env.clone()));
+    // With a single server, the second stream waits for company.
+    for share in 0..STREAMS {
         let listener = Source {
             gateway: gateway.clone(),
             name: config.gateway.clone(),
+            peer: config.peer,
             env: env.clone(),
             pool: pool.clone(),
-            servers,
+            book: book.clone(),
+            share,
             newest: newest.clone(),
         };
         tasks.spawn(listener.run());
@@ -102,23 +115,52 @@ async fn keep(config: Arc<SourceConfig>, env: Env, mut newest: watch::Receiver<O
     }
 }
 
+/// Asks now and then where the servers are, so that those that come are listened to and those that went are not.
+async fn learn(book: Arc<ServerBook>, pool: Pool, env: Env) {
+    let mut turn = env.rng.below(1024) as usize;
+    loop {
+        let asked = match book.nth(turn) {
+            Some(server) => pool.get(&server).call::<_, ServerList>(method::SERVERS, &(), ASK_DEADLINE).await.ok(),
+            None => None,
+        };
+        turn = turn.wrapping_add(1);
+        let rest = if asked.is_some() { ASK } else { PAUSE_MAX };
+        if asked.is_some_and(|list| book.learn(&list.servers)) {
+            let known = book.all();
+            pool.retain(|endpoint| known.contains(endpoint));
+            let (own, disk) = (book.clone(), env.disk.clone());
+            if let Err(e) = on_disk(&env.disk, move || own.save(&*disk)).await.and_then(|saved| saved) {
+                warn!(reason = %e, "the list of servers can't be kept: a restart begins with the configured ones");
+            }
+        }
+        sleep(rest).await;
+    }
+}
+
 /// One stream's share of the servers.
 struct Source {
     gateway: Gateway,
     name: Name,
+    peer: Option<SocketAddr>,
     env: Env,
     pool: Pool,
-    servers: Vec<Endpoint>,
+    book: Arc<ServerBook>,
+    /// Which of the streams this is.
+    share: usize,
     newest: watch::Sender<Option<Arc<RoutingTable>>>,
 }
 
 impl Source {
     async fn run(self) {
-        let mut next = self.env.rng.below(self.servers.len() as u64) as usize;
+        let mut next = self.env.rng.below(1024) as usize;
         let mut failures = 0u32;
         let mut lost = false;
         loop {
-            let server = &self.servers[next % self.servers.len()];
+            let Some(server) = self.server(next) else {
+                sleep(PAUSE_MAX).await;
+                continue;
+            };
+            let server = &server;
             let began = Instant::now();
             let why = self.listen(server, &mut lost).await;
             if !std::mem::replace(&mut lost, true) {
@@ -132,9 +174,16 @@ impl Source {
         }
     }
 
+    /// The server of this stream's share that is next. Another stream never listens to the same one.
+    fn server(&self, next: usize) -> Option<Endpoint> {
+        let mine = self.book.all().into_iter().skip(self.share).step_by(STREAMS);
+        let mine: Vec<Endpoint> = mine.collect();
+        mine.get(next.checked_rem(mine.len())?).cloned()
+    }
+
     /// Takes tables from one server until its stream ends; says why it did.
     async fn listen(&self, server: &Endpoint, lost: &mut bool) -> String {
-        let request = TableRequest { gateway: self.name.clone(), known: self.gateway.revision() };
+        let request = TableRequest { gateway: self.name.clone(), known: self.gateway.revision(), peer: self.peer };
         let mut tables: Streaming<RoutingTable> = match self.pool.get(server).stream(method::TABLE, &request).await {
             Ok(tables) => tables,
             Err(e) => return e.to_string(),

@@ -11,8 +11,9 @@ use nexus_model::plan::{self, RoutingTable};
 use nexus_model::{Name, Uid};
 
 use crate::backend::{Backend, Lease};
-use crate::balance::{Candidate, pick};
+use crate::balance::{Candidate, Worst, pick};
 use crate::metrics::{Metrics, ServiceMetrics};
+use crate::regions::{self, Refusals, Regions};
 
 /// An instance in the light of one table.
 pub(crate) struct Member {
@@ -24,7 +25,10 @@ pub(crate) struct Member {
 pub(crate) struct Service {
     pub metrics: Arc<ServiceMetrics>,
     pub members: Vec<Member>,
-    turn: AtomicUsize,
+    /// Of a global app: the other regions that should run it.
+    pub regions: Option<Vec<Name>>,
+    pub http2: bool,
+    pub turn: AtomicUsize,
     pub shared: Arc<Shared>,
 }
 
@@ -33,6 +37,7 @@ pub(crate) struct Service {
 pub(crate) struct Shared {
     /// Requests that wait for an instance.
     pub waiting: AtomicUsize,
+    pub refusals: Refusals,
 }
 
 /// The outcome of a choice.
@@ -45,8 +50,8 @@ pub(crate) enum Choice {
 }
 
 impl Service {
-    /// Chooses an instance that is not among `tried`.
-    pub fn choose(&self, tried: &[Uid], max_outstanding: u32) -> Choice {
+    /// Chooses an instance that is not among `tried`, and no worse than allowed.
+    pub fn choose(&self, tried: &[Uid], max_outstanding: u32, worst: Worst) -> Choice {
         let mut busy = false;
         let candidates: Vec<Candidate> = self
             .members
@@ -64,7 +69,7 @@ impl Service {
                 }
             })
             .collect();
-        match pick(candidates.iter().copied(), self.turn.fetch_add(1, Ordering::Relaxed)) {
+        match pick(candidates.iter().copied(), self.turn.fetch_add(1, Ordering::Relaxed), worst) {
             Some(index) => Choice::Instance(self.members[index].backend.lease()),
             None if busy => Choice::Busy,
             None => Choice::Nobody,
@@ -84,6 +89,8 @@ type Paths = Vec<(String, usize)>;
 pub(crate) struct Table {
     pub revision: u64,
     pub services: Vec<Arc<Service>>,
+    pub regions: Regions,
+    by_name: HashMap<String, usize>,
     exact: HashMap<String, Paths>,
     /// By suffix, without `*.`.
     wildcard: HashMap<String, Paths>,
@@ -133,8 +140,11 @@ impl Table {
             });
             let members = members.collect();
             let old = known.remove(&*name);
+            let (global, regions) = (service.global, service.regions);
             services.push(Arc::new(Service {
                 members,
+                regions: global.then_some(regions),
+                http2,
                 turn: AtomicUsize::new(old.map_or(0, |o| o.turn.load(Ordering::Relaxed))),
                 shared: old.map(|o| o.shared.clone()).unwrap_or_default(),
                 metrics: old.map_or_else(|| metrics.service(name), |o| o.metrics.clone()),
@@ -143,7 +153,9 @@ impl Table {
         for gone in known.into_keys() {
             metrics.forget(gone);
         }
-        let mut new = Self { revision: table.revision, services, ..Self::default() };
+        let by_name = services.iter().enumerate().map(|(i, s)| (s.metrics.name.clone(), i)).collect();
+        let regions = regions::compile(table.regions, before.map(|b| &b.regions), metrics);
+        let mut new = Self { revision: table.revision, services, regions, by_name, ..Self::default() };
         for route in table.routes {
             let service = route.service as usize;
             if service >= new.services.len() {
@@ -165,6 +177,11 @@ impl Table {
             paths.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.len()));
         }
         new
+    }
+
+    /// A service by its own name, as gateways name it to each other.
+    pub fn named(&self, service: &str) -> Option<&Arc<Service>> {
+        self.by_name.get(service).and_then(|index| self.services.get(*index))
     }
 
     /// The service of a request. `host` as [`host_of`] makes it.
@@ -198,6 +215,8 @@ mod tests {
             protocol: Protocol::Http,
             runtime: Runtime::Container,
             backends: vec![],
+            global: false,
+            regions: vec![],
         };
         let route = |(i, (host, path)): (usize, &(&str, &str))| TableRoute {
             host: (*host).into(),
@@ -209,6 +228,7 @@ mod tests {
             revision: 1,
             services: (0..routes.len()).map(service).collect(),
             routes: routes.iter().enumerate().map(route).collect(),
+            ..RoutingTable::default()
         }
     }
 

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use crate::backend::{Backend, Http1, Http2};
 use crate::body::RequestBody;
 use crate::gateway::Core;
+use crate::regions;
 
 /// The largest headers of an answer.
 const MAX_HEADERS: usize = 64 * 1024;
@@ -32,6 +33,8 @@ pub(crate) struct Failed {
     pub sent: bool,
     /// The connection fell silent, which says something of the host.
     pub silent: bool,
+    /// Said by another region's gateway, which is well and has nobody to give the request to.
+    pub refused: bool,
     pub reason: String,
 }
 
@@ -58,7 +61,11 @@ pub(crate) fn pooled(backend: &Backend) -> Option<Connection> {
 pub(crate) async fn connect(core: &Arc<Core>, backend: &Backend) -> io::Result<Connection> {
     let limit = core.options.connect_timeout;
     let connecting = async {
-        let stream = TokioIo::new(core.env.transport.connect(&backend.address).await?);
+        let mut stream = core.env.transport.connect(&backend.address).await?;
+        if backend.region.is_some() {
+            stream = regions::secure(core, stream).await?;
+        }
+        let stream = TokioIo::new(stream);
         if backend.http2 {
             let (send, driver) = http2::Builder::new(Spawner(core.clone()))
                 .timer(TokioTimer::new())
@@ -128,5 +135,5 @@ fn failed(kept: bool, error: &hyper::Error) -> Failed {
         cause = e.source();
     }
     silent |= error.is_timeout();
-    Failed { sent: !(kept || refused), silent, reason }
+    Failed { sent: !(kept || refused), silent, refused: false, reason }
 }

@@ -121,6 +121,29 @@ impl State {
         self.pending.push(NameChange { dir: dir.to_path_buf(), set });
     }
 
+    /// Moves a folder with all in it. Durable as one change with a sync of the new name's folder, as files' names are.
+    fn rename_dir(&mut self, from: &Path, to: &Path) -> io::Result<()> {
+        if self.names.keys().chain(&self.dirs).any(|p| p.starts_with(to)) {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("{} exists", to.display())));
+        }
+        let parent = self.parent(to)?.to_path_buf();
+        let moved = |path: &Path| path.strip_prefix(from).map(|rest| to.join(rest)).ok();
+        // Names that were not durable yet become so in the new place, or not at all.
+        let mut set = Vec::new();
+        for (path, inode) in self.names.iter().filter(|(p, _)| p.starts_with(from)) {
+            set.push((path.clone(), None));
+            set.extend(moved(path).map(|new| (new, Some(*inode))));
+        }
+        let folders: Vec<PathBuf> = self.dirs.iter().filter(|d| d.starts_with(from)).cloned().collect();
+        for folder in folders {
+            self.dirs.remove(&folder);
+            self.dirs.extend(moved(&folder));
+        }
+        self.dirs.insert(to.to_path_buf());
+        self.change(&parent, set);
+        Ok(())
+    }
+
     fn harden(&mut self, changes: Vec<NameChange>) {
         for (path, inode) in changes.into_iter().flat_map(|c| c.set) {
             match inode {
@@ -449,6 +472,9 @@ impl Disk for MemDisk {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut s = self.powered()?;
         s.strike(DiskOp::Rename, from)?;
+        if s.dirs.contains(from) {
+            return s.rename_dir(from, to);
+        }
         let inode = *s.names.get(from).ok_or_else(|| missing(from))?;
         let dir = s.parent(to)?.to_path_buf();
         s.change(&dir, vec![(from.to_path_buf(), None), (to.to_path_buf(), Some(inode))]);
@@ -541,6 +567,21 @@ mod tests {
         let dir = PathBuf::from("/d");
         disk.create_dir_all(&dir).unwrap();
         (disk, dir)
+    }
+
+    #[test]
+    fn a_renamed_folder_takes_its_files_along() {
+        let (disk, dir) = disk(1);
+        let (old, new) = (dir.join("old"), dir.join("new"));
+        disk.create_dir_all(&old).unwrap();
+        write_atomic(&disk, &old.join("f"), b"x").unwrap();
+        disk.rename(&old, &new).unwrap();
+        disk.sync_dir(&dir).unwrap();
+        disk.crash();
+        assert_eq!(disk.read(&new.join("f")).unwrap(), b"x");
+        assert!(!disk.exists(&old).unwrap());
+        disk.create_dir_all(&old).unwrap();
+        assert!(disk.rename(&old, &new).is_err(), "nothing is overwritten");
     }
 
     #[test]

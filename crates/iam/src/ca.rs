@@ -18,6 +18,7 @@ use rustls_pki_types::pem::PemObject;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use crate::id::{IdError, SpiffeId, check_trust_domain};
+use crate::request::CertRequest;
 
 /// How far in the past certificates start.
 pub const CLOCK_SKEW: Duration = Duration::from_secs(300);
@@ -87,6 +88,15 @@ pub struct Issued {
     /// The leaf first; the root is not part of it, since peers have it already.
     pub cert_chain_pem: String,
     pub key_pem: String,
+    pub not_after: SystemTime,
+}
+
+/// A leaf certificate for a key that its holder keeps.
+#[derive(Debug, Clone)]
+pub struct Signed {
+    pub id: SpiffeId,
+    /// The leaf first; the root is not part of it.
+    pub cert_chain_pem: String,
     pub not_after: SystemTime,
 }
 
@@ -163,13 +173,42 @@ impl CertificateAuthority {
         now: SystemTime,
         validity: Duration,
     ) -> Result<Issued, CaError> {
+        let (params, not_after) = self.leaf(id, dns_names, ip_addrs, now, validity)?;
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(crypto("key"))?;
+        let cert = params.signed_by(&key, &self.issuer).map_err(crypto("certificate"))?;
+        Ok(Issued { id: id.clone(), cert_chain_pem: cert.pem(), key_pem: key.serialize_pem(), not_after })
+    }
+
+    /// A certificate for `id` and the key of a request. Only the key is taken from the request: who asks for what is
+    /// the caller's to check, by [`CertRequest::ids`].
+    pub fn sign(
+        &self,
+        request: &CertRequest,
+        id: &SpiffeId,
+        dns_names: &[String],
+        ip_addrs: &[IpAddr],
+        now: SystemTime,
+        validity: Duration,
+    ) -> Result<Signed, CaError> {
+        let (params, not_after) = self.leaf(id, dns_names, ip_addrs, now, validity)?;
+        let cert = params.signed_by(request.public_key(), &self.issuer).map_err(crypto("certificate"))?;
+        Ok(Signed { id: id.clone(), cert_chain_pem: cert.pem(), not_after })
+    }
+
+    fn leaf(
+        &self,
+        id: &SpiffeId,
+        dns_names: &[String],
+        ip_addrs: &[IpAddr],
+        now: SystemTime,
+        validity: Duration,
+    ) -> Result<(CertificateParams, SystemTime), CaError> {
         if id.trust_domain() != self.trust_domain {
             return Err(CaError::OtherTrustDomain { authority: self.trust_domain.clone(), id: id.clone() });
         }
         if now >= self.not_after {
             return Err(CaError::Expired);
         }
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(crypto("key"))?;
         let mut params = CertificateParams::default();
         params.distinguished_name = named(id.name());
         params.is_ca = IsCa::ExplicitNoCa;
@@ -186,8 +225,7 @@ impl CertificateAuthority {
         let not_after = (now + validity).min(self.not_after);
         params.not_before = (now - CLOCK_SKEW).into();
         params.not_after = not_after.into();
-        let cert = params.signed_by(&key, &self.issuer).map_err(crypto("certificate"))?;
-        Ok(Issued { id: id.clone(), cert_chain_pem: cert.pem(), key_pem: key.serialize_pem(), not_after })
+        Ok((params, not_after))
     }
 }
 
@@ -195,13 +233,13 @@ fn join(names: &[String]) -> String {
     names.join(", ")
 }
 
-fn named(common_name: &str) -> DistinguishedName {
+pub(crate) fn named(common_name: &str) -> DistinguishedName {
     let mut name = DistinguishedName::new();
     name.push(DnType::CommonName, common_name.chars().take(MAX_COMMON_NAME).collect::<String>());
     name
 }
 
-fn uri(text: &str) -> Result<SanType, CaError> {
+pub(crate) fn uri(text: &str) -> Result<SanType, CaError> {
     Ok(SanType::URI(Ia5String::try_from(text).map_err(crypto("name"))?))
 }
 

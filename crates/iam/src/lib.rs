@@ -1,6 +1,6 @@
 //! Principals, tokens and certificates: pure verification and issuance.
 //!
-//! [`id`] names who talks (SPIFFE ids), [`ca`] issues the certificates that say so, [`tls`] turns them into rustls
+//! [`id`] names who talks (SPIFFE ids), [`ca`] issues the certificates that say so, [`request`] asks for one, [`tls`] turns them into rustls
 //! configurations that check a peer by its id, and [`token`] is the bearer credential of users.
 //!
 //! Architecture invariant: no socket, file or clock lives here. Time comes in as a parameter, or, where rustls itself
@@ -9,11 +9,13 @@
 
 pub mod ca;
 pub mod id;
+pub mod request;
 pub mod tls;
 pub mod token;
 
-pub use ca::{CaError, CertificateAuthority, Issued};
+pub use ca::{CaError, CertificateAuthority, Issued, Signed};
 pub use id::{IdError, Role, SpiffeId};
+pub use request::{CertRequest, RequestError, RequestKey, pin_of};
 pub use tls::{ExpiryPolicy, Identity, Policy, Roots, TlsError, client_config, peer_id, server_config};
 pub use token::{TokenError, TokenHash, TokenSecret};
 

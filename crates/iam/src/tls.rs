@@ -126,6 +126,13 @@ impl Identity {
         not_after(&current.cert[0]).expect("read when the identity was made")
     }
 
+    /// From when the certificate is good.
+    pub fn not_before(&self) -> SystemTime {
+        let current = self.current();
+        let parsed = X509Certificate::from_der(&current.cert[0]).map(|(_, c)| c.validity().not_before.timestamp());
+        moment(parsed.expect("read when the identity was made"))
+    }
+
     fn current(&self) -> Arc<CertifiedKey> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

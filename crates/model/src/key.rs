@@ -6,13 +6,26 @@
 //! | `t/{plural}/{uid}` | a tombstone: a deleted object whose teardown goes on |
 //! | `i/{project or -}/{key}` | the first answer to an idempotency key |
 //! | `sys/writer` | the epoch of the region's writer |
+//! | `sys/adopted` | the newest revision of the global group that a region has decided upon |
 //! | `sys/format` | the version of everything stored here |
+//! | `sys/fleet/{server or host}/{name}` | a machine that has joined, or left |
+//! | `sys/fleet/node`, `sys/fleet/addresses` | what was given out last, so that nothing is given twice |
+//! | `sys/join/token/{hash}` | a join token that was not used yet |
+//! | `sys/join/answer/{hash of a public key}` | what a join was answered, so that a retry gets it again |
 
 use crate::kind::{KindDescriptor, Scope};
 use crate::{AnyObject, Name, Uid};
 
 pub const WRITER: &str = "sys/writer";
 pub const FORMAT: &str = "sys/format";
+pub const ADOPTED: &str = "sys/adopted";
+pub const FLEET: &str = "sys/fleet/";
+pub const FLEET_SERVERS: &str = "sys/fleet/server/";
+pub const FLEET_HOSTS: &str = "sys/fleet/host/";
+pub const FLEET_NODE: &str = "sys/fleet/node";
+pub const FLEET_ADDRESSES: &str = "sys/fleet/addresses";
+pub const JOIN_TOKENS: &str = "sys/join/token/";
+pub const JOIN_ANSWERS: &str = "sys/join/answer/";
 
 /// Stands for the project in keys of kinds that have none.
 const NO_PROJECT: &str = "-";

@@ -39,6 +39,17 @@ pub enum Scope {
     Project,
 }
 
+/// Which group of the metadata store keeps a kind's objects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Home {
+    /// The fleet's one group, `global`: answered alike in every region.
+    Global,
+    /// The group of the region that the object is in.
+    Region,
+    /// The path says which: its region is `global` or a region's name.
+    Either,
+}
+
 /// What users may do to a kind. Reading is always allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verbs {
@@ -61,6 +72,8 @@ pub enum Show {
     Age,
     /// The length of an array or object.
     Count,
+    /// Milliseconds as a duration.
+    Millis,
 }
 
 /// One column of a table. `pointer` is a JSON pointer (RFC 6901) into the object.
@@ -86,6 +99,10 @@ impl Column {
         Self { title, pointer, show: Show::Count, wide: false }
     }
 
+    pub const fn millis(title: &'static str, pointer: &'static str) -> Self {
+        Self { title, pointer, show: Show::Millis, wide: false }
+    }
+
     pub const fn wide(self) -> Self {
         Self { wide: true, ..self }
     }
@@ -99,6 +116,7 @@ pub trait Kind: Debug + Clone + Send + Sync + 'static {
     /// One sentence, for `explain` and the API's documentation.
     const ABOUT: &'static str;
     const SCOPE: Scope;
+    const HOME: Home;
     const VERBS: Verbs;
     /// Beside NAME and AGE, which every table has.
     const COLUMNS: &'static [Column];
@@ -159,6 +177,7 @@ pub struct KindDescriptor {
     pub short: &'static [&'static str],
     pub about: &'static str,
     pub scope: Scope,
+    pub home: Home,
     pub verbs: Verbs,
     pub columns: &'static [Column],
     pub immutable: &'static [&'static str],
@@ -221,6 +240,7 @@ impl KindDescriptor {
             short: K::SHORT,
             about: K::ABOUT,
             scope: K::SCOPE,
+            home: K::HOME,
             verbs: K::VERBS,
             columns: K::COLUMNS,
             immutable: K::IMMUTABLE,
@@ -238,7 +258,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 11] = [
+static ALL: [KindDescriptor; 12] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<Region>(),
@@ -250,6 +270,7 @@ static ALL: [KindDescriptor; 11] = [
     KindDescriptor::of::<Instance>(),
     KindDescriptor::of::<Route>(),
     KindDescriptor::of::<Event>(),
+    KindDescriptor::of::<Usage>(),
 ];
 
 /// Every kind, in the order in which a reader meets them.

@@ -183,6 +183,41 @@ impl<K: Kind> Object<K> {
         }
     }
 
+    /// Reads the stored form as [`Object::from_any`] does, without the detour over values of any shape.
+    pub fn from_slice(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        #[derive(Deserialize)]
+        #[serde(bound = "S: DeserializeOwned, T: DeserializeOwned")]
+        struct Stored<S, T> {
+            metadata: Metadata,
+            #[serde(default = "Option::default")]
+            spec: Option<S>,
+            #[serde(default = "Option::default")]
+            status: Option<T>,
+        }
+        let stored: Stored<K::Spec, K::Status> = serde_json::from_slice(bytes)?;
+        Ok(Self {
+            metadata: stored.metadata,
+            spec: stored.spec.unwrap_or_default(),
+            status: stored.status.unwrap_or_default(),
+        })
+    }
+
+    /// The stored form: that of [`Object::to_any`] as JSON.
+    pub fn to_vec(&self) -> Vec<u8> {
+        #[derive(Serialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Stored<'a, S, T> {
+            api_version: &'a str,
+            kind: &'a str,
+            metadata: &'a Metadata,
+            spec: &'a S,
+            status: &'a T,
+        }
+        let (metadata, spec, status) = (&self.metadata, &self.spec, &self.status);
+        let stored = Stored { api_version: API_VERSION, kind: K::KIND, metadata, spec, status };
+        serde_json::to_vec(&stored).expect("objects are plain data")
+    }
+
     pub fn owner_ref(&self) -> OwnerRef {
         OwnerRef { kind: K::KIND.to_owned(), name: self.metadata.name.clone(), uid: self.metadata.uid }
     }

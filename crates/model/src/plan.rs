@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::kind::{HostSpec, ImageFormat, InstancePhase, Protocol, Runtime, Template};
+use crate::kind::{HostSpec, ImageFormat, InstancePhase, Protocol, QuotaUse, RegionServer, Runtime, Template, Tier};
 use crate::{Digest, Name, RequestId, Timestamp, Uid};
 
 /// Names of the southbound calls.
@@ -20,13 +20,25 @@ pub mod method {
     pub const PLAN: &str = "host.plan";
     /// Gateway to server, stream of [`super::RoutingTable`] for a [`super::TableRequest`].
     pub const TABLE: &str = "gateway.table";
-    /// Server to the leading server: an intent for the writer.
+    /// Server to the leading server: an intent for its region's writer.
     pub const SUBMIT: &str = "writer.submit";
+    /// The same, for the writer of the global group.
+    pub const SUBMIT_GLOBAL: &str = "writer.submit-global";
+    /// A region's leading server to the one that leads the global group: [`super::RegionSummary`].
+    pub const SUMMARY: &str = "region.summary";
+    /// Server to the leading server of its region, every second: [`super::ServerNote`].
+    pub const SERVER_NOTE: &str = "server.note";
+    /// A server that is no member of the global group to one that is: lets it in.
+    pub const GLOBAL_JOIN: &str = "global.join";
     /// Anyone to a server: the bytes of a blob.
     pub const BLOB_GET: &str = "blob.get";
     /// Server to server: an upload.
     pub const BLOB_PUT: &str = "blob.put";
     pub const BLOB_HAS: &str = "blob.has";
+    /// Anyone to a server: where the region's servers are, as [`super::ServerList`].
+    pub const SERVERS: &str = "fleet.servers";
+    /// Anyone to a server: [`super::RenewRequest`] → [`super::Renewed`], for the caller's own ids alone.
+    pub const RENEW: &str = "fleet.renew";
     /// Server to agent, frames: see [`super::LogsRequest`].
     pub const LOGS: &str = "instance.logs";
     /// Server to agent, frames: see [`super::ExecRequest`].
@@ -158,8 +170,14 @@ pub struct Service {
     pub port: u16,
     pub protocol: Protocol,
     pub runtime: Runtime,
-    /// Sorted by uid.
+    /// Sorted by uid. Empty when this region runs nothing of a global app.
     pub backends: Vec<Backend>,
+    /// Of a global app: other regions run it too.
+    #[serde(default)]
+    pub global: bool,
+    /// The other regions that should run it, sorted.
+    #[serde(default)]
+    pub regions: Vec<Name>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -172,14 +190,47 @@ pub struct TableRoute {
     pub service: u32,
 }
 
+/// Another region, as gateways of this one reach it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RemoteRegion {
+    pub name: Name,
+    pub tier: Tier,
+    /// Where its gateways take requests from other gateways.
+    pub gateways: Vec<SocketAddr>,
+}
+
 /// Everything that a gateway knows.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RoutingTable {
     pub version: u32,
     pub revision: u64,
     pub services: Vec<Service>,
     pub routes: Vec<TableRoute>,
+    /// The region of the servers that made this table.
+    #[serde(default = "no_region")]
+    pub region: Name,
+    /// All others, sorted by name.
+    #[serde(default)]
+    pub regions: Vec<RemoteRegion>,
+}
+
+fn no_region() -> Name {
+    "none".parse().expect("a well-formed name")
+}
+
+impl Default for RoutingTable {
+    fn default() -> Self {
+        Self {
+            version: 0,
+            revision: 0,
+            services: Vec::new(),
+            routes: Vec::new(),
+            region: no_region(),
+            regions: Vec::new(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -187,11 +238,93 @@ pub struct RoutingTable {
 pub struct TableRequest {
     pub gateway: Name,
     pub known: Option<u64>,
+    /// Where other regions' gateways reach this one.
+    #[serde(default)]
+    pub peer: Option<SocketAddr>,
+}
+
+/// What a server says of itself to its region's writer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerNote {
+    pub server: RegionServer,
+    /// Where the gateways that it feeds take requests from other regions' gateways.
+    pub gateways: Vec<SocketAddr>,
+}
+
+/// What a project uses in one region. A region lists every project that it holds anything of, known to it or not.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProjectSummary {
+    pub name: Name,
+    pub uid: Uid,
+    pub used: QuotaUse,
+}
+
+/// What one region has of a global app: listed as long as anything of it is there, torn down or not.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ChildSummary {
+    /// The global app's.
+    pub uid: Uid,
+    /// The global app's generation that this speaks of.
+    pub generation: u64,
+    pub desired_replicas: u32,
+    pub replicas: u32,
+    pub ready_replicas: u32,
+    pub updated_replicas: u32,
+    /// Set when the region can't make its share: one CamelCase word, and a sentence.
+    #[serde(default)]
+    pub reason: String,
+    #[serde(default)]
+    pub message: String,
+}
+
+/// What a region tells the global group of itself, every second and whenever it changes. Whole, never a difference.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RegionSummary {
+    /// Version of this message's meaning.
+    pub version: u32,
+    pub region: Name,
+    pub tier: Tier,
+    /// The epoch of the region's writer: what an older one says is passed over.
+    pub epoch: u64,
+    pub servers: Vec<RegionServer>,
+    pub gateways: Vec<SocketAddr>,
+    /// The newest revision of the global group that the region's writer has acted upon.
+    pub looked: u64,
+    /// How old that copy is.
+    pub stale_ms: u64,
+    pub projects: Vec<ProjectSummary>,
+    pub apps: Vec<ChildSummary>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BlobRequest {
     pub digest: Digest,
+}
+
+/// Where the region's servers are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerList {
+    /// Wire endpoints.
+    pub servers: Vec<String>,
+}
+
+/// Asks for certificates with a later end, for the same key or a new one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RenewRequest {
+    /// PKCS #10, in PEM.
+    pub csr: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Renewed {
+    /// In PEM, by SPIFFE id.
+    pub certs: std::collections::BTreeMap<String, String>,
 }
 
 /// Asks for an instance's output. Answer frames: channel 1 standard output, 2 standard error, each frame whole lines.

@@ -3,13 +3,14 @@
 //! Everything is routed and nothing is bridged on a host: an instance lives in a network namespace of its own, holds one
 //! IPv6 and one IPv4 address of its host's prefixes, and sends all that it has to say to its host. [`InstanceNet`] makes
 //! and removes such namespaces, [`HostNet`] lets a host forward, and [`Underlay`] is the wire between the local hosts of
-//! `nexus up`.
+//! `nexus up`, [`Backbone`] the one between its regions.
 //!
 //! Every step states what must be so, never what to change: doing it twice, or again after being cut off in the middle,
 //! ends in the same place.
 //!
 //! Architecture invariant: nothing here knows of kinds, plans or the control plane. The kernel's state is the only state.
 
+mod backbone;
 mod instance;
 mod netlink;
 mod netns;
@@ -17,8 +18,9 @@ mod underlay;
 
 use std::io;
 
+pub use backbone::{Backbone, RegionLink};
 pub use instance::{HostNet, InstanceAddress, InstanceNet};
-pub use netns::{NetnsRef, enter};
+pub use netns::{NetnsRef, enter, new_namespace};
 pub use underlay::{HostLink, Underlay, UnderlayAddress};
 
 /// What was attempted on the kernel's network state, and why it failed.

@@ -44,6 +44,17 @@ pub fn enter(netns: &File) -> Result<(), NetError> {
     setns(netns.as_fd(), CloneFlags::CLONE_NEWNET).attempt(|| "entering a network namespace".into())
 }
 
+/// Makes a network namespace that lives as long as the file is open or a process is in it.
+pub fn new_namespace() -> Result<File, NetError> {
+    let make = || {
+        unshare(CloneFlags::CLONE_NEWNET).attempt(|| "making a network namespace".into())?;
+        NetnsRef::Own.open()
+    };
+    let thread = std::thread::Builder::new().name("netns".into()).stack_size(512 << 10).spawn(make);
+    let lost = || NetError::Thread("a new network namespace".into());
+    thread.map_err(|_| lost())?.join().map_err(|_| lost())?
+}
+
 /// Does blocking work on a thread of its own, which starts in `netns` and may go where it likes.
 ///
 /// The work goes on to its end when the caller stops waiting.

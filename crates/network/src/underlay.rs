@@ -45,6 +45,8 @@ pub struct HostLink {
 pub struct Underlay {
     prefix: String,
     address: UnderlayAddress,
+    /// Where the bridge is.
+    netns: NetnsRef,
 }
 
 impl Underlay {
@@ -54,7 +56,12 @@ impl Underlay {
         if !(2..=4).contains(&prefix.len()) {
             return Err(NetError::Name(prefix.into()));
         }
-        Ok(Self { prefix: prefix.into(), address })
+        Ok(Self { prefix: prefix.into(), address, netns: NetnsRef::Own })
+    }
+
+    /// The same wire in another namespace than the machine's own.
+    pub fn inside(self, netns: NetnsRef) -> Self {
+        Self { netns, ..self }
     }
 
     fn bridge(&self) -> String {
@@ -68,7 +75,7 @@ impl Underlay {
     /// Makes the bridge, or completes it.
     pub async fn create(&self) -> Result<(), NetError> {
         let (bridge, address) = (self.bridge(), self.address);
-        aside(NetnsRef::Own, "the underlay", move || {
+        aside(self.netns.clone(), "the underlay", move || {
             let hash = fnv(bridge.as_bytes()).to_be_bytes();
             // Locally administered, unicast.
             let hardware = [0x02, hash[0], hash[1], hash[2], hash[3], hash[4]];
@@ -88,13 +95,13 @@ impl Underlay {
     pub async fn attach(&self, host: &HostLink) -> Result<(), NetError> {
         let (bridge, port) = (self.bridge(), self.port(&host.host));
         let (address, host) = (self.address, host.clone());
-        aside(NetnsRef::Own, "the underlay", move || attach(&bridge, &port, address, &host)).await
+        aside(self.netns.clone(), "the underlay", move || attach(&bridge, &port, address, &host)).await
     }
 
     /// Takes a host off the wire for good, with its routes.
     pub async fn detach(&self, host: &HostLink) -> Result<(), NetError> {
         let (bridge, port, host) = (self.bridge(), self.port(&host.host), host.clone());
-        aside(NetnsRef::Own, "the underlay", move || {
+        aside(self.netns.clone(), "the underlay", move || {
             let mut links = Netlink::open()?;
             links.delete_link(&port)?;
             if let Some(bridge) = links.link(&bridge)? {
@@ -110,7 +117,7 @@ impl Underlay {
     /// Cuts a host's cable: nothing passes, in either direction, until it is healed.
     pub async fn cut(&self, host: &str) -> Result<(), NetError> {
         let port = self.port(host);
-        aside(NetnsRef::Own, "the underlay", move || {
+        aside(self.netns.clone(), "the underlay", move || {
             let mut links = Netlink::open()?;
             let link = links.expect_link(&port)?;
             links.set_up(link.index, false)

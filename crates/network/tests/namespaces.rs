@@ -8,7 +8,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nexus_network::{HostLink, HostNet, InstanceAddress, InstanceNet, NetnsRef, Underlay, UnderlayAddress, enter};
+use nexus_network::{
+    Backbone, HostLink, HostNet, InstanceAddress, InstanceNet, NetnsRef, RegionLink, Underlay, UnderlayAddress, enter,
+    new_namespace,
+};
 use nix::sched::{CloneFlags, unshare};
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -247,6 +250,60 @@ fn a_cut_host_is_alone_until_it_is_healed() {
             assert!(reaches(&w.hosts[1].netns, &inner, to, DEADLINE), "{to}");
         }
         assert!(reaches(&inner, &NetnsRef::Own, "fd00:ff::1".parse().unwrap(), DEADLINE));
+    });
+}
+
+/// Two regions, number 1 with a host.
+#[test]
+fn a_region_that_is_cut_off_goes_on_by_itself_until_it_is_healed() {
+    isolated("a_region_that_is_cut_off_goes_on_by_itself_until_it_is_healed", async || {
+        use std::os::fd::AsRawFd as _;
+        let dir = tempfile::tempdir().unwrap();
+        let backbone = Backbone::new("nxt").unwrap();
+        backbone.create().await.unwrap();
+        let files = [new_namespace().unwrap(), new_namespace().unwrap()];
+        let netns = |r: usize| NetnsRef::Path(format!("/proc/self/fd/{}", files[r].as_raw_fd()).into());
+        let prefix = |r: u16, last| Ipv6Addr::new(0xfd00, 0xff, 0, r << 12, 0, 0, 0, last);
+        let wire = |r: u16| Ipv6Addr::new(0xfd00, 0xff, 0, 0xf000, 0, 0, 0, r + 1);
+        for r in 0..2 {
+            let address = UnderlayAddress {
+                address6: prefix(r, 1),
+                length6: 64,
+                address4: Ipv4Addr::new(10, 96, 0, 1),
+                length4: 24,
+            };
+            Underlay::new("nxt", address).unwrap().inside(netns(r.into())).create().await.unwrap();
+            let others = vec![(prefix(1 - r, 0), 52, wire(1 - r))];
+            let region = format!("region-{r}");
+            let link = RegionLink { region, netns: netns(r.into()), address6: wire(r), others };
+            backbone.attach(&link).await.unwrap();
+            // Twice is harmless.
+            backbone.attach(&link).await.unwrap();
+        }
+        let mut host = host(1, bare(dir.path(), "host"));
+        host.address6 = prefix(1, 0x101);
+        host.instances6 = prefix(1, 0);
+        let address =
+            UnderlayAddress { address6: prefix(1, 1), length6: 64, address4: Ipv4Addr::new(10, 96, 0, 1), length4: 24 };
+        Underlay::new("nxt", address).unwrap().inside(netns(1)).attach(&host).await.unwrap();
+        let within = || {
+            assert!(reaches(&netns(1), &host.netns, host.address6.into(), DEADLINE));
+            assert!(reaches(&host.netns, &netns(1), prefix(1, 1).into(), DEADLINE));
+        };
+        let across = |patience| {
+            [(0, 1), (1, 0)].map(|(from, to)| reaches(&netns(from), &netns(to), prefix(to as u16, 1).into(), patience))
+        };
+        within();
+        assert_eq!(across(DEADLINE), [true, true]);
+        backbone.cut("region-1").await.unwrap();
+        within();
+        assert_eq!(across(Duration::from_millis(1_500)), [false, false]);
+        backbone.heal("region-1").await.unwrap();
+        assert_eq!(across(DEADLINE), [true, true]);
+        within();
+        backbone.detach("region-1").await.unwrap();
+        Underlay::destroy("nxt").await.unwrap();
+        assert_eq!(links().iter().filter(|l| l.starts_with("nxt")).count(), 0);
     });
 }
 

@@ -1,9 +1,9 @@
 //! The command line's HTTP client: one cloud, several endpoints.
 //!
 //! A request goes to the endpoint that answered last. When that one can't be connected to, or says 503, the next is
-//! asked, until each had its turn. A request that broke after it was sent is repeated only if that is harmless: GET, PUT
-//! and DELETE are by their definition (RFC 9110, section 9.2.2), and every other mutation carries an `Idempotency-Key`,
-//! which lets the API give its first answer again.
+//! asked, until each had its turn; so it is when a server can't tell the outcome (504). That is harmless, because every
+//! change carries an `Idempotency-Key`, which lets the API give its first answer again, and an upload is known by its
+//! digest.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -23,6 +23,7 @@ use crate::exit::Exit;
 const CONNECT: Duration = Duration::from_secs(3);
 /// Longer than the longest `Prefer: wait` that the API honours.
 const ANSWER: Duration = Duration::from_secs(75);
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// A line of a stream that is longer than this is not one of ours.
 const MAX_LINE: usize = 4 << 20;
 
@@ -268,6 +269,10 @@ impl Client {
         deadline: Option<Duration>,
     ) -> Result<Response, ClientError> {
         let body = parts.body.take();
+        // With a key, a change whose outcome its server could not tell is asked for again without being done twice.
+        if !method.is_safe() {
+            with_key(&mut parts.headers);
+        }
         self.attempt(method, path, parts, deadline, |request| {
             Ok(match &body {
                 Some((content_type, body)) => request.header(CONTENT_TYPE, content_type).body(body.clone()),
@@ -281,19 +286,14 @@ impl Client {
         &self,
         method: Method,
         path: &str,
-        mut parts: Parts,
+        parts: Parts,
         deadline: Option<Duration>,
         mut with_body: impl FnMut(reqwest::RequestBuilder) -> Result<reqwest::RequestBuilder, ClientError>,
     ) -> Result<Response, ClientError> {
         let deadline = parts.timeout.or(deadline);
-        let key = HeaderName::from_static("idempotency-key");
-        if matches!(method, Method::POST | Method::PATCH) && !parts.headers.contains_key(&key) {
-            let random: [u8; 16] = nexus_env::Env::real().rng.bytes();
-            let value = random.iter().map(|b| format!("{b:02x}")).collect::<String>();
-            parts.headers.insert(key, HeaderValue::from_str(&value).expect("hexadecimal is a valid header"));
-        }
+        let repeatable = method.is_safe() || parts.headers.contains_key(IDEMPOTENCY_KEY);
         let first = self.preferred.load(Ordering::Relaxed);
-        let mut last = String::new();
+        let (mut last, mut said) = (String::new(), None);
         for turn in 0..self.endpoints.len() {
             let index = (first + turn) % self.endpoints.len();
             let mut request = self
@@ -308,9 +308,13 @@ impl Client {
                 Ok(response) if response.status() == StatusCode::SERVICE_UNAVAILABLE => {
                     let refused = refused(response).await;
                     last = refused.to_string();
-                    if turn + 1 == self.endpoints.len() {
-                        return Err(refused);
-                    }
+                    said = Some(refused);
+                }
+                // The leader changed while it decided, for one: another server knows the answer, or decides now.
+                Ok(response) if response.status() == StatusCode::GATEWAY_TIMEOUT && repeatable => {
+                    let refused = refused(response).await;
+                    last = refused.to_string();
+                    said = Some(refused);
                 }
                 Ok(response) => {
                     self.preferred.store(index, Ordering::Relaxed);
@@ -319,7 +323,17 @@ impl Client {
                 Err(e) => last = chain(&e),
             }
         }
-        Err(ClientError::Unreachable { tried: self.endpoints.join(", "), last })
+        // What a server said tells more than that another can't be reached.
+        Err(said.unwrap_or_else(|| ClientError::Unreachable { tried: self.endpoints.join(", "), last }))
+    }
+}
+
+/// Gives a change its `Idempotency-Key`, unless it has one.
+fn with_key(headers: &mut HeaderMap) {
+    if !headers.contains_key(IDEMPOTENCY_KEY) {
+        let random: [u8; 16] = nexus_env::Env::real().rng.bytes();
+        let value = random.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        headers.insert(IDEMPOTENCY_KEY, HeaderValue::from_str(&value).expect("hexadecimal is a valid header"));
     }
 }
 
@@ -440,6 +454,7 @@ mod tests {
         .unwrap()
     }
 
+    const LOST: &str = "HTTP/1.1 504 Gateway Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
     const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n42";
     const BUSY: &str = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
     const GONE: &str =
@@ -451,6 +466,13 @@ mod tests {
         let client = client(&[dead(), server(BUSY), good]);
         assert_eq!(client.get::<u32>("/x").await.unwrap(), 42);
         assert_eq!(client.endpoints().next().unwrap(), format!("http://{good}"));
+    }
+
+    #[tokio::test]
+    async fn what_one_server_lost_another_is_asked() {
+        let client = client(&[server(LOST), server(OK)]);
+        let done: u32 = client.json(Method::PUT, "/x", Parts::json(&1).unwrap()).await.unwrap();
+        assert_eq!(done, 42);
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use nexus_env::Endpoint;
 use nexus_model::Name;
-use nexus_model::kind::{Capacity, Classes};
+use nexus_model::kind::{Capacity, Classes, GLOBAL, Tier};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,15 @@ pub struct TlsFiles {
     pub ca: PathBuf,
     /// The certificate chain, leaf first.
     pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
+/// The certificate authority of the cluster: whoever reads its key can let anyone in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuthorityFiles {
+    pub cert: PathBuf,
+    /// Readable by its owner alone.
     pub key: PathBuf,
 }
 
@@ -67,6 +76,12 @@ pub struct ServerConfig {
     pub zone: Name,
     /// The metadata log, snapshots and the image store.
     pub data_dir: PathBuf,
+    /// Where backups are written [default: `backups` in `data_dir`]
+    #[serde(default)]
+    pub backup_dir: Option<PathBuf>,
+    /// Keeps the metadata in an etcd cluster instead of `data_dir`
+    #[serde(default)]
+    pub store: Option<StoreConfig>,
     /// Southbound listener (mTLS): peers, agents, gateways.
     pub wire_listen: SocketAddr,
     /// Northbound listener (TLS, bearer tokens).
@@ -74,6 +89,9 @@ pub struct ServerConfig {
     /// The same API without TLS; loopback only.
     #[serde(default)]
     pub api_http_listen: Option<SocketAddr>,
+    /// The same API with TLS once more, where servers of other regions reach it, if they don't at `api_tls_listen`.
+    #[serde(default)]
+    pub api_peer_listen: Option<SocketAddr>,
     /// The file with the SHA-256 of the administrator's token, in hexadecimal.
     pub token_hash: PathBuf,
     /// Apps are reached at `NAME.<domain>`.
@@ -83,6 +101,12 @@ pub struct ServerConfig {
     /// and `system`.
     #[serde(default)]
     pub zones: Vec<Name>,
+    /// It joins a control plane that runs: it waits to be taken in instead of founding one.
+    #[serde(default)]
+    pub join: bool,
+    /// With it, this server can let others join and renew certificates.
+    #[serde(default)]
+    pub authority: Option<AuthorityFiles>,
     /// The wire identity: `spiffe://<cluster>/server/<name>`.
     pub tls: TlsFiles,
     /// The certificate that users see.
@@ -90,9 +114,85 @@ pub struct ServerConfig {
     /// The cells that the first start creates.
     #[serde(default)]
     pub cells: Vec<BootstrapCell>,
-    /// Every voting server, this one too, by node id.
+    /// Of the region: only servers of core regions vote in the global group.
+    #[serde(default)]
+    pub tier: Tier,
+    /// Every voting server of the region, this one too, by node id.
     #[serde(with = "by_node_id")]
     pub members: BTreeMap<u64, Member>,
+    /// The group that all regions share. Without it the region is alone, and its own servers are that group too.
+    #[serde(default)]
+    pub global: Option<GlobalConfig>,
+}
+
+/// `[store]` of a server: the etcd cluster that keeps its groups.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreConfig {
+    /// `etcd://HOST:PORT,HOST:PORT/PREFIX`
+    pub url: String,
+    /// The authority of etcd's certificates; without it there is no TLS.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
+    /// The certificate that is shown to etcd, and its key.
+    #[serde(default)]
+    pub cert: Option<PathBuf>,
+    #[serde(default)]
+    pub key: Option<PathBuf>,
+    #[serde(default)]
+    pub user: Option<String>,
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
+    /// Whether the leader has etcd forget what is older than ten minutes, for all who share it.
+    #[serde(default = "yes")]
+    pub compact: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl StoreConfig {
+    /// A cluster without TLS and users.
+    pub fn plain(url: String) -> Self {
+        let (ca, cert, key, user, password_file) = Default::default();
+        Self { url, ca, cert, key, user, password_file, compact: true }
+    }
+
+    /// The hosts, each `HOST:PORT`, and the prefix of all keys.
+    pub fn parts(&self) -> Result<(Vec<String>, String), String> {
+        let rest = self.url.strip_prefix("etcd://").ok_or_else(|| format!("{}: only etcd:// is known", self.url))?;
+        let (hosts, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        let hosts: Vec<String> = hosts.split(',').map(str::to_owned).collect();
+        let well_formed =
+            |h: &String| h.rsplit_once(':').is_some_and(|(name, port)| !name.is_empty() && port.parse::<u16>().is_ok());
+        if let Some(bad) = hosts.iter().find(|h| !well_formed(h)) {
+            return Err(format!("`{bad}` is not HOST:PORT"));
+        }
+        let prefix = if prefix.is_empty() { "nexus" } else { prefix.trim_end_matches('/') };
+        Ok((hosts, format!("/{prefix}")))
+    }
+}
+
+/// `[global]` of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GlobalConfig {
+    /// The voting servers of the global group when it was founded, by node id. A server that is not among them joins the
+    /// group through them, and reads along without a vote.
+    #[serde(with = "by_node_id")]
+    pub members: BTreeMap<u64, Member>,
+}
+
+impl ServerConfig {
+    pub fn backup_dir(&self) -> PathBuf {
+        self.backup_dir.clone().unwrap_or_else(|| self.data_dir.join("backups"))
+    }
+
+    /// The founding voters of the global group.
+    pub fn global_members(&self) -> &BTreeMap<u64, Member> {
+        self.global.as_ref().map_or(&self.members, |g| &g.members)
+    }
 }
 
 /// `nexus agent`: the daemon of a host.
@@ -156,6 +256,9 @@ pub struct GatewayConfig {
     pub admin_listen: SocketAddr,
     /// The wire endpoints of the region's servers.
     pub servers: Vec<Endpoint>,
+    /// Where gateways of other regions reach this one (mTLS); nobody does without it.
+    #[serde(default)]
+    pub peer_listen: Option<SocketAddr>,
     /// The cached routes.
     pub data_dir: PathBuf,
     pub tls: TlsFiles,
@@ -226,9 +329,32 @@ impl Config for ServerConfig {
         resolve(base, &mut [&mut self.data_dir, &mut self.token_hash]);
         self.tls.resolve(base);
         self.api_tls.resolve(base);
+        if let Some(backups) = &mut self.backup_dir {
+            resolve(base, &mut [backups]);
+        }
+        if let Some(authority) = &mut self.authority {
+            resolve(base, &mut [&mut authority.cert, &mut authority.key]);
+        }
+        if let Some(store) = &mut self.store {
+            for file in [&mut store.ca, &mut store.cert, &mut store.key, &mut store.password_file] {
+                file.iter_mut().for_each(|file| resolve(base, &mut [file]));
+            }
+        }
     }
 
     fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.region == GLOBAL {
+            return Err(("region", format!("`{GLOBAL}` is the name of what belongs to no region")));
+        }
+        if self.region == *"all" {
+            return Err(("region", "`all` stands for every region on the command line".to_owned()));
+        }
+        if let Some(store) = &self.store {
+            store.parts().map_err(|why| ("store", why))?;
+            if store.cert.is_some() != store.key.is_some() || store.user.is_some() != store.password_file.is_some() {
+                return Err(("store", "`cert` goes with `key`, and `user` with `password_file`".to_owned()));
+            }
+        }
         if !self.members.contains_key(&self.node_id) {
             return Err(("node_id", format!("{} is not a key of `members`", self.node_id)));
         }
@@ -287,6 +413,11 @@ impl Config for GatewayConfig {
     fn check(&self) -> Result<(), (&'static str, String)> {
         if self.servers.is_empty() {
             return Err(("servers", "at least one endpoint is needed".to_owned()));
+        }
+        if let Some(peer) = self.peer_listen.filter(|p| p.ip().is_unspecified() || p.port() == 0) {
+            let message =
+                format!("{peer}: gateways of other regions are told this address, so it must be one they reach");
+            return Err(("peer_listen", message));
         }
         Ok(())
     }
@@ -390,16 +521,23 @@ key = "gateway.key"
             region: "local".parse().unwrap(),
             zone: "zone-a".parse().unwrap(),
             data_dir: "data".into(),
+            backup_dir: None,
+            store: None,
             wire_listen: "[fd00::1]:7440".parse().unwrap(),
             api_tls_listen: "127.0.0.1:8443".parse().unwrap(),
             api_http_listen: Some("127.0.0.1:8453".parse().unwrap()),
+            api_peer_listen: None,
             token_hash: "hash".into(),
             domain: "localhost".into(),
             zones: vec!["zone-a".parse().unwrap()],
+            join: false,
+            authority: None,
             tls: tls.clone(),
             api_tls: tls,
             cells: vec![BootstrapCell { name: "c".parse().unwrap(), zone: "zone-a".parse().unwrap() }],
+            tier: Tier::default(),
             members: BTreeMap::from([(1, member)]),
+            global: None,
         };
         let text = toml::to_string(&good).unwrap();
         assert_eq!(load::<ServerConfig>(&text).unwrap().members, good.members);

@@ -8,6 +8,7 @@ mod client;
 mod config;
 mod context;
 mod exit;
+mod inherit;
 mod local;
 mod role;
 
@@ -43,18 +44,18 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         Command::Down(args) => local::down(&args),
         Command::Local(args) => local::local(&args),
         // Daemons.
-        Command::Server(role) => {
-            let config = ServerConfig::load(&role.config)?;
-            daemon(role::server::run(config))
-        }
+        Command::Server(args) => match args.command {
+            Some(command) => cli::operate(cli::server::run(command)),
+            None => daemon(role::server::run(ServerConfig::load(&args.config.unwrap_or_default())?)),
+        },
         Command::Agent(role) => {
             let config = AgentConfig::load(&role.config)?;
             daemon(role::agent::run(config))
         }
-        Command::Gateway(role) => {
-            let config = GatewayConfig::load(&role.config)?;
-            daemon(role::gateway::run(config))
-        }
+        Command::Gateway(args) => match args.command {
+            Some(command) => cli::operate(cli::host::gateway(command)),
+            None => daemon(role::gateway::run(GatewayConfig::load(&args.config.unwrap_or_default())?)),
+        },
         // Clients.
         Command::User(command) => return cli::run(*command),
         Command::Status(args) => local::small_runtime()?.block_on(cli::status::run(&args)),

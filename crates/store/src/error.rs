@@ -31,6 +31,13 @@ pub enum StoreError {
     /// This node's disk failed or is full. Nothing was committed by this call.
     #[error("storage failed: {0}")]
     Storage(String),
+    /// The leader's disk or memory is nearly full, so nothing may grow. Nothing was committed. Deletes and compaction
+    /// still go through; it clears by itself once there is room.
+    #[error("the metadata store is nearly full, growth is refused: {0}")]
+    Full(String),
+    /// The membership can't be changed like this; the reason says what to do first.
+    #[error("the membership was not changed: {0}")]
+    Membership(String),
     /// The data folder was written by a newer release.
     #[error("{path} has format {found}; this release reads up to {supported}: run the newer release")]
     NewerFormat { path: String, found: u32, supported: u32 },

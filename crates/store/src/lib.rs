@@ -2,12 +2,17 @@
 //!
 //! A [`Store`] is a handle on one group of keys. Every committed change has a [`Revision`], one more than the one
 //! before it; reads can ask for a past revision and watches resume after one, back to the last compaction.
-//! Which engine runs is nobody's business but the binary's: [`embedded`] is a replicated log inside the servers.
+//! Which engine runs is nobody's business but the binary's: [`embedded`] is a replicated log inside the servers, `etcd`
+//! (behind the feature of that name) is a cluster of etcd.
 //!
 //! Architecture invariant: nothing here knows what keys and values mean.
 
+pub mod backup;
 pub mod embedded;
 mod error;
+#[cfg(feature = "etcd")]
+pub mod etcd;
+pub mod offline;
 mod types;
 mod watch;
 
@@ -19,8 +24,8 @@ use bytes::Bytes;
 pub use error::{PeerError, StoreError, WatchError};
 pub use types::{
     Compare, CompareTarget, Consistency, GroupId, KeyValue, Leadership, LeaseId, MAX_TXN_BYTES, MAX_TXN_OPERATIONS,
-    Member, Op, RangeRequest, RangeResponse, Revision, StoreStatus, Txn, TxnOutcome, WatchBatch, WatchEvent,
-    prefix_end,
+    Member, MemberHealth, Op, Pressure, RangeRequest, RangeResponse, Revision, StoreStatus, Txn, TxnOutcome,
+    WatchBatch, WatchEvent, prefix_end,
 };
 pub use watch::{Watch, WatchSource};
 
@@ -31,6 +36,12 @@ pub trait Store: Send + Sync {
     /// at one revision; when several name the same key, only the last counts. A transaction that changes nothing
     /// (no operations, or deletes of missing keys) answers the current revision and makes no new one.
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError>;
+
+    /// Whether transactions that one task begins one after another at the member that leads, without waiting for their
+    /// outcomes, are applied in that order, those that are applied at all.
+    fn keeps_order(&self) -> bool {
+        false
+    }
 
     /// The keys of a range, in order.
     async fn range(&self, request: RangeRequest) -> Result<RangeResponse, StoreError>;

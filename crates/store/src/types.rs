@@ -395,6 +395,49 @@ pub struct Member {
     pub voter: bool,
 }
 
+/// How one member does, as its leader sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberHealth {
+    pub node: u64,
+    pub endpoint: String,
+    /// Takes part in elections and quorums.
+    pub voter: bool,
+    /// Answered within about the last second.
+    pub reachable: bool,
+    /// The last log entry that it is known to have.
+    pub matched: Option<u64>,
+    pub lag_entries: u64,
+    /// How far its wall clock is ahead of the leader's, by the quickest of the last round trips.
+    pub clock_skew_ms: Option<i64>,
+    /// The highest feature level that its release supports; 0 until it has said it.
+    pub feature_level: u32,
+}
+
+/// How close one node's store is to having no room left.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pressure {
+    #[default]
+    None,
+    /// Time to make room; nothing is refused yet. With the reason.
+    High(String),
+    /// Growth is refused until there is room again. With the reason.
+    Full(String),
+}
+
+impl Pressure {
+    /// Why there is pressure, if there is any.
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::None => None,
+            Self::High(reason) | Self::Full(reason) => Some(reason),
+        }
+    }
+
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Full(_))
+    }
+}
+
 /// What an operator wants to know of one node's store.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StoreStatus {
@@ -415,6 +458,20 @@ pub struct StoreStatus {
     pub snapshot_bytes: u64,
     /// Moving average of the time from proposal to commit, as measured where this node proposed. Zero before the first.
     pub commit_latency: Duration,
+    /// Bytes that can still be written to the disk of the data folder, as last measured; `None` when unknown.
+    pub disk_free_bytes: Option<u64>,
+    /// What keys, values and history take in memory, roughly.
+    pub state_bytes: u64,
+    pub pressure: Pressure,
+    /// How often the group was begun anew by a survivor, plus one.
+    #[serde(default)]
+    pub generation: u64,
+    /// What stored data and messages may contain: what every member's release can read.
+    #[serde(default)]
+    pub feature_level: u32,
+    /// The highest feature level that this node's release supports.
+    #[serde(default)]
+    pub supported_level: u32,
     /// Why this node's store has stopped, if it has.
     pub failure: Option<String>,
 }

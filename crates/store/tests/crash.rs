@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::{Cluster, seed};
 use nexus_env::{RngExt, SeededRng};
-use nexus_store::{Op, RangeRequest, Store, StoreError, Txn};
+use nexus_store::{Op, Pressure, RangeRequest, Store, StoreError, Txn};
 
 const CRASHES: usize = 120;
 
@@ -143,17 +143,19 @@ async fn a_nearly_full_disk_refuses_growth_but_not_deletes() {
     cluster.leader().await;
     let store = cluster.node(1);
     store.txn(Txn::put("k", "v")).await.unwrap();
-    cluster.disks[&1].set_capacity(Some(1 << 20));
-    let refused = common::until("the disk to be found full", async || store.txn(Txn::put("k", "w")).await.err()).await;
-    assert!(matches!(refused, StoreError::Storage(_)), "{refused}");
-    store.txn(Txn::delete("k")).await.unwrap();
-    cluster.disks[&1].set_capacity(None);
-    common::until("room again", async || {
-        // Free space is looked at when something is written.
-        store.txn(Txn::delete("k")).await.unwrap();
-        store.txn(Txn::put("k", "w")).await.ok()
+    cluster.disks[&1].set_capacity(Some(400 << 10));
+    let refused = common::until("the disk to be found full", async || {
+        store.txn(Txn::put(format!("grow-{}", store.status().await.applied), "w")).await.err()
     })
     .await;
+    assert!(matches!(refused, StoreError::Full(_)), "{refused}");
+    assert!(store.status().await.pressure.is_full());
+    store.txn(Txn::put("k", "w")).await.expect("what takes no more room is no growth");
+    store.txn(Txn::delete("k")).await.unwrap();
+    cluster.disks[&1].set_capacity(None);
+    // It clears by itself, without anything being written.
+    common::until("room again", async || (store.status().await.pressure == Pressure::None).then_some(())).await;
+    store.txn(Txn::put("k", "w")).await.unwrap();
     cluster.stop().await;
 }
 

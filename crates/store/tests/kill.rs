@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use nexus_env::{Env, RealRng, RngExt};
-use nexus_store::embedded::{Config, EmbeddedStore, Peers};
+use nexus_store::embedded::{Config, EmbeddedStore, PeerRef, Peers};
 use nexus_store::{GroupId, Op, PeerError, RangeRequest, Store, Txn};
 
 const KILLS: usize = 100;
@@ -22,7 +22,7 @@ struct Nobody;
 
 #[async_trait]
 impl Peers for Nobody {
-    async fn call(&self, _: u64, _: &GroupId, _: Bytes) -> Result<Bytes, PeerError> {
+    async fn call(&self, _: &PeerRef, _: &GroupId, _: Bytes) -> Result<Bytes, PeerError> {
         Err(PeerError::Unreachable("alone".into()))
     }
 }

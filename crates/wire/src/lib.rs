@@ -42,6 +42,7 @@
 //! Architecture invariant: nothing here knows what a message means or what a certificate's name allows. The caller
 //! brings rustls configurations, a function from certificates to an identity, and one that authorises.
 
+mod book;
 mod breaker;
 mod client;
 mod connection;
@@ -53,6 +54,7 @@ mod serve;
 mod server;
 mod streams;
 
+pub use book::ServerBook;
 pub use client::{Client, ClientOptions};
 pub use error::{Refusal, WireError, code};
 pub use pool::Pool;

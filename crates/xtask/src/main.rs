@@ -3,6 +3,7 @@
 mod bench;
 mod packages;
 mod process;
+mod sim;
 mod test;
 mod tidy;
 mod up;
@@ -15,6 +16,8 @@ const HELP: &str = "\
 cargo xtask up [ARGS…]            installs what is missing, builds, and starts the local cloud (`nexus up --detach ARGS`)
 cargo xtask test [FILTERS…]       installs what tests need, builds and runs all tests, or those whose names hold a filter
 cargo xtask bench NAME [--json]   measures, beside a peer where there is one; without NAME, lists the benches
+cargo xtask sim --seeds N [--from K]   runs regions in one process under seeded faults; `--seed S` replays one with its trace,
+                                  `--mutant NAME` plants a bug and looks for it
 cargo xtask tidy                  checks the rules of the house that the compiler can't
 cargo xtask fmt-check             checks the formatting
 cargo xtask lint                  clippy over everything, warnings are errors
@@ -42,6 +45,7 @@ fn run(arguments: &[String]) -> anyhow::Result<()> {
         "up" => up::run(&root, rest),
         "test" => test::run(&root, rest),
         "bench" => bench::run(&root, rest),
+        "sim" => sim::run(&root, rest),
         "tidy" => nothing_more().and_then(|()| tidy::run(&root)),
         "fmt-check" => nothing_more().and_then(|()| process::cargo(&root, &["fmt", "--all", "--check"])),
         "lint" => {

@@ -55,6 +55,8 @@ pub const PACKAGES: &[Package] = &[
     package(Need::Test, "skopeo", "converts between image formats"),
     package(Need::Test, "busybox-static", "the smallest useful container"),
     package(Need::Test, "python3-venv", "the place for Python tools such as schemathesis"),
+    package(Need::Test, "etcd-server", "the metadata engine beside our own, and the peer of its bench"),
+    package(Need::Test, "etcd-client", "sets up users of etcd"),
     package(Need::Bench, "runc", "the peer of the container runtime"),
     package(Need::Bench, "nginx-light", "the peer of the API and the gateway"),
     package(Need::Bench, "wrk", "makes the load of HTTP benches"),

@@ -1,6 +1,6 @@
 //! Paths and operations, and the parameters, headers and responses that they share.
 
-use nexus_model::kind::{self, KindDescriptor, Scope};
+use nexus_model::kind::{self, GLOBAL, Home, KindDescriptor, Scope};
 use nexus_model::{API_VERSION, Code, Digest, Name};
 use serde_json::{Map, Value, json};
 
@@ -41,7 +41,14 @@ pub(super) fn parameters(region: &Name) -> Value {
     json!({
         "Region": {
             "name": "region", "in": "path", "required": true, "example": region,
-            "schema": {"type": "string", "const": region}, "description": "The region that this server serves.",
+            "schema": {"type": "string", "enum": [region]},
+            "description": "The region that this server serves. Another region's path is passed on to it.",
+        },
+        "RegionOrGlobal": {
+            "name": "region", "in": "path", "required": true, "example": region,
+            "schema": {"type": "string", "enum": [region, GLOBAL]},
+            "description": "The region that this server serves, or `global`: what all regions share. Another region's \
+                path is passed on to it.",
         },
         "Project": {"name": "project", "in": "path", "required": true, "example": "default", "schema": name},
         "Name": {"name": "name", "in": "path", "required": true, "example": EXAMPLE, "schema": name},
@@ -213,9 +220,13 @@ fn operation(id: &str, tag: &str, summary: &str, parameters: Vec<Value>, respons
 fn place(d: &KindDescriptor, in_project: bool) -> Vec<Value> {
     match d.scope {
         Scope::Global => Vec::new(),
-        Scope::Project if in_project => vec![parameter("Region"), parameter("Project")],
-        Scope::Region | Scope::Project => vec![parameter("Region")],
+        Scope::Project if in_project => vec![region_parameter(d), parameter("Project")],
+        Scope::Region | Scope::Project => vec![region_parameter(d)],
     }
+}
+
+fn region_parameter(d: &KindDescriptor) -> Value {
+    parameter(if d.home == Home::Region { "Region" } else { "RegionOrGlobal" })
 }
 
 fn name_parameter(d: &KindDescriptor) -> Value {

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use nexus_model::kind::{self, KindDescriptor, MAX_ANNOTATION, Scope};
+use nexus_model::kind::{self, GLOBAL, KindDescriptor, MAX_ANNOTATION, Scope};
 use nexus_model::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use nexus_model::{API_VERSION, ApiError, FieldError, Metadata, Name};
 use schemars::SchemaGenerator;
@@ -406,7 +406,7 @@ fn metadata_input(region: &Name, project: bool, required: &[&str], patch: bool) 
     };
     let mut properties = json!({
         "name": name,
-        "region": {"type": "string", "const": region},
+        "region": {"type": "string", "enum": [region, GLOBAL]},
         "labels": map(json!({"type": "string", "pattern": LABEL_VALUE_PATTERN})),
         "annotations": map(json!({"type": "string", "maxLength": MAX_ANNOTATION})),
         "deletionProtection": or_null(json!({"type": "boolean"})),

@@ -1,6 +1,8 @@
 //! An API over stand-ins: a store in memory with history and watches, a writer that writes through to it, blobs in a map,
 //! and a host that echoes.
 
+#![allow(dead_code)] // Each test program uses a part of it.
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,7 +16,7 @@ use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use nexus_api::{
     Api, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations, Principal,
-    StatusSource, TokenAuthenticator, Topology,
+    Remote, StatusSource, TokenAuthenticator, Topology,
 };
 use nexus_control::intent::{Accepted, Change, Intent, Writer};
 use nexus_env::Env;
@@ -183,6 +185,9 @@ impl Store for MemStore {
             disk_free_bytes: None,
             state_bytes: 0,
             pressure: nexus_store::Pressure::None,
+            generation: 1,
+            feature_level: 1,
+            supported_level: 1,
             failure: None,
         }
     }
@@ -370,6 +375,8 @@ impl StatusSource for Status {
             leader: None,
             revision: None,
             servers: Vec::new(),
+            groups: Vec::new(),
+            certificates: Vec::new(),
             message: None,
         }
     }
@@ -379,8 +386,31 @@ impl StatusSource for Status {
     }
 }
 
+/// A region `mirror` whose servers answer with what they were asked.
+pub struct Mirror;
+
+#[async_trait]
+impl Remote for Mirror {
+    fn regions(&self) -> Vec<Name> {
+        vec!["mirror".parse().unwrap()]
+    }
+
+    async fn pass(&self, region: &Name, request: Request<Body>) -> Result<http::Response<Body>, ApiError> {
+        let (parts, body) = request.into_parts();
+        let header = |name: &str| parts.headers.get(name).map_or("", |v| v.to_str().unwrap()).to_owned();
+        let seen = json!({
+            "region": region, "method": parts.method.as_str(), "uri": parts.uri.to_string(),
+            "token": header("authorization"), "from": header("x-nexus-passed-on"), "id": header("x-request-id"),
+            "body": String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap(),
+        });
+        Ok(http::Response::builder().status(418).body(Body::from(seen.to_string())).unwrap())
+    }
+}
+
 pub struct World {
     pub store: Arc<MemStore>,
+    /// Of the group that all regions share.
+    pub global: Arc<MemStore>,
     pub router: Router,
     pub token: String,
     pub shutdown: CancellationToken,
@@ -420,7 +450,7 @@ impl World {
     }
 
     pub fn with(limits: Limits) -> Self {
-        let store = MemStore::new();
+        let (store, global) = (MemStore::new(), MemStore::new());
         let secret = TokenSecret::generate([7; 32]);
         let shutdown = CancellationToken::new();
         let principal = Principal { name: "admin".into() };
@@ -429,6 +459,9 @@ impl World {
             env: Env::real(),
             store: store.clone(),
             writer: Arc::new(FakeWriter { store: store.clone(), answers: Default::default() }),
+            global_store: global.clone(),
+            global_writer: Arc::new(FakeWriter { store: global.clone(), answers: Default::default() }),
+            remote: Arc::new(Mirror),
             authenticator: Arc::new(TokenAuthenticator::new([(secret.hash(), principal)])),
             blobs: Arc::new(MemBlobs::default()),
             hosts: Arc::new(EchoHost),
@@ -438,7 +471,7 @@ impl World {
             shutdown: shutdown.clone(),
             limits,
         };
-        Self { store, router: nexus_api::router(api), token: secret.reveal(), shutdown }
+        Self { store, global, router: nexus_api::router(api), token: secret.reveal(), shutdown }
     }
 
     pub fn request(&self, method: &str, path: &str) -> http::request::Builder {

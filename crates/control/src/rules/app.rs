@@ -1,15 +1,17 @@
 //! Keeps an app at its replicas: makes instances of the newest template, retires old ones as new ones become ready,
 //! and says in its status how far it is.
 
+use std::collections::BTreeMap;
+
 use nexus_model::kind::*;
 use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::{AnyObject, Digest, Name, Object, Uid};
 
-use crate::decide::{charge, recharge};
 use crate::rules::buried::Teardown;
-use crate::rules::instance;
+use crate::rules::usage::{charge, recharge};
+use crate::rules::{fleet, instance};
 use crate::step::{Dirty, Step};
-use crate::world::{Place, app_uid};
+use crate::world::{Part, Place, app_uid};
 
 /// Instances made or buried in one step, so that a step fits in a transaction.
 const PER_STEP: usize = 12;
@@ -20,6 +22,10 @@ pub fn bury(step: &mut Step<'_>, app: &Object<App>) -> AnyObject {
     recharge(step, &project, charge(&app.spec), [0; 3]).expect("giving back is never refused");
     let buried = step.bury(app);
     step.mark(Dirty::Buried(App::PLURAL, app.metadata.uid));
+    if step.world.part == Part::Region {
+        // The name may be what a global app waits for.
+        step.mark(Dirty::Child((app.metadata.project.clone(), app.metadata.name.clone())));
+    }
     buried.to_any()
 }
 
@@ -29,9 +35,13 @@ pub fn tear_down(step: &mut Step<'_>, app: Uid) -> Teardown {
     for i in &living {
         instance::bury(step, i, "its app was deleted");
     }
+    let elsewhere = || {
+        let buried = step.world.apps.buried.get(&app);
+        buried.is_some_and(|b| !fleet::confirmed(step.world, b, |region| region.apps.iter().any(|a| a.uid == app)))
+    };
     if !living.is_empty() {
         Teardown::Progressed
-    } else if step.world.instances.buried.values().any(|i| app_uid(i) == app) {
+    } else if elsewhere() || step.world.instances.buried.values().any(|i| app_uid(i) == app) {
         Teardown::Waiting
     } else {
         Teardown::Gone
@@ -56,65 +66,69 @@ pub fn hostnames(app: &Object<App>, domain: &str) -> Vec<String> {
 
 pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let Some(app) = step.world.apps.live.get(place).cloned() else { return };
-    let image = step.world.images.get(app.metadata.project.as_ref(), &app.spec.image);
+    let image = step.world.fleet().images.get(app.metadata.project.as_ref(), &app.spec.image);
     let image = image.map(|i| i.spec.digest);
-    let instances: Vec<_> = step.world.instances_of(app.metadata.uid).cloned().collect();
     let hash = image.map(|digest| template_hash(&app.spec.template(), digest));
+    let instances = step.world.instances_of(app.metadata.uid);
     let (new, old): (Vec<_>, Vec<_>) =
-        instances.into_iter().partition(|i| hash.as_ref().is_none_or(|h| *h == i.spec.template_hash));
+        instances.partition(|i| hash.as_ref().is_none_or(|h| *h == i.spec.template_hash));
+    let doomed = doomed(&new, &old, app.spec.replicas as usize);
+    let (new, old) = (new.len(), old.len());
     let wanted = app.spec.replicas as usize;
     let mut more = false;
     if let (Some(digest), Some(hash)) = (image, &hash) {
         let surge = (wanted / 4).max(1);
-        let room = (wanted + surge).saturating_sub(new.len() + old.len());
-        let missing = wanted.saturating_sub(new.len());
+        let room = (wanted + surge).saturating_sub(new + old);
+        let missing = wanted.saturating_sub(new);
         // With nothing to replace there is no surge to keep to.
-        let make = if old.is_empty() { missing } else { missing.min(room) };
+        let make = if old == 0 { missing } else { missing.min(room) };
         for _ in 0..make.min(PER_STEP) {
             make_instance(step, &app, digest, hash);
         }
         more |= make > PER_STEP;
     }
-    more |= retire(step, &new, &old, wanted);
+    more |= doomed.len() > PER_STEP;
+    for (uid, why) in doomed.into_iter().take(PER_STEP) {
+        if let Some(i) = step.world.instance(uid).cloned() {
+            instance::bury(step, &i, why);
+        }
+    }
     update_status(step, &app, hash.as_deref());
     if more {
         step.mark(Dirty::App(place.clone()));
     }
 }
 
-/// Buries what is too much: old instances that serve nothing or are no longer needed, then the excess of new ones.
-/// True if there is more to bury than one step may.
-fn retire(step: &mut Step<'_>, new: &[Object<Instance>], old: &[Object<Instance>], wanted: usize) -> bool {
+/// What is too much, and why: old instances that serve nothing or are no longer needed, then the excess of new ones.
+fn doomed(new: &[&Object<Instance>], old: &[&Object<Instance>], wanted: usize) -> Vec<(Uid, &'static str)> {
     let ready = new.iter().chain(old).filter(|i| i.status.ready).count();
     // As many replicas as are wanted stay ready while old instances are replaced.
     let mut spare_ready = ready.saturating_sub(wanted);
-    let mut doomed: Vec<(&Object<Instance>, &str)> = Vec::new();
+    let mut doomed = Vec::new();
     for i in old {
         if !i.status.ready {
-            doomed.push((i, "replaced by a newer template"));
+            doomed.push((i.metadata.uid, "replaced by a newer template"));
         } else if spare_ready > 0 {
             spare_ready -= 1;
-            doomed.push((i, "replaced by a newer template"));
+            doomed.push((i.metadata.uid, "replaced by a newer template"));
         }
     }
     let excess = new.len().saturating_sub(wanted);
     if excess > 0 {
-        let mut order: Vec<&Object<Instance>> = new.iter().collect();
+        let mut in_zone: BTreeMap<&Name, usize> = BTreeMap::new();
+        for zone in new.iter().filter_map(|i| i.status.zone.as_ref()) {
+            *in_zone.entry(zone).or_default() += 1;
+        }
+        let in_zone = |i: &Object<Instance>| i.status.zone.as_ref().map_or(0, |zone| in_zone[zone]);
+        let mut order: Vec<&Object<Instance>> = new.to_vec();
         // What serves least goes first: unplaced, unready, then from the fullest zone, the youngest first.
-        let in_zone = |i: &Object<Instance>| {
-            let zone = i.status.zone.as_ref();
-            new.iter().filter(|o| o.status.zone.as_ref() == zone && zone.is_some()).count()
-        };
         order.sort_by_key(|i| {
             let age = std::cmp::Reverse(i.metadata.created);
             (i.status.host.is_some(), i.status.ready, std::cmp::Reverse(in_zone(i)), age, i.metadata.uid)
         });
-        doomed.extend(order.into_iter().take(excess).map(|i| (i, "scaled in")));
+        doomed.extend(order.into_iter().take(excess).map(|i| (i.metadata.uid, "scaled in")));
     }
-    for (i, why) in doomed.iter().take(PER_STEP) {
-        instance::bury(step, i, why);
-    }
-    doomed.len() > PER_STEP
+    doomed
 }
 
 fn make_instance(step: &mut Step<'_>, app: &Object<App>, digest: Digest, hash: &str) {

@@ -3,7 +3,7 @@
 use nexus_model::kind::*;
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::{app, instance};
+use crate::rules::{app, fleet, instance};
 use crate::step::{Dirty, Step};
 use crate::world::{Stored, World};
 
@@ -28,7 +28,7 @@ pub fn reconcile(step: &mut Step<'_>, plural: &'static str, uid: Uid) {
             finish::<App>(step, uid, teardown);
         }
         p if p == Project::PLURAL && step.world.projects.buried.contains_key(&uid) => {
-            let teardown = tear_down_project(step, uid);
+            let teardown = tear_down_buried_project(step, uid);
             finish::<Project>(step, uid, teardown);
         }
         p if p == Organization::PLURAL && step.world.organizations.buried.contains_key(&uid) => {
@@ -57,6 +57,9 @@ fn finish<K: Stored>(step: &mut Step<'_>, uid: Uid, teardown: Teardown) {
                 .collect();
             let organizations: Vec<Uid> = step.world.organizations.buried.keys().copied().collect();
             projects.into_iter().for_each(|uid| step.mark(Dirty::Buried(Project::PLURAL, uid)));
+            if let Some(project) = &object.metadata.project {
+                step.mark(Dirty::Usage(project.clone()));
+            }
             organizations.into_iter().for_each(|uid| step.mark(Dirty::Buried(Organization::PLURAL, uid)));
         }
     }
@@ -66,9 +69,24 @@ fn take<K: Stored>(world: &World, project: &Name) -> Vec<Object<K>> {
     K::table(world).in_project(project).take(PER_STEP).cloned().collect()
 }
 
-fn tear_down_project(step: &mut Step<'_>, uid: Uid) -> Teardown {
+/// What the global group has of a project goes first, then what is in the regions, then the project.
+fn tear_down_buried_project(step: &mut Step<'_>, uid: Uid) -> Teardown {
     let Some(project) = step.world.projects.buried.get(&uid).cloned() else { return Teardown::Gone };
-    let name = &project.metadata.name;
+    match tear_down_project(step, &project.metadata.name) {
+        Teardown::Gone => {}
+        other => return other,
+    }
+    if !fleet::confirmed(step.world, &project, |region| region.projects.iter().any(|p| p.uid == uid)) {
+        return Teardown::Waiting;
+    }
+    if let Some(usage) = step.world.usage(&project.metadata.name).cloned() {
+        step.erase(&usage);
+    }
+    Teardown::Gone
+}
+
+/// Takes away some of what this group holds of a project, its `Usage` aside.
+pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
     let (apps, routes, images) =
         (take::<App>(step.world, name), take::<Route>(step.world, name), take::<Image>(step.world, name));
     let instances = take::<Instance>(step.world, name);

@@ -3,11 +3,12 @@
 use nexus_model::kind::*;
 use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::HostReport;
-use nexus_model::{AnyObject, Name, Object, Uid};
+use nexus_model::{AnyObject, Name, Object};
 
 use crate::rules::instance;
 use crate::scheduler::Scheduler;
 use crate::step::{Dirty, Step};
+use crate::world::addresses_of;
 
 /// Instances handled in one step.
 const PER_STEP: usize = 12;
@@ -25,24 +26,20 @@ pub fn recount(step: &mut Step<'_>, name: &Name) {
 
 /// Registers a host at its first report, or takes in what it now says of itself. Refused when its cell is full.
 pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
-    let known = step.world.host(&report.host).cloned();
-    let Some(host) = known else {
-        let cell = step.world.cells.get(None, &report.spec.cell);
-        let Some(cell) = cell else { return Err(format!("there is no cell {}", report.spec.cell)) };
-        let hosts = step.world.hosts.live.values().filter(|h| h.spec.cell == report.spec.cell).count();
-        if hosts >= cell.spec.max_hosts as usize {
-            return Err(format!("cell {} has {hosts} hosts, as many as it may", report.spec.cell));
-        }
-        let clash = step.world.hosts.live.values().find(|h| {
-            h.spec.prefix6 == report.spec.prefix6
-                || h.spec.prefix4 == report.spec.prefix4
-                || h.spec.address == report.spec.address
-        });
+    let known = step.world.host(&report.host);
+    // Nearly every report says nothing new of the host itself; that must cost nothing.
+    if known.is_some_and(|host| says_the_same(host, report)) {
+        return Ok(());
+    }
+    let Some(host) = known.cloned() else {
+        step.world.refuse_unreadable::<Host>(None, &report.host).map_err(|e| e.detail)?;
+        let cell = choose_cell(step, &report.spec)?;
+        let clash = addresses_of(&report.spec).iter().find_map(|a| step.world.host_addresses.get(a).cloned());
         if let Some(other) = clash {
-            return Err(format!("its address or prefix is that of host {}", other.metadata.name));
+            return Err(format!("its address or prefix is that of host {other}"));
         }
         let metadata = step.new_metadata(report.host.clone(), None);
-        let mut host = Object::<Host>::new(metadata, report.spec.clone());
+        let mut host = Object::<Host>::new(metadata, HostSpec { cell, ..report.spec.clone() });
         host.status.boot_id = Some(report.boot_id.clone());
         host.status.agent_version = Some(report.agent_version.clone());
         host.status.since = step.now;
@@ -78,12 +75,69 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether a report says of a host what is known.
+fn says_the_same(host: &Object<Host>, report: &HostReport) -> bool {
+    let HostSpec { zone: _, cell: _, cordoned: _, rack, address, prefix6, prefix4, runtimes, capacity, classes } =
+        &host.spec;
+    let said = &report.spec;
+    (rack, address, prefix6, prefix4) == (&said.rack, &said.address, &said.prefix6, &said.prefix4)
+        && (runtimes, capacity, classes) == (&said.runtimes, &said.capacity, &said.classes)
+        && host.status.boot_id.as_deref() == Some(report.boot_id.as_str())
+        && host.status.agent_version.as_deref() == Some(report.agent_version.as_str())
+        && host.status.images == report.images
+}
+
+/// The cell of a new host: the one that it names, or, of a zone's cells with room, the one with the fewest hosts. When
+/// all are full a new one is made.
+fn choose_cell(step: &mut Step<'_>, spec: &HostSpec) -> Result<Name, String> {
+    let scheduler = step.world.scheduler.as_ref().expect("only the writer takes hosts in");
+    let hosts_in = |cell: &Name| scheduler.hosts_in(cell).len();
+    if spec.cell != ANY_CELL {
+        let Some(cell) = step.world.cells.get(None, &spec.cell) else {
+            return Err(format!("there is no cell {}", spec.cell));
+        };
+        let hosts = hosts_in(&spec.cell);
+        if hosts >= cell.spec.max_hosts as usize {
+            return Err(format!("cell {} has {hosts} hosts, as many as it may", spec.cell));
+        }
+        let first = || scheduler.hosts_in(&spec.cell).find_map(|name| step.world.host(name)).map(|h| &h.spec.zone);
+        if let Some(zone) = cell.spec.zone.as_ref().or_else(first).filter(|zone| **zone != spec.zone) {
+            return Err(format!("cell {} is in {zone}, this host in {}", spec.cell, spec.zone));
+        }
+        return Ok(spec.cell.clone());
+    }
+    let is_here = |cell: &&Object<Cell>| {
+        let first = || scheduler.hosts_in(&cell.metadata.name).find_map(|name| step.world.host(name));
+        match &cell.spec.zone {
+            Some(zone) => *zone == spec.zone,
+            None => first().is_none_or(|host| host.spec.zone == spec.zone),
+        }
+    };
+    let here = step.world.cells.live.values().filter(is_here);
+    let counted = here.map(|cell| (hosts_in(&cell.metadata.name), cell));
+    let with_room = counted.filter(|(hosts, cell)| *hosts < cell.spec.max_hosts as usize);
+    if let Some((_, cell)) = with_room.min_by_key(|(hosts, cell)| (*hosts, cell.metadata.name.clone())) {
+        return Ok(cell.metadata.name.clone());
+    }
+    let named = |n: usize| format!("{}-cell-{n}", spec.zone).parse::<Name>();
+    let free = (1..).map(named).find(|name| match name {
+        Ok(name) => {
+            step.world.cells.get(None, name).is_none() && step.world.refuse_unreadable::<Cell>(None, name).is_ok()
+        }
+        Err(_) => true,
+    });
+    let name =
+        free.expect("numbers never end").map_err(|e| format!("no name for another cell in {}: {e}", spec.zone))?;
+    let metadata = step.new_metadata(name.clone(), None);
+    let cell = Object::<Cell>::new(metadata, CellSpec { zone: Some(spec.zone.clone()), ..CellSpec::default() });
+    step.put(cell.clone());
+    step.event(None, cell.owner_ref(), Severity::Normal, "CellMade", "every other cell of the zone is full");
+    Ok(name)
+}
+
 /// Moves a host to another state, and tells people.
 pub fn set_state(step: &mut Step<'_>, name: &Name, state: HostState, why: &str) {
-    let Some(host) = step.world.host(name).cloned() else { return };
-    if host.status.state == state {
-        return;
-    }
+    let Some(host) = step.world.host(name).filter(|h| h.status.state != state).cloned() else { return };
     let mut new = host.clone();
     new.status.state = state;
     new.status.since = step.now;
@@ -117,18 +171,8 @@ pub fn reconcile(step: &mut Step<'_>, name: &Name) {
             }
         }
         HostState::Ready => {
-            // Room may have come: whoever waits is asked again.
-            let waiting: Vec<Uid> = step
-                .world
-                .instances
-                .live
-                .values()
-                .filter(|i| i.status.host.is_none())
-                .map(|i| i.metadata.uid)
-                .collect();
-            for uid in waiting {
-                step.mark(Dirty::Instance(uid));
-            }
+            // One step for however many hosts have room again.
+            step.mark(Dirty::Room);
         }
         HostState::Joining | HostState::Suspect => {}
     }

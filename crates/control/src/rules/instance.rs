@@ -42,9 +42,14 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
             s.epoch = host.status.epoch + 1;
             (s.address6, s.address4) = (Some(six), Some(four));
             s.message = String::new();
-            let message = format!("on host {} in {}", placed.host, host.spec.zone);
+            let beyond = if placed.spilled { ", beyond the project's usual cells, which are full" } else { "" };
+            let message = format!("on host {} in {}{beyond}", placed.host, host.spec.zone);
             set_condition(&mut s.conditions, "Scheduled", ConditionStatus::True, "Placed", &message, step.now);
             step.put(new);
+            let scheduler = step.world.scheduler.as_ref().expect("only the writer reconciles");
+            if let Some(next) = scheduler.waiting_like(&instance) {
+                step.mark(Dirty::Instance(next));
+            }
             host::recount(step, &placed.host);
             step.event(project.as_ref(), instance.owner_ref(), Severity::Normal, "Placed", message);
         }
@@ -61,6 +66,14 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
             }
         }
     }
+}
+
+/// Asks those who wait again: one of each kind that is interchangeable, for where one finds no room no other does. Each
+/// that finds some asks the next.
+pub fn wake(step: &mut Step<'_>) {
+    let scheduler = step.world.scheduler.as_ref().expect("only the writer reconciles");
+    let first: Vec<Uid> = scheduler.first_waiting().collect();
+    first.into_iter().for_each(|uid| step.mark(Dirty::Instance(uid)));
 }
 
 fn mark_app(step: &mut Step<'_>, instance: &Object<Instance>) {
@@ -101,13 +114,38 @@ pub fn erase(step: &mut Step<'_>, buried: &Object<Instance>) {
     }
 }
 
-/// A buried project of that name may now be empty.
+/// What was left of a project that is no more may now be gone.
 fn mark_project(step: &mut Step<'_>, name: &Name) {
     let uids: Vec<_> = step.world.projects.buried.values().filter(|p| p.metadata.name == *name).collect();
     let uids: Vec<_> = uids.into_iter().map(|p| p.metadata.uid).collect();
     for uid in uids {
         step.mark(Dirty::Buried(Project::PLURAL, uid));
     }
+    step.mark(Dirty::Usage(name.clone()));
+}
+
+/// A host's words about an instance, as far as they are kept.
+fn message_of(report: &InstanceReport) -> &str {
+    match report.message.char_indices().nth(1024) {
+        Some((end, _)) => &report.message[..end],
+        None => &report.message,
+    }
+}
+
+/// Whether a report says anything that the instance's status does not say already.
+pub fn is_news(instance: &Object<Instance>, report: &InstanceReport) -> bool {
+    let s = &instance.status;
+    let known = (s.phase, s.ready, s.endpoint, s.restarts, s.started, s.exit_code, s.message.as_str());
+    let told = (
+        report.phase,
+        report.ready,
+        report.endpoint,
+        report.restarts,
+        report.started,
+        report.exit_code,
+        message_of(report),
+    );
+    known != told || !s.conditions.iter().any(|c| c.kind == "Ready")
 }
 
 /// Takes in what a host says of a living instance.
@@ -120,7 +158,7 @@ pub fn observe(step: &mut Step<'_>, instance: &Object<Instance>, report: &Instan
     s.restarts = report.restarts;
     s.started = report.started;
     s.exit_code = report.exit_code;
-    s.message = report.message.chars().take(1024).collect();
+    message_of(report).clone_into(&mut s.message);
     let (status, reason) = match (s.ready, s.phase) {
         (true, _) => (ConditionStatus::True, "Serving"),
         (_, InstancePhase::Running) => (ConditionStatus::False, "NotReady"),

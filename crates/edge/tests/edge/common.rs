@@ -143,6 +143,8 @@ pub fn service(app: &str, backends: Vec<Backend>) -> Service {
         protocol: Protocol::Http,
         runtime: Runtime::Container,
         backends,
+        global: false,
+        regions: Vec::new(),
     }
 }
 
@@ -154,7 +156,7 @@ pub fn table(revision: u64, services: Vec<Service>) -> RoutingTable {
         service: i as u32,
     };
     let routes = services.iter().enumerate().map(route).collect();
-    RoutingTable { version: 1, revision, services, routes }
+    RoutingTable { version: 1, revision, services, routes, ..RoutingTable::default() }
 }
 
 pub type Client = legacy::Client<HttpConnector, Full<Bytes>>;

@@ -3,4 +3,5 @@
 mod common;
 mod faults;
 mod proxying;
+mod regions;
 mod tables;

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::common::*;
 
-struct Pki {
+pub struct Pki {
     authority: CertificateAuthority,
     roots: Roots,
     env: Env,
@@ -24,7 +24,7 @@ struct Pki {
 const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
 impl Pki {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let env = Env::real();
         let now = nexus_iam::at_millis(env.now_millis());
         let authority = CertificateAuthority::generate("home", now, YEAR).unwrap();
@@ -32,12 +32,16 @@ impl Pki {
         Self { authority, roots, env }
     }
 
-    fn identity(&self, id: SpiffeId) -> Identity {
+    pub fn roots(&self) -> &Roots {
+        &self.roots
+    }
+
+    pub fn identity(&self, id: SpiffeId) -> Identity {
         let now = nexus_iam::at_millis(self.env.now_millis());
         Identity::from_issued(&self.authority.issue(&id, &[], &[], now, YEAR).unwrap()).unwrap()
     }
 
-    fn clock(&self) -> tls::Clock {
+    pub fn clock(&self) -> tls::Clock {
         let clock = self.env.clock.clone();
         tls::Clock::millis(move || clock.now_millis())
     }
@@ -89,6 +93,7 @@ async fn tables_come_from_servers_and_survive_without_them() {
         gateway: "gateway-1".parse().unwrap(),
         cluster_id: "home".into(),
         servers: vec![dead, at],
+        peer: None,
         data_dir: dir.path().join("cache"),
         tls: pki.client(),
     };

@@ -4,7 +4,7 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Classes, Column, Kind, Scope, Verbs};
+use super::{Classes, Column, Home, Kind, Scope, Verbs};
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, FieldError, MilliCpu, Name};
 
@@ -196,8 +196,13 @@ macro_rules! declare_template {
         #[serde(rename_all = "camelCase", default)]
         pub struct AppSpec {
             $($(#[$attribute])* pub $field: $type,)*
+            /// Of a global app: the total, shared out evenly over its regions, at least one each.
             #[schemars(range(max = 10_000))]
             pub replicas: u32,
+            /// Of a global app: the regions that run it; all of them, without any.
+            #[serde(skip_serializing_if = "Vec::is_empty")]
+            #[schemars(length(max = MAX_REGIONS))]
+            pub regions: Vec<Name>,
             pub spread: Spread,
             /// Whether gateways answer for `NAME.DOMAIN` with this app.
             pub expose: bool,
@@ -222,6 +227,7 @@ macro_rules! declare_template {
                 Self {
                     $($field: template.$field,)*
                     replicas: 1,
+                    regions: Vec::new(),
                     spread: Spread::default(),
                     expose: true,
                     instance_labels: IndexMap::new(),
@@ -277,6 +283,9 @@ impl Default for AppSpec {
     }
 }
 
+/// Regions that one global app may name.
+const MAX_REGIONS: usize = 64;
+
 /// The port on which every function answers HTTP.
 pub const FUNCTION_PORT: u16 = 8080;
 
@@ -302,6 +311,25 @@ pub enum AppPhase {
     Stopped,
 }
 
+/// What one region runs of a global app, as it last reported it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AppRegion {
+    pub region: Name,
+    /// Its share of the replicas.
+    #[serde(default)]
+    pub desired_replicas: u32,
+    #[serde(default)]
+    pub replicas: u32,
+    #[serde(default)]
+    pub ready_replicas: u32,
+    #[serde(default)]
+    pub updated_replicas: u32,
+    /// Why it does not run its share, in a sentence.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct AppStatus {
@@ -315,6 +343,9 @@ pub struct AppStatus {
     pub updated_replicas: u32,
     /// The host names under which gateways answer.
     pub hostnames: Vec<String>,
+    /// Of a global app: how each region does.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub regions: Vec<AppRegion>,
     pub conditions: Vec<Condition>,
 }
 
@@ -324,6 +355,7 @@ impl Kind for App {
     const SHORT: &'static [&'static str] = &[];
     const ABOUT: &'static str = "A deployed service: an image, how to run it, and how many replicas.";
     const SCOPE: Scope = Scope::Project;
+    const HOME: Home = Home::Either;
     const VERBS: Verbs = Verbs::ALL;
     const COLUMNS: &'static [Column] = &[
         Column::new("PHASE", "/status/phase"),
@@ -340,6 +372,14 @@ impl Kind for App {
         let mut errors = validate_template(&spec.template());
         if spec.replicas > 10_000 {
             errors.push(FieldError::new("spec.replicas", "at most 10000"));
+        }
+        if spec.regions.len() > MAX_REGIONS {
+            errors.push(FieldError::new("spec.regions", format!("at most {MAX_REGIONS}")));
+        }
+        for (i, region) in spec.regions.iter().enumerate() {
+            if spec.regions[..i].contains(region) {
+                errors.push(FieldError::new(format!("spec.regions[{i}]"), "listed twice"));
+            }
         }
         errors.extend(super::validate_labels("spec.instanceLabels", &spec.instance_labels));
         errors

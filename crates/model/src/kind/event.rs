@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Column, Kind, Scope, Verbs};
+use super::{Column, Home, Kind, Scope, Verbs};
 use crate::{FieldError, OwnerRef, RequestId, Timestamp, Uid};
 
 #[derive(Debug, Clone)]
@@ -65,6 +65,7 @@ impl Kind for Event {
     const SHORT: &'static [&'static str] = &["ev"];
     const ABOUT: &'static str = "What happened to an object. Events of hosts are in the project `system`.";
     const SCOPE: Scope = Scope::Project;
+    const HOME: Home = Home::Either;
     const VERBS: Verbs = Verbs::READ_ONLY;
     const COLUMNS: &'static [Column] = &[
         Column::age("LAST", "/spec/last"),

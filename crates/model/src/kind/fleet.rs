@@ -6,11 +6,14 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Column, Kind, Runtime, Scope, Verbs};
+use super::{Column, Home, Kind, Runtime, Scope, Verbs};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
 
 #[derive(Debug, Clone)]
 pub struct Region;
+
+/// The name under which what belongs to no region has its paths; no region may have it.
+pub const GLOBAL: &str = "global";
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -24,7 +27,38 @@ pub enum Tier {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RegionSpec {
+    /// As its servers are configured: only core regions vote in the global group.
     pub tier: Tier,
+}
+
+/// A server of a region's control plane.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RegionServer {
+    pub name: Name,
+    /// Its number in the fleet, never given twice.
+    pub node: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Name>,
+    /// Where other servers reach it.
+    pub wire: String,
+    /// Where users reach its API.
+    pub api: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RegionStatus {
+    pub servers: Vec<RegionServer>,
+    /// Where its gateways take requests from other regions' gateways.
+    #[schemars(with = "Vec<String>")]
+    pub gateways: Vec<SocketAddr>,
+    /// When it last reported, to within half a minute while it does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heard: Option<Timestamp>,
+    /// How old its copy of the global group was when it last said something new.
+    pub stale_ms: u64,
+    pub conditions: Vec<Condition>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -39,10 +73,17 @@ impl Kind for Region {
     const SHORT: &'static [&'static str] = &[];
     const ABOUT: &'static str = "Zones that share one metadata log and one writer.";
     const SCOPE: Scope = Scope::Global;
-    const VERBS: Verbs = Verbs { create: false, update: true, delete: false };
-    const COLUMNS: &'static [Column] = &[Column::new("TIER", "/spec/tier")];
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs { create: false, update: true, delete: true };
+    const COLUMNS: &'static [Column] = &[
+        Column::new("TIER", "/spec/tier"),
+        Column::count("SERVERS", "/status/servers"),
+        Column::age("HEARD", "/status/heard"),
+        Column::millis("STALE", "/status/staleMs"),
+    ];
+    const IMMUTABLE: &'static [&'static str] = &["tier"];
     type Spec = RegionSpec;
-    type Status = PlaceStatus;
+    type Status = RegionStatus;
 
     fn validate(_: &RegionSpec) -> Vec<FieldError> {
         Vec::new()
@@ -70,6 +111,7 @@ impl Kind for Zone {
     const SHORT: &'static [&'static str] = &["az"];
     const ABOUT: &'static str = "A failure domain of a region: power, cooling and network of its own.";
     const SCOPE: Scope = Scope::Region;
+    const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs::ALL;
     const COLUMNS: &'static [Column] = &[Column::new("DISPLAY NAME", "/spec/displayName")];
     type Spec = ZoneSpec;
@@ -97,13 +139,34 @@ pub struct CellSpec {
     /// At most this many hosts may join.
     #[schemars(range(min = 1, max = 50_000))]
     pub max_hosts: u32,
+    /// Only hosts of this zone may join. Without it, the first host's zone becomes the cell's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Name>,
 }
 
 impl Default for CellSpec {
     fn default() -> Self {
-        Self { max_hosts: 10_000 }
+        Self { max_hosts: 10_000, zone: None }
     }
 }
+
+/// Who would feel the loss of a cell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BlastRadius {
+    pub instances: u32,
+    /// Of all that are placed in the region, rounded up.
+    pub instances_percent: u32,
+    /// Projects with instances here.
+    pub projects: u32,
+    /// Of all with instances in the region, rounded up.
+    pub projects_percent: u32,
+    /// Projects whose every instance is here.
+    pub projects_wholly: u32,
+}
+
+/// The name that a host gives as its cell to be put where there is room.
+pub const ANY_CELL: &str = "auto";
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -116,6 +179,9 @@ pub struct CellStatus {
     pub epoch: u64,
     /// Set while the brake holds: so many hosts vanished at once that none is declared dead.
     pub brake: bool,
+    /// How much of the hosts' processors is reserved. Refreshed every few seconds, as is the blast radius.
+    pub reserved_percent: u32,
+    pub blast_radius: BlastRadius,
     pub conditions: Vec<Condition>,
 }
 
@@ -126,10 +192,16 @@ impl Kind for Cell {
     const ABOUT: &'static str =
         "Hosts that are scheduled and judged together; the blast radius of a controller's fault.";
     const SCOPE: Scope = Scope::Region;
+    const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs::ALL;
     const COLUMNS: &'static [Column] = &[
         Column::new("HOSTS", "/status/hosts"),
         Column::new("READY", "/status/readyHosts"),
+        Column::new("RESERVED %", "/status/reservedPercent"),
+        Column::new("INSTANCES", "/status/blastRadius/instances"),
+        Column::new("PROJECTS", "/status/blastRadius/projects"),
+        Column::new("PROJECTS %", "/status/blastRadius/projectsPercent"),
+        Column::new("WHOLLY HERE", "/status/blastRadius/projectsWholly").wide(),
         Column::new("HOLDER", "/status/holder"),
         Column::new("BRAKE", "/status/brake"),
     ];
@@ -246,6 +318,7 @@ impl Kind for Host {
     const SHORT: &'static [&'static str] = &["ho"];
     const ABOUT: &'static str = "A machine that runs instances; registered by its agent.";
     const SCOPE: Scope = Scope::Region;
+    const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs { create: false, update: true, delete: true };
     const COLUMNS: &'static [Column] = &[
         Column::new("STATE", "/status/state"),

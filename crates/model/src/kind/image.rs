@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Column, Kind, Scope, Verbs};
+use super::{Column, Home, Kind, Scope, Verbs};
 use crate::{Bytes, Condition, Digest, FieldError};
 
 #[derive(Debug, Clone)]
@@ -64,6 +64,7 @@ impl Kind for Image {
     const SHORT: &'static [&'static str] = &["img"];
     const ABOUT: &'static str = "A content-addressed container image or WebAssembly component.";
     const SCOPE: Scope = Scope::Project;
+    const HOME: Home = Home::Global;
     const VERBS: Verbs = Verbs::ALL;
     const COLUMNS: &'static [Column] = &[
         Column::new("FORMAT", "/spec/format"),

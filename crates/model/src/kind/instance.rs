@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Column, Kind, Scope, Template, Verbs};
+use super::{Column, Home, Kind, Scope, Template, Verbs};
 use crate::{Condition, Digest, FieldError, Name, Timestamp};
 
 #[derive(Debug, Clone)]
@@ -92,6 +92,7 @@ impl Kind for Instance {
     const SHORT: &'static [&'static str] = &["inst"];
     const ABOUT: &'static str = "One placed replica of an app. Deleting it makes the app place another.";
     const SCOPE: Scope = Scope::Project;
+    const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs { create: false, update: false, delete: true };
     const COLUMNS: &'static [Column] = &[
         Column::new("APP", "/spec/app"),

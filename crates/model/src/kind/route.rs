@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Column, Kind, Scope, Verbs};
+use super::{Column, Home, Kind, Scope, Verbs};
 use crate::{Condition, FieldError, Name};
 
 #[derive(Debug, Clone)]
@@ -52,6 +52,7 @@ impl Kind for Route {
     const SHORT: &'static [&'static str] = &[];
     const ABOUT: &'static str = "Sends the requests for a host name and path to an app.";
     const SCOPE: Scope = Scope::Project;
+    const HOME: Home = Home::Either;
     const VERBS: Verbs = Verbs::ALL;
     const COLUMNS: &'static [Column] = &[
         Column::new("HOST", "/spec/host"),

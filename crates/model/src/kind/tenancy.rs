@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Column, Kind, Scope, Verbs};
+use super::{Column, Home, Kind, Scope, Verbs};
 use crate::{Bytes, Condition, FieldError, MilliCpu, Name};
 
 #[derive(Debug, Clone)]
@@ -29,6 +29,7 @@ impl Kind for Organization {
     const SHORT: &'static [&'static str] = &["org", "orgs"];
     const ABOUT: &'static str = "Owns projects.";
     const SCOPE: Scope = Scope::Global;
+    const HOME: Home = Home::Global;
     const VERBS: Verbs = Verbs::ALL;
     const COLUMNS: &'static [Column] = &[Column::new("DISPLAY NAME", "/spec/displayName")];
     type Spec = OrganizationSpec;
@@ -54,7 +55,7 @@ fn display_name(name: &str) -> Vec<FieldError> {
 #[derive(Debug, Clone)]
 pub struct Project;
 
-/// What a project may use in this region, and what it does use.
+/// What a project may use in each region.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Quota {
@@ -85,7 +86,7 @@ impl Default for ProjectSpec {
     }
 }
 
-/// Written in the same transaction as the rows that it counts.
+/// An amount of what quotas bound.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct QuotaUse {
@@ -97,6 +98,7 @@ pub struct QuotaUse {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ProjectStatus {
+    /// The sum over all regions, as they last reported it. What a region itself goes by is its `Usage`.
     pub used: QuotaUse,
     pub conditions: Vec<Condition>,
 }
@@ -107,6 +109,7 @@ impl Kind for Project {
     const SHORT: &'static [&'static str] = &["proj"];
     const ABOUT: &'static str = "The unit of isolation, quota, network and bill.";
     const SCOPE: Scope = Scope::Global;
+    const HOME: Home = Home::Global;
     const VERBS: Verbs = Verbs::ALL;
     const COLUMNS: &'static [Column] = &[
         Column::new("ORGANIZATION", "/spec/organization"),
@@ -124,5 +127,44 @@ impl Kind for Project {
 
     fn example() -> ProjectSpec {
         ProjectSpec { display_name: "The shop".into(), ..ProjectSpec::default() }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Usage;
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct UsageSpec {}
+
+/// Written in the same transaction as the rows that it counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct UsageStatus {
+    pub used: QuotaUse,
+}
+
+impl Kind for Usage {
+    const KIND: &'static str = "Usage";
+    const PLURAL: &'static str = "usages";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str = "What a project uses of its quota in one region. Its name is the project's.";
+    const SCOPE: Scope = Scope::Project;
+    const HOME: Home = Home::Region;
+    const VERBS: Verbs = Verbs::READ_ONLY;
+    const COLUMNS: &'static [Column] = &[
+        Column::new("INSTANCES", "/status/used/instances"),
+        Column::new("CPU", "/status/used/cpu"),
+        Column::new("MEMORY", "/status/used/memory"),
+    ];
+    type Spec = UsageSpec;
+    type Status = UsageStatus;
+
+    fn validate(_: &UsageSpec) -> Vec<FieldError> {
+        Vec::new()
+    }
+
+    fn example() -> UsageSpec {
+        UsageSpec {}
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 use nexus_model::Name;
-use nexus_model::kind::Scope;
+use nexus_model::kind::{Home, Scope};
 use serde_json::Value;
 use similar::TextDiff;
 
@@ -85,13 +85,28 @@ pub fn project_of(cloud: &Cloud, asked: Option<&Name>, manifest: &Manifest) -> a
     }
 }
 
+/// The region in which a manifest's object stands.
+pub fn region_of(cloud: &Cloud, asked: Option<&Name>, manifest: &Manifest) -> anyhow::Result<Name> {
+    match (&manifest.region, asked) {
+        // What all regions share has one home, whatever is said.
+        (Some(_), _) if manifest.kind.home == Home::Global => Ok(cloud.target.region.clone()),
+        (Some(own), Some(asked)) if own != asked => {
+            let why = format!("{}: metadata.region: {own:?} contradicts --region {asked}", manifest.place);
+            Err(Fail::usage(why).into())
+        }
+        (Some(own), _) => Ok(own.clone()),
+        (None, _) => Ok(cloud.target.region.clone()),
+    }
+}
+
 pub async fn run(args: &ApplyArgs) -> anyhow::Result<()> {
     let manifests = manifest::read(&args.files)?;
     let cloud = Cloud::connect(&args.cloud)?;
     let mut places = Vec::new();
     for manifest in &manifests {
         let project = project_of(&cloud, args.cloud.project.as_ref(), manifest)?;
-        places.push(cloud.object_in(manifest.kind, &project, &manifest.name));
+        let region = region_of(&cloud, args.cloud.region.as_ref(), manifest)?;
+        places.push(cloud.object_at(manifest.kind, &region, &project, &manifest.name));
     }
     let mut applied = Vec::new();
     for (manifest, path) in manifests.iter().zip(&places) {

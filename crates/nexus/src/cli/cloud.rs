@@ -19,6 +19,7 @@ use serde_json::Value;
 use crate::client::{Client, ClientError, Parts};
 use crate::context::Target;
 use crate::exit::Fail;
+use crate::local::Plan;
 use crate::local::state::DataDir;
 
 /// What the API gives at most in one page.
@@ -33,7 +34,7 @@ pub struct CloudArgs {
     /// The project [default: the context's]
     #[arg(short, long, value_name = "NAME", value_parser = super::resource::new_name)]
     pub project: Option<Name>,
-    /// The region [default: the context's]
+    /// The region, or `global` for what all regions share; `get` also takes `all` [default: the context's]
     #[arg(long, value_name = "NAME", value_parser = super::resource::new_name)]
     pub region: Option<Name>,
     /// The context file [default: $NEXUS_CONFIG, or ~/.config/nexus/context.json]
@@ -53,6 +54,8 @@ pub struct Listing {
     pub all_projects: bool,
     /// In place of the context's project.
     pub project: Option<Name>,
+    /// In place of the context's region.
+    pub region: Option<Name>,
     pub selector: Option<String>,
     /// Also what is being torn down.
     pub deleting: bool,
@@ -107,13 +110,18 @@ impl Cloud {
         Self { client, target, data_dir: None }
     }
 
+    /// The folder of the local cloud that this is, if it is one.
+    pub fn data_dir(&self) -> Option<&std::path::Path> {
+        self.data_dir.as_deref()
+    }
+
     pub fn now(&self) -> Timestamp {
         Timestamp::from_millis(Env::real().clock.now_millis())
     }
 
     /// The path of a kind's collection; `None` for a project lists over all.
-    fn collection_in(&self, kind: &KindDescriptor, project: Option<&Name>) -> String {
-        let (region, plural) = (&self.target.region, kind.plural);
+    fn collection_in(&self, kind: &KindDescriptor, region: &Name, project: Option<&Name>) -> String {
+        let plural = kind.plural;
         match (kind.scope, project) {
             (Scope::Global, _) => format!("/v1/{plural}"),
             (Scope::Region, _) | (Scope::Project, None) => format!("/v1/regions/{region}/{plural}"),
@@ -123,7 +131,8 @@ impl Cloud {
 
     pub fn collection(&self, kind: &KindDescriptor, listing: &Listing) -> String {
         let project = listing.project.as_ref().unwrap_or(&self.target.project);
-        self.collection_in(kind, (!listing.all_projects).then_some(project))
+        let region = listing.region.as_ref().unwrap_or(&self.target.region);
+        self.collection_in(kind, region, (!listing.all_projects).then_some(project))
     }
 
     /// The path of an object of the context's project, if its kind has one.
@@ -132,7 +141,23 @@ impl Cloud {
     }
 
     pub fn object_in(&self, kind: &KindDescriptor, project: &Name, name: &Name) -> String {
-        format!("{}/{name}", self.collection_in(kind, Some(project)))
+        self.object_at(kind, &self.target.region, project, name)
+    }
+
+    pub fn object_at(&self, kind: &KindDescriptor, region: &Name, project: &Name, name: &Name) -> String {
+        format!("{}/{name}", self.collection_in(kind, region, Some(project)))
+    }
+
+    /// The region that an object says it is in: `global` for what all regions share.
+    pub fn region_of(&self, object: &Value) -> Name {
+        text(object, "/metadata/region").parse().unwrap_or_else(|_| self.target.region.clone())
+    }
+
+    /// The regions of the fleet.
+    pub async fn regions(&self) -> anyhow::Result<Vec<Name>> {
+        let kind = nexus_model::kind::find("regions").expect("a kind");
+        let (regions, _) = self.list(kind, &Listing::default(), |_| true).await?;
+        regions.iter().map(name_of).collect()
     }
 
     pub async fn page(
@@ -228,7 +253,11 @@ impl Cloud {
     /// Where the gateways of the cloud listen: a local cloud's plan says so, if this user may read it.
     fn gateway_port(&self) -> u16 {
         let plan = self.data_dir.as_deref().and_then(|dir| DataDir::at(dir).ok()?.plan().ok()?);
-        plan.map_or(GATEWAY_PORT, |plan| plan.gateway_port_base)
+        let port = |plan: Plan| {
+            let region = plan.region(self.target.region.as_str()).unwrap_or(plan.first_region());
+            plan.gateways_of(region).first().map(|g| g.http.port())
+        };
+        plan.and_then(port).unwrap_or(GATEWAY_PORT)
     }
 }
 

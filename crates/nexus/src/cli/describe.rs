@@ -159,7 +159,8 @@ fn instance_table(mut instances: Vec<Value>, now: Timestamp) -> String {
 pub async fn events_of(cloud: &Cloud, kind: &KindDescriptor, object: &Value) -> anyhow::Result<Vec<Value>> {
     let uid = text(object, "/metadata/uid").to_owned();
     let project = if kind.scope == Scope::Project { text(object, "/metadata/project") } else { SYSTEM_PROJECT };
-    let listing = Listing { project: project.parse().ok(), ..Listing::default() };
+    let region = Some(cloud.region_of(object));
+    let listing = Listing { project: project.parse().ok(), region, ..Listing::default() };
     let events = kind::find("events").expect("a kind");
     let (mut found, _) = cloud.list(events, &listing, |e| text(e, "/spec/regarding/uid") == uid).await?;
     super::events::sort(&mut found);

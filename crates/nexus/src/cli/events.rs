@@ -79,6 +79,9 @@ pub async fn run(args: &EventsArgs) -> anyhow::Result<()> {
         if of.scope != nexus_model::kind::Scope::Project {
             listing.project = nexus_model::kind::SYSTEM_PROJECT.parse().ok();
         }
+        if of.home == nexus_model::kind::Home::Global {
+            listing.region = nexus_model::kind::GLOBAL.parse().ok();
+        }
         // What was deleted has a past too: then its name must do.
         let living = cloud.find(&cloud.object(of, name)).await?;
         let uid = living.as_ref().map(|o| text(o, "/metadata/uid").to_owned());

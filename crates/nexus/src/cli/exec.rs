@@ -78,12 +78,17 @@ pub async fn run(args: &ExecArgs) -> anyhow::Result<i32> {
         }
     };
     let kind = kind::find("instance").expect("a kind");
-    let mut path = format!("{}:exec?stdin={}", cloud.object(kind, &name_of(&instance)?), args.stdin);
+    let mut path = format!("{}:exec?stdin={}", path_of(&cloud, kind, &instance)?, args.stdin);
     for word in &args.command {
         path.push_str(&format!("&command={}", encode(word)));
     }
     let socket = open(&cloud, &path).await?;
     converse(socket, args.stdin, &mut tokio::io::stdin()).await
+}
+
+/// Where an instance is, in whichever region.
+fn path_of(cloud: &Cloud, kind: &kind::KindDescriptor, instance: &serde_json::Value) -> anyhow::Result<String> {
+    Ok(cloud.object_at(kind, &cloud.region_of(instance), &cloud.target.project, &name_of(instance)?))
 }
 
 /// Opens the socket on the first server that can be reached and does not say that it is unavailable.

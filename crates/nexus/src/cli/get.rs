@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::Args;
 use futures::StreamExt as _;
 use nexus_model::Name;
-use nexus_model::kind::KindDescriptor;
+use nexus_model::kind::{GLOBAL, Home, KindDescriptor, Scope};
 use serde_json::{Value, json};
 
 use super::cloud::{Cloud, CloudArgs, Listing, encode, is_code, selector, text};
@@ -26,7 +26,8 @@ use crate::exit::{Exit, Fail};
     nexus get app web -o yaml\n  \
     nexus get instances -l tier=front -o wide\n  \
     nexus get instances -A -w\n  \
-    nexus get app/web host/zone-a-1\n\n\
+    nexus get app/web host/zone-a-1\n  \
+    nexus get apps --region all\n\n\
     With -w and -o json, each line is {\"event\": \"put\" or \"delete\", \"object\": {…}}.")]
 pub struct GetArgs {
     /// KIND [NAME…], or KIND/NAME…; a kind in any case, whole, in plural or short
@@ -56,6 +57,9 @@ pub struct GetArgs {
 pub async fn run(args: &GetArgs) -> anyhow::Result<()> {
     let asked = resource::parse(&args.what)?;
     let cloud = Cloud::connect(&args.cloud)?;
+    if all_regions(args) && (args.watch || args.limit.is_some() || args.output == Format::Name) {
+        return Err(Fail::usage("--region all can't be combined with -w, --limit or -o name").into());
+    }
     if args.watch {
         let [one] = asked.as_slice() else {
             return Err(Fail::usage("--watch takes one kind").into());
@@ -72,7 +76,11 @@ pub async fn run(args: &GetArgs) -> anyhow::Result<()> {
             output::text("")?;
         }
         let kind = one.kind();
-        if one.names.is_empty() { list(&cloud, args, kind).await? } else { named_ones(&cloud, args, one).await? }
+        match (all_regions(args) && kind.scope != Scope::Global, one.names.is_empty()) {
+            (true, _) => everywhere(&cloud, args, one).await?,
+            (false, true) => list(&cloud, args, kind).await?,
+            (false, false) => named_ones(&cloud, args, one).await?,
+        }
     }
     Ok(())
 }
@@ -93,11 +101,62 @@ pub async fn images(cloud: &CloudArgs, output: Format) -> anyhow::Result<()> {
 }
 
 fn columns(args: &GetArgs) -> Columns {
-    Columns { wide: args.output == Format::Wide, project: args.all_projects, deleting: args.deleting }
+    Columns {
+        wide: args.output == Format::Wide,
+        project: args.all_projects,
+        deleting: args.deleting,
+        region: all_regions(args),
+    }
 }
 
 fn listing(args: &GetArgs) -> Listing {
-    Listing { all_projects: args.all_projects, project: None, selector: args.selector.clone(), deleting: args.deleting }
+    Listing {
+        all_projects: args.all_projects,
+        selector: args.selector.clone(),
+        deleting: args.deleting,
+        ..Listing::default()
+    }
+}
+
+/// Stands for every region; none can have this name.
+const ALL: &str = "all";
+
+fn all_regions(args: &GetArgs) -> bool {
+    args.cloud.region.as_ref().is_some_and(|r| *r == *ALL)
+}
+
+/// A kind's objects in every region, and in `global` where they can be there too. A region that can't be asked is named and
+/// does not hide the others.
+async fn everywhere(cloud: &Cloud, args: &GetArgs, asked: &Asked) -> anyhow::Result<()> {
+    let kind = asked.kind();
+    let global = GLOBAL.parse().expect("a well-formed name");
+    let mut regions = if kind.home == Home::Global { Vec::new() } else { cloud.regions().await? };
+    if kind.home != Home::Region {
+        regions.insert(0, global);
+    }
+    let mut items = Vec::new();
+    let mut unheard = None;
+    for region in regions {
+        let listing = Listing { region: Some(region.clone()), ..listing(args) };
+        let wanted = |o: &Value| asked.names.is_empty() || asked.names.iter().any(|n| *n == text(o, "/metadata/name"));
+        match cloud.list(kind, &listing, wanted).await {
+            Ok((mut found, _)) => items.append(&mut found),
+            Err(e) => {
+                output::note(&format!("region {region}: {e}"));
+                unheard = Some(e);
+            }
+        }
+    }
+    match args.output {
+        Format::Json => output::json(&output::list_of(kind.kind, &items))?,
+        Format::Yaml => output::yaml(&output::list_of(kind.kind, &items))?,
+        _ if items.is_empty() => output::note(&format!("there are no {}", kind.plural)),
+        _ => {
+            let mut table = KindTable::new(kind, columns(args));
+            output::text(&table.rows(items.iter().map(|o| (o, false)), cloud.now()))?;
+        }
+    }
+    unheard.map_or(Ok(()), |e| Err(e.into()))
 }
 
 async fn named_ones(cloud: &Cloud, args: &GetArgs, asked: &Asked) -> anyhow::Result<()> {
@@ -155,7 +214,7 @@ async fn list(cloud: &Cloud, args: &GetArgs, kind: &'static KindDescriptor) -> a
         Format::Yaml => output::yaml(&output::list_of(kind.kind, &whole)),
         Format::Table | Format::Wide if !any => {
             let project = &cloud.target.project;
-            let place = if args.all_projects || kind.scope != nexus_model::kind::Scope::Project {
+            let place = if args.all_projects || kind.scope != Scope::Project {
                 String::new()
             } else {
                 format!(" in project {project}")

@@ -85,11 +85,14 @@ pub async fn run(args: &LogsArgs) -> anyhow::Result<()> {
     match find(&cloud, &args.what, true).await? {
         Found::Instance(instance) => {
             let name = name_of(&instance)?;
-            let mut lines = open(&cloud, &name, args.follow, args.tail).await?;
+            let mut lines = open(&cloud, &cloud.region_of(&instance), &name, args.follow, args.tail).await?;
             while let Some(piece) = lines.next().await {
                 output::bytes(&piece?)?;
             }
             Ok(())
+        }
+        Found::App(app) if args.follow && cloud.region_of(&app) == *kind::GLOBAL => {
+            Err(Fail::usage("a global app is followed in one region at a time: name it with --region").into())
         }
         Found::App(app) if args.follow => follow(&cloud, &app, args.tail).await,
         Found::App(app) => {
@@ -98,7 +101,7 @@ pub async fn run(args: &LogsArgs) -> anyhow::Result<()> {
                 output::note(&format!("app/{} has no instances", text(&app, "/metadata/name")));
             }
             for instance in &instances {
-                once(&cloud, &name_of(instance)?, args.tail).await?;
+                once(&cloud, &cloud.region_of(instance), &name_of(instance)?, args.tail).await?;
             }
             Ok(())
         }
@@ -107,11 +110,12 @@ pub async fn run(args: &LogsArgs) -> anyhow::Result<()> {
 
 async fn open(
     cloud: &Cloud,
+    region: &Name,
     name: &Name,
     follow: bool,
     tail: Option<u32>,
 ) -> Result<impl Stream<Item = Result<Bytes, ClientError>> + Unpin + use<>, ClientError> {
-    let mut path = format!("{}:logs?follow={follow}", cloud.object(kinds().1, name));
+    let mut path = format!("{}:logs?follow={follow}", cloud.object_at(kinds().1, region, &cloud.target.project, name));
     if let Some(tail) = tail {
         path.push_str(&format!("&tail={tail}"));
     }
@@ -160,8 +164,8 @@ impl Prefixer {
 }
 
 /// Prints what one of several instances has said. One that can't be read must not keep the others.
-async fn once(cloud: &Cloud, name: &Name, tail: Option<u32>) -> anyhow::Result<()> {
-    let mut lines = match open(cloud, name, false, tail).await {
+async fn once(cloud: &Cloud, region: &Name, name: &Name, tail: Option<u32>) -> anyhow::Result<()> {
+    let mut lines = match open(cloud, region, name, false, tail).await {
         Ok(lines) => lines,
         Err(e) => {
             output::note(&format!("instance/{name}: {e}"));
@@ -181,7 +185,7 @@ async fn once(cloud: &Cloud, name: &Name, tail: Option<u32>) -> anyhow::Result<(
 /// Follows one instance until its stream ends.
 async fn tail_one(cloud: &Cloud, name: Name, tail: Option<u32>) -> (Name, anyhow::Result<Result<(), ClientError>>) {
     let told = async {
-        let mut lines = match open(cloud, &name, true, tail).await {
+        let mut lines = match open(cloud, &cloud.target.region, &name, true, tail).await {
             Ok(lines) => lines,
             Err(e) => return Ok(Err(e)),
         };

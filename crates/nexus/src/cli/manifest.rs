@@ -25,6 +25,8 @@ pub struct Manifest {
     pub name: Name,
     /// As the manifest says; the command's project without it.
     pub project: Option<Name>,
+    /// As the manifest says; the command's region without it.
+    pub region: Option<Name>,
     pub object: Value,
 }
 
@@ -161,6 +163,11 @@ fn object(place: &str, mut value: Value, out: &mut Vec<Manifest>, faults: &mut V
         Some(Ok(project)) => Some(project),
         Some(Err(e)) => return fault("metadata.project", &e.to_string()),
     };
+    let region = match metadata.get("region").map(|r| r.as_str().unwrap_or_default().parse::<Name>()) {
+        None => None,
+        Some(Ok(region)) => Some(region),
+        Some(Err(e)) => return fault("metadata.region", &e.to_string()),
+    };
     map.shift_remove("status");
     match map.get("spec") {
         None => return fault("spec", "is required"),
@@ -171,7 +178,7 @@ fn object(place: &str, mut value: Value, out: &mut Vec<Manifest>, faults: &mut V
             }
         }
     }
-    out.push(Manifest { place: place.to_owned(), kind, name, project, object: value });
+    out.push(Manifest { place: place.to_owned(), kind, name, project, region, object: value });
 }
 
 /// What a user may say of an object: what `apply` compares and shows.

@@ -3,7 +3,9 @@
 //! Results go to standard output, progress and advice to standard error.
 
 mod apply;
+mod backup;
 mod cloud;
+mod debug;
 mod delete;
 mod deploy;
 mod describe;
@@ -11,15 +13,22 @@ mod events;
 mod exec;
 mod explain;
 mod get;
+pub mod host;
 mod image;
+mod install;
+mod join;
 mod logs;
 mod manifest;
 mod output;
 mod progress;
+pub mod recover;
+mod region;
 pub mod report;
 mod resource;
+pub mod server;
 mod settle;
 pub mod status;
+mod stores;
 mod table;
 mod version;
 
@@ -46,14 +55,12 @@ pub enum Command {
     Local(LocalArgs),
     #[command(flatten)]
     User(Box<UserCommand>),
-    /// Runs a control plane server
-    Server(RoleArgs),
+    Server(Box<server::ServerArgs>),
     /// Runs a host's agent
     Agent(RoleArgs),
     /// Runs a host's keeper
     Keeper(RoleArgs),
-    /// Runs an edge gateway
-    Gateway(RoleArgs),
+    Gateway(Box<host::GatewayArgs>),
     #[command(hide = true)]
     Shim(InnerArgs),
     #[command(hide = true)]
@@ -108,6 +115,12 @@ pub enum UserCommand {
     Events(events::EventsArgs),
     Image(image::ImageArgs),
     Explain(explain::ExplainArgs),
+    Host(host::HostArgs),
+    Region(region::RegionArgs),
+    Token(host::JoinTokenArgs),
+    Install(install::InstallArgs),
+    Backup(backup::BackupArgs),
+    Debug(debug::DebugArgs),
     Completions(CompletionsArgs),
     Version(version::VersionArgs),
 }
@@ -130,6 +143,14 @@ pub fn run(command: UserCommand) -> anyhow::Result<i32> {
     done
 }
 
+/// Runs what changes the fleet, on the same terms.
+pub fn operate(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = crate::local::small_runtime()?;
+    let done = runtime.block_on(Box::pin(work));
+    runtime.shutdown_background();
+    done
+}
+
 async fn perform(command: UserCommand) -> anyhow::Result<i32> {
     match command {
         UserCommand::Deploy(args) => deploy::deploy(&args).await?,
@@ -143,6 +164,12 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::Events(args) => events::run(&args).await?,
         UserCommand::Image(args) => image::run(&args).await?,
         UserCommand::Explain(args) => explain::run(&args)?,
+        UserCommand::Host(args) => host::run(args.command).await?,
+        UserCommand::Region(args) => region::run(&args).await?,
+        UserCommand::Token(args) => host::tokens(&args).await?,
+        UserCommand::Install(args) => install::run(&args)?,
+        UserCommand::Backup(args) => backup::run(&args).await?,
+        UserCommand::Debug(args) => debug::run(&args).await?,
         UserCommand::Completions(args) => {
             let mut script = Vec::new();
             clap_complete::generate(args.shell, &mut Cli::command(), "nexus", &mut script);

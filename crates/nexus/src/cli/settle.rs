@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use nexus_model::kind::{self, KindDescriptor};
+use nexus_model::Name;
+use nexus_model::kind::{self, GLOBAL, KindDescriptor};
 use serde_json::Value;
 
 use super::cloud::{Cloud, Listing, text};
@@ -57,13 +58,33 @@ pub async fn instances_of(cloud: &Cloud, app: &Value) -> Result<Vec<Value>, Clie
     let kind = kind::find("instances").expect("a kind");
     let (name, uid) = (text(app, "/metadata/name"), text(app, "/metadata/uid"));
     let project = text(app, "/metadata/project").parse().ok();
-    let listing = Listing { project, ..Listing::default() };
+    let region = cloud.region_of(app);
+    if region == *GLOBAL {
+        return shares_of(cloud, app, project).await;
+    }
+    let listing = Listing { project, region: Some(region), ..Listing::default() };
     // The owner tells instances of this app from those of a former one of the same name.
     let mine = |i: &Value| {
         let owner = text(i, "/metadata/owner/uid");
         if owner.is_empty() { text(i, "/spec/app") == name } else { owner == uid }
     };
     Ok(cloud.list(kind, &listing, mine).await?.0)
+}
+
+/// The instances of a global app in all of its regions. A region that can't be asked must not hide the others'.
+async fn shares_of(cloud: &Cloud, app: &Value, project: Option<Name>) -> Result<Vec<Value>, ClientError> {
+    let kind = kind::find("instances").expect("a kind");
+    let name = text(app, "/metadata/name");
+    let regions = app["status"]["regions"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut all = Vec::new();
+    for region in regions.iter().filter_map(|r| text(r, "/region").parse::<Name>().ok()) {
+        let listing = Listing { project: project.clone(), region: Some(region.clone()), ..Listing::default() };
+        match cloud.list(kind, &listing, |i| text(i, "/spec/app") == name).await {
+            Ok((mut instances, _)) => all.append(&mut instances),
+            Err(e) => super::output::note(&format!("region {region}: {e}")),
+        }
+    }
+    Ok(all)
 }
 
 /// Why an object has not settled, line by line: its own conditions and, for an app, those of its instances.

@@ -4,12 +4,16 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
+use nexus_api::{Certificate, GroupStatus};
 use serde::{Deserialize, Serialize};
 
+use super::output::plain;
 use crate::client::{Client, Parts};
 use crate::local::{self, Output};
 
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Clocks that are closer together than this are not worth a word.
+const CLOCK: i64 = 100;
 
 /// Shows how the cloud is.
 #[derive(Debug, Args)]
@@ -71,7 +75,59 @@ fn show(status: &Status, output: Output) -> anyhow::Result<()> {
     println!("active workers     {}", status.active_workers);
     println!("zones              {}", status.topology.zones.join(", "));
     println!("failover           {}", status.topology.failover_mode);
+    let more = |key: &str| status.more.get(key).cloned().unwrap_or_default();
+    if let Some(region) = more("region").as_str() {
+        println!("region             {}", plain(region));
+    }
+    for group in read::<GroupStatus>(more("groups")) {
+        println!("group              {}", group_line(&group));
+        if let Some(reason) = &group.pressure {
+            println!("                   {}", plain(reason));
+        }
+    }
+    for certificate in read::<Certificate>(more("certificates")) {
+        println!("certificate        {} until {}", plain(&certificate.name), certificate.not_after);
+    }
+    if let Some(message) = more("message").as_str() {
+        println!("                   {}", plain(message));
+    }
     Ok(())
+}
+
+/// The items that can be read: an older or newer server may say other things.
+fn read<T: serde::de::DeserializeOwned>(list: serde_json::Value) -> Vec<T> {
+    let items = list.as_array().cloned().unwrap_or_default();
+    items.into_iter().filter_map(|item| serde_json::from_value(item).ok()).collect()
+}
+
+/// A group of the metadata store in a line: who leads, how many vote and answer, how fast it commits, how complete the
+/// asked server's copy is, and whose clock is furthest off.
+fn group_line(group: &GroupStatus) -> String {
+    let name_of = |node: u64| {
+        let member = group.members.iter().find(|m| m.node == node);
+        member.and_then(|m| m.name.clone()).unwrap_or_else(|| format!("node {node}"))
+    };
+    let voters: Vec<_> = group.members.iter().filter(|m| m.voter).collect();
+    let answering = voters.iter().filter(|m| m.reachable).count();
+    let learners = group.members.len() - voters.len();
+    let mut parts = vec![
+        group.leader.map_or_else(|| "no leader".to_owned(), |node| format!("leader {}", name_of(node))),
+        format!("{answering} of {} voters answer", voters.len()),
+    ];
+    if learners > 0 {
+        parts.push(format!("{learners} read along"));
+    }
+    if !group.quorum {
+        parts.push("no quorum".to_owned());
+    }
+    parts.push(format!("commits in {} ms", group.commit_latency_ms));
+    #[allow(clippy::cast_precision_loss)] // Tenths of seconds are shown.
+    parts.push(format!("copy complete up to {:.1} s ago", group.stale_ms as f64 / 1000.0));
+    let worst = group.members.iter().filter_map(|m| Some((m.clock_skew_ms?, m.node)));
+    if let Some((ms, node)) = worst.max_by_key(|(ms, _)| ms.abs()).filter(|(ms, _)| ms.abs() >= CLOCK) {
+        parts.push(format!("clock of {} {ms} ms off", name_of(node)));
+    }
+    plain(&format!("{}: {}", group.group, parts.join(", ")))
 }
 
 /// What `/proc` and the data folder say, if the cloud that the context means is on this machine.
@@ -132,5 +188,18 @@ mod tests {
         });
         let status: Status = serde_json::from_value(text.clone()).unwrap();
         assert_eq!(serde_json::to_value(&status).unwrap(), text);
+    }
+
+    #[test]
+    fn a_group_is_told_in_a_line() {
+        let member = |node: u64, voter: bool, reachable: bool, skew: i64| serde_json::json!({"node": node, "name": format!("s-{node}"), "voter": voter, "reachable": reachable, "clock_skew_ms": skew});
+        let group = serde_json::json!([{
+            "group": "global", "leader": 1, "quorum": false, "commit_latency_ms": 1.5, "revision": 7, "stale_ms": 12_340,
+            "members": [member(1, true, true, 0), member(101, true, false, -250), member(201, false, true, 3)],
+        }, {"group": 5}]);
+        let lines: Vec<String> = read::<GroupStatus>(group).iter().map(group_line).collect();
+        let line = "global: leader s-1, 1 of 2 voters answer, 1 read along, no quorum, commits in 1.5 ms, copy complete up to \
+                    12.3 s ago, clock of s-101 -250 ms off";
+        assert_eq!(lines, [line]);
     }
 }

@@ -39,6 +39,11 @@ fn cell(object: &Value, column: &Column, now: Timestamp) -> String {
             Value::Object(map) => map.len().to_string(),
             _ => "0".into(),
         },
+        Show::Millis => match value.as_u64() {
+            None => NOTHING.into(),
+            Some(ms @ 0..10_000) => format!("{}.{}s", ms / 1000, ms % 1000 / 100),
+            Some(ms) => age(ms / 1000),
+        },
         Show::Plain => match value {
             Value::Null => NOTHING.into(),
             Value::String(text) if text.is_empty() => NOTHING.into(),
@@ -54,6 +59,7 @@ pub struct Columns {
     pub wide: bool,
     pub project: bool,
     pub deleting: bool,
+    pub region: bool,
 }
 
 /// The rows of one kind.
@@ -65,9 +71,13 @@ pub struct KindTable {
 
 impl KindTable {
     pub fn new(kind: &'static KindDescriptor, columns: Columns) -> Self {
-        let columns = Columns { project: columns.project && kind.scope == Scope::Project, ..columns };
+        let project = columns.project && kind.scope == Scope::Project;
+        let columns = Columns { project, region: columns.region && kind.scope != Scope::Global, ..columns };
         let shown: Vec<_> = kind.columns.iter().filter(|c| columns.wide || !c.wide).collect();
         let mut header = Vec::new();
+        if columns.region {
+            header.push("REGION");
+        }
         if columns.project {
             header.push("PROJECT");
         }
@@ -89,6 +99,9 @@ impl KindTable {
                 text.map_or(NOTHING.to_owned(), plain)
             };
             let mut row = Vec::new();
+            if self.columns.region {
+                row.push(text("/metadata/region"));
+            }
             if self.columns.project {
                 row.push(text("/metadata/project"));
             }

@@ -6,21 +6,26 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use nexus_model::Name;
+use nexus_network::NetnsRef;
 use nix::sys::signal::Signal;
 use serde::Serialize;
 
-use super::plan::{HostPlan, Plan};
+use super::plan::{HostPlan, Plan, RegionPlan};
 use super::procs::{self, Found, SUPERVISE};
 use super::state::{DataDir, Mark};
 use super::{LocalArgs, LocalCommand, Output, link, materials};
 use crate::exit::Fail;
 
-const PATIENCE: Duration = Duration::from_secs(15);
+/// Longer than a gateway may take to drain.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// Who a name means.
 enum Target {
     /// A server, gateway or host.
     Member { role: &'static str, name: String, host: Option<HostPlan> },
+    /// All of a region.
+    Region(RegionPlan),
     /// `agent@HOST` or `keeper@HOST`: its host starts it again.
     Daemon { role: &'static str, host: String },
 }
@@ -31,6 +36,7 @@ enum Target {
 pub struct MemberView {
     pub name: String,
     pub role: &'static str,
+    pub region: String,
     pub zone: String,
     pub address: String,
     /// `running`, `stopped` (by the user) or `down`.
@@ -38,6 +44,8 @@ pub struct MemberView {
     pub pid: Option<i32>,
     /// The user has cut its cable.
     pub cut: bool,
+    /// The user has cut its region off from the others.
+    pub region_cut: bool,
 }
 
 pub fn run(args: &LocalArgs) -> anyhow::Result<()> {
@@ -59,22 +67,23 @@ pub fn run(args: &LocalArgs) -> anyhow::Result<()> {
 /// Every member of the cloud and whether it runs.
 pub fn list(dir: &DataDir, plan: &Plan) -> anyhow::Result<Vec<MemberView>> {
     let running = procs::find(dir.root()).context("looking for running members")?;
-    let view = |role: &'static str, name: &str, zone: &str, address: String| {
+    let view = |role: &'static str, name: &str, place: (&Name, &Name), address: String| {
         let pid = running.iter().find(|f| is_member(dir, f, role, name)).map(|f| f.process.pid());
         let state = match pid {
             Some(_) => "running",
             None if dir.is_marked(name, Mark::Stopped) => "stopped",
             None => "down",
         };
-        let (name, zone) = (name.to_owned(), zone.to_owned());
-        MemberView { cut: dir.is_marked(&name, Mark::Cut), name, role, zone, address, state, pid }
+        let (region, zone) = (place.0.to_string(), place.1.to_string());
+        let (cut, region_cut) = (dir.is_marked(name, Mark::Cut), dir.is_marked(&region, Mark::Cut));
+        MemberView { name: name.to_owned(), role, region, zone, address, state, pid, cut, region_cut }
     };
     let servers = plan.servers();
     let (hosts, gateways) = (plan.hosts(), plan.gateways());
     let mut all = Vec::new();
-    all.extend(servers.iter().map(|s| view("server", s.name.as_str(), s.zone.as_str(), s.api_tls.to_string())));
-    all.extend(hosts.iter().map(|h| view("host", h.name.as_str(), h.zone.as_str(), h.address6.to_string())));
-    all.extend(gateways.iter().map(|g| view("gateway", g.name.as_str(), g.zone.as_str(), g.http.to_string())));
+    all.extend(servers.iter().map(|s| view("server", s.name.as_str(), (&s.region, &s.zone), s.api_tls.to_string())));
+    all.extend(hosts.iter().map(|h| view("host", h.name.as_str(), (&h.region, &h.zone), h.address6.to_string())));
+    all.extend(gateways.iter().map(|g| view("gateway", g.name.as_str(), (&g.region, &g.zone), g.http.to_string())));
     Ok(all)
 }
 
@@ -96,11 +105,16 @@ fn print_list(members: &[MemberView], output: Output) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(members).context("writing JSON")?);
         return Ok(());
     }
-    println!("{:<12} {:<8} {:<8} {:<10} {:<8} ADDRESS", "NAME", "ROLE", "ZONE", "STATE", "PID");
+    let width = members.iter().map(|m| m.name.len()).max().unwrap_or(0).max(12);
+    println!("{:<width$} {:<8} {:<8} {:<10} {:<8} ADDRESS", "NAME", "ROLE", "ZONE", "STATE", "PID");
     for m in members {
-        let state = if m.cut { format!("{},cut", m.state) } else { m.state.to_owned() };
+        let state = match (m.cut, m.region_cut) {
+            (true, _) => format!("{},cut", m.state),
+            (false, true) => format!("{},region cut", m.state),
+            (false, false) => m.state.to_owned(),
+        };
         let pid = m.pid.map_or("-".to_owned(), |p| p.to_string());
-        println!("{:<12} {:<8} {:<8} {state:<10} {pid:<8} {}", m.name, m.role, m.zone, m.address);
+        println!("{:<width$} {:<8} {:<8} {state:<10} {pid:<8} {}", m.name, m.role, m.zone, m.address);
     }
     Ok(())
 }
@@ -114,6 +128,9 @@ fn target(plan: &Plan, name: &str) -> anyhow::Result<Target> {
             }
             return Err(unknown(plan, host));
         }
+    }
+    if let Some(region) = plan.region(name) {
+        return Ok(Target::Region(region.clone()));
     }
     let member = |role, host| Ok(Target::Member { role, name: name.to_owned(), host });
     if let Some(host) = host_of(name) {
@@ -130,7 +147,12 @@ fn target(plan: &Plan, name: &str) -> anyhow::Result<Target> {
 
 fn unknown(plan: &Plan, name: &str) -> anyhow::Error {
     let names = super::member_names(plan).join(", ");
-    Fail::not_found(format!("the local cloud has no {name:?}; it has {names}, and agent@HOST and keeper@HOST")).into()
+    let regions: Vec<&str> = plan.regions.iter().map(|r| r.name.as_str()).collect();
+    Fail::not_found(format!(
+        "the local cloud has no {name:?}; it has {names}, agent@HOST and keeper@HOST, and all of {}",
+        regions.join(", ")
+    ))
+    .into()
 }
 
 /// The process that a target is now.
@@ -141,6 +163,7 @@ fn process(dir: &DataDir, target: &Target) -> anyhow::Result<Option<procs::Proce
             let [_, agent, keeper] = materials::host_config_paths(dir, host);
             f.role == *role && f.path == if *role == "agent" { agent } else { keeper }
         }
+        Target::Region(_) => false,
     };
     let running = procs::find(dir.root()).context("looking for running members")?;
     Ok(running.into_iter().find(fits).map(|f| f.process))
@@ -148,6 +171,9 @@ fn process(dir: &DataDir, target: &Target) -> anyhow::Result<Option<procs::Proce
 
 fn end(dir: &DataDir, plan: &Plan, name: &str, signal: Signal, stays_down: bool) -> anyhow::Result<()> {
     let target = target(plan, name)?;
+    if let Target::Region(region) = &target {
+        return end_region(dir, plan, region, signal, stays_down);
+    }
     if let (Target::Member { name, .. }, true) = (&target, stays_down) {
         dir.mark(name, Mark::Stopped)?;
     }
@@ -166,9 +192,47 @@ fn end(dir: &DataDir, plan: &Plan, name: &str, signal: Signal, stays_down: bool)
     poke(dir)
 }
 
+/// Ends all of a region at once: whoever is left must not see the others go one by one.
+fn end_region(dir: &DataDir, plan: &Plan, region: &RegionPlan, signal: Signal, stays_down: bool) -> anyhow::Result<()> {
+    let names = plan.members_of(region);
+    if stays_down {
+        for name in &names {
+            dir.mark(name.as_str(), Mark::Stopped)?;
+        }
+    }
+    let running = procs::find(dir.root()).context("looking for running members")?;
+    let is_its = |f: &&Found| {
+        names.iter().any(|n| ["server", "gateway", "host"].iter().any(|role| is_member(dir, f, role, n.as_str())))
+    };
+    let ending: Vec<&Found> = running.iter().filter(is_its).collect();
+    for member in &ending {
+        member.process.signal(signal).with_context(|| format!("signalling a {}", member.role))?;
+    }
+    for member in ending {
+        if !member.process.wait(PATIENCE).context("waiting")? {
+            member.process.signal(Signal::SIGKILL).with_context(|| format!("killing a {}", member.role))?;
+            if !member.process.wait(PATIENCE).context("waiting")? {
+                bail!("a {} of {} (pid {}) does not end", member.role, region.name, member.process.pid());
+            }
+        }
+    }
+    poke(dir)
+}
+
+/// Ends all of a region that is to leave, for good.
+pub fn retire(dir: &DataDir, plan: &Plan, region: &RegionPlan) -> anyhow::Result<()> {
+    end_region(dir, plan, region, Signal::SIGTERM, true)
+}
+
 fn restart(dir: &DataDir, plan: &Plan, name: &str) -> anyhow::Result<()> {
-    if let Target::Member { name, .. } = target(plan, name)? {
-        dir.unmark(&name, Mark::Stopped)?;
+    match target(plan, name)? {
+        Target::Member { name, .. } => dir.unmark(&name, Mark::Stopped)?,
+        Target::Region(region) => {
+            for name in plan.members_of(&region) {
+                dir.unmark(name.as_str(), Mark::Stopped)?;
+            }
+        }
+        Target::Daemon { .. } => {}
     }
     end(dir, plan, name, Signal::SIGTERM, false)
 }
@@ -176,6 +240,11 @@ fn restart(dir: &DataDir, plan: &Plan, name: &str) -> anyhow::Result<()> {
 fn start(dir: &DataDir, plan: &Plan, name: &str) -> anyhow::Result<()> {
     match target(plan, name)? {
         Target::Member { name, .. } => dir.unmark(&name, Mark::Stopped)?,
+        Target::Region(region) => {
+            for name in plan.members_of(&region) {
+                dir.unmark(name.as_str(), Mark::Stopped)?;
+            }
+        }
         Target::Daemon { host, .. } => bail!("{name} is started by its host; `nexus local start {host}` starts that"),
     }
     if !has_supervisor(dir)? {
@@ -184,7 +253,8 @@ fn start(dir: &DataDir, plan: &Plan, name: &str) -> anyhow::Result<()> {
     poke(dir)
 }
 
-fn poke(dir: &DataDir) -> anyhow::Result<()> {
+/// Tells the supervisor to look at the plan and the marks again.
+pub fn poke(dir: &DataDir) -> anyhow::Result<()> {
     for found in procs::find(dir.root()).context("looking for the supervisor")? {
         if found.role == SUPERVISE {
             found.process.signal(Signal::SIGUSR1).context("telling the supervisor")?;
@@ -195,8 +265,11 @@ fn poke(dir: &DataDir) -> anyhow::Result<()> {
 
 fn cable(dir: &DataDir, plan: &Plan, name: &str, cut: bool) -> anyhow::Result<()> {
     let target = target(plan, name)?;
+    if let Target::Region(region) = &target {
+        return region_cable(dir, plan, region, cut);
+    }
     let Target::Member { host: Some(host), name, .. } = &target else {
-        return Err(Fail::usage(format!("{name} is not a host: only hosts have a cable")).into());
+        return Err(Fail::usage(format!("{name} is neither a host nor a region: only those have a cable")).into());
     };
     if cut {
         dir.mark(name, Mark::Cut)?;
@@ -205,9 +278,41 @@ fn cable(dir: &DataDir, plan: &Plan, name: &str, cut: bool) -> anyhow::Result<()
     }
     // A host that does not run finds the mark when it starts.
     let Some(process) = process(dir, &target)? else { return Ok(()) };
-    let underlay = link::underlay(plan)?;
+    let region = plan.region(host.region.as_str()).context("a host is in a region of the plan")?;
+    let netns = if plan.apart {
+        // With no server and no gateway, only the supervisor knows the region's namespace.
+        let Some(inhabitant) = super::inhabitant(dir, plan, region)? else { return poke(dir) };
+        NetnsRef::Pid(inhabitant.pid().cast_unsigned())
+    } else {
+        NetnsRef::Own
+    };
+    let underlay = link::underlay(plan, region, netns)?;
     super::small_runtime()?.block_on(async {
         if cut { underlay.cut(name).await } else { underlay.heal(&link::host_link(host, process.pid())).await }
     })?;
     Ok(())
+}
+
+fn region_cable(dir: &DataDir, plan: &Plan, region: &RegionPlan, cut: bool) -> anyhow::Result<()> {
+    if !plan.apart {
+        return Err(Fail::usage(format!(
+            "{} is the only region: there is nothing to cut it off from. `nexus up --regions 3` makes several",
+            region.name
+        ))
+        .into());
+    }
+    let name = region.name.as_str();
+    if cut {
+        dir.mark(name, Mark::Cut)?;
+    } else {
+        dir.unmark(name, Mark::Cut)?;
+    }
+    // Without a supervisor nothing runs that has a cable; the next one finds the mark.
+    if !has_supervisor(dir)? {
+        return Ok(());
+    }
+    let backbone = link::backbone(plan)?;
+    super::small_runtime()?
+        .block_on(async { if cut { backbone.cut(name).await } else { backbone.heal(name).await } })
+        .with_context(|| format!("the cable of {name}"))
 }

@@ -54,6 +54,9 @@ pub fn stop(dir: &DataDir, plan: &Plan) -> anyhow::Result<()> {
         dir.unmark(&name, Mark::Stopped)?;
         dir.unmark(&name, Mark::Cut)?;
     }
+    for region in &plan.regions {
+        dir.unmark(region.name.as_str(), Mark::Cut)?;
+    }
     Ok(())
 }
 

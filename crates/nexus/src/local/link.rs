@@ -1,15 +1,28 @@
-//! The plan's side of the underlay: which bridge, which veth, which addresses. `nexus_network` does the work.
+//! The plan's side of the wires: which bridges, which veths, which addresses. `nexus_network` does the work.
 
 use std::path::Path;
 
-use nexus_network::{HostLink, NetError, NetnsRef, Underlay, UnderlayAddress};
+use nexus_network::{Backbone, HostLink, NetError, NetnsRef, RegionLink, Underlay, UnderlayAddress};
 
-use super::plan::{HostPlan, Plan};
+use super::plan::{HostPlan, Plan, RegionPlan};
 
-/// The wire between the plan's hosts.
-pub fn underlay(plan: &Plan) -> Result<Underlay, NetError> {
-    let address = UnderlayAddress { address6: plan.machine6(), length6: 64, address4: plan.machine4(), length4: 24 };
-    Underlay::new(&plan.link_prefix(), address)
+/// The wire between a region's hosts; `netns` is where the region lives.
+pub fn underlay(plan: &Plan, region: &RegionPlan, netns: NetnsRef) -> Result<Underlay, NetError> {
+    let address6 = plan.region6(region);
+    let address = UnderlayAddress { address6, length6: 64, address4: plan.machine4(), length4: 24 };
+    Ok(Underlay::new(&plan.link_prefix(), address)?.inside(netns))
+}
+
+/// The wire between the plan's regions.
+pub fn backbone(plan: &Plan) -> Result<Backbone, NetError> {
+    Backbone::new(&plan.link_prefix())
+}
+
+/// A region that lives in `netns`.
+pub fn region_link(plan: &Plan, region: &RegionPlan, netns: NetnsRef) -> RegionLink {
+    let (_, _, address6) = plan.on_backbone(region);
+    let others = plan.regions.iter().filter(|r| r.index != region.index).map(|r| plan.on_backbone(r)).collect();
+    RegionLink { region: region.name.to_string(), netns, address6, others }
 }
 
 /// A host whose first process is `pid`.

@@ -3,6 +3,7 @@
 //! All of it is made at the first start and kept. Certificates are issued anew when less than a quarter of their life is
 //! left; configurations are written again whenever this release would write them differently.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -17,10 +18,11 @@ use nexus_model::{Bytes, MilliCpu};
 use serde::Serialize;
 
 use super::cgroup;
-use super::plan::{HostPlan, Plan};
+use super::plan::{HostPlan, Plan, ServerPlan};
 use super::state::{DataDir, make_private_dir, write_private};
 use crate::config::{
-    AgentConfig, BootstrapCell, GatewayConfig, HostInitConfig, KeeperConfig, Member, ServerConfig, TlsFiles,
+    AgentConfig, AuthorityFiles, BootstrapCell, GatewayConfig, GlobalConfig, HostInitConfig, KeeperConfig, Member,
+    ServerConfig, StoreConfig, TlsFiles,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -57,7 +59,7 @@ impl Machine {
 
     /// What one of `hosts` hosts declares. Memory and disk are shared out, because they run out for real; processors are
     /// not, because a busy one only makes others slower, and a sixth of a laptop would hold nothing.
-    fn share(self, hosts: u64) -> Capacity {
+    pub fn share(self, hosts: u64) -> Capacity {
         let whole = |bytes: u64, unit: u64| Bytes((bytes / unit).max(1) * unit);
         Capacity {
             cpu: MilliCpu(self.cpus.max(2) * 1000),
@@ -74,17 +76,18 @@ pub fn prepare(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) -> 
     let now = SystemTime::UNIX_EPOCH + Duration::from_millis(env.now_millis().try_into().unwrap_or(0));
     let ca = authority(dir, plan, now)?;
     token(dir, &env)?;
-    let issue = |name: &str, id: SpiffeId, public: bool| certificate(dir, &ca, now, name, &id, public);
+    let issue = |name: &str, id: SpiffeId, public: Option<Vec<IpAddr>>| certificate(dir, &ca, now, name, &id, public);
     let domain = &plan.cluster_id;
     for server in plan.servers() {
-        issue(server.name.as_str(), SpiffeId::server(domain, server.name.as_str())?, false)?;
-        issue(&format!("{}-api", server.name), SpiffeId::api(domain, server.name.as_str())?, true)?;
+        issue(server.name.as_str(), SpiffeId::server(domain, server.name.as_str())?, None)?;
+        let addresses = server.api_peer.iter().map(|a| a.ip()).collect();
+        issue(&format!("{}-api", server.name), SpiffeId::api(domain, server.name.as_str())?, Some(addresses))?;
     }
     for host in plan.hosts() {
-        issue(host.name.as_str(), SpiffeId::agent(domain, host.name.as_str())?, false)?;
+        issue(host.name.as_str(), SpiffeId::agent(domain, host.name.as_str())?, None)?;
     }
     for gateway in plan.gateways() {
-        issue(gateway.name.as_str(), SpiffeId::gateway(domain, gateway.name.as_str())?, false)?;
+        issue(gateway.name.as_str(), SpiffeId::gateway(domain, gateway.name.as_str())?, None)?;
     }
     configurations(dir, plan, program, machine)
 }
@@ -129,7 +132,8 @@ fn certificate(
     now: SystemTime,
     name: &str,
     id: &SpiffeId,
-    public: bool,
+    // Of one that users see: the addresses beside those of the loopback.
+    public: Option<Vec<IpAddr>>,
 ) -> anyhow::Result<()> {
     let (cert_path, key_path) = (dir.cert(name), dir.key(name));
     if let (Some(cert), Some(key)) = (read_optional(&cert_path)?, read_optional(&key_path)?) {
@@ -138,11 +142,12 @@ fn certificate(
             return Ok(());
         }
     }
-    let (names, addresses) = if public {
-        let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
-        (vec!["localhost".to_owned(), id.name().to_owned()], loopback.to_vec())
-    } else {
-        (Vec::new(), Vec::new())
+    let (names, addresses) = match public {
+        Some(mut addresses) => {
+            addresses.extend([IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()]);
+            (vec!["localhost".to_owned(), id.name().to_owned()], addresses)
+        }
+        None => (Vec::new(), Vec::new()),
     };
     let left = ca.not_after().duration_since(now).unwrap_or_default();
     let life = CERT_LIFE.min(left.saturating_sub(DAY));
@@ -153,53 +158,64 @@ fn certificate(
 }
 
 fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) -> anyhow::Result<()> {
-    let servers = plan.servers();
-    let endpoints: Vec<Endpoint> = servers.iter().map(|s| s.wire.into()).collect();
     let tls = |name: &str| TlsFiles { ca: dir.ca(), cert: dir.cert(name), key: dir.key(name) };
-    let members: std::collections::BTreeMap<u64, Member> = servers
-        .iter()
-        .map(|s| {
-            (s.node_id, Member { name: s.name.clone(), wire: s.wire.into(), api: format!("https://{}", s.api_tls) })
-        })
-        .collect();
-    for server in &servers {
-        let config = ServerConfig {
-            name: server.name.clone(),
-            node_id: server.node_id,
-            cluster_id: plan.cluster_id.clone(),
-            region: plan.region.clone(),
-            zone: server.zone.clone(),
-            data_dir: dir.data(server.name.as_str()),
-            wire_listen: server.wire,
-            api_tls_listen: server.api_tls,
-            api_http_listen: Some(server.api_http),
-            token_hash: dir.token_hash(),
-            domain: DOMAIN.to_owned(),
-            zones: plan.zones.clone(),
-            tls: tls(server.name.as_str()),
-            api_tls: tls(&format!("{}-api", server.name)),
-            cells: plan.cells().into_iter().map(|(name, zone)| BootstrapCell { name, zone }).collect(),
-            members: members.clone(),
-        };
-        member(dir, server.name.as_str(), &config)?;
-    }
-    for gateway in plan.gateways() {
-        let config = GatewayConfig {
-            name: gateway.name.clone(),
-            cluster_id: plan.cluster_id.clone(),
-            region: plan.region.clone(),
-            zone: gateway.zone.clone(),
-            http_listen: gateway.http,
-            admin_listen: gateway.admin,
-            servers: endpoints.clone(),
-            data_dir: dir.data(gateway.name.as_str()),
-            tls: tls(gateway.name.as_str()),
-        };
-        member(dir, gateway.name.as_str(), &config)?;
+    let members = |servers: &[ServerPlan]| -> BTreeMap<u64, Member> {
+        let member = |s: &ServerPlan| Member { name: s.name.clone(), wire: s.wire.into(), api: s.api_url() };
+        servers.iter().map(|s| (s.node_id, member(s))).collect()
+    };
+    let global = plan.apart.then(|| GlobalConfig { members: members(&plan.founding_voters()) });
+    for region in &plan.regions {
+        let servers = plan.servers_of(region);
+        let endpoints: Vec<Endpoint> = servers.iter().map(|s| s.wire.into()).collect();
+        for server in &servers {
+            let config = ServerConfig {
+                name: server.name.clone(),
+                node_id: server.node_id,
+                cluster_id: plan.cluster_id.clone(),
+                region: region.name.clone(),
+                zone: server.zone.clone(),
+                data_dir: dir.data(server.name.as_str()),
+                backup_dir: None,
+                store: plan.store.clone().map(StoreConfig::plain),
+                wire_listen: server.wire,
+                api_tls_listen: server.api_tls,
+                api_http_listen: Some(server.api_http),
+                api_peer_listen: server.api_peer,
+                token_hash: dir.token_hash(),
+                domain: DOMAIN.to_owned(),
+                zones: plan.zones.clone(),
+                join: false,
+                authority: Some(AuthorityFiles { cert: dir.ca(), key: dir.ca_key() }),
+                tls: tls(server.name.as_str()),
+                api_tls: tls(&format!("{}-api", server.name)),
+                cells: plan.cells().into_iter().map(|(name, zone)| BootstrapCell { name, zone }).collect(),
+                tier: region.tier,
+                members: members(&servers),
+                global: global.clone(),
+            };
+            member(dir, server.name.as_str(), &config)?;
+        }
+        for gateway in plan.gateways_of(region) {
+            let config = GatewayConfig {
+                name: gateway.name.clone(),
+                cluster_id: plan.cluster_id.clone(),
+                region: region.name.clone(),
+                zone: gateway.zone.clone(),
+                http_listen: gateway.http,
+                admin_listen: gateway.admin,
+                peer_listen: gateway.peer,
+                servers: endpoints.clone(),
+                data_dir: dir.data(gateway.name.as_str()),
+                tls: tls(gateway.name.as_str()),
+            };
+            member(dir, gateway.name.as_str(), &config)?;
+        }
     }
     let hosts = plan.hosts();
     let capacity = machine.share(hosts.len() as u64);
     for host in &hosts {
+        let region = plan.region(host.region.as_str()).context("a host is in a region of the plan")?;
+        let endpoints: Vec<Endpoint> = plan.servers_of(region).iter().map(|s| s.wire.into()).collect();
         host_configurations(dir, plan, host, &endpoints, tls(host.name.as_str()), capacity, program)?;
     }
     Ok(())
@@ -227,7 +243,7 @@ fn host_configurations(
     let agent = AgentConfig {
         name: host.name.clone(),
         cluster_id: plan.cluster_id.clone(),
-        region: plan.region.clone(),
+        region: host.region.clone(),
         zone: host.zone.clone(),
         cell: host.cell.clone(),
         rack: None,
@@ -315,10 +331,38 @@ mod tests {
             assert_eq!(agent.classes.len(), usize::from(host.zone.as_str() == "zone-b"));
         }
 
+        assert_eq!((server.global, server.api_peer_listen), (None, None), "a region alone is as it always was");
+
         let before = fs::read_to_string(dir.cert("server-a")).unwrap();
         prepare(&dir, &plan, Path::new("/usr/bin/nexus"), Machine { free_disk: 40 << 30, ..machine }).unwrap();
         assert_eq!(fs::read_to_string(dir.cert("server-a")).unwrap(), before, "a good certificate is kept");
         let agent = AgentConfig::load(&host_config_paths(&dir, "zone-a-1")[1]).unwrap();
         assert_eq!(agent.capacity, machine.share(6), "what a host declared stays");
+    }
+
+    #[test]
+    fn regions_know_who_founded_the_group_that_they_share() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = DataDir::at(temp.path()).unwrap();
+        let tiers = vec!["region-c=edge".parse().unwrap()];
+        let given = GivenChoices { regions: Some(3), tiers, ..GivenChoices::default() };
+        let plan = Plan::new(&given.with_defaults(), [9; 8], |_| true).unwrap();
+        dir.create(&plan).unwrap();
+        let machine = Machine { cpus: 2, memory: 24 << 30, free_disk: 80 << 30 };
+        prepare(&dir, &plan, Path::new("/usr/bin/nexus"), machine).unwrap();
+        let founders = |server: &str| {
+            let config = ServerConfig::load(&dir.config(server)).unwrap();
+            assert_eq!(config.members.keys().copied().collect::<Vec<_>>(), [config.node_id]);
+            config.global.unwrap().members.into_keys().collect::<Vec<_>>()
+        };
+        assert_eq!(founders("region-b-server-a"), [1, 101]);
+        assert_eq!(founders("region-c-server-a"), [1, 101]);
+        let grown = plan.grown(4, &[]).unwrap();
+        prepare(&dir, &grown, Path::new("/usr/bin/nexus"), machine).unwrap();
+        assert_eq!(founders("region-d-server-a"), [1, 101]);
+        let gateway = GatewayConfig::load(&dir.config("region-d-gateway-2")).unwrap();
+        assert_eq!((gateway.region.as_str(), gateway.peer_listen.is_some()), ("region-d", true));
+        let agent = AgentConfig::load(&host_config_paths(&dir, "region-d-zone-a-1")[1]).unwrap();
+        assert_eq!(agent.servers, [plan.grown(4, &[]).unwrap().servers()[3].wire.into()]);
     }
 }

@@ -1,4 +1,4 @@
-//! The local cloud: a whole region on one machine, made of the same processes that a fleet runs.
+//! The local cloud: a whole region on one machine, or several, made of the same processes that a fleet runs.
 //!
 //! ```text
 //! nexus up ── prepares the data folder, then starts ── supervisor
@@ -16,6 +16,7 @@ mod cgroup;
 mod control;
 mod down;
 pub mod host_init;
+mod leave;
 mod link;
 mod materials;
 mod plan;
@@ -36,7 +37,10 @@ use nexus_model::Name;
 pub use control::run as local;
 pub use control::{MemberView, has_supervisor, list};
 pub use down::run as down;
-use plan::{ClassGrant, GivenChoices, Plan};
+pub use leave::Leaving;
+pub use materials::Machine;
+pub use plan::Plan;
+use plan::{ClassGrant, GivenChoices, RegionPlan, TierGrant};
 pub use procs::SUPERVISE;
 use state::DataDir;
 pub use up::run as up;
@@ -44,7 +48,14 @@ pub use up::run as up;
 /// Starts a cloud on this machine, or resumes it. Doing it twice is fine.
 #[derive(Debug, Args)]
 pub struct UpArgs {
-    /// How many zones: 1 to 26 [default: 3]
+    /// How many regions: 1 to 5. A cloud of several takes more in later [default: 1]
+    #[arg(long, value_name = "N")]
+    regions: Option<usize>,
+    /// What a region is: core (the default), regional or edge, such as region-c=edge. Only core regions vote on what all
+    /// regions share
+    #[arg(long = "tier", value_name = "REGION=TIER")]
+    tiers: Vec<TierGrant>,
+    /// How many zones in each region: 1 to 26 [default: 3, or 1 with several regions]
     #[arg(long, value_name = "N")]
     zones: Option<usize>,
     /// How many hosts in each zone [default: 2]
@@ -59,15 +70,20 @@ pub struct UpArgs {
     /// Returns when the cloud is ready, and leaves it running
     #[arg(long)]
     detach: bool,
-    /// The region's name [default: local]
+    /// The first region's name [default: local, or region-a with several regions]
     #[arg(long, value_name = "NAME")]
     region: Option<Name>,
-    /// Servers listen on this port and those after it, with TLS; without, ten higher [default: 8443]
+    /// Servers listen on this port and those after it, with TLS; without, ten higher; each further region twenty higher
+    /// [default: 8443]
     #[arg(long, value_name = "PORT")]
     api_port_base: Option<u16>,
-    /// Gateways listen on this port and the next; for health and metrics, a hundred higher [default: 8000]
+    /// Gateways listen on this port and the next; each further region ten higher; for health and metrics, a hundred higher
+    /// [default: 8000]
     #[arg(long, value_name = "PORT")]
     gateway_port_base: Option<u16>,
+    /// Keeps the metadata in an etcd cluster: etcd://HOST:PORT,HOST:PORT/PREFIX. Needs a nexus that is built with it
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
     /// How many seconds to wait until all is ready
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
@@ -82,6 +98,9 @@ impl UpArgs {
             api_port_base: self.api_port_base,
             gateway_port_base: self.gateway_port_base,
             region: self.region.clone(),
+            regions: self.regions,
+            tiers: self.tiers.clone(),
+            store: self.store.clone(),
         }
     }
 }
@@ -120,7 +139,8 @@ enum LocalCommand {
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
     },
-    /// Kills a server, gateway or host (with all on it); it stays down. `agent@HOST`, `keeper@HOST`: starts again
+    /// Kills a server, gateway or host (with all on it), or a whole region; it stays down. `agent@HOST`, `keeper@HOST`:
+    /// starts again
     Kill { name: String },
     /// Stops it in order; it stays down
     Stop { name: String },
@@ -128,9 +148,9 @@ enum LocalCommand {
     Start { name: String },
     /// Stops it and lets it start again
     Restart { name: String },
-    /// Cuts a host's cable
+    /// Cuts a host's cable, or that of a region to all others
     Cut { name: String },
-    /// Plugs a host's cable in again
+    /// Plugs a host's or a region's cable in again
     Heal { name: String },
 }
 
@@ -164,10 +184,17 @@ pub fn resolve_data_dir(given: Option<&Path>) -> anyhow::Result<DataDir> {
 
 /// Every server, host and gateway by name.
 fn member_names(plan: &Plan) -> Vec<String> {
-    let servers = plan.servers().into_iter().map(|s| s.name);
-    let hosts = plan.hosts().into_iter().map(|h| h.name);
-    let gateways = plan.gateways().into_iter().map(|g| g.name);
-    servers.chain(hosts).chain(gateways).map(|n| n.to_string()).collect()
+    plan.regions.iter().flat_map(|r| plan.members_of(r)).map(|n| n.to_string()).collect()
+}
+
+/// A process that runs in a region's network namespace: one of its servers or gateways.
+fn inhabitant(dir: &DataDir, plan: &Plan, region: &RegionPlan) -> anyhow::Result<Option<procs::Process>> {
+    let names: Vec<Name> = plan.members_of(region);
+    let lives = |f: &procs::Found| {
+        matches!(f.role.as_str(), "server" | "gateway") && names.iter().any(|n| f.path == dir.config(n.as_str()))
+    };
+    let running = procs::find(dir.root()).context("looking for running members")?;
+    Ok(running.into_iter().find(lives).map(|f| f.process))
 }
 
 /// A runtime without threads of its own.

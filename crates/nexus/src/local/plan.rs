@@ -5,20 +5,39 @@
 //!
 //! Addresses: a ULA `/48` (RFC 4193) from the cluster id. Its subnet 0 is the underlay: `::1` is the machine itself,
 //! `::100 + n` host number n. Subnet n belongs to the instances of host n. IPv4 likewise in `10.x.0.0/16`.
+//!
+//! Several regions each live in a network namespace of their own, number r (from 0) on the subnets `r000` to `rfff`, in
+//! the same order. Subnet `f000` is the backbone that joins them: `::r + 1` is region r. IPv4 does not leave a region.
+//!
+//! Ports on 127.0.0.1, for server and gateway number i (from 0) of region r: the API's base + 20 r + i with TLS and ten
+//! higher without; the gateways' base + 10 r + i, and a hundred higher for health and metrics. Servers have the node ids
+//! 100 r + i + 1. The number of a region that left is not given again.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use indexmap::IndexMap;
 use nexus_model::Name;
-use nexus_model::kind::Classes;
+use nexus_model::kind::{Classes, GLOBAL, Tier};
 use serde::{Deserialize, Serialize};
 
 /// The layout of the data folder that this release writes.
-pub const FORMAT: u32 = 1;
+///
+/// 1: one region, in `region`. 2: any number, in `regions`.
+pub const FORMAT: u32 = 2;
 /// The third octet of an IPv4 address numbers the hosts.
 pub const MAX_HOSTS: usize = 200;
+/// Of hosts in each of several regions, so that a third octet tells region and host.
+const MAX_HOSTS_APART: usize = 24;
+/// At once, and over time.
+pub const MAX_REGIONS: usize = 5;
+const MAX_INDEX: u16 = 9;
+const BACKBONE: u16 = 0xf000;
+/// Founding voters of the global group.
+const MAX_VOTERS: usize = 9;
 const WIRE_PORT: u16 = 7440;
+const PEER_PORT: u16 = 7460;
+const API_PORT: u16 = 7480;
 const AGENT_PORT: u16 = 7450;
 const AGENT_METRICS_PORT: u16 = 7451;
 pub const API_PORT_BASE: u16 = 8443;
@@ -48,6 +67,29 @@ impl FromStr for ClassGrant {
     }
 }
 
+/// `REGION=TIER`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TierGrant {
+    pub region: Name,
+    pub tier: Tier,
+}
+
+impl FromStr for TierGrant {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let shape = || format!("`{text}` is not REGION=TIER, such as region-c=edge");
+        let (region, tier) = text.split_once('=').ok_or_else(shape)?;
+        let tier = match tier {
+            "core" => Tier::Core,
+            "regional" => Tier::Regional,
+            "edge" => Tier::Edge,
+            other => return Err(format!("{other:?} is no tier: core, regional or edge")),
+        };
+        Ok(Self { region: region.parse().map_err(|e| format!("{region:?}: {e}"))?, tier })
+    }
+}
+
 /// What a user may choose at the first start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Choices {
@@ -56,7 +98,24 @@ pub struct Choices {
     pub classes: Vec<ClassGrant>,
     pub api_port_base: u16,
     pub gateway_port_base: u16,
+    /// Of the first region.
     pub region: Name,
+    pub regions: usize,
+    pub tiers: Vec<TierGrant>,
+    /// The URL of an etcd cluster.
+    pub store: Option<String>,
+}
+
+/// One region of the cloud.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionPlan {
+    pub name: Name,
+    /// Its number: see the head of this file.
+    pub index: u16,
+    #[serde(default)]
+    pub tier: Tier,
+    /// It was there when the cloud was made. Others join.
+    pub founder: bool,
 }
 
 /// The whole cloud.
@@ -67,7 +126,12 @@ pub struct Plan {
     /// The release that made the folder.
     pub version: String,
     pub cluster_id: String,
-    pub region: Name,
+    pub regions: Vec<RegionPlan>,
+    /// Each region has a network namespace of its own. A cloud that was made with one region lives in the machine's.
+    pub apart: bool,
+    /// The number of the next region.
+    pub next_index: u16,
+    /// Of each region.
     pub zones: Vec<Name>,
     pub hosts_per_zone: usize,
     pub classes: Vec<ClassGrant>,
@@ -77,16 +141,18 @@ pub struct Plan {
     pub prefix48: Ipv6Addr,
     /// The `x` of `10.x.0.0/16`.
     pub octet: u8,
+    /// The URL of the etcd cluster that keeps the metadata, if one does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostPlan {
     pub name: Name,
+    pub region: Name,
     pub zone: Name,
     pub cell: Name,
     pub classes: Classes,
-    /// 1 and up.
-    pub number: u16,
     pub address6: Ipv6Addr,
     pub address4: Ipv4Addr,
     pub prefix6: Ipv6Addr,
@@ -106,19 +172,32 @@ impl HostPlan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerPlan {
     pub name: Name,
+    pub region: Name,
     pub zone: Name,
     pub node_id: u64,
     pub wire: SocketAddr,
     pub api_tls: SocketAddr,
     pub api_http: SocketAddr,
+    /// Where servers of other regions reach its API.
+    pub api_peer: Option<SocketAddr>,
+}
+
+impl ServerPlan {
+    /// Where other servers are told that its API is.
+    pub fn api_url(&self) -> String {
+        format!("https://{}", self.api_peer.unwrap_or(self.api_tls))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatewayPlan {
     pub name: Name,
+    pub region: Name,
     pub zone: Name,
     pub http: SocketAddr,
     pub admin: SocketAddr,
+    /// Where gateways of other regions reach it.
+    pub peer: Option<SocketAddr>,
 }
 
 fn name(text: String) -> Name {
@@ -136,17 +215,19 @@ impl Plan {
         if !(1..=26).contains(&choices.zones) {
             return Err(format!("--zones {}: between 1 and 26", choices.zones));
         }
+        let apart = choices.regions > 1;
+        let (most, where_) = if apart { (MAX_HOSTS_APART, "a region") } else { (MAX_HOSTS, "all") };
         let hosts = choices.zones.saturating_mul(choices.hosts_per_zone);
-        if choices.hosts_per_zone == 0 || hosts > MAX_HOSTS {
+        if choices.hosts_per_zone == 0 || hosts > most {
             return Err(format!(
-                "{} zones with {} hosts each: at least 1 host a zone and at most {MAX_HOSTS} in all",
+                "{} zones with {} hosts each: at least 1 host a zone and at most {most} in {where_}",
                 choices.zones, choices.hosts_per_zone
             ));
         }
-        // Servers use base .. base + 4 and base + 10 .. base + 14, gateways base, base + 1, base + 100 and base + 101.
+        // Servers of region r use base + 20 r and 15 more, gateways base + 10 r and base + 100 + 10 r.
         let (api, gateway) = (choices.api_port_base, choices.gateway_port_base);
-        if api == 0 || gateway == 0 || api > u16::MAX - 20 || gateway > u16::MAX - 120 {
-            return Err("--api-port-base and --gateway-port-base: between 1 and 65415".to_owned());
+        if api == 0 || gateway == 0 || api > u16::MAX - 220 || gateway > u16::MAX - 220 {
+            return Err("--api-port-base and --gateway-port-base: between 1 and 65315".to_owned());
         }
         let id = hex_id(random);
         let start = random[5];
@@ -157,11 +238,13 @@ impl Plan {
         let word = |a: u8, b: u8| u16::from_be_bytes([a, b]);
         let prefix48 =
             Ipv6Addr::new(word(0xfd, random[4]), word(random[0], random[1]), word(random[2], random[3]), 0, 0, 0, 0, 0);
-        let plan = Self {
+        let mut plan = Self {
             format: FORMAT,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             cluster_id: format!("cnx-{id}"),
-            region: choices.region.clone(),
+            regions: Vec::new(),
+            apart,
+            next_index: 0,
             zones: (b'a'..=b'z').take(choices.zones).map(|c| name(format!("zone-{}", c as char))).collect(),
             hosts_per_zone: choices.hosts_per_zone,
             classes: choices.classes.clone(),
@@ -169,13 +252,22 @@ impl Plan {
             gateway_port_base: gateway,
             prefix48,
             octet,
+            store: choices.store.clone(),
         };
+        plan.add_regions(choices.regions, Some(&choices.region), &choices.tiers, true)?;
         for grant in &plan.classes {
-            if !plan.zones.contains(&grant.place) && !plan.hosts().iter().any(|h| h.name == grant.place) {
+            if !plan.zones.contains(&grant.place)
+                && !plan.hosts().iter().any(|h| h.name.as_str().ends_with(grant.place.as_str()))
+            {
                 return Err(format!("--class {}: there is no such zone or host", grant.place));
             }
         }
-        let ports = plan.ports();
+        plan.check_ports()?;
+        Ok(plan)
+    }
+
+    fn check_ports(&self) -> Result<(), String> {
+        let ports = self.ports();
         if let Some((port, who)) = ports
             .iter()
             .enumerate()
@@ -185,7 +277,79 @@ impl Plan {
                 "port {port} would be used twice, once by {who}: move --api-port-base or --gateway-port-base"
             ));
         }
+        Ok(())
+    }
+
+    /// Adds so many regions. Names: the first as given, the others by the letters that are free.
+    fn add_regions(
+        &mut self,
+        count: usize,
+        first: Option<&Name>,
+        tiers: &[TierGrant],
+        founder: bool,
+    ) -> Result<(), String> {
+        if !(1..=MAX_REGIONS).contains(&(self.regions.len() + count)) {
+            return Err(format!("--regions {}: between 1 and {MAX_REGIONS}", self.regions.len() + count));
+        }
+        let before = self.regions.len();
+        for _ in 0..count {
+            if self.next_index > MAX_INDEX {
+                return Err("this cloud has had ten regions: make another one".to_owned());
+            }
+            let taken = |n: &Name| self.regions.iter().any(|r| r.name == *n);
+            let letters = (b'a'..=b'z').map(|c| name(format!("region-{}", c as char)));
+            // Region r has the letter of its number, so that a name that left is not given again at once.
+            let mut own = letters.skip(usize::from(self.next_index)).filter(|n| !taken(n));
+            let given = first.filter(|_| self.regions.is_empty()).cloned();
+            let name = given.or_else(|| own.next()).ok_or("no letter is left for a region")?;
+            let index = self.next_index;
+            self.next_index += 1;
+            self.regions.push(RegionPlan { name, index, tier: Tier::Core, founder });
+        }
+        for grant in tiers {
+            let found = self.regions.iter().position(|r| r.name == grant.region);
+            let index = found.ok_or_else(|| format!("--tier {}: there is no such region", grant.region))?;
+            // One that stands already was compared elsewhere.
+            if index >= before {
+                self.regions[index].tier = grant.tier;
+            }
+        }
+        if self.regions.iter().any(|r| r.name == *GLOBAL) {
+            return Err(format!("--region {GLOBAL}: that is the name of what belongs to no region"));
+        }
+        if self.regions[0].tier != Tier::Core {
+            return Err(format!("--tier {}: the first region must be core", self.regions[0].name));
+        }
+        Ok(())
+    }
+
+    /// The same cloud with more regions, which join the running ones.
+    pub fn grown(&self, regions: usize, tiers: &[TierGrant]) -> Result<Self, String> {
+        let mut plan = self.clone();
+        plan.add_regions(regions.saturating_sub(self.regions.len()), None, tiers, false)?;
+        plan.check_ports()?;
         Ok(plan)
+    }
+
+    /// The same cloud without one of its regions.
+    pub fn without(&self, region: &Name) -> Self {
+        let mut plan = self.clone();
+        plan.regions.retain(|r| r.name != *region);
+        plan
+    }
+
+    /// Where users begin.
+    pub fn first_region(&self) -> &RegionPlan {
+        self.regions.first().expect("a plan has a region")
+    }
+
+    pub fn region(&self, name: &str) -> Option<&RegionPlan> {
+        self.regions.iter().find(|r| r.name == *name)
+    }
+
+    /// The name of something in a region: unique in the fleet.
+    fn named(&self, region: &RegionPlan, own: &str) -> Name {
+        if self.apart { name(format!("{}-{own}", region.name)) } else { name(own.to_owned()) }
     }
 
     /// The part of the cluster id that is its own: 8 hexadecimal digits.
@@ -200,11 +364,18 @@ impl Plan {
         segments.into()
     }
 
-    /// The machine's own address on the underlay.
-    pub fn machine6(&self) -> Ipv6Addr {
-        self.subnet(0, 1)
+    /// Where a region's servers and gateways are for one another and for its hosts. Without regions apart, that is the
+    /// machine's own address on the underlay.
+    pub fn region6(&self, region: &RegionPlan) -> Ipv6Addr {
+        self.subnet(region.index << 12, 1)
     }
 
+    /// A region's prefix, its length, and its address on the backbone.
+    pub fn on_backbone(&self, region: &RegionPlan) -> (Ipv6Addr, u8, Ipv6Addr) {
+        (self.subnet(region.index << 12, 0), 52, self.subnet(BACKBONE, region.index + 1))
+    }
+
+    /// The same on every region's underlay, which are apart.
     pub fn machine4(&self) -> Ipv4Addr {
         Ipv4Addr::new(10, self.octet, 0, 1)
     }
@@ -220,25 +391,32 @@ impl Plan {
     }
 
     pub fn hosts(&self) -> Vec<HostPlan> {
+        self.regions.iter().flat_map(|r| self.hosts_of(r)).collect()
+    }
+
+    pub fn hosts_of(&self, region: &RegionPlan) -> Vec<HostPlan> {
         let mut hosts = Vec::new();
         for zone in &self.zones {
             for n in 1..=self.hosts_per_zone {
                 let number = u16::try_from(hosts.len() + 1).expect("at most 200 hosts");
-                let host_name = name(format!("{zone}-{n}"));
+                let plain = name(format!("{zone}-{n}"));
+                let host_name = self.named(region, plain.as_str());
                 let mut classes: Classes = IndexMap::new();
-                for grant in self.classes.iter().filter(|g| g.place == *zone || g.place == host_name) {
+                for grant in self.classes.iter().filter(|g| [zone, &plain, &host_name].contains(&&g.place)) {
                     classes.insert(grant.class.clone(), grant.count);
                 }
-                let octet3 = u8::try_from(number).expect("at most 200 hosts");
+                // 24 hosts in each of ten regions, or 200 in one: below 250 in either case.
+                let in_fleet = region.index * MAX_HOSTS_APART as u16 + number;
+                let octet3 = u8::try_from(in_fleet).expect("at most 240 hosts");
                 hosts.push(HostPlan {
                     name: host_name,
+                    region: region.name.clone(),
                     zone: zone.clone(),
                     cell: cell_of(zone),
                     classes,
-                    number,
-                    address6: self.subnet(0, 0x100 + number),
+                    address6: self.subnet(region.index << 12, 0x100 + number),
                     address4: Ipv4Addr::new(10, self.octet, 0, octet3 + 1),
-                    prefix6: self.subnet(number, 0),
+                    prefix6: self.subnet((region.index << 12) + number, 0),
                     prefix4: Ipv4Addr::new(10, self.octet, octet3, 0),
                 });
             }
@@ -246,38 +424,68 @@ impl Plan {
         hosts
     }
 
-    /// One server in each of the first zones: as many as make a useful majority.
     pub fn servers(&self) -> Vec<ServerPlan> {
+        self.regions.iter().flat_map(|r| self.servers_of(r)).collect()
+    }
+
+    /// One server in each of a region's first zones: as many as make a useful majority.
+    pub fn servers_of(&self, region: &RegionPlan) -> Vec<ServerPlan> {
         let count: u16 = match self.zones.len() {
             0..=2 => 1,
             3 | 4 => 3,
+            _ if self.apart => 3,
             _ => 5,
         };
+        let address = self.region6(region);
+        let api = self.api_port_base + 20 * region.index;
         let of = |i: u16| {
             let letter = char::from(b'a' + u8::try_from(i).expect("at most 5 servers"));
             ServerPlan {
-                name: name(format!("server-{letter}")),
+                name: self.named(region, &format!("server-{letter}")),
+                region: region.name.clone(),
                 zone: self.zones[usize::from(i)].clone(),
-                node_id: u64::from(i) + 1,
-                wire: (self.machine6(), WIRE_PORT + i).into(),
-                api_tls: loopback(self.api_port_base + i),
-                api_http: loopback(self.api_port_base + 10 + i),
+                node_id: 100 * u64::from(region.index) + u64::from(i) + 1,
+                wire: (address, WIRE_PORT + i).into(),
+                api_tls: loopback(api + i),
+                api_http: loopback(api + 10 + i),
+                api_peer: self.apart.then(|| (address, API_PORT + i).into()),
             }
         };
         (0..count).map(of).collect()
     }
 
+    /// The servers that vote in the global group from the first.
+    pub fn founding_voters(&self) -> Vec<ServerPlan> {
+        let founders = self.regions.iter().filter(|r| r.founder && r.tier == Tier::Core);
+        founders.flat_map(|r| self.servers_of(r)).take(MAX_VOTERS).collect()
+    }
+
     pub fn gateways(&self) -> Vec<GatewayPlan> {
+        self.regions.iter().flat_map(|r| self.gateways_of(r)).collect()
+    }
+
+    pub fn gateways_of(&self, region: &RegionPlan) -> Vec<GatewayPlan> {
+        let base = self.gateway_port_base + 10 * region.index;
         let of = |i: u16| GatewayPlan {
-            name: name(format!("gateway-{}", i + 1)),
+            name: self.named(region, &format!("gateway-{}", i + 1)),
+            region: region.name.clone(),
             zone: self.zones[usize::from(i) % self.zones.len()].clone(),
-            http: loopback(self.gateway_port_base + i),
-            admin: loopback(self.gateway_port_base + 100 + i),
+            http: loopback(base + i),
+            admin: loopback(base + 100 + i),
+            peer: self.apart.then(|| (self.region6(region), PEER_PORT + i).into()),
         };
         (0..GATEWAYS).map(of).collect()
     }
 
-    /// Every cell with its zone.
+    /// Every server, host and gateway of a region by name.
+    pub fn members_of(&self, region: &RegionPlan) -> Vec<Name> {
+        let servers = self.servers_of(region).into_iter().map(|s| s.name);
+        let hosts = self.hosts_of(region).into_iter().map(|h| h.name);
+        let gateways = self.gateways_of(region).into_iter().map(|g| g.name);
+        servers.chain(hosts).chain(gateways).collect()
+    }
+
+    /// Every cell of a region with its zone.
     pub fn cells(&self) -> Vec<(Name, Name)> {
         self.zones.iter().map(|z| (cell_of(z), z.clone())).collect()
     }
@@ -310,9 +518,22 @@ impl Plan {
             self.gateway_port_base.to_string(),
             given.gateway_port_base.map(|p| p.to_string()),
         );
-        differs("--region", self.region.to_string(), given.region.as_ref().map(Name::to_string));
+        differs("--region", self.first_region().name.to_string(), given.region.as_ref().map(Name::to_string));
+        differs("--store", self.store.clone().unwrap_or_else(|| "embedded".to_owned()), given.store.clone());
         if !given.classes.is_empty() && given.classes != self.classes {
             found.push("--class differs".to_owned());
+        }
+        let (has, wanted) = (self.regions.len(), given.regions.unwrap_or(self.regions.len()));
+        if wanted < has {
+            found.push(format!("--regions is {has}, not {wanted}: `nexus region remove NAME` takes one away"));
+        } else if wanted > has && !self.apart {
+            found.push(format!("--regions is 1, not {wanted}: a cloud of one region does not become one of several"));
+        }
+        for grant in &given.tiers {
+            if let Some(region) = self.region(grant.region.as_str()).filter(|r| r.tier != grant.tier) {
+                found
+                    .push(format!("--tier {} is {:?}, not {:?}", grant.region, region.tier, grant.tier).to_lowercase());
+            }
         }
         found
     }
@@ -327,19 +548,41 @@ pub struct GivenChoices {
     pub api_port_base: Option<u16>,
     pub gateway_port_base: Option<u16>,
     pub region: Option<Name>,
+    pub regions: Option<usize>,
+    pub tiers: Vec<TierGrant>,
+    pub store: Option<String>,
 }
 
 impl GivenChoices {
     pub fn with_defaults(&self) -> Choices {
+        let regions = self.regions.unwrap_or(1);
+        let first = if regions > 1 { "region-a" } else { "local" };
         Choices {
-            zones: self.zones.unwrap_or(3),
+            zones: self.zones.unwrap_or(if regions > 1 { 1 } else { 3 }),
             hosts_per_zone: self.hosts_per_zone.unwrap_or(2),
             classes: self.classes.clone(),
             api_port_base: self.api_port_base.unwrap_or(API_PORT_BASE),
             gateway_port_base: self.gateway_port_base.unwrap_or(GATEWAY_PORT_BASE),
-            region: self.region.clone().unwrap_or_else(|| name("local".to_owned())),
+            region: self.region.clone().unwrap_or_else(|| name(first.to_owned())),
+            regions,
+            tiers: self.tiers.clone(),
+            store: self.store.clone(),
         }
     }
+}
+
+/// Makes a plan of an earlier format one of this format.
+pub fn migrate(mut plan: serde_json::Value) -> serde_json::Value {
+    let object = plan.as_object_mut();
+    if let Some(plan) = object.filter(|p| p.get("format").and_then(serde_json::Value::as_u64) == Some(1)) {
+        let region = plan.remove("region").unwrap_or_default();
+        let first = serde_json::json!({"name": region, "index": 0, "tier": "core", "founder": true});
+        plan.insert("regions".to_owned(), serde_json::json!([first]));
+        plan.insert("apart".to_owned(), false.into());
+        plan.insert("next_index".to_owned(), 1.into());
+        plan.insert("format".to_owned(), 2.into());
+    }
+    plan
 }
 
 fn hex_id(random: [u8; 8]) -> String {
@@ -371,101 +614,4 @@ pub fn octet_is_free(routes: &str, octet: u8) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::net::IpAddr;
-
-    use super::*;
-
-    /// Whether an address belongs to the underlay of the plan.
-    fn is_underlay(plan: &Plan, address: IpAddr) -> bool {
-        match address {
-            IpAddr::V6(a) => a.segments()[..4] == plan.subnet(0, 0).segments()[..4],
-            IpAddr::V4(a) => a.octets()[..3] == [10, plan.octet, 0],
-        }
-    }
-
-    fn plan(zones: usize, hosts: usize, classes: &[&str]) -> Result<Plan, String> {
-        let given = GivenChoices {
-            zones: Some(zones),
-            hosts_per_zone: Some(hosts),
-            classes: classes.iter().map(|c| c.parse().unwrap()).collect(),
-            ..GivenChoices::default()
-        };
-        Plan::new(&given.with_defaults(), [0xab, 0xcd, 0xef, 0x01, 0x23, 7, 0, 0], |o| o != 7)
-    }
-
-    #[test]
-    fn three_zones_with_two_hosts() {
-        let plan = plan(3, 2, &["zone-a:gpu-v100=2", "zone-b-2:fpga=1"]).unwrap();
-        assert_eq!(plan.cluster_id, "cnx-abcdef01");
-        assert_eq!(plan.link_prefix(), "xabc");
-        let hosts = plan.hosts();
-        assert_eq!(hosts.len(), 6);
-        assert_eq!(hosts[3].name.as_str(), "zone-b-2");
-        assert_eq!(hosts[3].address6.to_string(), "fd23:abcd:ef01::104");
-        assert_eq!(hosts[3].prefix6.to_string(), "fd23:abcd:ef01:4::");
-        assert_eq!(hosts[3].prefix4.to_string(), "10.8.4.0", "octet 7 was taken");
-        assert_eq!(hosts[0].classes.values().sum::<u32>(), 2);
-        assert_eq!(hosts[1].classes.values().sum::<u32>(), 2);
-        assert_eq!(hosts[3].classes.keys().next().unwrap().as_str(), "fpga");
-        let servers: Vec<_> = plan.servers().iter().map(|s| s.api_tls.port()).collect();
-        assert_eq!(servers, [8443, 8444, 8445]);
-        let gateways: Vec<_> = plan.gateways().iter().map(|g| g.http.port()).collect();
-        assert_eq!(gateways, [8000, 8001]);
-    }
-
-    #[test]
-    fn servers_are_always_odd_and_never_more_than_zones() {
-        for zones in 1..=26 {
-            let servers = plan(zones, 1, &[]).unwrap().servers();
-            assert!(servers.len() % 2 == 1 && servers.len() <= zones, "{zones} zones");
-        }
-    }
-
-    #[test]
-    fn no_two_hosts_share_an_address() {
-        let plan = plan(20, 10, &[]).unwrap();
-        let mut seen = std::collections::BTreeSet::new();
-        for host in plan.hosts() {
-            for address in [IpAddr::from(host.address6), host.address4.into(), host.prefix6.into(), host.prefix4.into()]
-            {
-                assert!(seen.insert(address), "{address}");
-            }
-            assert!(is_underlay(&plan, host.address6.into()) && is_underlay(&plan, host.address4.into()));
-            assert!(!is_underlay(&plan, host.prefix6.into()) && !is_underlay(&plan, host.prefix4.into()));
-        }
-        assert!(!seen.contains(&plan.machine6().into()) && !seen.contains(&plan.machine4().into()));
-    }
-
-    #[test]
-    fn impossible_choices_say_what_is_wrong() {
-        assert!(plan(0, 1, &[]).unwrap_err().contains("--zones 0"));
-        assert!(plan(26, 26, &[]).unwrap_err().contains("at most 200"));
-        assert!(plan(3, 2, &["zone-q:gpu=1"]).unwrap_err().contains("zone-q"));
-        assert!("zone-a".parse::<ClassGrant>().unwrap_err().contains("PLACE:CLASS=COUNT"));
-        let given = GivenChoices { api_port_base: Some(7999), ..GivenChoices::default() };
-        let error = Plan::new(&given.with_defaults(), [1; 8], |_| true).unwrap_err();
-        assert!(error.contains("port 8000 would be used twice"), "{error}");
-    }
-
-    #[test]
-    fn a_plan_reads_back_and_tells_what_differs() {
-        let plan = plan(3, 2, &[]).unwrap();
-        let json = serde_json::to_string(&plan).unwrap();
-        assert_eq!(serde_json::from_str::<Plan>(&json).unwrap(), plan);
-        assert!(plan.differences(&GivenChoices::default()).is_empty());
-        assert!(plan.differences(&GivenChoices { zones: Some(3), ..GivenChoices::default() }).is_empty());
-        assert_eq!(plan.differences(&GivenChoices { zones: Some(2), ..GivenChoices::default() }).len(), 1);
-    }
-
-    #[test]
-    fn used_ranges_are_avoided() {
-        let routes = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\n\
-                      eth0\t00000000\t010200C0\t0003\t0\t0\t0\t00000000\n\
-                      eth1\t0005000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\n\
-                      eth2\t0000400A\t00000000\t0001\t0\t0\t0\t0000C0FF\n";
-        assert!(!octet_is_free(routes, 0), "10.0.5.0/24 lies in it");
-        assert!(!octet_is_free(routes, 65), "10.64.0.0/10 holds it");
-        assert!(octet_is_free(routes, 7), "the default route is no conflict");
-    }
-}
+mod tests;

@@ -63,7 +63,12 @@ pub async fn wait(
     interrupted: impl Fn() -> bool,
 ) -> anyhow::Result<Outcome> {
     let deadline = Instant::now() + patience;
-    let api = Client::new(target)?;
+    // Each region speaks for its own hosts.
+    let mut apis = Vec::new();
+    for region in &plan.regions {
+        let endpoints = plan.servers_of(region).iter().map(|s| format!("https://{}", s.api_tls)).collect();
+        apis.push(Client::new(&Target { endpoints, region: region.name.clone(), ..target.clone() })?);
+    }
     let mut probes = Vec::new();
     let probe = |url: String| Client::new(&Target { endpoints: vec![url], ..target.clone() });
     for server in plan.servers() {
@@ -74,7 +79,7 @@ pub async fn wait(
     }
     let mut shown = String::new();
     loop {
-        let progress = look(dir, plan, &api, &probes).await;
+        let progress = look(dir, plan, &apis, &probes).await;
         if progress.is_ready() {
             return Ok(Outcome::Ready);
         }
@@ -93,16 +98,19 @@ pub async fn wait(
     }
 }
 
-async fn look(dir: &DataDir, plan: &Plan, api: &Client, probes: &[(Name, Client)]) -> Progress {
+async fn look(dir: &DataDir, plan: &Plan, apis: &[Client], probes: &[(Name, Client)]) -> Progress {
     let stopped = |name: &Name| dir.is_marked(name.as_str(), Mark::Stopped);
     let asked = probes.iter().filter(|(name, _)| !stopped(name)).map(|(name, client)| async move {
         let answer = client.send(reqwest::Method::GET, "/readyz", Parts::default().timeout(ASK)).await;
         answer.err().map(|e| (name.clone(), e.to_string()))
     });
     let waiting = futures::future::join_all(asked).await.into_iter().flatten().collect();
-    let status = api.json::<Status>(reqwest::Method::GET, "/v1/status", Parts::default().timeout(ASK)).await;
+    let parts = || Parts::default().timeout(ASK);
+    let asked = apis.iter().map(|api| api.json::<Status>(reqwest::Method::GET, "/v1/status", parts()));
+    let statuses = futures::future::join_all(asked).await;
+    let hosts = statuses.into_iter().map(|s| s.ok().map(|s| s.active_workers)).sum::<Option<u64>>();
     let expected = plan.hosts().iter().filter(|h| !stopped(&h.name)).count();
-    Progress { waiting, hosts: status.ok().map(|s| s.active_workers), expected_hosts: expected as u64 }
+    Progress { waiting, hosts, expected_hosts: expected as u64 }
 }
 
 fn explain(dir: &DataDir, plan: &Plan, progress: &Progress) -> String {

@@ -1,4 +1,4 @@
-//! Starting processes: plainly, or as the first process of new namespaces.
+//! Starting processes: plainly, in a network namespace that is there, or as the first process of new namespaces.
 //!
 //! `clone3` with namespace flags makes a process that is pid 1 of its own namespace without a second process to look
 //! after it. The child does nothing but a few system calls before it becomes another program, so it does not matter that
@@ -7,6 +7,7 @@
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io;
+use std::net::TcpListener;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -14,21 +15,26 @@ use std::path::Path;
 use nix::errno::Errno;
 
 use super::procs::Process;
+use crate::inherit;
 
 /// Where a process lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+#[derive(Debug, Clone, Copy)]
+pub enum Place<'a> {
     /// In the namespaces of its parent.
     Here,
     /// Alone in new pid, mount, network, host name and IPC namespaces.
     NewHost,
+    /// In another network namespace, with listeners that were opened in the parent's.
+    Within(&'a File, &'a [TcpListener]),
+    /// In the namespaces of its parent, with listeners that outlive it.
+    Holding(&'a [TcpListener]),
 }
 
 /// Variables that processes of the cloud inherit; nothing else is.
 const INHERITED: &[&str] = &["PATH", "RUST_LOG", "RUST_BACKTRACE", "NEXUS_LOG"];
 
 /// Starts `program` in a session of its own, with output and errors to `output` and nothing to read.
-pub fn spawn(program: &Path, arguments: &[&OsStr], output: &File, place: Place) -> io::Result<Process> {
+pub fn spawn(program: &Path, arguments: &[&OsStr], output: &File, place: Place<'_>) -> io::Result<Process> {
     let text = |t: &OsStr| CString::new(t.as_bytes()).map_err(|_| io::Error::other("a zero byte in an argument"));
     let path = text(program.as_os_str())?;
     let argv =
@@ -40,7 +46,18 @@ pub fn spawn(program: &Path, arguments: &[&OsStr], output: &File, place: Place) 
         pair.push(value);
         text(&pair).ok()
     };
-    let env: Vec<CString> = INHERITED.iter().filter_map(variable).collect();
+    let mut env: Vec<CString> = INHERITED.iter().filter_map(variable).collect();
+    let (netns, handed) = match place {
+        Place::Within(netns, listeners) => (Some(netns.as_raw_fd()), listeners),
+        Place::Holding(listeners) => (None, listeners),
+        Place::Here | Place::NewHost => (None, &[][..]),
+    };
+    let handed: Vec<libc::c_int> = handed.iter().map(|l| l.as_raw_fd()).collect();
+    if let Place::Within(_, listeners) | Place::Holding(listeners) = place {
+        let named = |l: &TcpListener| Ok(format!("{}={}", l.local_addr()?, l.as_raw_fd()));
+        let named = listeners.iter().map(named).collect::<io::Result<Vec<_>>>()?.join(" ");
+        env.push(text(OsStr::new(&format!("{}={named}", inherit::VARIABLE)))?);
+    }
     let pointers = |texts: &[CString]| -> Vec<*const libc::c_char> {
         texts.iter().map(|t| t.as_ptr()).chain([std::ptr::null()]).collect()
     };
@@ -51,7 +68,7 @@ pub fn spawn(program: &Path, arguments: &[&OsStr], output: &File, place: Place) 
     let mut pidfd: libc::c_int = -1;
     let namespaces =
         libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
-    let flags = libc::CLONE_PIDFD | if place == Place::NewHost { namespaces } else { 0 };
+    let flags = libc::CLONE_PIDFD | if matches!(place, Place::NewHost) { namespaces } else { 0 };
     // SAFETY: all-zero is a valid `clone_args`: no stack means a copy of this one, as fork does.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = u64::from(flags.cast_unsigned());
@@ -62,7 +79,7 @@ pub fn spawn(program: &Path, arguments: &[&OsStr], output: &File, place: Place) 
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<libc::clone_args>()) };
     if pid == 0 {
         // SAFETY: see above; `become_program` never returns.
-        unsafe { become_program(&path, &argv_pointers, &env_pointers, input, output) }
+        unsafe { become_program(&path, &argv_pointers, &env_pointers, input, output, netns, &handed) }
     }
     Errno::result(pid)?;
     // SAFETY: clone3 succeeded with CLONE_PIDFD, so the kernel has stored a new descriptor there.
@@ -80,6 +97,8 @@ unsafe fn become_program(
     env: &[*const libc::c_char],
     input: libc::c_int,
     output: libc::c_int,
+    netns: Option<libc::c_int>,
+    handed: &[libc::c_int],
 ) -> ! {
     // SAFETY: only system calls, on descriptors and memory that the parent holds open across the clone.
     unsafe {
@@ -92,8 +111,26 @@ unsafe fn become_program(
         libc::dup2(input, 0);
         libc::dup2(output, 1);
         libc::dup2(output, 2);
+        if let Some(netns) = netns
+            && libc::setns(netns, libc::CLONE_NEWNET) != 0
+        {
+            fail(b"the network namespace can't be entered\n");
+        }
+        for descriptor in handed {
+            libc::fcntl(*descriptor, libc::F_SETFD, 0);
+        }
         libc::execve(path.as_ptr(), argv.as_ptr(), env.as_ptr());
-        let message = b"the program can't be executed\n";
+        fail(b"the program can't be executed\n")
+    }
+}
+
+/// Ends the child with a word on why.
+///
+/// # Safety
+/// To be called in a child that shares nothing with its parent.
+unsafe fn fail(message: &[u8]) -> ! {
+    // SAFETY: two system calls on memory that stands.
+    unsafe {
         libc::write(2, message.as_ptr().cast(), message.len());
         libc::_exit(127)
     }
@@ -122,5 +159,28 @@ mod tests {
         assert!(process.wait(Duration::from_secs(20)).unwrap());
         nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(process.pid()), None).unwrap();
         assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "out\nerr\nno input\n");
+    }
+
+    #[test]
+    fn a_process_within_a_namespace_holds_the_listeners_of_its_parent() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let netns = nexus_network::new_namespace().unwrap();
+        let listeners = [TcpListener::bind("127.0.0.1:0").unwrap()];
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let script = "echo $V; readlink /proc/self/fd/${V##*=}; wc -l < /proc/net/tcp".replace('V', inherit::VARIABLE);
+        let arguments = [OsStr::new("-c"), OsStr::new(&script)];
+        let place = Place::Within(&netns, &listeners);
+        let process = spawn(Path::new("/bin/sh"), &arguments, file.as_file(), place).unwrap();
+        assert!(process.wait(Duration::from_secs(20)).unwrap());
+        nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(process.pid()), None).unwrap();
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        let address = listeners[0].local_addr().unwrap().to_string();
+        assert!(lines[0].starts_with(&format!("{address}=")), "{text}");
+        assert!(lines[1].starts_with("socket:"), "{text}");
+        assert_eq!(lines[2].trim(), "1", "an empty table of another namespace: {text}");
     }
 }

@@ -10,7 +10,7 @@
 //! data/NAME/         each role's own
 //! logs/NAME.log      and agent@HOST.log, keeper@HOST.log, supervisor.log
 //! run/NAME.stopped   the user wants it to stay down
-//! run/HOST.cut       the user wants its cable to stay cut
+//! run/HOST.cut       the user wants its cable to stay cut; likewise run/REGION.cut
 //! ```
 
 use std::fs::{self, File, OpenOptions};
@@ -23,7 +23,7 @@ use anyhow::{Context as _, bail};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::plan::{FORMAT, Plan};
+use super::plan::{self, FORMAT, Plan};
 use crate::exit::Fail;
 
 const MARKER: &str = "nexus-cloud.json";
@@ -146,7 +146,17 @@ impl DataDir {
             ))
             .into());
         }
-        serde_json::from_value(value).map(Some).with_context(|| format!("{} is damaged", path.display()))
+        serde_json::from_value(plan::migrate(value)).map(Some).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// Whether exactly this plan is written there, in this release's format.
+    pub fn holds(&self, plan: &Plan) -> anyhow::Result<bool> {
+        let json = serde_json::to_vec_pretty(plan).expect("a plan is plain data");
+        match fs::read(self.root.join(MARKER)) {
+            Ok(held) => Ok(held == json),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(e).with_context(|| format!("reading {}", self.root.join(MARKER).display())),
+        }
     }
 
     /// Makes the folders and writes the plan: from now on this folder is a cloud's.

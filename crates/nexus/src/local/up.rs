@@ -86,13 +86,20 @@ fn start(dir: &DataDir, args: &UpArgs) -> anyhow::Result<(Plan, Option<Process>)
                     ))
                     .into());
                 }
-                plan.clone()
+                let wanted = given.regions.unwrap_or(plan.regions.len());
+                if wanted > plan.regions.len() {
+                    plan.grown(wanted, &given.tiers).map_err(Fail::usage)?
+                } else {
+                    plan.clone()
+                }
             }
             None => new_plan(&given.with_defaults())?,
         };
+        refuse_old_stores(dir, &plan)?;
         let running = procs::find(dir.root()).context("looking for running members")?;
         preflight::check(&plan, dir.root(), &running)?;
-        if existing.is_none() {
+        // Also when an earlier release wrote it, or when regions are to join.
+        if !dir.holds(&plan)? {
             dir.create(&plan)?;
         }
         let program = own_program().context("finding this program's file")?;
@@ -109,6 +116,20 @@ fn start(dir: &DataDir, args: &UpArgs) -> anyhow::Result<(Plan, Option<Process>)
         std::fs::remove_dir(dir.root()).ok();
     }
     prepared
+}
+
+/// Servers of a release in which a region had one group kept it right in `store`. They would refuse it one by one.
+fn refuse_old_stores(dir: &DataDir, plan: &Plan) -> anyhow::Result<()> {
+    let old = |name: &nexus_model::Name| dir.data(name.as_str()).join("store/FORMAT").exists();
+    if !plan.servers().iter().any(|s| old(&s.name)) {
+        return Ok(());
+    }
+    Err(Fail::conflict(format!(
+        "the cloud in {} was made by an earlier release, whose metadata store this one can't read: `nexus down --purge` \
+         removes it, or choose another --data-dir",
+        dir.root().display()
+    ))
+    .into())
 }
 
 fn new_plan(choices: &super::plan::Choices) -> anyhow::Result<Plan> {
@@ -149,25 +170,51 @@ fn context_of(dir: &DataDir, plan: &Plan) -> Context {
         endpoints: plan.servers().iter().map(|s| format!("https://{}", s.api_tls)).collect(),
         ca: Some(dir.ca()),
         token_file: Some(dir.token()),
-        region: plan.region.clone(),
+        region: plan.first_region().name.clone(),
         project: "default".parse().expect("a well-formed name"),
         data_dir: Some(dir.root().to_owned()),
     }
+}
+
+/// Writes the context anew, if it is that of this cloud.
+pub fn refresh_context(dir: &DataDir, plan: &Plan) -> anyhow::Result<()> {
+    let Some(held) = context::read()?.filter(|c| c.data_dir.as_deref() == Some(dir.root())) else { return Ok(()) };
+    let fresh = context_of(dir, plan);
+    let region = if plan.region(held.region.as_str()).is_some() { held.region } else { fresh.region.clone() };
+    context::write(&Context { region, project: held.project, ..fresh }).map(drop)
 }
 
 fn report(dir: &DataDir, plan: &Plan, context_path: &Path) {
     let servers = plan.servers();
     let gateways: Vec<String> = plan.gateways().iter().map(|g| format!("http://{}", g.http)).collect();
     let hosts = plan.hosts().len();
-    println!("{} is ready: {} zones, {hosts} hosts, {} servers", plan.cluster_id, plan.zones.len(), servers.len());
-    println!("  API       https://{}", servers[0].api_tls);
-    println!("  token     {}", dir.token().display());
-    println!("  gateways  {}", gateways.join(", "));
+    let zones = plan.zones.len();
+    if plan.apart {
+        let (regions, servers) = (plan.regions.len(), servers.len());
+        println!("{} is ready: {regions} regions of {zones} zones, {hosts} hosts, {servers} servers", plan.cluster_id);
+        for region in &plan.regions {
+            let api = plan.servers_of(region).first().map(|s| s.api_tls.to_string()).unwrap_or_default();
+            let gateways: Vec<String> = plan.gateways_of(region).iter().map(|g| g.http.to_string()).collect();
+            println!("  {:<9} API https://{api}, gateways {}", region.name, gateways.join(", "));
+        }
+        println!("  token     {}", dir.token().display());
+    } else {
+        println!("{} is ready: {zones} zones, {hosts} hosts, {} servers", plan.cluster_id, servers.len());
+        println!("  API       https://{}", servers[0].api_tls);
+        println!("  token     {}", dir.token().display());
+        println!("  gateways  {}", gateways.join(", "));
+    }
     println!("  context   {}", context_path.display());
     println!("Next:");
     println!("  nexus get hosts");
     println!("  nexus deploy web --image PATH    # an OCI layout or archive, a docker archive, or a .wasm component");
-    println!("  nexus local kill zone-a-1        # pull a host's plug, and see the others carry on");
+    if plan.apart {
+        let last = plan.regions.last().map(|r| r.name.to_string()).unwrap_or_default();
+        println!("  nexus deploy web --image PATH --region global    # in all regions at once");
+        println!("  nexus local cut {last}         # pull a region's cable, and see the others carry on");
+    } else {
+        println!("  nexus local kill zone-a-1        # pull a host's plug, and see the others carry on");
+    }
 }
 
 fn block_signals() -> anyhow::Result<SigSet> {

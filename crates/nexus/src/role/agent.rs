@@ -10,14 +10,16 @@ use nexus_compute::container::{ContainerConfig, ContainerRuntime};
 use nexus_compute::function::{FunctionConfig, FunctionRuntime};
 use nexus_compute::image::{BlobStore, UnpackLimits};
 use nexus_compute::keep::Keep;
-use nexus_env::{Endpoint, Env};
+use nexus_env::{Endpoint, Env, on_disk};
 use nexus_iam::tls::{self, ExpiryPolicy, Policy};
 use nexus_iam::{Role, SpiffeId};
 use nexus_model::kind::{HostSpec, Runtime};
 use nexus_network::{HostNet, InstanceNet};
+use nexus_wire::ServerBook;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::renew::{Certificates, Kept, WireSigner};
 use super::server::{identity, tls_clock};
 use super::{admin, stopped};
 use crate::config::AgentConfig;
@@ -34,11 +36,15 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let client_tls = tls::client_config(&identity, &roots, servers(), &[nexus_wire::ALPN], tls_clock(&env))?;
     let server_tls = tls::server_config(&identity, &roots, servers(), &[nexus_wire::ALPN], tls_clock(&env))?;
 
+    let renew_tls = client_tls.clone();
     let exe = std::env::current_exe().context("finding this program's own file")?;
     let boot_id = config.run_dir.join("boot-id");
     let boot_id =
         std::fs::read_to_string(&boot_id).or_else(|_| std::fs::read_to_string("/proc/sys/kernel/random/boot_id"));
     let boot_id = boot_id.context("reading the boot id")?.trim().to_owned();
+    let (disk, data_dir, configured) = (env.disk.clone(), config.data_dir.clone(), config.servers.clone());
+    let book = move || ServerBook::open(&*disk, &data_dir, configured);
+    let servers = Arc::new(on_disk(&env.disk, book).await.context("reading where the servers are")?);
     let keep: Arc<dyn Keep> = Arc::new(keeper::Client::new(&config.keeper_socket));
     let dir = config.data_dir.clone();
     let (containers, functions, blobs) = {
@@ -71,7 +77,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         (Runtime::Function, Arc::new(functions) as Arc<dyn nexus_compute::Runtime>),
     ]);
     let engines = Engines {
-        images: Arc::new(WireImages::new(&env, client_tls.clone(), config.servers.clone(), blobs)),
+        images: Arc::new(WireImages::new(&env, client_tls.clone(), servers.clone(), blobs)),
         net: Arc::new(InstanceNet::new(config.run_dir.join("netns"))),
         runtimes,
         keep,
@@ -91,7 +97,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             classes: config.classes.clone(),
             cordoned: false,
         },
-        servers: config.servers.clone(),
+        servers: servers.clone(),
         data_dir: config.data_dir.clone(),
         boot_id,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -107,7 +113,16 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let mut tasks = JoinSet::new();
     let (ready, metrics) = (handle.clone(), handle);
     let ready = move || if ready.is_ready() { Ok(()) } else { Err("no plan has been followed yet".to_owned()) };
-    let facts = admin::Facts { ready: Arc::new(ready), metrics: Arc::new(move || metrics.metrics_text()) };
+    let certificates = Certificates::new(vec![Kept { files: config.tls.clone(), identity }]);
+    {
+        let pool = nexus_wire::Pool::new(&env, renew_tls, nexus_wire::ClientOptions::default());
+        let book = servers.clone();
+        let signer = Arc::new(WireSigner { pool, servers: Arc::new(move || book.all()) });
+        let (kept, env, stop) = (certificates.clone(), env.clone(), stop.clone());
+        tasks.spawn(async move { kept.keep(env, signer, stop).await });
+    }
+    let text = move || metrics.metrics_text() + &certificates.metrics_text();
+    let facts = admin::Facts { ready: Arc::new(ready), metrics: Arc::new(text) };
     admin::listen(&mut tasks, &env, Endpoint::Tcp(config.metrics_listen), facts, &stop).await?;
 
     let running = nexus_agent::run(daemon, env, engines, stop.clone());

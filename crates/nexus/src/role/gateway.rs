@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
-use nexus_edge::{Gateway, Options, SourceConfig, follow};
+use nexus_edge::{Gateway, Options, PeerDoor, SourceConfig, follow};
 use nexus_env::{BoxStream, Endpoint, Env, Listener, RealTransport, Transport};
 use nexus_iam::Role;
 use nexus_iam::tls::{self, ExpiryPolicy, Policy};
@@ -21,10 +21,14 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::renew::{Certificates, Kept, WireSigner};
 use super::server::{identity, tls_clock};
 use super::{admin, stopped};
 use crate::config::GatewayConfig;
+use crate::inherit::Inherited;
 
+/// What gateways speak among themselves: HTTP, in a way of their own.
+const PEER_ALPN: &[u8] = b"nexus-edge/1";
 /// Set to `1`, every request is logged.
 const ACCESS_LOG: &str = "NEXUS_ACCESS_LOG";
 /// Unacknowledged data to an instance for this long breaks the connection.
@@ -44,16 +48,48 @@ pub async fn run(config: GatewayConfig) -> anyhow::Result<()> {
         .expiry(ExpiryPolicy::Tolerate { grace: super::CERTIFICATE_GRACE });
     let client_tls = tls::client_config(&identity, &roots, servers, &[nexus_wire::ALPN], tls_clock(&env))?;
 
-    let edge_env = env.clone().with_transport(Arc::new(EdgeTransport));
+    let gateways = || {
+        Policy::roles(config.cluster_id.clone(), &[Role::Gateway])
+            .expiry(ExpiryPolicy::Tolerate { grace: super::CERTIFICATE_GRACE })
+    };
+    let peer_client = tls::client_config(&identity, &roots, gateways(), &[PEER_ALPN], tls_clock(&env))?;
+    let peer_server = tls::server_config(&identity, &roots, gateways(), &[PEER_ALPN], tls_clock(&env))?;
+
+    let edge_env = env.clone().with_transport(Arc::new(EdgeTransport(Inherited::take()?)));
     let listener = edge_env.transport.bind(&Endpoint::Tcp(config.http_listen)).await;
     let listener = listener.with_context(|| format!("listening at {}", config.http_listen))?;
     let access_log = std::env::var(ACCESS_LOG).is_ok_and(|v| v == "1");
-    let gateway = Gateway::new(edge_env.clone(), Options { access_log, ..Options::new(config.zone.clone()) });
+    let options = Options {
+        access_log,
+        region: Some(config.region.clone()),
+        peer_tls: config.peer_listen.map(|_| peer_client),
+        ..Options::new(config.zone.clone())
+    };
+    let gateway = Gateway::new(edge_env.clone(), options);
+    let peers = match config.peer_listen {
+        Some(at) => {
+            let bound = edge_env.transport.bind(&Endpoint::Tcp(at)).await;
+            let listener = bound.with_context(|| format!("listening for other regions' gateways at {at}"))?;
+            Some(PeerDoor { listener, tls: peer_server })
+        }
+        None => None,
+    };
 
     let mut tasks = JoinSet::new();
     let (known, counted) = (gateway.clone(), gateway.clone());
     let ready = move || known.revision().map(|_| ()).ok_or_else(|| "no routing table has arrived yet".to_owned());
-    let facts = admin::Facts { ready: Arc::new(ready), metrics: Arc::new(move || counted.metrics_text()) };
+    let certificates = Certificates::new(vec![Kept { files: config.tls.clone(), identity }]);
+    {
+        let pool = nexus_wire::Pool::new(&env, client_tls.clone(), nexus_wire::ClientOptions::default());
+        let (disk, dir, configured) = (env.disk.clone(), config.data_dir.clone(), config.servers.clone());
+        // As the source of tables last wrote it; what it learns later matters for the next renewal.
+        let open = move || nexus_wire::ServerBook::open(&*disk, &dir, configured.clone()).all();
+        let signer = Arc::new(WireSigner { pool, servers: Arc::new(open) });
+        let (kept, env, stop) = (certificates.clone(), env.clone(), stop.clone());
+        tasks.spawn(async move { kept.keep(env, signer, stop).await });
+    }
+    let text = move || counted.metrics_text() + &certificates.metrics_text();
+    let facts = admin::Facts { ready: Arc::new(ready), metrics: Arc::new(text) };
     // A gateway that is going down answers here to its end; the next one must be able to listen meanwhile.
     let admin_stop = CancellationToken::new();
     admin::listen(&mut tasks, &edge_env, Endpoint::Tcp(config.admin_listen), facts, &admin_stop).await?;
@@ -62,6 +98,7 @@ pub async fn run(config: GatewayConfig) -> anyhow::Result<()> {
         gateway: config.name.clone(),
         cluster_id: config.cluster_id.clone(),
         servers: config.servers.clone(),
+        peer: config.peer_listen,
         data_dir: config.data_dir.clone(),
         tls: client_tls,
     };
@@ -70,7 +107,12 @@ pub async fn run(config: GatewayConfig) -> anyhow::Result<()> {
     let mut follower = JoinSet::new();
     follower.spawn(follow(gateway.clone(), source, env, following.clone()));
     tracing::info!(gateway = %config.name, listen = %config.http_listen, "serving");
-    let serving = gateway.serve(listener, stop.clone());
+    let serving = async {
+        match peers {
+            Some(peers) => gateway.serve_with_peers(listener, peers, stop.clone()).await,
+            None => gateway.serve(listener, stop.clone()).await,
+        }
+    };
     tokio::pin!(serving);
     tokio::select! {
         () = &mut serving => {}
@@ -86,8 +128,8 @@ pub async fn run(config: GatewayConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// See the head of this file.
-struct EdgeTransport;
+/// See the head of this file. Listeners that the process was given are used in place of new ones.
+struct EdgeTransport(Inherited);
 
 fn tune(socket: SockRef<'_>, probe: Duration) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
@@ -110,6 +152,9 @@ impl Transport for EdgeTransport {
 
     async fn bind(&self, at: &Endpoint) -> io::Result<Box<dyn Listener>> {
         let Endpoint::Tcp(addr) = at else { return RealTransport.bind(at).await };
+        if let Some(listener) = self.0.at(*addr) {
+            return Ok(Box::new(EdgeListener(listener?)));
+        }
         let socket = socket(addr)?;
         socket.set_reuseaddr(true)?;
         socket.set_reuseport(true)?;

@@ -1,9 +1,18 @@
 //! The server role: a member of a region's control plane. Opens the metadata store, runs the writer when it leads,
 //! follows the log for hosts and gateways, keeps images, and answers users.
 
+pub mod authority;
+pub mod backups;
 mod blobs;
+mod engine;
+mod fleet;
+mod groups;
 mod hosts;
+mod join;
+mod membership;
 pub mod northbound;
+mod operations;
+mod remote;
 mod southbound;
 mod status;
 
@@ -12,26 +21,33 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use nexus_api::{Api, Limits, Principal, TokenAuthenticator};
-use nexus_control::core::Bootstrap;
-use nexus_control::region::{self, Region};
 use nexus_control::view::View;
 use nexus_env::{Endpoint, Env};
 use nexus_iam::tls::{self, ExpiryPolicy, Identity, Policy, Roots};
 use nexus_iam::{Role, TokenHash};
 use nexus_store::Store;
-use nexus_store::embedded::{self, EmbeddedStore};
 use nexus_wire::{ClientOptions, Pool};
 use prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use self::authority::Authority;
 use self::blobs::ServerBlobs;
+use self::fleet::Fleet;
+use self::groups::{Gateways, Groups, Writers};
+use self::join::Joins;
+use self::membership::{Group, Membership};
+use self::operations::ServerOperations;
+use self::remote::Remotes;
 use self::southbound::PeerWire;
+use super::renew::{Certificates, Kept, WireSigner};
 use super::stopped;
 use crate::config::{ServerConfig, TlsFiles};
+use crate::inherit::{Inherited, InheritingTransport};
 
 /// How long what runs may take to end when the server goes down.
 const DRAIN: Duration = Duration::from_secs(10);
+const HAND_OVER: Duration = Duration::from_secs(3);
 
 /// The identity and the authorities in a role's certificate files.
 pub fn identity(files: &TlsFiles) -> anyhow::Result<(Identity, Roots)> {
@@ -51,7 +67,7 @@ pub fn tls_clock(env: &Env) -> tls::Clock {
 
 /// Runs until the process is told to stop.
 pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
-    let env = Env::real();
+    let env = Env::real().with_transport(Arc::new(InheritingTransport(Inherited::take()?)));
     let stop = CancellationToken::new();
     let (identity, roots) = identity(&config.tls)?;
     // Internal traffic must survive an outage of whoever renews certificates.
@@ -74,84 +90,150 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         tls_clock(&env),
     )?;
     let pool = Arc::new(Pool::new(&env, outbound, ClientOptions::default()));
-    let peers: Arc<PeerWire> = Arc::new(PeerWire::new(&config, pool.clone()));
+    let fleet = Fleet::new(&config);
+    let authority = Authority::load(&config, &env)?;
+    let peers: Arc<PeerWire> = Arc::new(PeerWire::new(fleet.clone(), pool.clone()));
 
-    let store_config = embedded::Config::new(
-        config.node_id,
-        config.region.as_str().parse().context("the region as a store group")?,
-        config.data_dir.join("store"),
-        config.members.iter().map(|(id, m)| (*id, m.wire.to_string())).collect(),
-    );
     std::fs::create_dir_all(&config.data_dir).with_context(|| format!("making {}", config.data_dir.display()))?;
-    // Peers can't be heard before the store stands, and the store waits for no peer while it opens.
-    let store: Arc<EmbeddedStore> = Arc::new(EmbeddedStore::open(store_config, env.clone(), peers.clone()).await?);
-    let contract: Arc<dyn Store> = store.clone();
+    // Peers can't be heard before the stores stand, and a store waits for no peer while it opens.
+    let groups = Groups::open(&config, &env, peers.clone()).await?;
+    let contract: Arc<dyn Store> = groups.region.clone();
+    let stores = groups.by_id();
+    let backups: Arc<dyn operations::Backups> = Arc::new(backups::ServerBackups::new(&config, &env, stores.clone()));
 
-    let blobs = Arc::new(ServerBlobs::open(&config, pool.clone()).await?);
-    let region = Arc::new(Region::new(
-        region::Config {
-            node: config.node_id,
-            server: config.name.to_string(),
-            bootstrap: Bootstrap {
-                region: config.region.clone(),
-                domain: config.domain.clone(),
-                zones: config.zones.clone(),
-                cells: config.cells.iter().map(|c| c.name.clone()).collect(),
-            },
-        },
-        env.clone(),
-        contract.clone(),
-        peers.clone(),
-    ));
-    let view = View::new(&config.domain);
+    let view = View::new(&config.domain).in_region(&config.region);
+    let blobs = Arc::new(ServerBlobs::open(&config, fleet.clone(), view.clone(), pool.clone()).await?);
+    let writers = Arc::new(Writers::new(&config, &env, &groups, &fleet, peers.clone(), &pool));
+    let gateways = Gateways::default();
 
     let mut tasks = JoinSet::new();
     {
-        let (region, stop) = (region.clone(), stop.clone());
-        tasks.spawn(async move { region.run(stop).await });
+        let (writers, stop) = (writers.clone(), stop.clone());
+        tasks.spawn(async move {
+            futures::join!(writers.region.run(stop.clone()), writers.global.run(stop));
+        });
     }
     {
-        let (view, store, stop) = (view.clone(), contract.clone(), stop.clone());
-        tasks.spawn(async move { view.follow(store, stop).await });
+        let (view, groups, stop) = (view.clone(), groups.clone(), stop.clone());
+        tasks.spawn(async move {
+            let (region, global) = (groups.region.clone(), groups.global.clone());
+            futures::join!(view.follow(region, stop.clone()), view.follow_global(global, stop));
+        });
     }
     {
-        let (blobs, view, stop) = (blobs.clone(), view.clone(), stop.clone());
-        tasks.spawn(async move { blobs.replicate(view, stop).await });
+        let (blobs, stop) = (blobs.clone(), stop.clone());
+        tasks.spawn(async move { blobs.replicate(stop).await });
     }
-    let wire = southbound::server(&config, &env, inbound, &store, &region, &view, &blobs)
-        .bind()
-        .await
-        .with_context(|| format!("listening on {}", config.wire_listen))?;
+    tasks.spawn(groups::join_global(config.clone(), groups.clone(), pool.clone(), stop.clone()));
+    tasks.spawn(groups::tell_the_writer(
+        config.clone(),
+        groups.clone(),
+        writers.clone(),
+        fleet.clone(),
+        gateways.clone(),
+        pool.clone(),
+        stop.clone(),
+    ));
+    let methods = southbound::server(
+        &config,
+        &env,
+        inbound,
+        &groups,
+        &writers,
+        &gateways,
+        &view,
+        &blobs,
+        &fleet,
+        authority.clone(),
+    );
+    let wire = methods.bind().await.with_context(|| format!("listening on {}", config.wire_listen))?;
     {
         let stop = stop.clone();
         tasks.spawn(async move { wire.serve(stop).await });
     }
 
     let metrics = Arc::new(Mutex::new(Registry::default()));
-    let status = Arc::new(status::Status::new(&config, contract.clone(), view.clone(), region.clone(), pool.clone()));
+    let (api_identity, _) = self::identity(&config.api_tls)?;
+    let status = Arc::new(status::Status::new(
+        &config,
+        &env,
+        &groups,
+        view.clone(),
+        writers.clone(),
+        fleet.clone(),
+        pool.clone(),
+        vec![("wire", identity.clone()), ("api", api_identity.clone())],
+    ));
     status.register(&metrics);
     let hash = std::fs::read_to_string(&config.token_hash)
         .with_context(|| format!("reading {}", config.token_hash.display()))?;
     let hash: TokenHash =
         hash.trim().parse().with_context(|| format!("the hash in {}", config.token_hash.display()))?;
+    let membership = Arc::new(Membership::new(
+        &config,
+        contract.clone(),
+        fleet.clone(),
+        vec![groups.region.clone() as Arc<dyn Group>, groups.global.clone()],
+        pool.clone(),
+    ));
+    let joins = Joins {
+        config: config.clone(),
+        env: env.clone(),
+        store: contract.clone(),
+        fleet: fleet.clone(),
+        view: view.clone(),
+        authority: authority.clone(),
+        token_hash: hash.to_string(),
+    };
+    let operations = ServerOperations {
+        joins,
+        membership: membership.clone(),
+        writer: writers.region.clone(),
+        backups: Some(backups),
+    };
+    {
+        let (fleet, store, stop) = (fleet.clone(), contract.clone(), stop.clone());
+        tasks.spawn(async move { fleet.follow(store, stop).await });
+    }
+    {
+        let stop = stop.clone();
+        tasks.spawn(async move { membership.run(stop).await });
+    }
+    let api_client = tls::public_client_config(&roots, &[b"http/1.1"], tls_clock(&env))?;
     let api = Api {
         region: config.region.clone(),
         env: env.clone(),
         store: contract.clone(),
-        writer: region.clone(),
+        writer: writers.region.clone(),
+        global_store: groups.global.clone(),
+        global_writer: writers.global.clone(),
+        remote: Arc::new(Remotes::new(&config.region, view.clone(), env.clone(), api_client, stop.clone())),
         authenticator: Arc::new(TokenAuthenticator::new([(hash, Principal { name: "admin".into() })])),
         blobs: blobs.clone(),
         hosts: Arc::new(hosts::Hosts::new(view.clone(), pool.clone())),
+        operations: Arc::new(operations),
         status: status.clone(),
         metrics,
         shutdown: stop.clone(),
         limits: Limits::default(),
     };
     let router = nexus_api::router(api);
-    let (api_identity, _) = self::identity(&config.api_tls)?;
+    let certificates = Certificates::new(vec![
+        Kept { files: config.tls.clone(), identity: identity.clone() },
+        Kept { files: config.api_tls.clone(), identity: api_identity.clone() },
+    ]);
+    {
+        let known = fleet.clone();
+        let servers = Arc::new(move || known.wires().iter().filter_map(|wire| wire.parse().ok()).collect());
+        let signer = Arc::new(WireSigner { pool: (*pool).clone(), servers });
+        let (kept, env, stop) = (certificates.clone(), env.clone(), stop.clone());
+        tasks.spawn(async move { kept.keep(env, signer, stop).await });
+    }
     let api_tls = tls::public_server_config(&api_identity, &[b"h2", b"http/1.1"], tls_clock(&env))?;
-    northbound::listen(&mut tasks, &env, Endpoint::Tcp(config.api_tls_listen), Some(api_tls), router.clone(), &stop)
-        .await?;
+    for listen in [Some(config.api_tls_listen), config.api_peer_listen].into_iter().flatten() {
+        let tls = Some(api_tls.clone());
+        northbound::listen(&mut tasks, &env, Endpoint::Tcp(listen), tls, router.clone(), &stop).await?;
+    }
     if let Some(plain) = config.api_http_listen {
         northbound::listen(&mut tasks, &env, Endpoint::Tcp(plain), None, router, &stop).await?;
     }
@@ -163,12 +245,17 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
 
     stopped().await;
     tracing::info!("told to stop; draining");
+    // Others lead on at once, so that nobody has to wait until this server's silence is noticed.
+    let handed = async { futures::join!(groups.region.hand_over(), groups.global.hand_over()) };
+    if tokio::time::timeout(HAND_OVER, handed).await.is_err() {
+        tracing::warn!("the leadership could not be handed over in time");
+    }
     stop.cancel();
     let drained = tokio::time::timeout(DRAIN, async { while tasks.join_next().await.is_some() {} }).await;
     if drained.is_err() {
         tracing::warn!("some work did not end in time and is cut off");
         tasks.shutdown().await;
     }
-    store.shutdown().await;
+    groups.shutdown().await;
     Ok(())
 }

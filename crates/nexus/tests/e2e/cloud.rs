@@ -31,10 +31,11 @@ impl Cloud {
     /// Starts a cloud and waits until it is ready.
     pub fn up(args: &[&str]) -> Self {
         let dir = tempfile::Builder::new().prefix("nexus-e2e-").tempdir().unwrap();
-        let api_port = free_ports(40);
+        // As many as several regions need.
+        let api_port = free_ports(100);
         let gateway_port = loop {
-            let port = free_ports(20);
-            if port.abs_diff(api_port) >= 200 {
+            let port = free_ports(150);
+            if port.abs_diff(api_port) >= 300 {
                 break port;
             }
         };

@@ -1,5 +1,5 @@
 //! An open-loop load of idempotent GETs: requests start at a fixed rate whether earlier ones were answered or not, and
-//! every one must be answered 2xx within ten seconds. A client may turn to the other gateway when one does not answer,
+//! every one must be answered 2xx within ten seconds. A client may turn to another gateway when one does not answer,
 //! as a browser does with a second address.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,8 +25,9 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts the load on both gateways.
-    pub fn start(gateways: [String; 2], host: &str) -> Self {
+    /// Starts the load on all of these gateways in turn.
+    pub fn start(gateways: impl Into<Vec<String>>, host: &str) -> Self {
+        let gateways = gateways.into();
         let (stop, tally) = (Arc::new(AtomicBool::new(false)), Arc::new(Tally::default()));
         let (stopped, counted, host) = (stop.clone(), tally.clone(), host.to_owned());
         let thread = std::thread::spawn(move || {
@@ -64,7 +65,7 @@ impl Load {
     }
 }
 
-async fn drive(gateways: [String; 2], host: String, stop: Arc<AtomicBool>, tally: Arc<Tally>) {
+async fn drive(gateways: Vec<String>, host: String, stop: Arc<AtomicBool>, tally: Arc<Tally>) {
     let client = reqwest::Client::builder().timeout(ANSWER_WITHIN).build().unwrap();
     let mut tick = tokio::time::interval(EVERY);
     let mut running = tokio::task::JoinSet::new();
@@ -73,7 +74,8 @@ async fn drive(gateways: [String; 2], host: String, stop: Arc<AtomicBool>, tally
         tick.tick().await;
         n += 1;
         tally.sent.fetch_add(1, Ordering::Relaxed);
-        let order = [gateways[n % 2].clone(), gateways[(n + 1) % 2].clone()];
+        let mut order = gateways.clone();
+        order.rotate_left(n % gateways.len());
         let (client, host, tally) = (client.clone(), host.clone(), tally.clone());
         running.spawn(async move {
             let started = Instant::now();
@@ -94,8 +96,8 @@ async fn drive(gateways: [String; 2], host: String, stop: Arc<AtomicBool>, tally
     while running.join_next().await.is_some() {}
 }
 
-/// One request. Only a gateway that can't be reached is left for the other: a bad answer is a failure.
-async fn one(client: &reqwest::Client, gateways: &[String; 2], host: &str) -> Result<(), String> {
+/// One request. Only a gateway that can't be reached is left for another: a bad answer is a failure.
+async fn one(client: &reqwest::Client, gateways: &[String], host: &str) -> Result<(), String> {
     loop {
         for gateway in gateways {
             match client.get(gateway).header("host", host).send().await {

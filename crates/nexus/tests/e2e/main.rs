@@ -2,8 +2,11 @@
 //! that can be killed, killed. Needs root, and the Debian packages that `cargo xtask test` installs.
 
 mod cloud;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod images;
 mod load;
+mod regions;
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -48,10 +51,22 @@ fn wait_page(cloud: &Cloud, gateway: u16, host: &str, path: &str, wanted: &str) 
 
 #[test]
 fn an_app_stays_up_while_everything_under_it_is_killed() {
+    everything_is_killed(&[]);
+}
+
+/// The same with the other metadata engine: `cargo test -p nexus --features etcd --test e2e etcd`.
+#[cfg(feature = "etcd")]
+#[test]
+fn an_app_stays_up_while_everything_under_it_is_killed_with_its_metadata_in_etcd() {
+    let etcd = etcd::Etcd::start();
+    everything_is_killed(&["--store", &etcd.url()]);
+}
+
+fn everything_is_killed(args: &[&str]) {
     rustls::crypto::ring::default_provider().install_default().ok();
     let files = tempfile::tempdir().unwrap();
     let layout = images::nginx(files.path());
-    let cloud = Cloud::up(&[]);
+    let cloud = Cloud::up(args);
     cloud.start(&[]);
 
     cloud.ok(&["image", "import", layout.to_str().unwrap(), "--name", "nginx"]);

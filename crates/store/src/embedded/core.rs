@@ -1,21 +1,23 @@
 //! What the embedded engine's parts share, and the answers to other members' messages.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nexus_env::{Env, File, on_disk};
+use nexus_env::{Env, File, on_disk, write_atomic};
+use openraft::raft::AppendEntriesResponse;
 use openraft::{ServerState, Snapshot};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::Config;
+use super::guard::{Guard, Timing};
 use super::leases::LeaseClock;
 use super::machine::Shared;
 use super::network::PeerLink;
+use super::peers::Envelope;
 use super::propose::Pending;
 use super::raft::{Command, Failure, LogId, Outcome, Raft, Request, Response, SnapshotChunk, decode, encode};
 use super::reads::Waiter;
@@ -25,6 +27,8 @@ use crate::types::{Leadership, LeaseId};
 
 /// How often a leader asks itself whether a quorum still answers.
 const QUORUM_CHECK: Duration = Duration::from_millis(500);
+/// Messages that this member passes on at once; more are refused, and their senders find another way.
+const RELAYED: usize = 256;
 /// Idle watchers are told how far the store is this long after a change.
 const ANNOUNCE_AFTER: Duration = Duration::from_secs(5);
 
@@ -51,7 +55,13 @@ pub struct Core {
     pub incoming: tokio::sync::Mutex<Option<Incoming>>,
     /// Microseconds.
     pub latency: AtomicU64,
-    pub closed: Mutex<Option<String>>,
+    pub closed: Arc<Mutex<Option<String>>>,
+    pub timing: Timing,
+    pub guard: Arc<Guard>,
+    /// Held while the membership is being changed.
+    pub changing: tokio::sync::Mutex<()>,
+    /// Messages that are being passed on to other members.
+    pub relayed: AtomicUsize,
 }
 
 impl Core {
@@ -125,28 +135,98 @@ impl Core {
     }
 
     /// Answers another member.
-    pub async fn answer(&self, message: &[u8]) -> Bytes {
-        let response = match decode::<Request>(message) {
-            Ok(request) => self.respond(request).await,
+    pub async fn answer(self: &Arc<Self>, message: Bytes) -> Bytes {
+        let (envelope, body) = match Envelope::open(&message) {
+            Ok(opened) => opened,
+            Err(e) => return encode(&Response::Failed(Failure::Unavailable(e.to_string()))),
+        };
+        if let Err(failure) = self.check_generation(envelope.generation).await {
+            return encode(&Response::Failed(failure));
+        }
+        let me = self.config.node;
+        let meant = envelope.hops.first().copied().unwrap_or(envelope.to);
+        if meant != me {
+            let text = format!("the message is for member {meant}, and this is member {me}");
+            return encode(&Response::Failed(Failure::Astray(text)));
+        }
+        if !envelope.hops.is_empty() {
+            let to = envelope.to;
+            if self.relayed.fetch_add(1, Ordering::Relaxed) >= RELAYED {
+                self.relayed.fetch_sub(1, Ordering::Relaxed);
+                let reason = "too many messages are being passed on".to_owned();
+                return encode(&Response::NotPassed { from: me, to, sent: false, reason });
+            }
+            let _one = Relaying(&self.relayed);
+            return self.link.pass_on(envelope, &body).await;
+        }
+        let response = match decode::<Request>(&body) {
+            Ok(request) => self.respond(envelope.from, request).await,
             Err(e) => Response::Failed(Failure::Unavailable(e.to_string())),
         };
         encode(&response)
     }
 
-    async fn respond(&self, request: Request) -> Response {
+    /// Refuses who is of an earlier generation, and stops if this member is.
+    async fn check_generation(&self, theirs: u64) -> Result<(), Failure> {
+        let mine = self.link.generation.load(Ordering::SeqCst);
+        if theirs < mine {
+            return Err(Failure::Fenced(mine));
+        }
+        if theirs > mine {
+            // A member that has not begun belongs to whatever group takes it in.
+            if matches!(self.raft.is_initialized().await, Ok(false)) {
+                let (disk, path) = (self.env.disk.clone(), self.config.dir.join(super::GENERATION_FILE));
+                let text = format!("{theirs}\n");
+                let written = on_disk(&self.env.disk, move || write_atomic(&*disk, &path, text.as_bytes())).await;
+                match written.and_then(|w| w) {
+                    Ok(()) => self.link.generation.store(theirs, Ordering::SeqCst),
+                    Err(e) => return Err(Failure::Unavailable(format!("the generation can't be written: {e}"))),
+                }
+            } else {
+                self.link.fence(theirs);
+            }
+        }
+        Ok(())
+    }
+
+    async fn respond(self: &Arc<Self>, from: u64, request: Request) -> Response {
         if let Some(reason) = self.stopped() {
             return Response::Failed(Failure::Stopped(reason));
         }
         let stopped = |e: String| Response::Failed(Failure::Stopped(e));
         match request {
             Request::Append(rpc) => {
-                self.raft.append_entries(rpc).await.map_or_else(|e| stopped(e.to_string()), Response::Append)
+                // A leader is heard while its entries are being written, too.
+                if rpc.vote >= self.raft.server_metrics().borrow().vote {
+                    self.guard.hear();
+                }
+                let answer = self.raft.append_entries(rpc).await;
+                if matches!(&answer, Ok(answer) if !matches!(answer, AppendEntriesResponse::HigherVote(_))) {
+                    self.guard.hear();
+                }
+                answer.map_or_else(|e| stopped(e.to_string()), Response::Append)
             }
             Request::Vote(rpc) => self.raft.vote(rpc).await.map_or_else(|e| stopped(e.to_string()), Response::Vote),
-            Request::Snapshot(chunk) => self
-                .receive(chunk)
-                .await
-                .unwrap_or_else(|e| Response::Failed(Failure::Unavailable(format!("snapshot not taken: {e}")))),
+            Request::Snapshot(chunk) => {
+                if chunk.vote >= self.raft.server_metrics().borrow().vote {
+                    self.guard.hear();
+                }
+                self.receive(chunk)
+                    .await
+                    .unwrap_or_else(|e| Response::Failed(Failure::Unavailable(format!("snapshot not taken: {e}"))))
+            }
+            Request::Ping(links) => {
+                self.link.reach.learn(links);
+                Response::Pong(self.pong(from))
+            }
+            Request::PreVote { last } => self.pre_vote(from, last),
+            Request::TakeOver => {
+                self.raft.trigger().elect().await.map_or_else(|e| stopped(e.to_string()), |()| Response::Done)
+            }
+            Request::Change(change) => {
+                self.change_here(change).await.map_or_else(Response::Failed, |()| Response::Done)
+            }
+            Request::Health => self.health_here().map_or_else(Response::Failed, Response::Health),
             Request::Forward { commands, timeout_ms } => {
                 if !self.leadership.borrow().is_self {
                     return Response::Failed(Failure::NotLeader);
@@ -179,6 +259,13 @@ impl Core {
             let (path, file) = self.snapshots.begin_incoming()?;
             *slot = Some(Incoming { last: chunk.meta.last_log_id, path, file, len: 0 });
         }
+        // A piece whose answer got lost is sent again.
+        let again = |i: &Incoming| {
+            i.last == chunk.meta.last_log_id && chunk.offset > 0 && i.len == chunk.offset + chunk.data.len() as u64
+        };
+        if !chunk.done && slot.as_ref().is_some_and(again) {
+            return Ok(Response::SnapshotMore);
+        }
         let matches = |i: &Incoming| i.last == chunk.meta.last_log_id && i.len == chunk.offset;
         let Some(mut incoming) = slot.take_if(|i| matches(i)) else {
             return Err(std::io::Error::other("the pieces are out of order"));
@@ -207,6 +294,15 @@ impl Core {
     }
 }
 
+/// Counts a message that is being passed on for as long as it lives.
+struct Relaying<'a>(&'a AtomicUsize);
+
+impl Drop for Relaying<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Awaits all of a bounded list in order; they progress together because each is only a place in a queue.
 async fn join_all<T>(all: impl Iterator<Item = impl Future<Output = T>>) -> Vec<T> {
     let mut waiting: Vec<_> = all.map(|f| (Box::pin(f), None)).collect();
@@ -232,14 +328,15 @@ pub async fn follow_leadership(core: Arc<Core>, seen: watch::Sender<Leadership>)
     let all = core.raft.metrics();
     let stale = core.config.election_timeout.1 * 2;
     loop {
-        let (leads, leader, epoch) = {
+        let (leads, leader, epoch, given_up) = {
             let m = metrics.borrow_and_update();
-            (m.state == ServerState::Leader, m.current_leader, m.vote.leader_id.term)
+            let given_up = !core.guard.may_lead(&m.vote);
+            (m.state == ServerState::Leader, m.current_leader, m.vote.leader_id.term, given_up)
         };
         let (silent, failure) = {
             let m = all.borrow();
             let silent = m.millis_since_quorum_ack.is_some_and(|ms| u128::from(ms) > stale.as_millis());
-            (silent, m.running_state.as_ref().err().map(ToString::to_string))
+            (silent || given_up, m.running_state.as_ref().err().map(ToString::to_string))
         };
         if let Some(failure) = failure {
             core.stop(&failure);
@@ -295,17 +392,4 @@ pub async fn announce_progress(core: Arc<Core>) {
         told = state.counters.revision;
         core.shared.hub.announce(state.revision(), state.counters.timestamp_ms);
     }
-}
-
-/// The members as the store's status shows them.
-pub fn members(core: &Core) -> BTreeMap<u64, crate::types::Member> {
-    let metrics = core.raft.server_metrics();
-    let metrics = metrics.borrow();
-    let membership = metrics.membership_config.membership();
-    let voters: std::collections::BTreeSet<u64> = membership.voter_ids().collect();
-    let known = membership.nodes().map(|(id, node)| (*id, node.addr.clone()));
-    // Endpoints may change over time; the newest configuration knows best.
-    let mut out: BTreeMap<u64, String> = known.collect();
-    out.extend(core.config.members.clone());
-    out.into_iter().map(|(id, endpoint)| (id, crate::types::Member { endpoint, voter: voters.contains(&id) })).collect()
 }

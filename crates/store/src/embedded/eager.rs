@@ -17,6 +17,7 @@ use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::guard::Guard;
 use super::network::PeerLink;
 use super::raft::{Entry, LogId, Request, Response, TypeConfig, Vote};
 
@@ -39,33 +40,52 @@ struct Sent {
 
 pub struct Eager {
     link: PeerLink,
-    peers: Vec<u64>,
+    guard: Arc<Guard>,
+    /// The other voters: nobody waits for a learner.
+    peers: Mutex<Vec<u64>>,
     slots: Mutex<BTreeMap<u64, Sent>>,
     tasks: Mutex<JoinSet<()>>,
 }
 
 impl Eager {
-    pub fn new(link: PeerLink, peers: Vec<u64>) -> Self {
-        Self { link, peers, slots: Mutex::new(BTreeMap::new()), tasks: Mutex::new(JoinSet::new()) }
+    pub fn new(link: PeerLink, guard: Arc<Guard>) -> Self {
+        Self { link, guard, peers: Mutex::default(), slots: Mutex::default(), tasks: Mutex::new(JoinSet::new()) }
+    }
+
+    /// Follows the membership.
+    pub fn set_peers(&self, voters: Vec<u64>) {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).retain(|peer, _| voters.contains(peer));
+        *self.peers.lock().unwrap_or_else(PoisonError::into_inner) = voters;
+    }
+
+    /// The library has brought a follower up to `last`; from there on entries may be sent ahead again.
+    pub fn caught_up(&self, peer: u64, vote: Vote, last: LogId) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let behind = slots.get(&peer).is_some_and(|sent| *sent.state.borrow() == State::Failed);
+        if behind {
+            let (_, state) = watch::channel(State::Accepted);
+            slots.insert(peer, Sent { vote, prev: Some(last), last, state });
+        }
     }
 
     /// Sends entries to every follower that has answered the one before.
     pub fn send(&self, vote: Vote, prev: Option<LogId>, entries: Vec<Entry>, committed: Option<LogId>) {
         let Some(last) = entries.last().map(|e| e.log_id) else { return };
-        if self.peers.is_empty() {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if peers.is_empty() || !self.guard.may_lead(&vote) {
             return;
         }
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         while tasks.try_join_next().is_some() {}
         let mut encoded = None;
-        for &peer in &self.peers {
+        for peer in peers {
             // Messages on the way could overtake each other; one at a time keeps the follower's log in step. A peer
-            // whose last message failed gets the next one only by the library, which knows where to resume.
+            // whose last message failed is left to the library, which knows where to resume, until it has caught up.
             let ready = slots.get(&peer).is_none_or(|sent| match *sent.state.borrow() {
                 State::Sent => false,
-                State::Accepted => true,
-                State::Failed => sent.last != last,
+                State::Accepted => sent.vote != vote || Some(sent.last) <= prev,
+                State::Failed => sent.vote != vote,
             });
             if !ready {
                 continue;
@@ -84,8 +104,8 @@ impl Eager {
             slots.insert(peer, Sent { vote, prev, last, state });
             let link = self.link.clone();
             tasks.spawn(async move {
-                let answer = tokio::time::timeout(DEADLINE, link.send(peer, message)).await;
-                let accepted = matches!(answer, Ok(Ok(Response::Append(AppendEntriesResponse::Success))));
+                let answer = link.send(peer, message, true, DEADLINE).await;
+                let accepted = matches!(answer, Ok(Response::Append(AppendEntriesResponse::Success)));
                 tx.send_replace(if accepted { State::Accepted } else { State::Failed });
             });
         }

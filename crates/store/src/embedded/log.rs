@@ -11,6 +11,7 @@ use openraft::{LogState, RaftLogReader};
 
 use super::eager::Eager;
 use super::raft::{Entry, LogId, StorageError, TypeConfig, Vote, log_error};
+use super::snapshot::SnapshotDir;
 use super::wal::{GroupLog, Kind};
 use super::writer::{Done, Job, Record, WalHandle, to_body};
 use crate::types::GroupId;
@@ -59,10 +60,18 @@ pub struct LogStore {
     inner: Arc<Mutex<Inner>>,
     wal: WalHandle,
     eager: Arc<Eager>,
+    snapshots: Arc<SnapshotDir>,
 }
 
 impl LogStore {
-    pub fn new(node: u64, group: GroupId, log: GroupLog, wal: WalHandle, eager: Arc<Eager>) -> Self {
+    pub fn new(
+        node: u64,
+        group: GroupId,
+        log: GroupLog,
+        wal: WalHandle,
+        eager: Arc<Eager>,
+        snapshots: Arc<SnapshotDir>,
+    ) -> Self {
         let GroupLog { vote, committed, purged, entries } = log;
         // The consensus library lets a leader that restarts go on in its old term, which is safe only if nothing was
         // sent before it was durable here, and if the commit position was. Neither holds (see `eager`, and
@@ -70,7 +79,7 @@ impl LogStore {
         // place to another. So a leader comes back as one that has merely voted for itself, and needs a new term.
         let vote = vote.map(|v| Vote { committed: v.committed && v.leader_id.voted_for != Some(node), ..v });
         let inner = Inner { vote, committed, purged, entries };
-        Self { node, group, inner: Arc::new(Mutex::new(inner)), wal, eager }
+        Self { node, group, inner: Arc::new(Mutex::new(inner)), wal, eager, snapshots }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -189,6 +198,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), StorageError> {
+        self.snapshots.holds(log_id).await.map_err(log_error)?;
         {
             let mut inner = self.lock();
             while inner.entries.front().is_some_and(|(e, _)| e.log_id.index <= log_id.index) {

@@ -86,6 +86,23 @@ impl Shared {
         self.position.send_replace(position);
     }
 
+    /// Takes over a state that was loaded elsewhere.
+    #[cfg(feature = "etcd")]
+    pub fn load(&self, state: State) {
+        self.replace(state);
+    }
+
+    /// Changes the state for an engine whose log is elsewhere, and hands on the changes that `change` answers.
+    #[cfg(feature = "etcd")]
+    pub fn amend(&self, change: impl FnOnce(&mut State) -> Vec<crate::types::WatchBatch>) {
+        let mut state = self.write();
+        let changes = change(&mut state);
+        self.hub.publish(&changes);
+        let position = Position::of(&state);
+        drop(state);
+        self.position.send_replace(position);
+    }
+
     /// Waits until this member has come as far as `far` wants; `false` if it is shut down before.
     ///
     /// The channel's guard is dropped here: whoever held it while taking the state's lock would stand in the way of
@@ -191,10 +208,11 @@ impl RaftStateMachine<TypeConfig> for Machine {
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, file: Box<SnapshotFile>) -> Result<(), StorageError> {
         let (snapshots, meta) = (self.snapshots.clone(), meta.clone());
-        let state = on_disk(self.snapshots.disk(), move || snapshots.install(&meta, &file))
-            .await
-            .map_err(machine_error)?
-            .map_err(machine_error)?;
+        let installed = on_disk(self.snapshots.disk(), move || snapshots.install(&meta, &file)).await.and_then(|i| i);
+        let state = installed.map_err(|e| {
+            self.snapshots.failed(&e.to_string());
+            machine_error(e)
+        })?;
         tracing::info!(revision = state.counters.revision, "installed a snapshot from the leader");
         self.shared.unsaved_bytes.store(0, Ordering::Relaxed);
         self.shared.replace(state);

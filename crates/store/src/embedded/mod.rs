@@ -2,7 +2,7 @@
 //!
 //! The parts, from the disk up: [`wal`] is the log's format, [`writer`] its group commit, [`log`] and [`machine`] what
 //! the consensus library sees, [`mvcc`] the state, [`snapshot`] its files, [`network`] and [`eager`] the way to other
-//! members. On top, [`propose`] batches changes, [`reads`] batches linearizable reads, [`leases`] keeps the leader's
+//! members, by the routes that [`reach`] knows. [`guard`] decides when to elect and [`membership`] who belongs. On top, [`propose`] batches changes, [`reads`] batches linearizable reads, [`leases`] keeps the leader's
 //! time and [`hub`] feeds watches. [`core`] ties them together.
 //!
 //! Durability: a change is acknowledged when a quorum has synced it, and a vote before it is given. After any failed
@@ -10,22 +10,28 @@
 
 mod core;
 mod eager;
-mod hub;
+mod guard;
+pub(crate) mod hub;
 mod leases;
 mod log;
-mod machine;
-mod mvcc;
+pub(crate) mod machine;
+mod membership;
+pub(crate) mod mvcc;
 mod network;
+mod peers;
+mod pressure;
 mod propose;
-mod raft;
+pub(crate) mod raft;
+mod reach;
 mod reads;
-mod snapshot;
-mod wal;
+mod runtime;
+pub(crate) mod snapshot;
+pub(crate) mod wal;
 mod writer;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -39,14 +45,18 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use self::core::Core;
 use self::eager::Eager;
+use self::guard::{Guard, Timing};
 use self::hub::EmbeddedWatch;
 use self::leases::LeaseClock;
 use self::log::LogStore;
 use self::machine::{Machine, Shared};
+pub use self::membership::FEATURE_LEVEL;
 pub use self::mvcc::Retention;
-pub use self::network::Peers;
 use self::network::{Network, PeerLink};
+use self::peers::Roster;
+pub use self::peers::{PeerRef, Peers};
 use self::raft::{Command, Failure, Outcome, Raft, Request, Response};
+use self::reach::Reach;
 use self::snapshot::SnapshotDir;
 use crate::error::{PeerError, StoreError};
 use crate::types::{
@@ -58,6 +68,8 @@ use crate::{Store, Watch};
 const FORMAT: u32 = 1;
 const FORMAT_FILE: &str = "FORMAT";
 const LOCK_FILE: &str = "LOCK";
+/// Which generation of the group the folder belongs to; see [`peers`].
+pub(crate) const GENERATION_FILE: &str = "generation";
 /// Keys up to which a read is done under the state's lock; larger ones work on a snapshot beside it.
 const SMALL_READ: usize = 256;
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
@@ -69,27 +81,41 @@ pub struct Config {
     pub group: GroupId,
     /// The data folder, of this member and group alone.
     pub dir: PathBuf,
-    /// Every member's endpoint, this one's too. Counts at the first start; later the log knows who is a member.
+    /// Every member's endpoint, this one's too, numbered from 1. Counts at the first start; later the log knows who is a
+    /// member. Empty for one that joins.
     pub members: BTreeMap<u64, String>,
+    /// Begins the group if nothing was begun yet. Exactly one of the first members does.
+    pub founder: bool,
+    /// Waits to be added to a group that exists; see [`EmbeddedStore::add_learner`].
+    pub join: bool,
+    /// The highest feature level that is spoken. Lower than [`FEATURE_LEVEL`] only in tests.
+    pub feature_level: u32,
     /// How long any one request may take.
     pub request_timeout: Duration,
     /// How long a request waits for a leader to appear. An election takes up to about 1.5 s.
     pub leader_wait: Duration,
     pub heartbeat: Duration,
-    /// The shortest and longest random part of the time after which a silent leader is replaced; the longest is also
-    /// the part that is always waited.
+    /// Rules when leaders change; see [`guard`]. A silent leader is replaced after the second plus a random part of half
+    /// the first to the second; one that hears no majority for the sum of both gives up. The first must be longer than a
+    /// round trip between members.
     pub election_timeout: (Duration, Duration),
     pub segment_bytes: u64,
     /// The state is saved and the log cut after this much of it (or a quarter of the state, if that is more).
     pub snapshot_after_bytes: u64,
-    /// Growth is refused when the disk has less than this left, while the log can still be written.
+    /// The store is full when the disk has less than this left beside room for a snapshot, while the log can still be
+    /// written. Growth is refused from half of it on.
     pub reserve_bytes: u64,
+    /// The store is full when keys and values take more memory than this. History goes before that.
+    pub memory_bytes: u64,
     pub retention: Retention,
 }
 
 impl Config {
     pub fn new(node: u64, group: GroupId, dir: impl Into<PathBuf>, members: BTreeMap<u64, String>) -> Self {
         Self {
+            founder: members.keys().next() == Some(&node),
+            join: false,
+            feature_level: FEATURE_LEVEL,
             node,
             group,
             dir: dir.into(),
@@ -100,13 +126,18 @@ impl Config {
             election_timeout: (Duration::from_millis(400), Duration::from_millis(700)),
             segment_bytes: 16 << 20,
             snapshot_after_bytes: 32 << 20,
-            reserve_bytes: 64 << 20,
+            reserve_bytes: 128 << 20,
+            memory_bytes: 2 << 30,
             retention: Retention::default(),
         }
     }
 
     fn validate(&self) -> Result<(), StoreError> {
-        if self.members.contains_key(&self.node) {
+        if self.node == 0 || self.members.contains_key(&0) {
+            Err(StoreError::Invalid("members are numbered from 1".into()))
+        } else if self.join && self.founder {
+            Err(StoreError::Invalid("a member that joins can't be the founder".into()))
+        } else if self.join || self.members.contains_key(&self.node) {
             Ok(())
         } else {
             Err(StoreError::Invalid(format!("node {} is not among the members", self.node)))
@@ -135,11 +166,22 @@ impl EmbeddedStore {
                 .await
                 .map_err(|e| StoreError::Storage(e.to_string()))??
         };
-        let Found { lock, mut recovered, snapshots, state } = found;
+        let Found { lock, mut recovered, snapshots, state, generation } = found;
         let snapshots = Arc::new(snapshots);
-        let others: Vec<u64> = config.members.keys().copied().filter(|id| *id != config.node).collect();
-        let link = PeerLink { peers, group: config.group.clone() };
-        let eager = Arc::new(Eager::new(link.clone(), others));
+        let timing = Timing::of(&config);
+        let guard = Arc::new(Guard::default());
+        let closed = Arc::new(Mutex::new(None));
+        let link = PeerLink {
+            node: config.node,
+            group: config.group.clone(),
+            peers,
+            roster: Arc::new(Roster::new(config.members.clone())),
+            reach: Arc::new(Reach::new(config.node, u64::try_from(env.now_millis()).unwrap_or(0))),
+            generation: Arc::new(AtomicU64::new(generation)),
+            closed: closed.clone(),
+            probe: timing.ping,
+        };
+        let eager = Arc::new(Eager::new(link.clone(), guard.clone()));
         let (wal, wal_task) = writer::start(&env, config.dir.clone(), config.segment_bytes, &recovered)?;
         let gauges = wal.gauges.clone();
         let log = recovered.groups.remove(&config.group).unwrap_or_default();
@@ -147,11 +189,16 @@ impl EmbeddedStore {
             node = config.node, group = %config.group, revision = state.counters.revision, entries = log.entries.len(),
             torn_bytes = recovered.torn, last = ?log.last_log_id().map(|id| id.index), "opened the metadata store"
         );
-        let log = LogStore::new(config.node, config.group.clone(), log, wal, eager.clone());
+        let log = LogStore::new(config.node, config.group.clone(), log, wal, eager.clone(), snapshots.clone());
         let shared = Arc::new(Shared::new(state, config.retention, config.snapshot_after_bytes));
         let machine = Machine { shared: shared.clone(), snapshots: snapshots.clone() };
-        let network =
-            Network { node: config.node, link: link.clone(), eager: eager.clone(), snapshots: snapshots.clone() };
+        let network = Network {
+            link: link.clone(),
+            guard: guard.clone(),
+            timing,
+            eager: eager.clone(),
+            snapshots: snapshots.clone(),
+        };
         let fatal = |e: &dyn std::fmt::Display| StoreError::Storage(e.to_string());
         let raft_config = Arc::new(raft_config(&config)?);
         let raft = Raft::new(config.node, raft_config, network, log, machine).await.map_err(|e| fatal(&e))?;
@@ -173,15 +220,24 @@ impl EmbeddedStore {
             leases: LeaseClock::default(),
             incoming: tokio::sync::Mutex::new(None),
             latency: AtomicU64::new(0),
-            closed: Mutex::new(None),
+            closed,
+            timing,
+            guard,
+            changing: tokio::sync::Mutex::new(()),
+            relayed: AtomicUsize::new(0),
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(self::core::follow_leadership(core.clone(), seen));
         tasks.spawn(self::core::save_snapshots(core.clone()));
         tasks.spawn(self::core::announce_progress(core.clone()));
+        tasks.spawn(guard::run(core.clone()));
+        tasks.spawn(membership::follow(core.clone(), eager.clone()));
+        tasks.spawn(membership::watch_links(core.clone()));
+        tasks.spawn(membership::tend(core.clone()));
         tasks.spawn(propose::run(core.clone(), proposal_queue));
         tasks.spawn(reads::run(core.clone(), reader_queue));
         tasks.spawn(leases::run(core.clone()));
+        tasks.spawn(pressure::run(core.clone()));
         let store = Self {
             core,
             tasks: Mutex::new(tasks),
@@ -196,13 +252,12 @@ impl EmbeddedStore {
     async fn found_cluster(&self) -> Result<(), StoreError> {
         let core = &self.core;
         let failed = |e: &dyn std::fmt::Display| StoreError::Storage(e.to_string());
-        let founder = core.config.members.keys().next() == Some(&core.config.node);
         let started = core.raft.is_initialized().await.map_err(|e| failed(&e))?;
-        if founder && !started {
+        if core.config.founder && !started {
             let members: BTreeMap<u64, BasicNode> =
                 core.config.members.iter().map(|(id, endpoint)| (*id, BasicNode::new(endpoint))).collect();
             core.raft.initialize(members).await.map_err(|e| failed(&e))?;
-        } else if core.config.members.len() == 1 {
+        } else if core.raft.server_metrics().borrow().membership_config.voter_ids().eq([core.config.node]) {
             // Nobody else could lead, so there is nothing to wait for.
             core.raft.trigger().elect().await.map_err(|e| failed(&e))?;
         }
@@ -211,7 +266,7 @@ impl EmbeddedStore {
 
     /// Answers a message that another member sent by its [`Peers`].
     pub async fn handle(&self, message: Bytes) -> Bytes {
-        self.core.answer(&message).await
+        self.core.answer(message).await
     }
 
     /// Stops taking requests, ends every watch, and closes the log. Changes that are on their way have an unknown
@@ -235,11 +290,26 @@ impl EmbeddedStore {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
+    /// The state as it is now, for a backup. `current` asks a quorum first.
+    pub(crate) async fn backup_view(&self, current: bool) -> Result<crate::backup::View, StoreError> {
+        if current {
+            self.core.barrier(false).await.map_err(|f| self.failure(f))?;
+        }
+        let state = self.core.shared.read().clone();
+        let group = self.core.config.group.clone();
+        let term = self.core.leadership.borrow().epoch;
+        let generation = self.generation();
+        Ok(crate::backup::View { state, group, term, generation })
+    }
+
     fn failure(&self, failure: Failure) -> StoreError {
         match failure {
             Failure::NotLeader => StoreError::NoLeader { reason: "no leader was elected in time".into() },
-            Failure::Unavailable(reason) => StoreError::Unavailable { reason },
+            Failure::Unavailable(reason) | Failure::Astray(reason) => StoreError::Unavailable { reason },
+            Failure::Refused(reason) => StoreError::Membership(reason),
+            Failure::Fenced(current) => StoreError::Storage(format!("the group is at generation {current} already")),
             Failure::Unknown(reason) => StoreError::Unknown { reason },
+            Failure::Full(reason) => StoreError::Full(reason),
             Failure::Stopped(_) if self.core.closed_on_purpose() => StoreError::Closed,
             Failure::Stopped(reason) => StoreError::Storage(reason),
         }
@@ -352,7 +422,7 @@ impl Store for EmbeddedStore {
                 }
             } else if let Some(leader) = now.leader.filter(|l| *l != core.config.node) {
                 let request = Request::KeepAlive { id, timeout_ms: left.as_millis() as u64 * 9 / 10 };
-                match timeout_at(deadline, core.link.ask(leader, &request)).await {
+                match timeout_at(deadline, core.link.ask(leader, &request, left)).await {
                     Ok(Ok(Response::KeepAlive { ttl_ms })) => return Ok(Duration::from_millis(ttl_ms)),
                     Ok(Ok(Response::LeaseNotFound)) => return Err(StoreError::LeaseNotFound(id)),
                     Ok(Ok(_)) => reason = format!("member {leader} does not lead"),
@@ -379,7 +449,7 @@ impl Store for EmbeddedStore {
         let core = &self.core;
         let leadership = *core.leadership.borrow();
         let watchers = core.shared.hub.watchers() as u64;
-        let members = self::core::members(core);
+        let members = core.members();
         let state = core.shared.read();
         StoreStatus {
             node: core.config.node,
@@ -396,8 +466,18 @@ impl Store for EmbeddedStore {
             log_bytes: core.gauges.log_bytes.load(Ordering::Relaxed),
             snapshot_bytes: core.snapshots.bytes(),
             commit_latency: Duration::from_micros(core.latency.load(Ordering::Relaxed)),
+            disk_free_bytes: core.gauges.free(),
+            state_bytes: state.bytes() as u64,
+            pressure: pressure::of(core, &state),
+            generation: self.generation(),
+            feature_level: state.feature_level(),
+            supported_level: core.config.feature_level,
             failure: core.stopped(),
         }
+    }
+
+    fn keeps_order(&self) -> bool {
+        true
     }
 
     fn leadership(&self) -> watch::Receiver<Leadership> {
@@ -410,8 +490,10 @@ fn raft_config(config: &Config) -> Result<openraft::Config, StoreError> {
     openraft::Config {
         cluster_name: config.group.to_string(),
         heartbeat_interval: millis(config.heartbeat),
-        election_timeout_min: millis(config.election_timeout.0),
-        election_timeout_max: millis(config.election_timeout.1),
+        // Elections are driven by `guard`; here it is only how long a voter that has heard a leader refuses another.
+        enable_elect: false,
+        election_timeout_min: millis(config.election_timeout.0) - 1,
+        election_timeout_max: millis(config.election_timeout.0),
         install_snapshot_timeout: 150_000,
         max_payload_entries: 256,
         // A follower is brought up by log as long as the log is there.
@@ -430,6 +512,7 @@ struct Found {
     recovered: wal::Recovered,
     snapshots: SnapshotDir,
     state: mvcc::State,
+    generation: u64,
 }
 
 /// Checks that the folder is this member's and of a format that this release reads, and reads it.
@@ -457,7 +540,23 @@ fn open_folder(config: &Config, env: &Env) -> Result<Found, StoreError> {
     } else {
         write_atomic(&**disk, &path, mine.as_bytes()).map_err(storage)?;
     }
+    let generation = read_generation(&**disk, dir)?;
     let (snapshots, state) = SnapshotDir::open(disk.clone(), dir.clone())?;
     let recovered = wal::recover(&**disk, dir)?;
-    Ok(Found { lock, recovered, snapshots, state })
+    Ok(Found { lock, recovered, snapshots, state, generation })
+}
+
+/// The group's generation as this member knows it; a folder that says nothing is of the first.
+fn read_generation(disk: &dyn nexus_env::Disk, dir: &std::path::Path) -> Result<u64, StoreError> {
+    let path = dir.join(GENERATION_FILE);
+    let storage = |e: std::io::Error| StoreError::Storage(e.to_string());
+    if !disk.exists(&path).map_err(storage)? {
+        return Ok(1);
+    }
+    let text = String::from_utf8_lossy(&disk.read(&path).map_err(storage)?).into_owned();
+    text.trim().parse().map_err(|_| StoreError::Corrupt {
+        path: path.display().to_string(),
+        offset: 0,
+        reason: format!("it should hold a number but says {:?}", text.trim()),
+    })
 }

@@ -30,11 +30,22 @@ pub struct Retention {
     pub soft_bytes: usize,
     /// Replaced values may never take more: memory is finite.
     pub hard_bytes: usize,
+    /// When keys, values and history together take more, history goes, down to the last [`FLOOR`] revisions.
+    pub state_bytes: usize,
 }
+
+/// Revisions that are kept however large the keys are, so that watches survive.
+const FLOOR: usize = 1_000;
 
 impl Default for Retention {
     fn default() -> Self {
-        Self { revisions: 10_000, max_revisions: 100_000, soft_bytes: 64 << 20, hard_bytes: 512 << 20 }
+        Self {
+            revisions: 10_000,
+            max_revisions: 100_000,
+            soft_bytes: 64 << 20,
+            hard_bytes: 512 << 20,
+            state_bytes: 2 << 30,
+        }
     }
 }
 
@@ -56,7 +67,12 @@ pub struct Slot {
 }
 
 impl Slot {
-    fn position_at(&self, revision: u64) -> Option<&Version> {
+    /// Every version that is kept, oldest first.
+    pub fn versions(&self) -> impl Iterator<Item = &Version> {
+        self.older.iter().flat_map(|o| o.iter()).chain(std::iter::once(&self.newest))
+    }
+
+    pub fn position_at(&self, revision: u64) -> Option<&Version> {
         if self.newest.modified <= revision {
             return Some(&self.newest);
         }
@@ -69,7 +85,7 @@ impl Slot {
 }
 
 impl Version {
-    fn to_kv(&self, key: &Bytes) -> Option<KeyValue> {
+    pub fn to_kv(&self, key: &Bytes) -> Option<KeyValue> {
         Some(KeyValue {
             key: key.clone(),
             value: self.value.clone()?,
@@ -78,7 +94,7 @@ impl Version {
         })
     }
 
-    fn cost(&self) -> usize {
+    pub fn cost(&self) -> usize {
         std::mem::size_of::<Self>() + self.value.as_ref().map_or(0, Bytes::len)
     }
 }
@@ -111,6 +127,9 @@ pub struct Counters {
     pub last_lease: u64,
     pub live_keys: u64,
     pub history_cost: usize,
+    /// 0 stands for the first.
+    #[serde(default)]
+    pub feature_level: u32,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -119,6 +138,8 @@ pub struct State {
     pub keys: OrdMap<Bytes, Slot>,
     pub history: Vector<Arc<Record>>,
     pub leases: OrdMap<u64, Lease>,
+    /// What the keys with their newest versions take. Not stored: counted when a state is loaded.
+    pub live_bytes: usize,
 }
 
 /// A lease that a batch granted or ended, for the leader's clock.
@@ -145,6 +166,33 @@ impl State {
 
     pub fn oldest(&self) -> Revision {
         Revision(self.counters.oldest)
+    }
+
+    /// What stored data and messages may contain.
+    pub fn feature_level(&self) -> u32 {
+        self.counters.feature_level.max(1)
+    }
+
+    /// What keys, values and history take, roughly.
+    pub fn bytes(&self) -> usize {
+        self.live_bytes + self.counters.history_cost
+    }
+
+    /// How much more the keys would take after these operations, history left aside.
+    pub fn growth(&self, ops: &[Op]) -> i64 {
+        let mut seen = BTreeSet::new();
+        let size = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX / 1024);
+        let mut sum = 0;
+        for op in ops.iter().rev().filter(|op| seen.insert(op.key().clone())) {
+            let held = self.keys.get(op.key()).filter(|slot| slot.newest.value.is_some());
+            let before = held.map_or(0, |slot| size(op.key().len() + slot.newest.cost()));
+            let after = match op {
+                Op::Put { key, value, .. } => size(key.len() + std::mem::size_of::<Version>() + value.len()),
+                Op::Delete { .. } => 0,
+            };
+            sum += after - before;
+        }
+        sum
     }
 
     /// Applies one log entry's commands.
@@ -181,6 +229,10 @@ impl State {
                         self.end_lease(id, lease, at_ms, effects);
                     }
                 }
+                Outcome::Done
+            }
+            Command::Raise { level } => {
+                self.counters.feature_level = self.counters.feature_level.max(level);
                 Outcome::Done
             }
             Command::Compact { before } => {
@@ -287,6 +339,8 @@ impl State {
             }
         }
         let prev = old.as_ref().and_then(|v| v.to_kv(key));
+        self.live_bytes += newest.cost() + old.as_ref().map_or(key.len(), |_| 0);
+        self.live_bytes -= old.as_ref().map_or(0, Version::cost);
         match (self.keys.get_mut(key), old) {
             (Some(slot), Some(old)) => {
                 *cost += old.cost();
@@ -319,6 +373,7 @@ impl State {
         if slot.newest.modified <= oldest {
             slot.older = None;
             if slot.newest.value.is_none() {
+                self.live_bytes -= key.len() + slot.newest.cost();
                 self.keys.remove(key);
             }
             return;
@@ -337,7 +392,10 @@ impl State {
     fn retain(&mut self, keep: &Retention) {
         let too_much = |s: &Self| {
             let (len, cost) = (s.history.len(), s.counters.history_cost);
-            len > keep.max_revisions || cost > keep.hard_bytes || (len > keep.revisions && cost > keep.soft_bytes)
+            len > keep.max_revisions
+                || cost > keep.hard_bytes
+                || (len > keep.revisions && cost > keep.soft_bytes)
+                || (len > FLOOR && s.bytes() > keep.state_bytes)
         };
         while too_much(self) {
             let Some(front) = self.history.front().map(|r| r.revision) else { break };
@@ -411,8 +469,9 @@ impl State {
         })
     }
 
-    /// Rebuilds what a snapshot leaves out because the keys say it: which keys each lease holds.
-    pub fn attach_leases(&mut self) {
+    /// Rebuilds what a snapshot leaves out because the keys say it: which keys each lease holds, and how large all is.
+    pub fn rebuild(&mut self) {
+        self.live_bytes = self.keys.iter().map(|(key, slot)| key.len() + slot.newest.cost()).sum();
         let attached: Vec<_> =
             self.keys.iter().filter(|(_, s)| s.newest.lease != 0).map(|(k, s)| (k.clone(), s.newest.lease)).collect();
         for (key, lease) in attached {
@@ -464,6 +523,22 @@ mod tests {
         }
         assert_eq!(state.keys.len() as u64, state.counters.live_keys, "tombstones are gone");
         assert_eq!(state.counters.history_cost, 0);
+        let counted = state.live_bytes;
+        state.rebuild();
+        assert_eq!(state.live_bytes, counted, "the size was kept right all along");
+    }
+
+    #[test]
+    fn history_gives_way_to_memory_but_not_all_of_it() {
+        let keep = Retention { state_bytes: 100_000, ..Retention::default() };
+        let mut state = State::default();
+        for i in 0..3_000 {
+            let txn = Txn::put(format!("k{}", i % 10), vec![7; 500]);
+            state.apply(Batch { at_ms: 0, commands: vec![Command::Txn(txn)] }, &keep);
+        }
+        assert_eq!(state.history.len(), FLOOR);
+        assert!(state.growth(&[Op::put("k1", vec![7; 500])]) == 0 && state.growth(&[Op::put("new", "x")]) > 0);
+        assert!(state.growth(&[Op::put("k1", vec![7; 900]), Op::delete("k1")]) < -500, "the last operation counts");
     }
 
     #[test]
@@ -479,7 +554,13 @@ mod tests {
 
     #[test]
     fn history_is_bounded_without_being_asked() {
-        let keep = Retention { revisions: 10, max_revisions: 20, soft_bytes: 1 << 30, hard_bytes: 1 << 30 };
+        let keep = Retention {
+            revisions: 10,
+            max_revisions: 20,
+            soft_bytes: 1 << 30,
+            hard_bytes: 1 << 30,
+            state_bytes: 1 << 30,
+        };
         let mut state = State::default();
         for _ in 0..100 {
             state.apply(Batch { at_ms: 0, commands: vec![Command::Txn(Txn::put("k", "v"))] }, &keep);

@@ -4,11 +4,14 @@
 //! sends it to the leader if not. A few batches may be on their way at once; while they are, the next one grows, so load
 //! makes entries larger instead of more numerous. Each command has its own outcome.
 //!
+//! Batches are spawned, and spawned tasks run in any order; but commands that were queued in some order reach this member's
+//! log in that order, because each batch waits for its turn: whoever chains transactions by their compares need not wait for
+//! each before it begins the next.
+//!
 //! What a failure means is kept apart all the way: refused before the log took it (safe to try again, and done so here
 //! until the deadline), or lost after (unknown, left to the caller).
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use openraft::error::ClientWriteError;
@@ -19,7 +22,6 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::core::Core;
 use super::raft::{Batch, Command, Failure, Outcome, Proposal, Request, Response, encode};
 use crate::error::PeerError;
-use crate::types::Op;
 
 /// Commands that wait to be proposed before clients wait to queue up.
 pub const QUEUE: usize = 4_096;
@@ -46,6 +48,8 @@ pub async fn run(core: Arc<Core>, mut queue: mpsc::Receiver<Pending>) {
     let permits = Arc::new(Semaphore::new(IN_FLIGHT));
     let mut tasks = JoinSet::new();
     let mut left_over: Option<Pending> = None;
+    // Ends when the batch before has been given to the log, or will not be.
+    let mut before = oneshot::channel::<()>().1;
     loop {
         let first = match left_over.take() {
             Some(pending) => pending,
@@ -71,12 +75,23 @@ pub async fn run(core: Arc<Core>, mut queue: mpsc::Receiver<Pending>) {
         }
         // Whoever has given up is not served: nothing was done for them yet.
         batch.retain(|p| !p.reply.is_closed());
+        if batch.is_empty() {
+            continue;
+        }
         let core = core.clone();
+        let (done, next) = oneshot::channel();
+        let turn = Turn { before: std::mem::replace(&mut before, next), done };
         tasks.spawn(async move {
-            carry(&core, batch).await;
+            carry(&core, batch, turn).await;
             drop(permit);
         });
     }
+}
+
+/// A batch's place among those on their way. Dropping it lets the next one go on.
+struct Turn {
+    before: oneshot::Receiver<()>,
+    done: oneshot::Sender<()>,
 }
 
 fn refuse(batch: Vec<Pending>, failure: &Failure) {
@@ -87,7 +102,8 @@ fn refuse(batch: Vec<Pending>, failure: &Failure) {
 }
 
 /// Sees a batch through to outcomes or failures.
-async fn carry(core: &Core, mut batch: Vec<Pending>) {
+async fn carry(core: &Core, mut batch: Vec<Pending>, turn: Turn) {
+    let mut turn = Some(turn);
     let Some(deadline) = batch.iter().map(|p| p.deadline).min() else { return };
     let mut leadership = core.leadership.clone();
     let patience = Instant::now() + core.config.leader_wait;
@@ -98,8 +114,10 @@ async fn carry(core: &Core, mut batch: Vec<Pending>) {
             return refuse(batch, &Failure::Stopped(reason));
         }
         if now.is_self {
-            return write(core, batch, deadline).await;
+            return write(core, batch, deadline, turn).await;
         }
+        // Nobody waits for a batch that waits for a leader.
+        drop(turn.take());
         let (local, rest): (Vec<_>, Vec<_>) = batch.into_iter().partition(|p| p.local_only);
         refuse(local, &Failure::NotLeader);
         batch = rest;
@@ -131,25 +149,22 @@ async fn carry(core: &Core, mut batch: Vec<Pending>) {
     }
 }
 
-/// Whether a command makes the store grow.
-fn grows(command: &Command) -> bool {
-    match command {
-        Command::Txn(txn) => txn.ops.iter().any(|op| matches!(op, Op::Put { .. })),
-        Command::Grant { .. } => true,
-        Command::Revoke { .. } | Command::Expire { .. } | Command::Compact { .. } => false,
-    }
-}
-
 /// Puts a batch into this leader's log.
-async fn write(core: &Core, batch: Vec<Pending>, deadline: Instant) {
-    let free = core.gauges.free_bytes.load(Ordering::Relaxed);
-    let batch = if free < core.config.reserve_bytes {
-        // Deleting and compacting stay possible: that is how an operator gets out.
-        let (refused, rest): (Vec<_>, Vec<_>) = batch.into_iter().partition(|p| grows(&p.command));
-        refuse(refused, &Failure::Stopped(format!("the disk is nearly full: {free} bytes free")));
-        rest
-    } else {
-        batch
+async fn write(core: &Core, batch: Vec<Pending>, deadline: Instant, turn: Option<Turn>) {
+    // An error is what is awaited: the one before drops its end when it is through.
+    let done = match turn {
+        Some(Turn { before, done }) => {
+            let _ = before.await;
+            Some(done)
+        }
+        None => None,
+    };
+    let batch = match super::pressure::admit(core, batch) {
+        Ok(batch) => batch,
+        Err((rest, refused, reason)) => {
+            refuse(refused, &Failure::Full(reason));
+            rest
+        }
     };
     if batch.is_empty() {
         return;
@@ -162,7 +177,9 @@ async fn write(core: &Core, batch: Vec<Pending>, deadline: Instant) {
             let _ = reply.send(Err(failure.clone()));
         }
     };
-    let answer = match core.raft.client_write_ff(proposal).await {
+    let given = core.raft.client_write_ff(proposal).await;
+    drop(done);
+    let answer = match given {
         Ok(answer) => answer,
         Err(fatal) => return answer_all(Failure::Stopped(fatal.to_string()), replies),
     };
@@ -198,7 +215,7 @@ async fn forward(
     let commands = batch.iter().map(|p| p.command.clone()).collect();
     // The leader gives up a little earlier, so that its answer still finds someone waiting.
     let timeout_ms = (left.as_millis() as u64).saturating_mul(9) / 10;
-    let answer = timeout_at(deadline, core.link.ask(leader, &Request::Forward { commands, timeout_ms })).await;
+    let answer = timeout_at(deadline, core.link.ask(leader, &Request::Forward { commands, timeout_ms }, left)).await;
     let unknown = |reason: String| Failure::Unknown(reason);
     match answer {
         Ok(Ok(Response::Forward(results))) if results.len() == batch.len() => {

@@ -8,8 +8,9 @@ use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotRespon
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::reach::LinkState;
 use super::snapshot::SnapshotFile;
-use crate::types::{LeaseId, Revision, Txn, TxnOutcome};
+use crate::types::{LeaseId, MemberHealth, Revision, Txn, TxnOutcome};
 
 openraft::declare_raft_types!(
     /// One group's consensus.
@@ -20,6 +21,7 @@ openraft::declare_raft_types!(
         Node = openraft::BasicNode,
         Entry = openraft::Entry<TypeConfig>,
         SnapshotData = SnapshotFile,
+        AsyncRuntime = super::runtime::Patient,
 );
 
 pub type Raft = openraft::Raft<TypeConfig>;
@@ -73,6 +75,10 @@ pub enum Command {
     Compact {
         before: Revision,
     },
+    /// Every member's release can read what this feature level writes.
+    Raise {
+        level: u32,
+    },
 }
 
 impl Command {
@@ -81,7 +87,7 @@ impl Command {
         64 + match self {
             Self::Txn(txn) => txn.bytes() + 32 * (txn.ops.len() + txn.compares.len()),
             Self::Expire { ids } => ids.len() * 9,
-            Self::Grant { .. } | Self::Revoke { .. } | Self::Compact { .. } => 0,
+            Self::Grant { .. } | Self::Revoke { .. } | Self::Compact { .. } | Self::Raise { .. } => 0,
         }
     }
 }
@@ -118,6 +124,70 @@ pub enum Request {
         id: LeaseId,
         timeout_ms: u64,
     },
+    /// Whether this member lives, and what it knows of the links.
+    Ping(Vec<LinkState>),
+    /// Whether a vote would be given to a candidate whose log ends here.
+    PreVote {
+        last: Option<LogId>,
+    },
+    /// The leader makes room: this member is to stand for election at once.
+    TakeOver,
+    /// A change of the membership, for the leader.
+    Change(Change),
+    /// How the members do, for the leader.
+    Health,
+}
+
+impl Request {
+    /// Whether doing it twice is as good as once, so that it may be sent again when no answer came.
+    pub fn is_repeatable(&self) -> bool {
+        !matches!(self, Self::Forward { .. })
+    }
+}
+
+/// One step of the membership. Each may be asked for again when it is done already.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Change {
+    AddLearner {
+        node: u64,
+        endpoint: String,
+    },
+    Promote {
+        node: u64,
+    },
+    Remove {
+        node: u64,
+    },
+    /// Gives the place of one voter to another member.
+    Swap {
+        old: u64,
+        new: u64,
+    },
+    /// The member lives elsewhere now.
+    Move {
+        node: u64,
+        endpoint: String,
+    },
+}
+
+/// What a member says to a ping.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pong {
+    pub at_ms: i64,
+    pub links: Vec<LinkState>,
+    /// The highest feature level that its release supports.
+    pub feature: u32,
+    /// Set if whoever asks is not in the membership.
+    pub stranger: Option<Stranger>,
+}
+
+/// Why a member takes another for none of the group's.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Stranger {
+    /// Where the membership stands in the log.
+    pub since: Option<LogId>,
+    pub vote: Vote,
+    pub leads: bool,
 }
 
 /// A piece of a snapshot file, in order; the first has offset 0.
@@ -144,6 +214,22 @@ pub enum Response {
     },
     LeaseNotFound,
     Failed(Failure),
+    Pong(Pong),
+    PreVote {
+        granted: bool,
+        vote: Vote,
+    },
+    /// Done: elections and changes of the membership.
+    Done,
+    Health(Vec<MemberHealth>),
+    /// A relay could not pass the message from one member to the next.
+    NotPassed {
+        from: u64,
+        to: u64,
+        /// It may have arrived all the same.
+        sent: bool,
+        reason: String,
+    },
 }
 
 /// Why a member could not do it, sorted by what that means for the outcome.
@@ -157,6 +243,14 @@ pub enum Failure {
     Unknown(String),
     /// This member's store has stopped.
     Stopped(String),
+    /// Nothing was done: the leader has no room for growth.
+    Full(String),
+    /// Nothing was done: the message was meant for another member.
+    Astray(String),
+    /// Nothing was done: the sender belongs to a generation that is over; this is the present one.
+    Fenced(u64),
+    /// Nothing was done, and trying again won't help.
+    Refused(String),
 }
 
 /// Bytes that are no message of a version that this release reads.
@@ -166,6 +260,8 @@ pub enum DecodeError {
     Empty,
     #[error("message version {0}; this release reads {VERSION}")]
     Version(u8),
+    #[error("the envelope ends too early or names too many hops")]
+    Envelope,
     #[error("malformed message: {0}")]
     Malformed(#[from] rmp_serde::decode::Error),
 }

@@ -111,7 +111,7 @@ async fn own_index(core: &Core, deadline: Instant) -> Result<u64, String> {
 async fn leaders_index(core: &Core, leader: u64, deadline: Instant) -> Result<u64, String> {
     let left = deadline.saturating_duration_since(Instant::now());
     let timeout_ms = (left.as_millis() as u64).saturating_mul(9) / 10;
-    match timeout_at(deadline, core.link.ask(leader, &Request::ReadIndex { timeout_ms })).await {
+    match timeout_at(deadline, core.link.ask(leader, &Request::ReadIndex { timeout_ms }, left)).await {
         Ok(Ok(Response::ReadIndex(index))) => Ok(index),
         Ok(Ok(_)) => Err(format!("member {leader} does not lead")),
         Ok(Err(e)) => Err(format!("the leader can't be reached: {e}")),

@@ -13,16 +13,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use nexus_env::{Disk, File};
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use super::mvcc::{Counters, Lease, Record, Slot, State};
-use super::raft::SnapshotMeta;
+use super::raft::{LogId, SnapshotMeta};
 use crate::error::StoreError;
 
-const MAGIC: &[u8; 8] = b"NXSNAP\x00\x01";
+pub const MAGIC: &[u8; 8] = b"NXSNAP\x00\x01";
 /// Keys or records per part: large enough to be cheap, small enough to be checked piecewise.
 const PART_BYTES: usize = 512 * 1024;
 /// A length beyond this is damage, not data: the largest value is 1 MiB, and parts close soon after `PART_BYTES`.
-const MAX_PART: usize = 1 << 30;
+pub const MAX_PART: usize = 1 << 30;
 
 /// A complete snapshot file, or one that was received and not yet checked.
 #[derive(Debug, Clone)]
@@ -32,7 +33,7 @@ pub struct SnapshotFile {
 }
 
 #[derive(Serialize, Deserialize)]
-enum Part {
+pub enum Part {
     Header(Box<(SnapshotMeta, Counters)>),
     Keys(Vec<(Bytes, Slot)>),
     History(Vec<Arc<Record>>),
@@ -63,6 +64,8 @@ pub struct SnapshotDir {
     dir: PathBuf,
     current: Mutex<Option<(SnapshotMeta, SnapshotFile)>>,
     count: AtomicU64,
+    /// How far the newest snapshot reaches, or why one from the leader could not be installed.
+    reach: watch::Sender<Result<Option<LogId>, String>>,
 }
 
 impl SnapshotDir {
@@ -78,7 +81,13 @@ impl SnapshotDir {
             }
         }
         names.sort();
-        let this = Self { disk, dir, current: Mutex::new(None), count: AtomicU64::new(0) };
+        let this = Self {
+            disk,
+            dir,
+            current: Mutex::new(None),
+            count: AtomicU64::new(0),
+            reach: watch::Sender::new(Ok(None)),
+        };
         let Some(newest) = names.pop() else { return Ok((this, State::default())) };
         let count = newest.trim_end_matches(".snap").rsplit('-').next().and_then(|n| n.parse().ok()).unwrap_or(0);
         this.count.store(count + 1, Ordering::Relaxed);
@@ -87,6 +96,7 @@ impl SnapshotDir {
         for old in names {
             this.disk.remove_file(&this.dir.join(old)).map_err(storage)?;
         }
+        drop(this.reach.send_replace(Ok(meta.last_log_id)));
         *this.lock() = Some((meta, SnapshotFile { path, len }));
         Ok((this, state))
     }
@@ -131,43 +141,11 @@ impl SnapshotDir {
     /// Writes the state to a new file and makes it the current snapshot.
     pub fn save(&self, state: &State) -> io::Result<(SnapshotMeta, SnapshotFile)> {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
-        let applied = state.counters.applied;
-        let meta = SnapshotMeta {
-            last_log_id: applied,
-            last_membership: state.counters.membership.clone(),
-            snapshot_id: format!("{}-{count}", applied.map_or(0, |id| id.index)),
-        };
+        let meta = meta_of(state, count);
         let path = self.name(&meta, count);
         let temporary = path.with_extension("snap.tmp");
-        let file = self.disk.create(&temporary)?;
-        file.append(MAGIC)?;
-        let mut out = PartWriter { file, len: MAGIC.len() as u64 };
-        out.write(&Part::Header(Box::new((meta.clone(), state.counters.clone()))))?;
-        out.write(&Part::Leases(state.leases.iter().map(|(id, lease)| (*id, lease.clone())).collect()))?;
-        let (mut part, mut bytes) = (Vec::new(), 0);
-        for (key, slot) in &state.keys {
-            let versions = std::iter::once(&slot.newest).chain(slot.older.iter().flat_map(|o| o.iter()));
-            bytes += key.len() + versions.map(|v| 48 + v.value.as_ref().map_or(0, Bytes::len)).sum::<usize>();
-            part.push((key.clone(), slot.clone()));
-            if bytes >= PART_BYTES {
-                out.write(&Part::Keys(std::mem::take(&mut part)))?;
-                bytes = 0;
-            }
-        }
-        out.write(&Part::Keys(part))?;
-        let (mut part, mut bytes) = (Vec::new(), 0);
-        for record in &state.history {
-            bytes += 32 + record.keys.iter().map(|k| k.len() + 8).sum::<usize>();
-            part.push(record.clone());
-            if bytes >= PART_BYTES {
-                out.write(&Part::History(std::mem::take(&mut part)))?;
-                bytes = 0;
-            }
-        }
-        out.write(&Part::History(part))?;
-        out.write(&Part::End { keys: state.keys.len() as u64, records: state.history.len() as u64 })?;
-        out.file.sync()?;
-        let file = SnapshotFile { path, len: out.len };
+        let len = write(&*self.disk, &temporary, &meta, state)?;
+        let file = SnapshotFile { path, len };
         self.publish(&temporary, meta.clone(), file.clone())?;
         Ok((meta, file))
     }
@@ -181,6 +159,21 @@ impl SnapshotDir {
         let path = self.name(meta, self.count.fetch_add(1, Ordering::Relaxed));
         self.publish(&received.path, meta.clone(), SnapshotFile { path, len })?;
         Ok(state)
+    }
+
+    /// Waits until a durable snapshot holds everything up to `id`: only then may the log forget it. The consensus library
+    /// orders the log to be cut while a snapshot from the leader is still being installed.
+    pub async fn holds(&self, id: LogId) -> Result<(), String> {
+        let mut reach = self.reach.subscribe();
+        match reach.wait_for(|r| r.as_ref().map_or(true, |r| *r >= Some(id))).await {
+            Ok(reach) => reach.as_ref().map(|_| ()).map_err(Clone::clone),
+            Err(_) => Err("the store is closed".into()),
+        }
+    }
+
+    /// Tells those who wait for a snapshot that it will not come.
+    pub fn failed(&self, reason: &str) {
+        drop(self.reach.send_replace(Err(reason.to_owned())));
     }
 
     fn name(&self, meta: &SnapshotMeta, count: u64) -> PathBuf {
@@ -199,8 +192,10 @@ impl SnapshotDir {
         }
         self.disk.rename(from, &file.path)?;
         self.disk.sync_dir(&self.dir)?;
+        let reach = meta.last_log_id;
         let old = current.replace((meta, file.clone()));
         drop(current);
+        drop(self.reach.send_replace(Ok(reach)));
         if let Some((_, old)) = old
             && old.path != file.path
         {
@@ -210,8 +205,51 @@ impl SnapshotDir {
     }
 }
 
+/// What a snapshot of the state says of itself.
+pub fn meta_of(state: &State, count: u64) -> SnapshotMeta {
+    let applied = state.counters.applied;
+    SnapshotMeta {
+        last_log_id: applied,
+        last_membership: state.counters.membership.clone(),
+        snapshot_id: format!("{}-{count}", applied.map_or(0, |id| id.index)),
+    }
+}
+
+/// Writes a state to a new file, durably but for its name; answers the length.
+pub fn write(disk: &dyn Disk, path: &Path, meta: &SnapshotMeta, state: &State) -> io::Result<u64> {
+    let file = disk.create(path)?;
+    file.append(MAGIC)?;
+    let mut out = PartWriter { file, len: MAGIC.len() as u64 };
+    out.write(&Part::Header(Box::new((meta.clone(), state.counters.clone()))))?;
+    out.write(&Part::Leases(state.leases.iter().map(|(id, lease)| (*id, lease.clone())).collect()))?;
+    let (mut part, mut bytes) = (Vec::new(), 0);
+    for (key, slot) in &state.keys {
+        let versions = std::iter::once(&slot.newest).chain(slot.older.iter().flat_map(|o| o.iter()));
+        bytes += key.len() + versions.map(|v| 48 + v.value.as_ref().map_or(0, Bytes::len)).sum::<usize>();
+        part.push((key.clone(), slot.clone()));
+        if bytes >= PART_BYTES {
+            out.write(&Part::Keys(std::mem::take(&mut part)))?;
+            bytes = 0;
+        }
+    }
+    out.write(&Part::Keys(part))?;
+    let (mut part, mut bytes) = (Vec::new(), 0);
+    for record in &state.history {
+        bytes += 32 + record.keys.iter().map(|k| k.len() + 8).sum::<usize>();
+        part.push(record.clone());
+        if bytes >= PART_BYTES {
+            out.write(&Part::History(std::mem::take(&mut part)))?;
+            bytes = 0;
+        }
+    }
+    out.write(&Part::History(part))?;
+    out.write(&Part::End { keys: state.keys.len() as u64, records: state.history.len() as u64 })?;
+    out.file.sync()?;
+    Ok(out.len)
+}
+
 /// Reads and checks a whole file.
-fn load(disk: &dyn Disk, path: &Path) -> Result<(SnapshotMeta, State, u64), StoreError> {
+pub fn load(disk: &dyn Disk, path: &Path) -> Result<(SnapshotMeta, State, u64), StoreError> {
     let file = disk.open(path).map_err(|e| StoreError::Storage(e.to_string()))?;
     let at = std::cell::Cell::new(0u64);
     let corrupt = |reason: &str| StoreError::Corrupt {
@@ -219,7 +257,11 @@ fn load(disk: &dyn Disk, path: &Path) -> Result<(SnapshotMeta, State, u64), Stor
         offset: at.get(),
         reason: reason.to_owned(),
     };
+    let total = file.len().map_err(|e| StoreError::Storage(e.to_string()))?;
     let read = |len: usize| -> Result<Vec<u8>, StoreError> {
+        if at.get() + len as u64 > total {
+            return Err(corrupt("the snapshot ends too early"));
+        }
         let mut buf = vec![0; len];
         file.read_exact_at(at.get(), &mut buf).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => corrupt("the snapshot ends too early"),
@@ -267,7 +309,7 @@ fn load(disk: &dyn Disk, path: &Path) -> Result<(SnapshotMeta, State, u64), Stor
         }
     }
     let meta = header.ok_or_else(|| corrupt("the header is missing"))?;
-    state.attach_leases();
+    state.rebuild();
     Ok((meta, state, at.get()))
 }
 

@@ -63,6 +63,11 @@ impl Gauges {
         self.committed.lock().unwrap_or_else(PoisonError::into_inner).insert(group.clone(), body);
     }
 
+    /// The free space as last measured.
+    pub fn free(&self) -> Option<u64> {
+        Some(self.free_bytes.load(Ordering::Relaxed)).filter(|free| *free != u64::MAX)
+    }
+
     pub fn failure(&self) -> Option<String> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

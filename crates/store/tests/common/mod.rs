@@ -4,14 +4,15 @@
 pub mod contract;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nexus_env::{Env, MemDisk};
-use nexus_store::embedded::{Config, EmbeddedStore, Peers};
+use nexus_env::{DirEntry, Disk, DiskLock, Env, File, MemDisk, RngExt, SeededRng};
+use nexus_store::embedded::{Config, EmbeddedStore, PeerRef, Peers};
 use nexus_store::{GroupId, PeerError, Store, StoreError};
 
 /// Members of a cluster by id, and which links are cut.
@@ -19,6 +20,8 @@ use nexus_store::{GroupId, PeerError, Store, StoreError};
 pub struct Wires {
     nodes: Mutex<BTreeMap<u64, Arc<EmbeddedStore>>>,
     cut: Mutex<BTreeSet<(u64, u64)>>,
+    /// The longest time that a message takes; how long each does is drawn from the seed.
+    pub latency: Mutex<Option<(SeededRng, Duration)>>,
 }
 
 impl Wires {
@@ -30,6 +33,30 @@ impl Wires {
         for other in others {
             self.cut(node, other);
             self.cut(other, node);
+        }
+    }
+
+    /// Leaves only these links, both ways, of all that could be between the members.
+    pub fn only(&self, members: &[u64], links: &[(u64, u64)]) {
+        let mut cut = self.cut.lock().unwrap();
+        cut.clear();
+        for &a in members {
+            for &b in members {
+                if a != b && !links.contains(&(a, b)) && !links.contains(&(b, a)) {
+                    cut.insert((a, b));
+                }
+            }
+        }
+    }
+
+    async fn travel(&self, from: u64, to: u64) {
+        let time = self.latency.lock().unwrap().as_ref().map(|(rng, max)| rng.below(max.as_micros() as u64));
+        if let Some(micros) = time {
+            tokio::time::sleep(Duration::from_micros(micros)).await;
+        }
+        if self.is_cut(from, to) {
+            // A cut cable does not say so.
+            std::future::pending::<()>().await;
         }
     }
 
@@ -49,18 +76,14 @@ struct Wire {
 
 #[async_trait]
 impl Peers for Wire {
-    async fn call(&self, to: u64, _group: &GroupId, message: Bytes) -> Result<Bytes, PeerError> {
-        if self.wires.is_cut(self.from, to) {
-            // A cut cable does not say so.
-            std::future::pending::<()>().await;
-        }
+    async fn call(&self, to: &PeerRef, _group: &GroupId, message: Bytes) -> Result<Bytes, PeerError> {
+        let to = to.node;
+        self.wires.travel(self.from, to).await;
         let node = self.wires.nodes.lock().unwrap().get(&to).cloned();
         let node = node.ok_or_else(|| PeerError::Unreachable("connection refused".into()))?;
         // Handling goes on even if the caller gives up, as in another process.
         let answer = tokio::spawn(async move { node.handle(message).await }).await;
-        if self.wires.is_cut(to, self.from) {
-            std::future::pending::<()>().await;
-        }
+        self.wires.travel(to, self.from).await;
         answer.map_err(|e| PeerError::Lost(e.to_string()))
     }
 }
@@ -69,6 +92,9 @@ pub struct Cluster {
     pub wires: Arc<Wires>,
     pub disks: BTreeMap<u64, MemDisk>,
     pub adjust: fn(&mut Config),
+    /// Disks of members that joined later.
+    pub joined: Mutex<BTreeMap<u64, MemDisk>>,
+    pub seed: u64,
 }
 
 impl Cluster {
@@ -77,8 +103,18 @@ impl Cluster {
     }
 
     pub async fn start_with(size: u64, seed: u64, adjust: fn(&mut Config)) -> Self {
+        Self::start_on(Wires::default(), size, seed, adjust).await
+    }
+
+    /// In virtual time, with cables on which messages take up to `latency`.
+    pub async fn start_virtual(size: u64, seed: u64, latency: Duration) -> Self {
+        let wires = Wires { latency: Mutex::new(Some((SeededRng::new(seed), latency))), ..Wires::default() };
+        Self::start_on(wires, size, seed, |_| {}).await
+    }
+
+    async fn start_on(wires: Wires, size: u64, seed: u64, adjust: fn(&mut Config)) -> Self {
         let disks = (1..=size).map(|n| (n, MemDisk::new(seed.wrapping_mul(31).wrapping_add(n)))).collect();
-        let cluster = Self { wires: Arc::new(Wires::default()), disks, adjust };
+        let cluster = Self { wires: Arc::new(wires), disks, adjust, joined: Mutex::default(), seed };
         for node in 1..=size {
             cluster.boot(node).await.unwrap();
         }
@@ -94,7 +130,29 @@ impl Cluster {
         let group = GroupId::new("test").unwrap();
         let mut config = Config::new(node, group, PathBuf::from("/data/store"), members);
         (self.adjust)(&mut config);
-        let env = Env::real().with_disk(Arc::new(self.disks[&node].mount()));
+        self.open(config, &self.disks[&node]).await
+    }
+
+    /// Starts a member that waits to be added, on a new disk or on the one that it had.
+    pub async fn join(&self, node: u64) -> Result<Arc<EmbeddedStore>, StoreError> {
+        let seed = self.seed.wrapping_mul(31).wrapping_add(node);
+        let disk = self.joined.lock().unwrap().entry(node).or_insert_with(|| MemDisk::new(seed)).clone();
+        let group = GroupId::new("test").unwrap();
+        let mut config = Config::new(node, group, PathBuf::from("/data/store"), BTreeMap::new());
+        config.join = true;
+        (self.adjust)(&mut config);
+        self.open(config, &disk).await
+    }
+
+    async fn open(&self, config: Config, disk: &MemDisk) -> Result<Arc<EmbeddedStore>, StoreError> {
+        let node = config.node;
+        let rng = Arc::new(SeededRng::new(self.seed ^ node));
+        let disk: Arc<dyn Disk> = if self.wires.latency.lock().unwrap().is_some() {
+            Arc::new(Prompt(Arc::new(disk.mount())))
+        } else {
+            Arc::new(disk.mount())
+        };
+        let env = Env::real().with_disk(disk).with_rng(rng);
         let wire = Arc::new(Wire { from: node, wires: self.wires.clone() });
         let store = Arc::new(EmbeddedStore::open(config, env, wire).await?);
         self.wires.nodes.lock().unwrap().insert(node, store.clone());
@@ -112,7 +170,16 @@ impl Cluster {
     /// Pulls a member's plug: it is unreachable and its disk loses what was not synced, at this very instant.
     pub async fn kill(&self, node: u64) {
         let store = self.wires.nodes.lock().unwrap().remove(&node);
-        self.disks[&node].crash();
+        let joined = self.joined.lock().unwrap().get(&node).cloned();
+        joined.as_ref().or_else(|| self.disks.get(&node)).expect("a member that was started").crash();
+        if let Some(store) = store {
+            store.shutdown().await;
+        }
+    }
+
+    /// Ends a member cleanly.
+    pub async fn end(&self, node: u64) {
+        let store = self.wires.nodes.lock().unwrap().remove(&node);
         if let Some(store) = store {
             store.shutdown().await;
         }
@@ -135,6 +202,63 @@ impl Cluster {
     }
 }
 
+/// A disk that answers in place, so that nothing depends on how threads are scheduled.
+struct Prompt(Arc<dyn Disk>);
+
+impl Disk for Prompt {
+    fn create(&self, path: &Path) -> io::Result<Box<dyn File>> {
+        self.0.create(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn File>> {
+        self.0.open(path)
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.0.read(path)
+    }
+
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.0.remove_dir_all(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.rename(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.0.remove_file(path)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<DirEntry>> {
+        self.0.list(dir)
+    }
+
+    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.0.create_dir_all(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.0.sync_dir(path)
+    }
+
+    fn free_space(&self, path: &Path) -> io::Result<u64> {
+        self.0.free_space(path)
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        self.0.exists(path)
+    }
+
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn DiskLock>> {
+        self.0.lock(path)
+    }
+
+    fn simulated_delay(&self) -> Option<Duration> {
+        Some(Duration::from_micros(200))
+    }
+}
+
 /// Waits for something, for as long as a loaded machine may need.
 pub async fn until<T>(what: &str, mut found: impl AsyncFnMut() -> Option<T>) -> T {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
@@ -149,7 +273,6 @@ pub async fn until<T>(what: &str, mut found: impl AsyncFnMut() -> Option<T>) -> 
 
 /// A seed from the environment to replay, or a fresh one; printed either way.
 pub fn seed() -> u64 {
-    use nexus_env::RngExt;
     let seed =
         std::env::var("NEXUS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| nexus_env::RealRng.u64());
     println!("NEXUS_SEED={seed}");

@@ -41,6 +41,7 @@ enum SpreadArg {
     nexus deploy web --image nginx.tar --replicas 3 --port 80\n  \
     nexus deploy web --env MODE=fast --memory 256Mi\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
+    nexus deploy shop --image shop.tar --region global --replicas 6\n  \
     nexus deploy job --image tools --command sh -c 'sleep 1000'\n\n\
     Of an app that exists, only what is named changes. A path is imported first, as `nexus image import` does.")]
 pub struct DeployArgs {
@@ -87,6 +88,9 @@ pub struct DeployArgs {
     /// An instance is ready when a GET of this path on its first port succeeds
     #[arg(long, value_name = "PATH")]
     health_path: Option<String>,
+    /// Of an app of the region `global`: the regions that run it [default: all]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = resource::new_name)]
+    regions: Vec<Name>,
     /// In place of the image's entry point; takes the rest of the line
     #[arg(long, value_name = "WORD", num_args = 1.., allow_hyphen_values = true)]
     command: Vec<String>,
@@ -137,6 +141,7 @@ impl DeployArgs {
             }),
             classes: self.classes.clone(),
             health_path: self.health_path.clone(),
+            regions: self.regions.clone(),
         }
     }
 }

@@ -27,6 +27,7 @@ pub struct Wanted {
     pub spread: Option<Spread>,
     pub classes: Vec<(Name, u32)>,
     pub health_path: Option<String>,
+    pub regions: Vec<Name>,
 }
 
 fn value<T: serde::Serialize>(part: &T) -> Value {
@@ -89,6 +90,9 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
         if !list.is_empty() {
             spec.insert(key.into(), value(list));
         }
+    }
+    if !wanted.regions.is_empty() {
+        spec.insert("regions".into(), value(&wanted.regions));
     }
     if let Some(spread) = wanted.spread {
         spec.insert("spread".into(), value(&spread));
@@ -227,12 +231,14 @@ mod tests {
             spread: Some(Spread::Host),
             classes: vec![class("gpu=2").unwrap()],
             health_path: Some("/up".into()),
+            regions: vec![name("eu")],
         };
         let object = app(&name("web"), None, &wanted, None);
         valid(&object);
         let spec = &object["spec"];
         assert_eq!(spec["resources"], json!({"cpu": "250m", "memory": "128Mi", "scratch": "1Gi", "pids": 9}));
         assert_eq!(spec["health"]["readiness"]["probe"], json!({"http": {"port": 8080, "path": "/up"}}));
+        assert_eq!(spec["regions"], json!(["eu"]));
         assert_eq!((&spec["spread"], &spec["classes"]), (&json!("host"), &json!({"gpu": 2})));
         assert_eq!(object["metadata"]["labels"], json!({"tier": "front"}));
     }

@@ -18,6 +18,7 @@ use nexus_model::{ApiError, Code, Digest, FieldError, Name};
 use nexus_wire::{ByteStream, Pool, Refusal};
 use tokio_util::sync::CancellationToken;
 
+use super::fleet::Fleet;
 use crate::config::ServerConfig;
 
 /// The largest blob, in bytes.
@@ -30,7 +31,10 @@ const RETRY: Duration = Duration::from_secs(2);
 
 pub struct ServerBlobs {
     store: BlobStore,
-    peers: Vec<Endpoint>,
+    node: u64,
+    fleet: Fleet,
+    region: Name,
+    view: View,
     pool: Arc<Pool>,
 }
 
@@ -43,12 +47,25 @@ fn broken(error: &ImageError) -> ApiError {
 }
 
 impl ServerBlobs {
-    pub async fn open(config: &ServerConfig, pool: Arc<Pool>) -> anyhow::Result<Self> {
+    pub async fn open(config: &ServerConfig, fleet: Fleet, view: View, pool: Arc<Pool>) -> anyhow::Result<Self> {
         let dir = config.data_dir.join("images");
         let store =
             tokio::task::spawn_blocking(move || BlobStore::open(dir)).await.context("opening the image store")??;
-        let others = config.members.iter().filter(|(id, _)| **id != config.node_id);
-        Ok(Self { store, peers: others.map(|(_, m)| m.wire.clone()).collect(), pool })
+        Ok(Self { store, node: config.node_id, fleet, region: config.region.clone(), view, pool })
+    }
+
+    /// The other servers of the region, whoever they are now.
+    fn peers(&self) -> Vec<Endpoint> {
+        let others = self.fleet.servers().into_iter().filter(|(node, _)| *node != self.node);
+        others.filter_map(|(_, server)| server.wire.parse().ok()).collect()
+    }
+
+    /// The servers of other regions, which keep what was uploaded there.
+    fn elsewhere(&self) -> Vec<Endpoint> {
+        self.view.read(|world| {
+            let others = world.fleet().regions.live.values().filter(|r| r.metadata.name != self.region);
+            others.flat_map(|r| &r.status.servers).filter_map(|server| server.wire.parse().ok()).collect()
+        })
     }
 
     pub fn size(&self, digest: Digest) -> Option<u64> {
@@ -92,8 +109,9 @@ impl ServerBlobs {
 
     /// Sends a blob to the peers until a majority of all servers has it; the others fetch it later.
     async fn spread(&self, digest: Digest) -> Result<(), ApiError> {
-        let needed = self.peers.len().div_ceil(2);
-        let sends = self.peers.iter().map(|peer| async move {
+        let peers = self.peers();
+        let needed = peers.len().div_ceil(2);
+        let sends = peers.iter().map(|peer| async move {
             if self.peer_has(peer, digest).await {
                 return true;
             }
@@ -121,12 +139,14 @@ impl ServerBlobs {
     }
 
     /// Fetches what images name and this server lacks, whenever the log moves on.
-    pub async fn replicate(&self, view: View, stop: CancellationToken) {
-        let mut revision = view.revision();
+    pub async fn replicate(&self, stop: CancellationToken) {
+        let mut revision = self.view.global_revision();
         let mut checked = BTreeSet::new();
         loop {
-            let wanted: BTreeSet<Digest> = view
-                .read(|world| world.images.live.values().flat_map(|i| i.spec.blobs.iter().map(|b| b.digest)).collect());
+            let wanted: BTreeSet<Digest> = self.view.read(|world| {
+                let images = world.fleet().images.live.values();
+                images.flat_map(|i| i.spec.blobs.iter().map(|b| b.digest)).collect()
+            });
             let missing: Vec<Digest> =
                 wanted.difference(&checked).copied().filter(|digest| self.store.size(*digest).is_none()).collect();
             let mut failed = false;
@@ -155,7 +175,7 @@ impl ServerBlobs {
     }
 
     async fn fetch(&self, digest: Digest) -> bool {
-        for peer in &self.peers {
+        for peer in self.peers().iter().chain(&self.elsewhere()) {
             let client = self.pool.get(peer);
             let content: Result<ByteStream, _> = client.bytes_stream(method::BLOB_GET, &BlobRequest { digest }).await;
             let Ok(content) = content else { continue };

@@ -1,26 +1,30 @@
 //! The wire side of a server: peers of the metadata store, forwarded intents, hosts and gateways.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
-use futures::stream;
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::{StreamExt as _, stream};
 use nexus_control::intent::{Accepted, Intent};
 use nexus_control::region::{Forward, ForwardError, Region, ReportError};
 use nexus_control::view::View;
 use nexus_env::{Endpoint, Env};
 use nexus_iam::{Role, SpiffeId, tls};
-use nexus_model::plan::{BlobRequest, HostReport, PlanRequest, ReportAck, TableRequest, method};
+use nexus_model::plan::{
+    BlobRequest, HostReport, PlanRequest, RenewRequest, ReportAck, ServerList, TableRequest, method,
+};
 use nexus_model::{ApiError, Name};
-use nexus_store::embedded::{EmbeddedStore, Peers};
+use nexus_store::embedded::{PeerRef, Peers};
 use nexus_store::{GroupId, PeerError, Store as _};
-use nexus_wire::{Caller, Pool, Refusal, Server, ServerBuilder, WireError, code};
+use nexus_wire::{Caller, Client, Pool, Refusal, Server, ServerBuilder, WireError, code};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::authority::{Authority, PublicNames};
 use super::blobs::ServerBlobs;
+use super::fleet::Fleet;
+use super::groups::{self, Gateways, Groups, Writers};
 use crate::config::ServerConfig;
 
 /// A message of the metadata store takes at most so long; the store's own deadlines are shorter.
@@ -28,35 +32,55 @@ const PEER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// The way to the other servers.
 pub struct PeerWire {
-    members: BTreeMap<u64, Endpoint>,
+    fleet: Fleet,
     pool: Arc<Pool>,
 }
 
 impl PeerWire {
-    pub fn new(config: &ServerConfig, pool: Arc<Pool>) -> Self {
-        Self { members: config.members.iter().map(|(id, m)| (*id, m.wire.clone())).collect(), pool }
+    pub fn new(fleet: Fleet, pool: Arc<Pool>) -> Self {
+        Self { fleet, pool }
     }
 
-    fn endpoint(&self, node: u64) -> Option<&Endpoint> {
-        self.members.get(&node)
+    fn endpoint(&self, node: u64) -> Option<Endpoint> {
+        self.fleet.wire_of(node)
     }
 }
 
 #[async_trait]
 impl Peers for PeerWire {
-    async fn call(&self, to: u64, _group: &GroupId, message: Bytes) -> Result<Bytes, PeerError> {
-        let unknown = || PeerError::Unreachable(format!("node {to} is not a member"));
-        let client = self.pool.get(self.endpoint(to).ok_or_else(unknown)?);
-        client.call_bytes(method::STORE_PEER, message, PEER_DEADLINE).await.map_err(|e| {
+    async fn call(&self, to: &PeerRef, group: &GroupId, message: Bytes) -> Result<Bytes, PeerError> {
+        let endpoint: Endpoint = to
+            .endpoint
+            .parse()
+            .map_err(|e| PeerError::Unreachable(format!("node {}'s endpoint in the membership: {e}", to.node)))?;
+        let client = self.pool.get(&endpoint);
+        client.call_bytes(method::STORE_PEER, addressed(group, &message), PEER_DEADLINE).await.map_err(|e| {
             let text = e.to_string();
             if e.may_have_run() { PeerError::Lost(text) } else { PeerError::Unreachable(text) }
         })
     }
 }
 
+/// A store's message with the name of its group in front: one length byte and the name.
+fn addressed(group: &GroupId, message: &[u8]) -> Bytes {
+    let name = group.as_str().as_bytes();
+    let mut out = BytesMut::with_capacity(1 + name.len() + message.len());
+    out.put_u8(u8::try_from(name.len()).expect("a group's name has at most 63 bytes"));
+    out.extend_from_slice(name);
+    out.extend_from_slice(message);
+    out.freeze()
+}
+
+/// The group and the message that [`addressed`] put together.
+fn addressee(message: &Bytes) -> Option<(GroupId, Bytes)> {
+    let end = 1 + usize::from(*message.first()?);
+    let name = std::str::from_utf8(message.get(1..end)?).ok()?;
+    Some((name.parse().ok()?, message.slice(end..)))
+}
+
 /// What a writer answers to another server.
 #[derive(Debug, Serialize, Deserialize)]
-enum Answer {
+pub enum Answer {
     /// As JSON: objects are open-ended, and JSON is what they are stored as.
     Accepted(String),
     Refused(ApiError),
@@ -65,19 +89,39 @@ enum Answer {
 #[async_trait]
 impl Forward for PeerWire {
     async fn forward(&self, node: u64, intent: &Intent, deadline: Duration) -> Result<Accepted, ForwardError> {
-        let not_taken = |e: &dyn std::fmt::Display| ForwardError::NotTaken(e.to_string());
-        let endpoint = self.endpoint(node).ok_or_else(|| not_taken(&format!("node {node} is not a member")))?;
-        let client = self.pool.get(endpoint).for_request(intent.request_id.as_str());
-        let text = serde_json::to_string(intent).expect("intents are plain data");
-        match client.call::<_, Answer>(method::SUBMIT, &text, deadline).await {
-            Ok(Answer::Accepted(text)) => {
-                serde_json::from_str(&text).map_err(|e| ForwardError::Unknown(format!("the leader's answer: {e}")))
-            }
-            Ok(Answer::Refused(error)) => Err(ForwardError::Answered(error)),
-            Err(e) if e.may_have_run() => Err(ForwardError::Unknown(e.to_string())),
-            Err(e) => Err(not_taken(&e)),
-        }
+        let unknown = || ForwardError::NotTaken(format!("node {node} is not a member"));
+        let endpoint = self.endpoint(node).ok_or_else(unknown)?;
+        forward(&self.pool.get(&endpoint), method::SUBMIT, intent, deadline).await
     }
+}
+
+/// Sends an intent to the writer behind a method of another server.
+pub async fn forward(
+    client: &Client,
+    to: &'static str,
+    intent: &Intent,
+    deadline: Duration,
+) -> Result<Accepted, ForwardError> {
+    let client = client.for_request(intent.request_id.as_str());
+    let text = serde_json::to_string(intent).expect("intents are plain data");
+    match client.call::<_, Answer>(to, &text, deadline).await {
+        Ok(Answer::Accepted(text)) => {
+            serde_json::from_str(&text).map_err(|e| ForwardError::Unknown(format!("the leader's answer: {e}")))
+        }
+        Ok(Answer::Refused(error)) => Err(ForwardError::Answered(error)),
+        Err(e) if e.may_have_run() => Err(ForwardError::Unknown(e.to_string())),
+        Err(e) => Err(ForwardError::NotTaken(e.to_string())),
+    }
+}
+
+/// Decides what another server has forwarded. `None`: this one does not lead.
+pub async fn submitted(writer: &Region, intent: &str) -> Result<Option<Answer>, Refusal> {
+    let intent: Intent = serde_json::from_str(intent)
+        .map_err(|e| Refusal::new(code::BAD_REQUEST, format!("the intent can't be read: {e}")))?;
+    Ok(writer.submit_here(intent).await.map(|decided| match decided {
+        Ok(accepted) => Answer::Accepted(serde_json::to_string(&accepted).expect("answers are plain data")),
+        Err(error) => Answer::Refused(error),
+    }))
 }
 
 fn role_of(caller: &Caller) -> Option<(Role, String)> {
@@ -92,6 +136,7 @@ fn allowed(caller: &Caller, called: &str) -> bool {
         method::REPORT | method::PLAN => role == Role::Agent,
         method::TABLE => role == Role::Gateway,
         method::BLOB_GET => matches!(role, Role::Agent | Role::Server),
+        method::SERVERS | method::RENEW => matches!(role, Role::Agent | Role::Gateway | Role::Server),
         _ => role == Role::Server,
     }
 }
@@ -123,52 +168,59 @@ fn changes<T: Send + Sync + 'static>(
 }
 
 /// The server's methods.
+#[allow(clippy::too_many_arguments)] // Each is another door that the methods lead to.
 pub fn server(
     config: &ServerConfig,
     env: &Env,
     tls: Arc<rustls::ServerConfig>,
-    store: &Arc<EmbeddedStore>,
-    region: &Arc<Region>,
+    groups: &Groups,
+    writers: &Arc<Writers>,
+    gateways: &Gateways,
     view: &View,
     blobs: &Arc<ServerBlobs>,
+    fleet: &Fleet,
+    authority: Option<Arc<Authority>>,
 ) -> ServerBuilder {
-    let servers: Vec<String> = config.members.values().map(|m| m.wire.to_string()).collect();
-    let by_node: BTreeMap<u64, String> = config.members.iter().map(|(id, m)| (*id, m.wire.to_string())).collect();
-    let (peer_store, submit_region, submit_store) = (store.clone(), region.clone(), store.clone());
-    let (report_region, submit_nodes, report_nodes) = (region.clone(), by_node.clone(), by_node);
-    let (plan_view, table_view) = (view.clone(), view.clone());
+    let (stores, region) = (groups.by_id(), &writers.region);
+    let (submit_region, submit_store) = (region.clone(), groups.region.clone());
+    let (report_region, submit_fleet, report_fleet) = (region.clone(), fleet.clone(), fleet.clone());
+    let (plan_view, table_view, gateways) = (view.clone(), view.clone(), gateways.clone());
     let builder = Server::builder(env, Endpoint::Tcp(config.wire_listen), tls)
         .identify(|chain| tls::peer_id(chain).map(|id| id.to_string()))
         .authorize(allowed)
         .unary_bytes(method::STORE_PEER, move |_, message| {
-            let store = peer_store.clone();
-            async move { Ok(store.handle(message).await) }
-        })
-        .unary(method::SUBMIT, move |_, intent: String| {
-            let (region, store, nodes) = (submit_region.clone(), submit_store.clone(), submit_nodes.clone());
+            let found = addressee(&message).map(|(group, message)| (stores.get(&group).cloned(), group, message));
             async move {
-                let intent: Intent = serde_json::from_str(&intent)
-                    .map_err(|e| Refusal::new(code::BAD_REQUEST, format!("the intent can't be read: {e}")))?;
-                match region.submit_here(intent).await {
-                    Some(Ok(accepted)) => {
-                        Ok(Answer::Accepted(serde_json::to_string(&accepted).expect("answers are plain data")))
+                match found {
+                    Some((Some(store), _, message)) => Ok(store.handle(message).await),
+                    Some((None, group, _)) => {
+                        Err(Refusal::new(code::BAD_REQUEST, format!("this server is no member of group {group}")))
                     }
-                    Some(Err(error)) => Ok(Answer::Refused(error)),
-                    None => {
-                        let leader = store.leadership().borrow().leader;
-                        Err(Refusal::not_leader(leader.and_then(|node| nodes.get(&node).cloned())))
-                    }
+                    None => Err(Refusal::new(code::BAD_REQUEST, "the message names no group")),
                 }
             }
         })
+        .unary(method::SUBMIT, move |_, intent: String| {
+            let (region, store, fleet) = (submit_region.clone(), submit_store.clone(), submit_fleet.clone());
+            async move {
+                submitted(&region, &intent).await?.ok_or_else(|| {
+                    let leader = store.leadership().borrow().leader;
+                    Refusal::not_leader(leader.and_then(|node| fleet.wire_of(node)).map(|e| e.to_string()))
+                })
+            }
+        })
         .unary(method::REPORT, move |caller, report: HostReport| {
-            let (region, servers, nodes) = (report_region.clone(), servers.clone(), report_nodes.clone());
+            let (region, fleet) = (report_region.clone(), report_fleet.clone());
             async move {
                 is_host(&caller, &report.host)?;
+                if fleet.has_left(&report.host) {
+                    let why = format!("host {} has left the region: stop its agent, or let it join again", report.host);
+                    return Err(Refusal::new("host-refused", why));
+                }
                 match region.report(report).await {
-                    Ok(epoch) => Ok(ReportAck { epoch, servers }),
+                    Ok(epoch) => Ok(ReportAck { epoch, servers: fleet.wires() }),
                     Err(ReportError::NotLeader { leader }) => {
-                        Err(Refusal::not_leader(leader.and_then(|node| nodes.get(&node).cloned())))
+                        Err(Refusal::not_leader(leader.and_then(|node| fleet.wire_of(node)).map(|e| e.to_string())))
                     }
                     Err(ReportError::Refused(why)) => Err(Refusal::new("host-refused", why)),
                     Err(ReportError::Overloaded) => Err(Refusal::new(code::DRAINING, "the writer's queue is full")),
@@ -186,15 +238,19 @@ pub fn server(
             }
         })
         .stream(method::TABLE, move |_, request: TableRequest| {
-            let view = table_view.clone();
+            let (view, gateways) = (table_view.clone(), gateways.clone());
             async move {
                 listed(&view).await?;
                 let known = request.known;
-                Ok(changes(view.table(), move |table| known.is_some_and(|known| table.revision <= known)))
+                let fed = request.peer.map(|peer| gateways.feed(peer));
+                let tables = changes(view.table(), move |table| known.is_some_and(|known| table.revision <= known));
+                Ok(tables.inspect(move |_| {
+                    let _held = &fed;
+                }))
             }
         });
     let (get, put, has) = (blobs.clone(), blobs.clone(), blobs.clone());
-    builder
+    groups::methods(fleet_methods(builder, fleet, authority), groups, writers)
         .bytes_stream(method::BLOB_GET, move |_, request: BlobRequest| {
             let blobs = get.clone();
             async move { blobs.read(request.digest).await }
@@ -206,6 +262,29 @@ pub fn server(
         .unary(method::BLOB_HAS, move |_, request: BlobRequest| {
             let blobs = has.clone();
             async move { Ok(blobs.size(request.digest)) }
+        })
+}
+
+/// Where all servers are, and certificates with a later end.
+fn fleet_methods(builder: ServerBuilder, fleet: &Fleet, authority: Option<Arc<Authority>>) -> ServerBuilder {
+    let (list, renew) = (fleet.clone(), fleet.clone());
+    builder
+        .unary(method::SERVERS, move |_, (): ()| {
+            let servers = list.wires();
+            async move { Ok(ServerList { servers }) }
+        })
+        .unary(method::RENEW, move |caller, request: RenewRequest| {
+            let (fleet, authority) = (renew.clone(), authority.clone());
+            async move {
+                let Some(authority) = authority else {
+                    return Err(Refusal::new(code::DRAINING, "this server holds no key of the authority: ask another"));
+                };
+                let id: Option<SpiffeId> = caller.id.as_deref().and_then(|id| id.parse().ok());
+                let id = id.ok_or_else(|| Refusal::new(code::FORBIDDEN, "the caller has no id"))?;
+                let known = fleet.servers().into_values().find(|s| s.name.as_str() == id.name());
+                let names = known.and_then(|s| PublicNames::of(s.name.as_str(), &s.api, &[]).ok()).unwrap_or_default();
+                authority.renew(&id, &request.csr, &names).map_err(|e| Refusal::new("not-renewed", e.detail))
+            }
         })
 }
 

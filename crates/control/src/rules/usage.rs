@@ -1,0 +1,122 @@
+//! What a project uses of its quota in this region: a row that is written in the same step as the rows that it counts.
+//!
+//! The row is also how a region knows that it holds anything of a project at all. It names the project's uid, and when
+//! no living project has that uid any more, everything of the project is torn down here and the row goes last. So a
+//! region needs no list of what was deleted while it was away.
+
+use nexus_model::kind::{AppSpec, *};
+use nexus_model::{ApiError, Bytes, Code, Metadata, MilliCpu, Name, Object};
+
+use crate::rules::buried::{Teardown, tear_down_project};
+use crate::step::{Dirty, Step};
+use crate::world::Part;
+
+/// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not.
+pub fn charge(spec: &AppSpec) -> [u64; 3] {
+    let n = u64::from(spec.replicas);
+    [n, n * u64::from(spec.resources.cpu.0), n.saturating_mul(spec.resources.memory.0)]
+}
+
+/// The amounts in the order of [`charge`].
+pub fn amounts(used: &QuotaUse) -> [u64; 3] {
+    [u64::from(used.instances), u64::from(used.cpu.0), used.memory.0]
+}
+
+/// The other way round; what is more than any project can use is drawn to the bound.
+pub fn quota_use(amounts: [u64; 3]) -> QuotaUse {
+    let narrow = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+    QuotaUse { instances: narrow(amounts[0]), cpu: MilliCpu(narrow(amounts[1])), memory: Bytes(amounts[2]) }
+}
+
+/// The project's row, made if this region has held nothing of the project so far. Refused while what a deleted project
+/// of this name left here is still being torn down.
+pub fn open(step: &mut Step<'_>, project: &Name) -> Result<Object<Usage>, ApiError> {
+    let Some(owner) = step.world.project(project).map(Object::owner_ref) else {
+        return Err(ApiError::not_found("Project", project.as_str()));
+    };
+    match step.world.usage(project).cloned() {
+        Some(usage) if usage.metadata.owner.as_ref().is_some_and(|o| o.uid == owner.uid) => Ok(usage),
+        Some(_) => {
+            let detail = format!("what a deleted project {project} had here is still being torn down: try again soon");
+            Err(ApiError::new(Code::Conflict, detail))
+        }
+        None => {
+            step.world.refuse_unreadable::<Usage>(Some(project), project)?;
+            let metadata = step.new_metadata(project.clone(), Some(project.clone()));
+            let usage = Object::<Usage>::new(Metadata { owner: Some(owner), ..metadata }, UsageSpec {});
+            step.put(usage.clone());
+            Ok(usage)
+        }
+    }
+}
+
+/// Changes a project's use from one charge to another in this same step, or says which quota would be passed.
+pub fn recharge(step: &mut Step<'_>, project: &Name, before: [u64; 3], after: [u64; 3]) -> Result<(), ApiError> {
+    if step.world.part == Part::Global {
+        // A global app is charged where its replicas run.
+        return Ok(());
+    }
+    let mut usage = match step.world.usage(project).cloned() {
+        Some(usage) if after == [0; 3] => usage,
+        None if after == [0; 3] => return Ok(()),
+        _ => open(step, project)?,
+    };
+    if before == after {
+        return Ok(());
+    }
+    let quota = step.world.project(project).map(|p| p.spec.quota).unwrap_or_default();
+    let used = amounts(&usage.status.used);
+    let limit = [u64::from(quota.instances), u64::from(quota.cpu.0), quota.memory.0];
+    let mut new = [0; 3];
+    for (i, name) in ["instances", "cpu", "memory"].into_iter().enumerate() {
+        new[i] = used[i].saturating_sub(before[i]).saturating_add(after[i]);
+        if after[i] > before[i] && new[i] > limit[i] {
+            let show = |amount: u64| match i {
+                0 => amount.to_string(),
+                1 => u32::try_from(amount).map_or_else(|_| format!("{amount}m"), |m| MilliCpu(m).to_string()),
+                _ => Bytes(amount).to_string(),
+            };
+            let detail = format!(
+                "the {name} quota of project {project} is {}, {} are in use, this would make it {}: ask for less or raise the quota",
+                show(limit[i]),
+                show(used[i]),
+                show(new[i]),
+            );
+            return Err(ApiError::new(Code::QuotaExceeded, detail));
+        }
+    }
+    usage.status.used = quota_use(new);
+    step.put(usage);
+    if (0..3).any(|i| after[i] < before[i]) {
+        // Room has come for what the quota kept out.
+        let waiting: Vec<_> = step.world.blocked.values().filter(|b| b.place.0.as_ref() == Some(project)).collect();
+        let waiting: Vec<_> = waiting.into_iter().map(|b| Dirty::Child(b.place.clone())).collect();
+        waiting.into_iter().for_each(|dirty| step.mark(dirty));
+    }
+    Ok(())
+}
+
+/// Whether a region's row is of a project that is no more.
+fn is_orphan(step: &Step<'_>, usage: &Object<Usage>) -> bool {
+    let uid = usage.metadata.owner.as_ref().map(|o| o.uid);
+    step.world.project(&usage.metadata.name).map(|p| p.metadata.uid) != uid
+}
+
+/// Tears down what a region holds of a project that is no more.
+pub fn reconcile(step: &mut Step<'_>, project: &Name) {
+    // Nothing is known to be gone before the global group has been read as far as it ever was here.
+    if step.world.part != Part::Region || !step.world.knows_fleet() {
+        return;
+    }
+    let Some(usage) = step.world.usage(project).cloned().filter(|u| is_orphan(step, u)) else { return };
+    match tear_down_project(step, project) {
+        Teardown::Waiting => {}
+        Teardown::Progressed => step.mark(Dirty::Usage(project.clone())),
+        Teardown::Gone => {
+            step.erase(&usage);
+            // A new project of that name may have waited for this.
+            let waiting: Vec<_> = step.world.blocked.values().map(|b| b.place.clone()).collect();
+            waiting.into_iter().for_each(|place| step.mark(Dirty::Child(place)));
+        }
+    }
+}

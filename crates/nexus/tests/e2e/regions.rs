@@ -1,0 +1,241 @@
+//! Three regions under load: a region loses its instance, then the region that leads the global group is cut off from
+//! the others and comes back, and last a fourth region joins and leaves.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::cloud::Cloud;
+use crate::load::Load;
+use crate::{get, images, text};
+
+const REGIONS: [&str; 3] = ["region-a", "region-b", "region-c"];
+const FOURTH: &str = "region-d";
+/// An election and what follows it, on a machine that is busy with everything else in this test.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The number of a region.
+fn number(region: &str) -> u16 {
+    let position = REGIONS.iter().chain([&FOURTH]).position(|r| *r == region);
+    position.unwrap_or_else(|| panic!("{region} is no region")) as u16
+}
+
+impl Cloud {
+    /// A region's gateway.
+    fn region_gateway(&self, region: &str, n: u16) -> String {
+        self.gateway(10 * number(region) + n)
+    }
+
+    /// What a gateway counts.
+    fn gateway_metrics(&self, region: &str, n: u16) -> String {
+        let url = format!("http://127.0.0.1:{}/metrics", self.gateway_port + 100 + 10 * number(region) + n);
+        get(&url, "localhost").map(|(_, text)| text).unwrap_or_default()
+    }
+
+    /// Runs a command by way of one region's server alone.
+    fn run_at(&self, region: &str, args: &[&str]) -> Result<String, String> {
+        let mut command = self.command(args);
+        command.env("CNX_URL", format!("https://127.0.0.1:{}", self.api_port + 20 * number(region)));
+        let output = command.output().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        if output.status.success() { Ok(out.into_owned()) } else { Err(format!("{}\n{out}\n{err}", output.status)) }
+    }
+
+    fn json_at(&self, region: &str, args: &[&str]) -> Result<Value, String> {
+        let mut all = args.to_vec();
+        all.extend(["-o", "json"]);
+        let text = self.run_at(region, &all)?;
+        serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))
+    }
+
+    /// Applies a manifest by way of one region's server.
+    fn apply_at(&self, region: &str, name: &str, manifest: &str, args: &[&str]) -> Result<(), String> {
+        let path = self.path(&format!("{name}.yaml"));
+        std::fs::write(&path, manifest).unwrap();
+        let mut all = vec!["apply", "-f", path.to_str().unwrap()];
+        all.extend(args);
+        self.run_at(region, &all).map(drop)
+    }
+
+    /// How many ready instances of an app a region has, as its own server says.
+    fn ready_in(&self, region: &str, app: &str) -> Result<usize, String> {
+        let list = self.json_at(region, &["get", "instances", "--region", region])?;
+        let all = list["items"].as_array().cloned().unwrap_or_default();
+        Ok(all.iter().filter(|i| i["spec"]["app"] == app && i["status"]["ready"] == true).count())
+    }
+
+    fn wait_ready_in(&self, region: &str, app: &str, replicas: usize) {
+        self.wait(&format!("{app} to have {replicas} ready instances in {region}"), || {
+            match self.ready_in(region, app) {
+                Ok(ready) if ready == replicas => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        });
+    }
+
+    /// The region that leads the global group.
+    fn global_leader(&self) -> &'static str {
+        self.wait("a leader of the global group", || {
+            let status: Value = serde_json::from_str(&self.ok(&["status", "-o", "json"])).map_err(|e| e.to_string())?;
+            let groups = status["groups"].as_array().cloned().unwrap_or_default();
+            let global = groups.iter().find(|g| g["group"] == "global").ok_or_else(|| status.to_string())?;
+            // Node ids tell the region.
+            let leader = global["leader"].as_u64().ok_or_else(|| global.to_string())?;
+            Ok(REGIONS[usize::try_from(leader / 100).unwrap()])
+        })
+    }
+}
+
+fn project(name: &str) -> String {
+    format!("apiVersion: cloudnexus/v1\nkind: Project\nmetadata:\n  name: {name}\nspec:\n  organization: default\n")
+}
+
+fn route(name: &str) -> String {
+    let spec = format!("spec:\n  host: {name}.example.com\n  app: hello\n");
+    format!("apiVersion: cloudnexus/v1\nkind: Route\nmetadata:\n  name: {name}\n{spec}")
+}
+
+#[test]
+fn a_lost_region_stops_nobody_and_comes_back() {
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let files = tempfile::tempdir().unwrap();
+    let component = images::hello_function(files.path());
+    let cloud = Cloud::up(&["--regions", "3", "--hosts-per-zone", "1", "--timeout", "120"]);
+
+    // One app for all regions, by way of any of them.
+    let component = component.to_str().unwrap();
+    let deploy = ["deploy", "hello", "--image", component, "--region", "global", "--replicas", "3", "--timeout", "90"];
+    cloud.run_at("region-b", &deploy).unwrap();
+    for region in REGIONS {
+        cloud.wait_ready_in(region, "hello", 1);
+        for n in 0..2 {
+            let url = cloud.region_gateway(region, n);
+            cloud.wait(&format!("{url} to serve"), || match get(&url, "hello.localhost") {
+                Ok((200, body)) if body.starts_with("Hello") => Ok(()),
+                other => Err(format!("{other:?}")),
+            });
+        }
+    }
+    let gateways: Vec<String> = REGIONS.iter().flat_map(|r| (0..2).map(|n| cloud.region_gateway(r, n))).collect();
+    gateways_know_each_other(&cloud);
+    let load = Load::start(gateways, "hello.localhost");
+    a_region_without_instances_is_served_by_the_nearest(&cloud, &load);
+    the_leading_region_is_cut_off(&cloud, &load);
+    a_region_joins_and_leaves(&cloud, &load);
+    load.finish();
+    cloud.down();
+}
+
+fn gateways_know_each_other(cloud: &Cloud) {
+    for region in REGIONS {
+        for n in 0..2 {
+            cloud.wait(&format!("gateway {n} of {region} to hear the others"), || {
+                let text = cloud.gateway_metrics(region, n);
+                let heard =
+                    text.lines().filter(|l| l.starts_with("nexus_gateway_region_gateways{") && l.ends_with(" 2"));
+                if heard.count() == 2 { Ok(()) } else { Err(text) }
+            });
+        }
+    }
+}
+
+fn a_region_without_instances_is_served_by_the_nearest(cloud: &Cloud, load: &Load) {
+    cloud.ok(&["local", "kill", "region-b-zone-a-1"]);
+    let passed_on = |n| {
+        let text = cloud.gateway_metrics("region-b", n);
+        let lines = text.lines().filter(|l| l.starts_with("nexus_gateway_region_requests") && l.contains("answered"));
+        lines.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>()
+    };
+    for n in 0..2 {
+        cloud.wait("requests to leave the region", || match passed_on(n) {
+            0 => Err("none was passed on".to_owned()),
+            _ => Ok(()),
+        });
+    }
+    load.check("a region's only host was killed");
+    cloud.ok(&["local", "start", "region-b-zone-a-1"]);
+    cloud.wait_ready_in("region-b", "hello", 1);
+    load.check("the host came back");
+}
+
+/// Sends global writes twice a second, each whatever becomes of those before, until one is taken; answers its name, and how long
+/// after `started` that was.
+fn first_write(cloud: &Cloud, region: &str, started: Instant) -> (String, Duration) {
+    let (told, taken) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        for n in 0.. {
+            let (name, told) = (format!("during-{n}"), told.clone());
+            scope.spawn(move || {
+                let outcome = cloud.apply_at(region, &name, &project(&name), &[]);
+                // Nobody listens any more once another was taken.
+                told.send(outcome.map(|()| name)).ok();
+            });
+            let end = Instant::now() + Duration::from_millis(500);
+            while let Ok(outcome) = taken.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                match outcome {
+                    Ok(name) => return (name, started.elapsed()),
+                    Err(why) => assert!(started.elapsed() < PATIENCE, "no global write without the lost region: {why}"),
+                }
+            }
+            assert!(started.elapsed() < PATIENCE, "global writes hang without the lost region");
+        }
+        unreachable!("the loop ends by returning")
+    })
+}
+
+fn the_leading_region_is_cut_off(cloud: &Cloud, load: &Load) {
+    let lost = cloud.global_leader();
+    let [here, there] = [1, 2].map(|k| REGIONS[(usize::from(number(lost)) + k) % 3]);
+    cloud.ok(&["local", "cut", lost]);
+    let cut = Instant::now();
+    let (during, after) = first_write(cloud, here, cut);
+    eprintln!("region lost -> global writes again: {after:?}");
+    cloud.apply_at(there, "regional", &route("regional"), &["--region", there]).unwrap();
+    cloud.run_at(there, &["scale", "hello", "--region", "global", "--replicas", "6", "--timeout", "1"]).ok();
+
+    // The lost region takes writes of its own, answers from its copy of what all share, and says that it can't change it.
+    cloud.apply_at(lost, "alone", &route("alone"), &["--region", lost]).unwrap();
+    let refused = cloud.apply_at(lost, "refused", &project("refused"), &[]).unwrap_err();
+    assert!(refused.contains("leader") || refused.contains("majority"), "{refused}");
+    let url = cloud.region_gateway(lost, 0);
+    assert_eq!(get(&url, "hello.localhost").map(|(status, _)| status), Ok(200));
+    for region in [here, there] {
+        cloud.wait_ready_in(region, "hello", 2);
+    }
+    assert_eq!(cloud.ready_in(lost, "hello"), Ok(1), "nobody could have told it");
+    load.check("the leading region was cut off");
+
+    cloud.ok(&["local", "heal", lost]);
+    let healed = Instant::now();
+    cloud.wait_ready_in(lost, "hello", 2);
+    cloud.wait("the project to be known in the region that was lost", || {
+        cloud.json_at(lost, &["get", "project", &during]).map(drop)
+    });
+    eprintln!("healed -> what was changed meanwhile is there: {:?}", healed.elapsed());
+    cloud.apply_at(lost, "after", &project("after"), &[]).unwrap();
+    cloud.wait("its own changes to be known elsewhere", || {
+        cloud.json_at(here, &["get", "route", "alone", "--region", lost]).map(drop)
+    });
+    let app = cloud.json_at(there, &["get", "app", "hello", "--region", "global"]).unwrap();
+    assert_eq!(text(&app["status"]["phase"]).to_lowercase(), "ready", "{app}");
+    load.check("the region came back");
+}
+
+fn a_region_joins_and_leaves(cloud: &Cloud, load: &Load) {
+    cloud.start(&["--regions", "4", "--tier", "region-d=edge", "--timeout", "120"]);
+    cloud.wait_ready_in(FOURTH, "hello", 1);
+    let deploy = ["deploy", "solo", "--image", "hello", "--region", FOURTH, "--timeout", "60"];
+    cloud.run_at("region-a", &deploy).unwrap();
+    let (code, refused) = cloud.fails(&["region", "remove", FOURTH]);
+    assert!(code == 4 && refused.contains("default/solo"), "{code}: {refused}");
+    cloud.ok(&["region", "remove", FOURTH, "--force"]);
+    cloud.wait("three regions to run the app again", || {
+        let app = cloud.json_at("region-a", &["get", "app", "hello", "--region", "global"])?;
+        let regions = app["status"]["regions"].as_array().map_or(0, Vec::len);
+        if regions == 3 && app["status"]["phase"] == "Ready" { Ok(()) } else { Err(app["status"].to_string()) }
+    });
+    let regions = cloud.list("regions");
+    assert_eq!(regions.len(), 3, "{regions:#?}");
+    assert!(!cloud.ok(&["local", "list"]).contains(FOURTH));
+    load.check("a region joined and left");
+}

@@ -1,0 +1,59 @@
+//! What must have happened in a run of many seeds: a fault that never strikes proves nothing.
+
+use std::collections::BTreeMap;
+
+use crate::life::Step;
+
+const FAULTS: &[&str] = &[
+    "crash at any time",
+    "process killed",
+    "all lose power",
+    "long outage",
+    "one server cut off",
+    "one-way cut",
+    "partial partition",
+    "partition in two",
+    "leader cut off",
+    "leader not heard",
+    "leader hears nobody",
+    "slow disk",
+    "disk full",
+    "disk error: Sync",
+    "disk error: Append",
+    "disk error: SyncDir",
+    "disk error: Rename",
+    "clock skew",
+    "clock jumps back",
+    "clock jumps forward",
+    "bad weather",
+    "message late",
+    "message held and delivered late",
+    "host loses power",
+    "agent restarts",
+    "host cut off",
+    "host hears nobody",
+    "instance dies",
+    "server lost for good",
+    "shape: quorum loss",
+    "shape: constrained election",
+    "shape: chained",
+    "shape: random links",
+];
+
+/// Messages of the store's protocol that must have been lost and answered in vain.
+pub const STORE_MESSAGES: &[&str] = &["Append", "Vote", "Snapshot", "Forward", "ReadIndex", "KeepAlive"];
+/// The same of the control loop, its hosts included.
+pub const REGION_MESSAGES: &[&str] = &["submit", "report", "plan"];
+/// Those that must have come twice.
+const TWICE: &[&str] = &["Append", "Vote", "ReadIndex", "report", "plan"];
+
+/// What is required and did not happen.
+pub fn missing(counters: &BTreeMap<String, u64>) -> Vec<String> {
+    let mut wanted: Vec<String> = FAULTS.iter().map(|f| (*f).to_owned()).collect();
+    wanted.extend(Step::STORE.iter().chain(Step::REGION).map(|s| s.counter()));
+    for kind in STORE_MESSAGES.iter().chain(REGION_MESSAGES) {
+        wanted.extend(["message lost", "answer lost"].iter().map(|what| format!("{what}: {kind}")));
+    }
+    wanted.extend(TWICE.iter().map(|kind| format!("message twice: {kind}")));
+    wanted.into_iter().filter(|w| !counters.contains_key(&format!("fault: {w}"))).collect()
+}

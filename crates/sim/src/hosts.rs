@@ -1,0 +1,328 @@
+//! Hosts with agents that run nothing: they pull plans from any server, keep them over restarts, start and stop instances
+//! that take their time and die now and then, and report what is true. They go by the same rules as the real agent: a plan is
+//! taken only if it is newer, an instance's epoch never goes back, what no plan names is stopped.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nexus_control::region::ReportError;
+use nexus_model::kind::{Capacity, HostSpec, InstancePhase, Runtime};
+use nexus_model::plan::{Desired, HostPlan, HostReport, InstanceReport};
+use nexus_model::{Bytes, MilliCpu, Name, Uid};
+use nexus_store::PeerError;
+use tokio::time::{sleep, timeout};
+
+use crate::chance::Dice;
+use crate::region::name;
+use crate::server::as_servers;
+use crate::world::World;
+
+/// Hosts' places in the network come after the servers'.
+const FIRST: u64 = 1_001;
+const STEP: Duration = Duration::from_millis(60);
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+const PULL_EVERY: Duration = Duration::from_millis(250);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Starting,
+    Running,
+    Stopping,
+}
+
+#[derive(Debug, Clone)]
+struct Run {
+    epoch: u64,
+    phase: Phase,
+    /// When the present phase ends, if it does by itself.
+    until: Duration,
+    restarts: u32,
+}
+
+#[derive(Default)]
+struct State {
+    /// What a restart of the agent, and even of the machine, leaves.
+    plan: Option<Arc<HostPlan>>,
+    boots: u64,
+    runs: BTreeMap<Uid, Run>,
+    up: bool,
+    /// The agent alone is down.
+    agent_down: bool,
+    changed: bool,
+}
+
+pub struct Host {
+    pub world: Arc<World>,
+    pub place: u64,
+    pub name: Name,
+    spec: HostSpec,
+    dice: Dice,
+    state: Mutex<State>,
+}
+
+/// Two hosts in each zone.
+pub fn hosts(world: &Arc<World>) -> Vec<Arc<Host>> {
+    let mut all = Vec::new();
+    for (z, zone) in crate::region::ZONES.iter().enumerate() {
+        for n in 1..=2 {
+            let index = z * 16 + n;
+            let host = name(&format!("zone-{zone}-{n}"));
+            let spec = HostSpec {
+                zone: name(&format!("zone-{zone}")),
+                cell: name(&format!("cell-{zone}")),
+                address: format!("[fd00::{index}]:7440").parse().expect("a well-formed address"),
+                prefix6: format!("fd00:0:0:{index}::").parse().expect("a well-formed address"),
+                prefix4: [10, 97, index as u8, 0].into(),
+                runtimes: vec![Runtime::Container],
+                // Few enough that hosts fill up.
+                capacity: Capacity {
+                    cpu: MilliCpu(1_000),
+                    memory: Bytes(2 << 30),
+                    scratch: Bytes(10 << 30),
+                    instances: 12,
+                },
+                ..HostSpec::default()
+            };
+            let place = FIRST + index as u64;
+            let dice = Dice::new(world.seed, &format!("host {host}"));
+            let state = Mutex::new(State { up: true, ..State::default() });
+            all.push(Arc::new(Host { world: world.clone(), place, name: host, spec, dice, state }));
+        }
+    }
+    all
+}
+
+impl Host {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.world.trace.now()
+    }
+
+    /// The machine loses power: what ran is gone, the plan on its disk is not.
+    pub fn power_off(&self) {
+        let mut state = self.state();
+        state.up = false;
+        state.runs.clear();
+        state.boots += 1;
+    }
+
+    pub fn power_on(&self) {
+        self.state().up = true;
+    }
+
+    /// Only the agent is down, or up again; what runs goes on.
+    pub fn set_agent_down(&self, down: bool) {
+        self.state().agent_down = down;
+    }
+
+    /// An instance dies by itself.
+    pub fn crash_one(&self) -> bool {
+        let now = self.now();
+        let pause = self.dice.millis(50, 1_500);
+        let mut state = self.state();
+        state.changed = true;
+        let run = state.runs.values_mut().find(|r| r.phase == Phase::Running);
+        match run {
+            Some(run) => {
+                *run = Run { phase: Phase::Starting, until: now + pause, restarts: run.restarts + 1, ..*run };
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// What runs here, with its epoch.
+    pub fn running(&self) -> BTreeMap<Uid, u64> {
+        let state = self.state();
+        state.runs.iter().filter(|(_, r)| r.phase == Phase::Running).map(|(uid, r)| (*uid, r.epoch)).collect()
+    }
+
+    /// Everything that exists here in any form.
+    pub fn present(&self) -> usize {
+        self.state().runs.len()
+    }
+
+    pub async fn run(self: Arc<Self>) {
+        let mut pulled = Duration::ZERO;
+        let mut reported = Duration::ZERO;
+        let mut server = 1 + self.dice.below(self.world.nodes.len() as u64);
+        let mut leader = None;
+        loop {
+            sleep(STEP).await;
+            let active = {
+                let state = self.state();
+                state.up && !state.agent_down
+            };
+            self.advance();
+            if !active {
+                continue;
+            }
+            if self.now() >= pulled + PULL_EVERY {
+                pulled = self.now();
+                if !self.pull(server).await {
+                    server = server % self.world.nodes.len() as u64 + 1;
+                }
+                self.follow();
+            }
+            let changed = std::mem::take(&mut self.state().changed);
+            if changed || self.now() >= reported + REPORT_EVERY {
+                reported = self.now();
+                self.report(&mut leader).await;
+            }
+        }
+    }
+
+    /// Time passes for what runs, with or without an agent.
+    fn advance(&self) {
+        let now = self.now();
+        let mut state = self.state();
+        let mut changed = false;
+        let done: Vec<Uid> =
+            state.runs.iter().filter(|(_, r)| r.phase == Phase::Stopping && now >= r.until).map(|(u, _)| *u).collect();
+        for uid in done {
+            state.runs.remove(&uid);
+            changed = true;
+        }
+        for run in state.runs.values_mut() {
+            if run.phase == Phase::Starting && now >= run.until {
+                run.phase = Phase::Running;
+                changed = true;
+            }
+        }
+        state.changed |= changed;
+    }
+
+    /// Asks a server for the plan.
+    async fn pull(&self, node: u64) -> bool {
+        let (world, host) = (Arc::downgrade(&self.world), self.name.clone());
+        let handle = move || {
+            let server = world.upgrade()?.server(node)?;
+            let view = server.part.as_ref()?.view.clone();
+            let host = host.clone();
+            as_servers(&server, async move { view.plan(&host).borrow().clone() })
+        };
+        let answer = self.world.net.exchange(self.place, node, "plan", true, handle);
+        let Ok(Ok(plan)) = timeout(Duration::from_secs(3), answer).await else { return false };
+        let mut state = self.state();
+        if !state.up || state.agent_down {
+            return true;
+        }
+        let held = state.plan.clone();
+        if held.as_ref().is_some_and(|held| plan.revision <= held.revision) || plan.revision == 0 {
+            return true;
+        }
+        let mut plan = (*plan).clone();
+        for instance in &mut plan.instances {
+            let before = held.iter().flat_map(|h| &h.instances).find(|old| old.uid == instance.uid);
+            if let Some(old) = before.filter(|old| old.epoch > instance.epoch) {
+                let text = format!("{}: {} from {} to {}", self.name, instance.uid, old.epoch, instance.epoch);
+                self.world.trace.violation("an instance's epoch never goes back", text);
+                *instance = old.clone();
+            }
+        }
+        state.plan = Some(Arc::new(plan));
+        true
+    }
+
+    /// Starts and stops what the plan says.
+    fn follow(&self) {
+        let now = self.now();
+        let mut state = self.state();
+        let Some(plan) = state.plan.clone() else { return };
+        for wanted in plan.instances.iter().filter(|i| i.desired == Desired::Running) {
+            let known = state.runs.get(&wanted.uid).map(|r| (r.phase, r.epoch));
+            match known {
+                None => {
+                    let until = now + self.dice.millis(50, 900);
+                    let run = Run { epoch: wanted.epoch, phase: Phase::Starting, until, restarts: 0 };
+                    state.runs.insert(wanted.uid, run);
+                    state.changed = true;
+                }
+                Some((Phase::Starting | Phase::Running, epoch)) if epoch < wanted.epoch => {
+                    let until = now + self.dice.millis(50, 400);
+                    if let Some(run) = state.runs.get_mut(&wanted.uid) {
+                        (run.phase, run.until) = (Phase::Stopping, until);
+                    }
+                    state.changed = true;
+                }
+                Some(_) => {}
+            }
+        }
+        let wanted = |uid: &Uid| plan.instances.iter().any(|i| i.uid == *uid && i.desired == Desired::Running);
+        let over: Vec<Uid> =
+            state.runs.iter().filter(|(uid, r)| r.phase != Phase::Stopping && !wanted(uid)).map(|(u, _)| *u).collect();
+        for uid in over {
+            let until = now + self.dice.millis(50, 1_200);
+            if let Some(run) = state.runs.get_mut(&uid) {
+                (run.phase, run.until) = (Phase::Stopping, until);
+            }
+            state.changed = true;
+        }
+    }
+
+    fn what_is_true(&self) -> HostReport {
+        let state = self.state();
+        let instances = state.runs.iter().map(|(uid, run)| {
+            let address = state.plan.iter().flat_map(|p| &p.instances).find(|i| i.uid == *uid).map(|i| i.address6);
+            let running = run.phase == Phase::Running;
+            InstanceReport {
+                uid: *uid,
+                epoch: run.epoch,
+                phase: match run.phase {
+                    Phase::Starting if run.restarts > 0 => InstancePhase::BackOff,
+                    Phase::Starting => InstancePhase::Starting,
+                    Phase::Running => InstancePhase::Running,
+                    Phase::Stopping => InstancePhase::Stopping,
+                },
+                ready: running,
+                endpoint: address.filter(|_| running).map(|a| (a, 80).into()),
+                restarts: run.restarts,
+                started: None,
+                exit_code: None,
+                message: String::new(),
+            }
+        });
+        HostReport {
+            host: self.name.clone(),
+            spec: self.spec.clone(),
+            boot_id: format!("boot-{}", state.boots),
+            agent_version: "sim".into(),
+            applied: state.plan.as_ref().map(|p| p.revision),
+            instances: instances.collect(),
+            images: Vec::new(),
+            load: 0.1,
+        }
+    }
+
+    /// Tells whoever leads.
+    async fn report(&self, leader: &mut Option<u64>) {
+        let report = self.what_is_true();
+        let nodes = self.world.nodes.len() as u64;
+        for _ in 0..3 {
+            let node = leader.unwrap_or(1 + self.dice.below(nodes));
+            let (world, report) = (Arc::downgrade(&self.world), report.clone());
+            let handle = move || {
+                let server = world.upgrade()?.server(node)?;
+                let region = server.part.as_ref()?.region.clone();
+                let report = report.clone();
+                as_servers(&server, async move { region.report(report).await })
+            };
+            let exchange = self.world.net.exchange(self.place, node, "report", true, handle);
+            *leader = match timeout(Duration::from_secs(2), exchange).await {
+                Ok(Ok(Ok(_))) => {
+                    *leader = Some(node);
+                    return;
+                }
+                Ok(Ok(Err(ReportError::NotLeader { leader }))) => leader.filter(|l| *l != node),
+                Ok(Err(PeerError::Unreachable(_) | PeerError::Lost(_)) | Ok(Err(_))) | Err(_) => None,
+            };
+            if leader.is_none() {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! What must be true of a region: in every revision of its history, and at the end when nothing is broken any more.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nexus_model::kind::{Host as HostKind, HostState, Instance, InstanceStatus};
+use nexus_model::{Name, Object, key};
+use nexus_store::WatchEvent;
+use tokio::time::{Instant, sleep};
+
+use crate::hosts::Host;
+use crate::recorder::Log;
+use crate::region::name;
+use crate::trace::Trace;
+use crate::users::{Known, PROJECT};
+use crate::world::World;
+
+/// After the last fault, everything is as users want it within this.
+const CONVERGES_WITHIN: Duration = Duration::from_secs(60);
+
+/// What a placed instance holds of its host.
+#[derive(Debug, Clone)]
+struct Placed {
+    host: Name,
+    epoch: u64,
+    slot: Option<u16>,
+    cpu: u64,
+    memory: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Writer {
+    epoch: u64,
+    claim: String,
+    next: u64,
+}
+
+impl Writer {
+    /// `epoch=E node=N claim=C next=I`
+    fn parse(value: &[u8]) -> Option<Self> {
+        let text = String::from_utf8_lossy(value).into_owned();
+        let field = |name: &str| text.split(' ').find_map(|w| w.strip_prefix(name)).map(str::to_owned);
+        Some(Self {
+            epoch: field("epoch=")?.parse().ok()?,
+            claim: field("claim=")?,
+            next: field("next=")?.parse().ok()?,
+        })
+    }
+}
+
+/// Goes through every revision: writers take turns, hosts are never oversold, an instance has one host, and a host's fence
+/// grows with every death.
+pub fn history(log: &Log, trace: &Trace) {
+    let mut writer: Option<Writer> = None;
+    let mut hosts: BTreeMap<Name, Object<HostKind>> = BTreeMap::new();
+    // By the key of its row: an instance that is deleted has two rows in one revision.
+    let mut rows: BTreeMap<String, (String, Placed)> = BTreeMap::new();
+    let mut first_host: BTreeMap<String, Name> = BTreeMap::new();
+    // The highest epoch ever placed on a host before it was last declared dead.
+    let mut fenced: BTreeMap<Name, u64> = BTreeMap::new();
+    for (revision, told) in log {
+        let mut touched: BTreeSet<Name> = BTreeSet::new();
+        for event in &told.events {
+            let key = String::from_utf8_lossy(event.key()).into_owned();
+            let value = match event {
+                WatchEvent::Put { kv, .. } => Some(&kv.value),
+                WatchEvent::Delete { .. } => None,
+            };
+            if key == key::WRITER {
+                let Some(now) = value.and_then(|v| Writer::parse(v)) else { continue };
+                if let Some(before) = &writer {
+                    let follows = now.claim == before.claim && now.next == before.next + 1 && now.epoch == before.epoch;
+                    // Whoever is about to lose the lead may still claim: the claim settles who decides, not the lead.
+                    let takes_over = now.claim != before.claim && now.next == 0;
+                    if takes_over {
+                        let late = now.epoch < before.epoch;
+                        trace.count(if late { "writers: claims by an older leader" } else { "writers: claims" });
+                    }
+                    if !follows && !takes_over {
+                        let text = format!("revision {revision}: {now:?} after {before:?}");
+                        trace.violation("only one writer decides", text);
+                    }
+                }
+                writer = Some(now);
+            } else if key.starts_with("o/hosts/") {
+                let Some(value) = value else { continue };
+                let Ok(host) = Object::<HostKind>::from_slice(value) else { continue };
+                let host_name = host.metadata.name.clone();
+                if let Some(before) = hosts.get(&host_name) {
+                    let dies = host.status.state == HostState::Dead && before.status.state != HostState::Dead;
+                    let grows = host.status.epoch > before.status.epoch;
+                    if (dies && !grows) || host.status.epoch < before.status.epoch {
+                        let (was, is) = (before.status.epoch, host.status.epoch);
+                        let text = format!(
+                            "revision {revision}: {host_name} goes to {:?}, epoch {was} to {is}",
+                            host.status.state
+                        );
+                        trace.violation("a dead host's fence grows", text);
+                    }
+                    if dies {
+                        let highest = rows.values().filter(|(_, p)| p.host == host_name).map(|(_, p)| p.epoch).max();
+                        let entry = fenced.entry(host_name.clone()).or_default();
+                        *entry = (*entry).max(highest.unwrap_or(0));
+                    }
+                }
+                touched.insert(host_name.clone());
+                hosts.insert(host_name, host);
+            } else if key.starts_with("o/instances/") || key.starts_with("t/instances/") {
+                let old = rows.remove(&key);
+                let Some(instance) = value.and_then(|v| Object::<Instance>::from_slice(v).ok()) else {
+                    continue;
+                };
+                let InstanceStatus { host: Some(host), epoch, slot, .. } = instance.status else { continue };
+                let uid = instance.metadata.uid.to_string();
+                let known = first_host.entry(uid.clone()).or_insert_with(|| host.clone());
+                if *known != host {
+                    let text = format!("revision {revision}: instance {uid} is on {host}, and was on {known}");
+                    trace.violation("an instance is never in two places", text);
+                }
+                let is_new = old.is_none() && key.starts_with("o/");
+                if is_new && fenced.get(&host).is_some_and(|f| epoch <= *f) {
+                    let text = format!(
+                        "revision {revision}: {uid} on {host} has epoch {epoch}, fenced up to {}",
+                        fenced[&host]
+                    );
+                    trace.violation("what comes after a fence is above it", text);
+                }
+                let resources = instance.spec.template.resources;
+                let (cpu, memory) = (u64::from(resources.cpu.0), resources.memory.0);
+                touched.insert(host.clone());
+                rows.insert(key, (uid, Placed { host, epoch, slot, cpu, memory }));
+            }
+        }
+        for host_name in touched {
+            let Some(host) = hosts.get(&host_name) else { continue };
+            let mut on_it: BTreeMap<&str, &Placed> = BTreeMap::new();
+            for (uid, placed) in rows.values().filter(|(_, p)| p.host == host_name) {
+                on_it.insert(uid, placed);
+            }
+            let (cpu, memory) = on_it.values().fold((0, 0), |(c, m), p| (c + p.cpu, m + p.memory));
+            let capacity = &host.spec.capacity;
+            if cpu > u64::from(capacity.cpu.0)
+                || memory > capacity.memory.0
+                || on_it.len() > capacity.instances as usize
+            {
+                let text = format!(
+                    "revision {revision}: {host_name} holds {} instances, {cpu} m, {memory} bytes",
+                    on_it.len()
+                );
+                trace.violation("no host is oversold", text);
+            }
+            let slots: BTreeSet<_> = on_it.values().map(|p| p.slot).collect();
+            if slots.len() != on_it.len() {
+                trace.violation("no address is given twice", format!("revision {revision}: on {host_name}: {on_it:?}"));
+            }
+        }
+    }
+}
+
+/// Waits until the region is as users know that it must be; says what is not.
+pub async fn converges(world: &Arc<World>, hosts: &[Arc<Host>], known: &Known) {
+    let deadline = Instant::now() + CONVERGES_WITHIN;
+    loop {
+        let why = difference(world, hosts, known);
+        match why {
+            None => {
+                world.trace.note("the region is as it should be");
+                return;
+            }
+            Some(why) if Instant::now() >= deadline => {
+                let text = format!("not within {CONVERGES_WITHIN:?}: {why}");
+                world.trace.violation("the region converges when faults end", text);
+                return;
+            }
+            Some(_) => sleep(Duration::from_millis(200)).await,
+        }
+    }
+}
+
+/// The first thing that is not as it should be.
+fn difference(world: &Arc<World>, hosts: &[Arc<Host>], known: &Known) -> Option<String> {
+    let wanted = known.all();
+    let project = name(PROJECT);
+    let mut first_table = None;
+    for node in &world.nodes {
+        let Some(server) = world.server(*node) else { return Some(format!("server {node} is down")) };
+        let Some(part) = &server.part else { continue };
+        let table = part.view.table().borrow().clone();
+        let trouble = part.view.read(|w| {
+            let shown: BTreeMap<Name, u32> =
+                w.apps.in_project(&project).map(|a| (a.metadata.name.clone(), a.spec.replicas)).collect();
+            if shown != wanted {
+                return Some(format!("server {node} shows apps {shown:?}, wanted are {wanted:?}"));
+            }
+            let buried = [
+                ("projects", w.projects.buried.len()),
+                ("apps", w.apps.buried.len()),
+                ("instances", w.instances.buried.len()),
+            ];
+            if let Some((kind, n)) = buried.iter().find(|(_, n)| *n > 0) {
+                return Some(format!("server {node} shows {n} {kind} that are deleted and not gone"));
+            }
+            let mut placed: BTreeMap<Name, BTreeMap<_, u64>> = BTreeMap::new();
+            for app in w.apps.in_project(&project) {
+                let all: Vec<_> = w.instances_of(app.metadata.uid).collect();
+                let ready = all.iter().filter(|i| i.status.ready).count();
+                let room = all.iter().filter(|i| i.status.host.is_none()).count();
+                if all.len() != app.spec.replicas as usize || ready + room != all.len() {
+                    let name = &app.metadata.name;
+                    return Some(format!(
+                        "{name} has {} instances, {ready} ready, of {}",
+                        all.len(),
+                        app.spec.replicas
+                    ));
+                }
+                for i in all {
+                    if let Some(host) = &i.status.host {
+                        placed.entry(host.clone()).or_default().insert(i.metadata.uid, i.status.epoch);
+                    }
+                }
+            }
+            for host in hosts {
+                let should = placed.remove(&host.name).unwrap_or_default();
+                if host.running() != should || host.present() != should.len() {
+                    return Some(format!("{} runs {:?}, should run {should:?}", host.name, host.running()));
+                }
+            }
+            None
+        });
+        if trouble.is_some() {
+            return trouble;
+        }
+        let services = (table.services.clone(), table.routes.clone());
+        match &first_table {
+            None => first_table = Some(services),
+            Some(first) if *first != services => return Some(format!("server {node} has another routing table")),
+            Some(_) => {}
+        }
+    }
+    None
+}

@@ -1,0 +1,203 @@
+//! Users of a region: they create, scale, replace and delete apps, and whole projects with what is in them, through any
+//! server and in any state. A request whose outcome is not known is sent again with its idempotency key until it is decided,
+//! so each user knows exactly what must be there.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nexus_control::intent::{Accepted, Change, Intent, Target, Writer};
+use nexus_model::kind::*;
+use nexus_model::{ApiError, Bytes, Code, Digest, Metadata, MilliCpu, Name, Object};
+use serde_json::json;
+use tokio::time::{sleep, timeout};
+
+use crate::chance::Dice;
+use crate::region::name;
+use crate::world::World;
+
+const PATIENCE: Duration = Duration::from_secs(15);
+pub const PROJECT: &str = "default";
+
+/// What users know to be there: replicas of each app of [`PROJECT`].
+#[derive(Clone, Default)]
+pub struct Known(Arc<Mutex<BTreeMap<Name, u32>>>);
+
+impl Known {
+    pub fn all(&self) -> BTreeMap<Name, u32> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, app: &Name, replicas: Option<u32>) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match replicas {
+            Some(replicas) => drop(known.insert(app.clone(), replicas)),
+            None => drop(known.remove(app)),
+        }
+    }
+
+    fn get(&self, app: &Name) -> Option<u32> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(app).copied()
+    }
+}
+
+pub struct User {
+    pub world: Arc<World>,
+    pub id: u64,
+    pub dice: Dice,
+    pub known: Known,
+    pub stop: Arc<AtomicBool>,
+}
+
+fn intent(plural: &str, project: Option<Name>, object: Name, change: Change, key: String) -> Intent {
+    Intent {
+        request_id: "req-sim".parse().expect("a well-formed id"),
+        actor: "user".into(),
+        target: Target { plural: plural.into(), project, name: object },
+        change,
+        if_match: None,
+        idempotency_key: Some(key),
+        dry_run: false,
+    }
+}
+
+fn app(object: &Name, project: &Name, replicas: u32) -> Change {
+    let resources = Resources { cpu: MilliCpu(100), memory: Bytes(64 << 20), ..Resources::default() };
+    let spec = AppSpec { image: name("web"), replicas, resources, ..App::example() };
+    Change::Create { object: Object::<App>::new(Metadata::new(object.clone(), Some(project.clone())), spec).to_any() }
+}
+
+/// The one image that all apps run.
+pub async fn import_image(world: &Arc<World>, dice: &Dice, project: &Name) {
+    let digest = Digest::of(b"web");
+    let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 3 }] };
+    let object = Object::<Image>::new(Metadata::new(name("web"), Some(project.clone())), spec).to_any();
+    let change = Change::Put { object };
+    let stop = AtomicBool::new(false);
+    let wanted = intent("images", Some(project.clone()), name("web"), change, format!("image-{project}"));
+    let _ = submit(world, dice, &wanted, &stop).await;
+}
+
+/// Sends an intent until it is decided. `None`: the run ended first.
+async fn submit(
+    world: &Arc<World>,
+    dice: &Dice,
+    intent: &Intent,
+    stop: &AtomicBool,
+) -> Option<Result<Accepted, ApiError>> {
+    let mut tries = 0;
+    loop {
+        let node = *dice.pick(&world.nodes)?;
+        if let Some(server) = world.server(node)
+            && let Some(part) = &server.part
+        {
+            tries += 1;
+            let answer = timeout(PATIENCE, part.region.submit(intent.clone())).await;
+            if server.life.is_on() {
+                match answer {
+                    Ok(Err(error)) if error.code.is_retryable() => {
+                        world.trace.count("intents tried again");
+                        world.trace.note(format_args!("{:?}: {}", intent.target.name, error.detail));
+                    }
+                    Ok(decided) => {
+                        world.trace.count("intents decided");
+                        let text = match &decided {
+                            Ok(a) if a.replayed => "replayed".to_owned(),
+                            Ok(_) => "taken".to_owned(),
+                            Err(e) => format!("{:?}: {}", e.code, e.detail),
+                        };
+                        world.trace.note(format_args!(
+                            "{} {} by server {node}: {text}",
+                            intent.target.plural, intent.target.name
+                        ));
+                        return Some(decided);
+                    }
+                    Err(_) => world.trace.violation("every request ends in time", "an intent did not"),
+                }
+            }
+        }
+        if stop.load(Ordering::SeqCst) && tries > 20 {
+            return None;
+        }
+        sleep(dice.millis(50, 400)).await;
+    }
+}
+
+impl User {
+    pub async fn run(self) {
+        let default = name(PROJECT);
+        let own = name(&format!("team-{}", self.id));
+        let mut turn = 0;
+        let mut project_is_there = false;
+        while !self.stop.load(Ordering::SeqCst) {
+            turn += 1;
+            if self.dice.chance(150) {
+                self.project_turn(&own, turn, &mut project_is_there).await;
+            } else {
+                let which = name(&format!("app-{}-{}", self.id, self.dice.below(3)));
+                self.app_turn(&default, &which, turn).await;
+            }
+            sleep(self.dice.millis(100, 1_500)).await;
+        }
+        // What is left of the own project goes, so that nothing must be there at the end.
+        if project_is_there {
+            let key = format!("u{}-{turn}-last", self.id);
+            let delete = intent("projects", None, own, Change::Delete, key);
+            let _ = submit(&self.world, &self.dice, &delete, &self.stop).await;
+        }
+    }
+
+    /// A project comes or goes with all that is in it.
+    async fn project_turn(&self, own: &Name, turn: u64, is_there: &mut bool) {
+        let key = |what: &str| format!("u{}-{turn}-{what}", self.id);
+        if *is_there {
+            let delete = intent("projects", None, own.clone(), Change::Delete, key("delete"));
+            if let Some(Ok(_)) = submit(&self.world, &self.dice, &delete, &self.stop).await {
+                self.world.trace.count("projects deleted");
+                *is_there = false;
+            }
+            return;
+        }
+        let spec = ProjectSpec { organization: name("default"), ..ProjectSpec::default() };
+        let object = Object::<Project>::new(Metadata::new(own.clone(), None), spec).to_any();
+        let create = intent("projects", None, own.clone(), Change::Create { object }, key("create"));
+        // The name is free again only when the last of its contents is torn down.
+        if let Some(Ok(_)) = submit(&self.world, &self.dice, &create, &self.stop).await {
+            *is_there = true;
+            import_image(&self.world, &self.dice, own).await;
+            let inner = name("inner");
+            let change = app(&inner, own, self.dice.range(1, 3) as u32);
+            let create = intent("apps", Some(own.clone()), inner, change, key("inner"));
+            let _ = submit(&self.world, &self.dice, &create, &self.stop).await;
+        }
+    }
+
+    async fn app_turn(&self, project: &Name, which: &Name, turn: u64) {
+        let was = self.known.get(which);
+        let replicas = self.dice.range(1, 5) as u32;
+        let (change, becomes) = match (was, self.dice.below(4)) {
+            (None, _) => (app(which, project, replicas), Some(replicas)),
+            (Some(_), 0) => (Change::Delete, None),
+            (Some(_), _) => (Change::Patch { patch: json!({"spec": {"replicas": replicas}}) }, Some(replicas)),
+        };
+        let wanted = intent("apps", Some(project.clone()), which.clone(), change, format!("u{}-{turn}", self.id));
+        let Some(decided) = submit(&self.world, &self.dice, &wanted, &self.stop).await else {
+            // Nobody knows: what is there at the end can't be judged.
+            self.world.trace.violation("every request is decided in the end", format!("{which} was not"));
+            return;
+        };
+        match decided {
+            Ok(_) => self.known.set(which, becomes),
+            Err(error) => match error.code {
+                Code::QuotaExceeded => {}
+                // Nobody else touches this app, so these mean that something was lost or done twice.
+                Code::AlreadyExists | Code::NotFound | Code::Internal => {
+                    let text = format!("{which}, known as {was:?}, was answered {:?}: {}", error.code, error.detail);
+                    self.world.trace.violation("no acknowledged intent is lost or done twice", text);
+                }
+                _ => self.world.trace.note(format_args!("{which}: refused: {:?}: {}", error.code, error.detail)),
+            },
+        }
+    }
+}

@@ -1,0 +1,476 @@
+//! The etcd engine: a group of keys in an etcd cluster that somebody else runs.
+//!
+//! etcd gives durability, order and time to leases; every server keeps a copy of the group in memory, from which it
+//! reads, watches and decides. [`grpc`] and [`proto`] speak to etcd, [`layout`] says what is where, [`mirror`] is the
+//! copy, [`propose`] commits changes, [`reads`] makes reads linearizable, [`leases`] ends what ran out, [`leader`] says
+//! who leads. ADR 0006 tells why it is built so.
+//!
+//! Architecture invariant: a change is acknowledged when etcd has committed it, and only then shown to anyone.
+
+pub mod grpc;
+mod layout;
+mod leader;
+mod leases;
+mod mirror;
+mod propose;
+pub mod proto;
+mod reads;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use nexus_env::Env;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout_at};
+
+pub use self::grpc::{EtcdEndpoint, Login};
+
+use self::grpc::{Channel, GrpcError};
+use self::layout::Layout;
+use self::mirror::Mirror;
+use self::propose::{Change, Pending, refusal};
+use self::proto::{
+    Compare, LeaseGrantRequest, LeaseGrantResponse, LeaseRequest, RangeRequest as EtcdRange, TxnRequest,
+};
+use self::reads::Waiter;
+use crate::embedded::Retention;
+use crate::embedded::hub::EmbeddedWatch;
+use crate::embedded::raft::Outcome;
+use crate::error::StoreError;
+use crate::types::{
+    Consistency, GroupId, Leadership, LeaseId, MAX_TXN_OPERATIONS, Member, Pressure, RangeRequest, RangeResponse,
+    Revision, StoreStatus, Txn, TxnOutcome,
+};
+use crate::{Store, Watch};
+
+/// Keys up to which a read is done under the state's lock; larger ones work on a snapshot beside it.
+const SMALL_READ: usize = 256;
+/// How long opening waits for etcd to answer.
+const OPEN_LIMIT: Duration = Duration::from_secs(15);
+/// How often idle watches are told how far the group is.
+const ANNOUNCE: Duration = Duration::from_secs(10);
+/// How often the leader has etcd forget old history.
+const COMPACT: Duration = Duration::from_secs(60);
+/// What etcd is asked to allow in one transaction, the most first.
+const OPERATIONS: [usize; 4] = [2_048, 1_024, 512, 256];
+
+/// How one server uses an etcd for one group.
+#[derive(Clone)]
+pub struct Config {
+    pub node: u64,
+    pub group: GroupId,
+    /// Where others reach this server. Written to etcd, so that every server knows all of them.
+    pub endpoint: String,
+    /// The members of the etcd cluster, tried in turn.
+    pub endpoints: Vec<EtcdEndpoint>,
+    /// What every key begins with, such as `/nexus`.
+    pub prefix: String,
+    pub tls: Option<Arc<tokio_rustls::rustls::ClientConfig>>,
+    pub login: Option<Login>,
+    /// How long any one request may take.
+    pub request_timeout: Duration,
+    /// How long a leader that is silent stays the leader. etcd's own minimum is about two seconds.
+    pub election_ttl: Duration,
+    /// What this server remembers of the past.
+    pub retention: Retention,
+    /// The leader has etcd forget history older than this; `None` leaves that to etcd's operator.
+    pub compact_after: Option<Duration>,
+}
+
+impl Config {
+    pub fn new(node: u64, group: GroupId, endpoints: Vec<EtcdEndpoint>) -> Self {
+        Self {
+            node,
+            group,
+            endpoint: String::new(),
+            endpoints,
+            prefix: "/nexus".into(),
+            tls: None,
+            login: None,
+            request_timeout: Duration::from_secs(5),
+            election_ttl: Duration::from_secs(2),
+            retention: Retention::default(),
+            compact_after: Some(Duration::from_secs(600)),
+        }
+    }
+}
+
+/// What the engine's tasks share.
+pub struct Core {
+    config: Config,
+    env: Env,
+    channel: Channel,
+    mirror: Mirror,
+    /// Operations that etcd takes in one transaction.
+    max_ops: usize,
+    proposals: mpsc::Sender<Pending>,
+    readers: mpsc::Sender<Waiter>,
+    leadership: watch::Sender<Leadership>,
+    /// Microseconds, as a moving average.
+    latency: AtomicU64,
+    /// etcd has no room, in its words.
+    full: Mutex<Option<String>>,
+    closed: AtomicBool,
+}
+
+impl Core {
+    fn note_latency(&self, latency: Duration) {
+        let new = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+        let old = self.latency.load(Ordering::Relaxed);
+        let mean = if old == 0 { new } else { old - old / 8 + new / 8 };
+        self.latency.store(mean, Ordering::Relaxed);
+    }
+
+    fn set_full(&self, reason: Option<String>) {
+        *self.full.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    fn lease_wake(&self) {
+        self.mirror.lease_wake.notify_one();
+    }
+
+    async fn submit(&self, change: Change) -> Result<Outcome, StoreError> {
+        if self.is_closed() {
+            return Err(StoreError::Closed);
+        }
+        let deadline = Instant::now() + self.config.request_timeout;
+        let (reply, answer) = oneshot::channel();
+        let pending = Pending { change, reply, deadline };
+        match timeout_at(deadline, self.proposals.send(pending)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Err(StoreError::Closed),
+            Err(_) => return Err(StoreError::Unavailable { reason: "too many changes wait".into() }),
+        }
+        // The task answers by the deadline; its end takes the answer with it.
+        let lost = || StoreError::Unknown { reason: "the store was closed meanwhile".into() };
+        match answer.await.unwrap_or_else(|_| Err(lost()))? {
+            Outcome::LeaseNotFound(id) => Err(StoreError::LeaseNotFound(id)),
+            outcome => Ok(outcome),
+        }
+    }
+
+    async fn barrier(&self) -> Result<(), StoreError> {
+        if self.is_closed() {
+            return Err(StoreError::Closed);
+        }
+        let deadline = Instant::now() + self.config.request_timeout;
+        let (reply, answer) = oneshot::channel();
+        match timeout_at(deadline, self.readers.send(Waiter { reply, deadline })).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Err(StoreError::Closed),
+            Err(_) => return Err(StoreError::Unavailable { reason: "too many reads wait".into() }),
+        }
+        answer.await.unwrap_or(Err(StoreError::Closed))
+    }
+}
+
+/// A group in an etcd cluster. Shut it down before it is dropped; a dropped one stops its tasks at once.
+pub struct EtcdStore {
+    core: Arc<Core>,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+impl EtcdStore {
+    /// Checks that etcd can serve the contract, loads the group and follows it.
+    pub async fn open(config: Config, env: Env) -> Result<Self, StoreError> {
+        if config.endpoints.is_empty() {
+            return Err(StoreError::Invalid("no etcd endpoint is given".into()));
+        }
+        let channel = Channel::new(env.clone(), config.endpoints.clone(), config.tls.clone(), config.login.clone());
+        let mirror = Mirror::new(Layout::new(&config.prefix, &config.group), config.retention);
+        let deadline = Instant::now() + OPEN_LIMIT;
+        let max_ops = operations(&channel, &mirror, deadline).await?;
+        while let Err(error) = mirror.load(&channel).await {
+            if Instant::now() >= deadline {
+                return Err(StoreError::Unavailable { reason: format!("the group can't be read from etcd: {error}") });
+            }
+            sleep(Duration::from_millis(200)).await;
+        }
+        let server = proto::PutRequest {
+            key: mirror.layout.server(config.node),
+            value: config.endpoint.clone().into(),
+            lease: 0,
+        };
+        let told: Result<proto::Empty, _> = channel.call("/etcdserverpb.KV/Put", &server, deadline).await;
+        told.map_err(|e| StoreError::Unavailable { reason: format!("etcd can't be written to: {e}") })?;
+        tracing::info!(
+            node = config.node, group = %config.group, revision = mirror.shared.read().counters.revision, max_ops,
+            "opened the metadata store in etcd"
+        );
+        let (proposals, proposal_queue) = mpsc::channel(propose::QUEUE);
+        let (readers, reader_queue) = mpsc::channel(reads::QUEUE);
+        let core = Arc::new(Core {
+            config,
+            env,
+            channel,
+            mirror,
+            max_ops,
+            proposals,
+            readers,
+            leadership: watch::Sender::new(Leadership::default()),
+            latency: AtomicU64::new(0),
+            full: Mutex::new(None),
+            closed: AtomicBool::new(false),
+        });
+        let mut tasks = JoinSet::new();
+        {
+            let core = core.clone();
+            tasks.spawn(async move { core.mirror.run(&core.channel).await });
+        }
+        tasks.spawn(propose::run(core.clone(), proposal_queue));
+        tasks.spawn(reads::run(core.clone(), reader_queue));
+        tasks.spawn(leases::run(core.clone()));
+        tasks.spawn(leader::run(core.clone()));
+        tasks.spawn(announce(core.clone()));
+        tasks.spawn(forget_history(core.clone()));
+        Ok(Self { core, tasks: Mutex::new(tasks) })
+    }
+
+    /// Gives up the leadership, ends every watch and stops. Changes that are on their way have an unknown outcome.
+    pub async fn shutdown(&self) {
+        let core = &self.core;
+        core.closed.store(true, Ordering::Relaxed);
+        core.mirror.shared.hub.close();
+        let led = *core.leadership.borrow();
+        let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        tasks.shutdown().await;
+        self.hand_over().await;
+        core.leadership.send_replace(Leadership { leader: None, is_self: false, ..led });
+        core.channel.close();
+    }
+
+    /// Forgets a server that is gone for good.
+    pub async fn forget_server(&self, node: u64) -> Result<(), StoreError> {
+        let core = &self.core;
+        let request = proto::DeleteRangeRequest { key: core.mirror.layout.server(node), range_end: Bytes::new() };
+        let until = Instant::now() + core.config.request_timeout;
+        let gone: Result<proto::Empty, _> = core.channel.call("/etcdserverpb.KV/DeleteRange", &request, until).await;
+        gone.map(drop).map_err(|e| refusal(core, &e))
+    }
+
+    /// Gives up the leadership, if this server has it; whoever is quickest takes it.
+    pub async fn hand_over(&self) {
+        let core = &self.core;
+        let led = *core.leadership.borrow();
+        if !led.is_self {
+            return;
+        }
+        let key = core.mirror.layout.leader();
+        let resign = TxnRequest {
+            compare: vec![Compare::created(key.clone(), i64::try_from(led.epoch).unwrap_or(0))],
+            success: vec![proto::RequestOp::delete(key)],
+            failure: Vec::new(),
+        };
+        let until = Instant::now() + Duration::from_secs(1);
+        // If this fails, the others wait until the lease has run out.
+        let _: Result<proto::Empty, GrpcError> = core.channel.call("/etcdserverpb.KV/Txn", &resign, until).await;
+    }
+
+    fn read(&self, request: &RangeRequest) -> Result<RangeResponse, StoreError> {
+        let shared = &self.core.mirror.shared;
+        if (1..=SMALL_READ).contains(&request.limit) {
+            return shared.read().range(request);
+        }
+        let state = shared.read().clone();
+        state.range(request)
+    }
+}
+
+impl Drop for EtcdStore {
+    fn drop(&mut self) {
+        self.core.closed.store(true, Ordering::Relaxed);
+        self.core.mirror.shared.hub.close();
+        self.core.channel.close();
+    }
+}
+
+/// Finds out how many operations etcd takes at once. One transaction of the contract and the journal must fit.
+async fn operations(channel: &Channel, mirror: &Mirror, deadline: Instant) -> Result<usize, StoreError> {
+    let key = mirror.layout.journal();
+    let mut wanted = OPERATIONS.into_iter();
+    let mut next = wanted.next();
+    while let Some(count) = next {
+        let look = EtcdRange { key: key.clone(), keys_only: true, ..EtcdRange::default() };
+        let reads = (0..count).map(|_| proto::RequestOp::range(look.clone())).collect();
+        let request = TxnRequest { compare: Vec::new(), success: reads, failure: Vec::new() };
+        let until = deadline.min(Instant::now() + Duration::from_secs(5));
+        match channel.call::<_, proto::Empty>("/etcdserverpb.KV/Txn", &request, until).await {
+            Ok(_) => return Ok(count),
+            Err(GrpcError::Status { message, .. }) if message.contains("too many operations") => next = wanted.next(),
+            Err(error) if error.is_passing() && Instant::now() < deadline => sleep(Duration::from_millis(200)).await,
+            Err(error) => {
+                return Err(StoreError::Unavailable { reason: format!("etcd can't be asked: {error}") });
+            }
+        }
+    }
+    let least = MAX_TXN_OPERATIONS + 1;
+    Err(StoreError::Invalid(format!(
+        "etcd takes fewer than {least} operations in a transaction: start it with --max-txn-ops=1024"
+    )))
+}
+
+async fn announce(core: Arc<Core>) {
+    loop {
+        sleep(ANNOUNCE).await;
+        let state = core.mirror.shared.read();
+        core.mirror.shared.hub.announce(state.revision(), state.counters.timestamp_ms);
+    }
+}
+
+/// Has etcd forget what is older than configured, while this server leads. Old enough is what this server had seen
+/// when it noted it, so nobody whose watch broke for a moment has to load the group again.
+async fn forget_history(core: Arc<Core>) {
+    let Some(age) = core.config.compact_after else { return };
+    let mut noted: std::collections::VecDeque<(Instant, i64)> = std::collections::VecDeque::new();
+    loop {
+        sleep(COMPACT.min(age)).await;
+        noted.push_back((Instant::now(), core.mirror.seen()));
+        let mut old = None;
+        while noted.front().is_some_and(|(at, _)| at.elapsed() >= age) {
+            old = noted.pop_front().map(|(_, revision)| revision);
+        }
+        if !core.leadership.borrow().is_self {
+            continue;
+        }
+        let Some(revision) = old.filter(|r| *r > 0) else { continue };
+        let request = proto::CompactionRequest { revision };
+        let until = Instant::now() + core.config.request_timeout;
+        match core.channel.call::<_, proto::Empty>("/etcdserverpb.KV/Compact", &request, until).await {
+            Ok(_) => tracing::debug!(revision, "etcd forgot old history"),
+            // Another group's leader was further.
+            Err(GrpcError::Status { code: grpc::code::OUT_OF_RANGE, .. }) => {}
+            Err(error) => tracing::warn!(%error, revision, "etcd could not be compacted"),
+        }
+    }
+}
+
+#[async_trait]
+impl Store for EtcdStore {
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        txn.validate()?;
+        match self.core.submit(Change::Txn(txn)).await? {
+            Outcome::Txn(outcome) => Ok(outcome),
+            other => Err(StoreError::Invalid(format!("a transaction came to {other:?}"))),
+        }
+    }
+
+    async fn range(&self, request: RangeRequest) -> Result<RangeResponse, StoreError> {
+        match request.consistency {
+            Consistency::Linearizable => self.core.barrier().await?,
+            Consistency::Stale if self.core.is_closed() => return Err(StoreError::Closed),
+            Consistency::Stale => {}
+        }
+        self.read(&request)
+    }
+
+    async fn watch(&self, start: Bytes, end: Bytes, after: Revision) -> Result<Watch, StoreError> {
+        if self.core.is_closed() {
+            return Err(StoreError::Closed);
+        }
+        if !end.is_empty() && start >= end {
+            return Err(StoreError::Invalid("the watched range is empty".into()));
+        }
+        let shared = &self.core.mirror.shared;
+        // The revision may come from a server whose copy is ahead of this one.
+        let until = Instant::now() + self.core.config.request_timeout;
+        if timeout_at(until, shared.reached(|p| p.revision >= after.0)).await != Ok(true) {
+            let current = shared.read().revision();
+            return Err(StoreError::FutureRevision { asked: after, current });
+        }
+        let oldest = shared.read().oldest();
+        if after < oldest {
+            return Err(StoreError::Compacted { oldest });
+        }
+        Ok(Watch::new(Box::new(EmbeddedWatch::new(shared.clone(), start, end, after.0))))
+    }
+
+    async fn lease_grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
+        let core = &self.core;
+        let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).clamp(1, 365 * 86_400_000);
+        let until = Instant::now() + core.config.request_timeout;
+        // etcd counts in seconds, and may give more than asked.
+        let request = LeaseGrantRequest { ttl: ttl_ms.div_ceil(1_000) as i64, id: 0 };
+        let granted: LeaseGrantResponse = core
+            .channel
+            .call("/etcdserverpb.Lease/LeaseGrant", &request, until)
+            .await
+            // A lease that nobody knows ends by itself.
+            .map_err(|e| refusal(core, &e))?;
+        let id = u64::try_from(granted.id).unwrap_or(0);
+        match core.submit(Change::Grant { id, ttl_ms }).await {
+            Ok(Outcome::Granted(id)) => Ok(id),
+            Ok(other) => Err(StoreError::Invalid(format!("a lease came to {other:?}"))),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn lease_keep_alive(&self, id: LeaseId) -> Result<Duration, StoreError> {
+        if self.core.is_closed() {
+            return Err(StoreError::Closed);
+        }
+        leases::keep_alive(&self.core, id).await
+    }
+
+    async fn lease_revoke(&self, id: LeaseId) -> Result<(), StoreError> {
+        self.core.submit(Change::End { id }).await?;
+        let request = LeaseRequest { id: id.0 as i64 };
+        let until = Instant::now() + Duration::from_secs(1);
+        // Only its mark gave it a meaning, and that is gone; what is left ends by itself.
+        let _: Result<proto::Empty, GrpcError> =
+            self.core.channel.call("/etcdserverpb.Lease/LeaseRevoke", &request, until).await;
+        Ok(())
+    }
+
+    async fn compact(&self, before: Revision) -> Result<(), StoreError> {
+        match self.core.submit(Change::Compact { before }).await? {
+            Outcome::Future { current } => Err(StoreError::FutureRevision { asked: before, current }),
+            _ => Ok(()),
+        }
+    }
+
+    async fn status(&self) -> StoreStatus {
+        let core = &self.core;
+        let leadership = *core.leadership.borrow();
+        let member = |endpoint| Member { endpoint, voter: true };
+        let full = core.full.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let shared = &core.mirror.shared;
+        let watchers = shared.hub.watchers() as u64;
+        let members = core.mirror.servers().into_iter().map(|(id, endpoint)| (id, member(endpoint))).collect();
+        let state = shared.read();
+        StoreStatus {
+            node: core.config.node,
+            group: core.config.group.clone(),
+            leader: leadership.leader,
+            is_leader: leadership.is_self,
+            epoch: leadership.epoch,
+            applied: state.revision(),
+            oldest: state.oldest(),
+            members,
+            keys: state.counters.live_keys,
+            leases: state.leases.len() as u64,
+            watchers,
+            log_bytes: 0,
+            snapshot_bytes: 0,
+            commit_latency: Duration::from_micros(core.latency.load(Ordering::Relaxed)),
+            disk_free_bytes: None,
+            state_bytes: state.bytes() as u64,
+            pressure: full.map_or(Pressure::None, Pressure::Full),
+            generation: 1,
+            feature_level: 1,
+            supported_level: 1,
+            failure: core.is_closed().then(|| "the store is closed".to_owned()),
+        }
+    }
+
+    fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.core.leadership.subscribe()
+    }
+}

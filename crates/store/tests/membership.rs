@@ -1,0 +1,294 @@
+//! Members that come, go and are replaced while clients write; and what is refused so that nobody loses the group.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use common::{Cluster, seed, until};
+use nexus_store::{RangeRequest, Store, StoreError, Txn};
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+
+async fn cluster(size: u64) -> Arc<Cluster> {
+    let cluster = Arc::new(Cluster::start_virtual(size, seed(), Duration::from_millis(4)).await);
+    cluster.leader().await;
+    cluster
+}
+
+/// Clients that write all the time, each at whichever of its members answers.
+struct Load {
+    stop: Arc<AtomicBool>,
+    acknowledged: Arc<AtomicU64>,
+    clients: Vec<JoinHandle<Vec<String>>>,
+}
+
+impl Load {
+    fn start(cluster: &Arc<Cluster>, nodes: &[u64]) -> Self {
+        let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let clients = (0..3)
+            .map(|client| {
+                let (cluster, stop, count) = (cluster.clone(), stop.clone(), acknowledged.clone());
+                let nodes = nodes.to_vec();
+                tokio::spawn(async move {
+                    let mut mine = Vec::new();
+                    for i in 0.. {
+                        if stop.load(Ordering::SeqCst) {
+                            break;
+                        }
+                        let key = format!("load/{client}/{i}");
+                        let node = nodes[(client + i) % nodes.len()];
+                        let Some(store) = cluster.try_node(node) else { continue };
+                        if store.txn(Txn::put(key.clone(), "v")).await.is_ok() {
+                            count.fetch_add(1, Ordering::SeqCst);
+                            mine.push(key);
+                        }
+                        sleep(Duration::from_millis(5)).await;
+                    }
+                    mine
+                })
+            })
+            .collect();
+        Self { stop, acknowledged, clients }
+    }
+
+    fn count(&self) -> u64 {
+        self.acknowledged.load(Ordering::SeqCst)
+    }
+
+    /// Stops, and checks that every acknowledged write is at every one of these members.
+    async fn end(self, cluster: &Cluster, nodes: &[u64]) {
+        self.stop.store(true, Ordering::SeqCst);
+        let mut written = Vec::new();
+        for client in self.clients {
+            written.extend(client.await.unwrap());
+        }
+        assert!(written.len() > 50, "the load was no load: {}", written.len());
+        for node in nodes {
+            let found = cluster.node(*node).range(RangeRequest::prefix("load/")).await.unwrap();
+            let found: std::collections::BTreeSet<_> = found.kvs.into_iter().map(|kv| kv.key).collect();
+            for key in &written {
+                assert!(found.contains(key.as_bytes()), "{key} is missing at {node}");
+            }
+        }
+    }
+}
+
+fn endpoint(node: u64) -> String {
+    format!("mem:{node}")
+}
+
+async fn voters(cluster: &Cluster, at: u64) -> Vec<u64> {
+    let members = cluster.node(at).status().await.members;
+    members.into_iter().filter(|(_, m)| m.voter).map(|(id, _)| id).collect()
+}
+
+async fn failure(cluster: &Cluster, node: u64) -> String {
+    until("a failure", async || cluster.node(node).status().await.failure).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn three_members_grow_to_five_under_load() {
+    let cluster = cluster(3).await;
+    let load = Load::start(&cluster, &[1, 2, 3]);
+    for new in [4, 5] {
+        cluster.join(new).await.unwrap();
+        // Any member may be asked, again too.
+        cluster.node(2).add_learner(new, endpoint(new)).await.unwrap();
+        cluster.node(3).add_learner(new, endpoint(new)).await.unwrap();
+        cluster.node(new).promote(new).await.unwrap();
+        cluster.node(1).promote(new).await.unwrap();
+    }
+    assert_eq!(voters(&cluster, 5).await, [1, 2, 3, 4, 5]);
+    let health = until("a look at every clock", async || {
+        let health = cluster.node(4).members_health().await.unwrap();
+        health.iter().all(|m| m.clock_skew_ms.is_some()).then_some(health)
+    })
+    .await;
+    assert!(health.iter().all(|m| m.voter && m.reachable && m.matched.is_some()), "{health:?}");
+    assert!(health.iter().all(|m| m.clock_skew_ms.is_some_and(|ms| ms.abs() < 60_000)), "{health:?}");
+    // Two of five may go now.
+    let leader = cluster.leader().await;
+    let gone: Vec<u64> = [1, 2, 3].into_iter().filter(|n| *n != leader).collect();
+    for node in &gone {
+        cluster.kill(*node).await;
+    }
+    let before = load.count();
+    until("writes by three of five", async || (load.count() > before + 60).then_some(())).await;
+    load.end(&cluster, &[leader, 4, 5]).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dead_member_is_replaced_under_load() {
+    let cluster = cluster(3).await;
+    let leader = cluster.leader().await;
+    let dead = cluster.ids().into_iter().find(|n| *n != leader).unwrap();
+    let alive: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != dead).collect();
+    let load = Load::start(&cluster, &alive);
+    cluster.kill(dead).await;
+    cluster.join(4).await.unwrap();
+    cluster.node(alive[1]).replace(dead, 4, endpoint(4)).await.unwrap();
+    cluster.node(alive[0]).replace(dead, 4, endpoint(4)).await.unwrap();
+    assert_eq!(voters(&cluster, leader).await, [alive[0], alive[1], 4]);
+    let before = load.count();
+    until("more writes", async || (load.count() > before + 60).then_some(())).await;
+    load.end(&cluster, &[alive[0], alive[1], 4]).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_is_removed_makes_room_and_notices_that_it_is_out() {
+    let cluster = cluster(3).await;
+    let leader = cluster.leader().await;
+    let others: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != leader).collect();
+    let load = Load::start(&cluster, &others);
+    cluster.node(leader).remove(leader).await.unwrap();
+    cluster.node(others[0]).remove(leader).await.unwrap();
+    assert_eq!(voters(&cluster, others[1]).await, others);
+    let reason = failure(&cluster, leader).await;
+    assert!(reason.contains("removed"), "{reason}");
+    assert!(matches!(cluster.node(leader).txn(Txn::put("k", "v")).await, Err(StoreError::Storage(_))));
+    let before = load.count();
+    until("more writes", async || (load.count() > before + 60).then_some(())).await;
+    load.end(&cluster, &others).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_would_lose_the_quorum_is_refused_with_the_reason() {
+    let cluster = cluster(3).await;
+    let leader = cluster.leader().await;
+    let others: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != leader).collect();
+    cluster.kill(others[0]).await;
+    sleep(Duration::from_secs(5)).await;
+    // Of the two that would remain only one answers.
+    let refusal = cluster.node(leader).remove(others[1]).await.unwrap_err();
+    assert!(matches!(&refusal, StoreError::Membership(why) if why.contains("must answer")), "{refusal}");
+    assert!(matches!(cluster.node(others[1]).promote(9).await, Err(StoreError::Membership(_))));
+    let taken = cluster.node(leader).add_learner(9, endpoint(others[1])).await.unwrap_err();
+    assert!(matches!(&taken, StoreError::Membership(why) if why.contains("lives at")), "{taken}");
+    // The dead one may go, then nobody else.
+    cluster.node(leader).remove(others[0]).await.unwrap();
+    cluster.node(leader).txn(Txn::put("k", "v")).await.unwrap();
+    cluster.node(others[1]).remove(others[1]).await.unwrap();
+    let last = cluster.node(leader).remove(leader).await.unwrap_err();
+    assert!(matches!(&last, StoreError::Membership(why) if why.contains("last voter")), "{last}");
+    cluster.node(leader).txn(Txn::put("k", "w")).await.unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_was_removed_while_away_finds_out_and_comes_back_only_as_a_new_one() {
+    let cluster = cluster(3).await;
+    let leader = cluster.leader().await;
+    let away = cluster.ids().into_iter().find(|n| *n != leader).unwrap();
+    let epoch = cluster.node(leader).status().await.epoch;
+    cluster.end(away).await;
+    cluster.node(leader).remove(away).await.unwrap();
+    cluster.boot(away).await.unwrap();
+    let reason = failure(&cluster, away).await;
+    assert!(reason.contains("removed") && reason.contains("data folder"), "{reason}");
+    let now = cluster.node(leader).status().await;
+    assert!(now.is_leader && now.epoch == epoch, "it disrupted the others");
+    // With an empty folder and its old number it is a new member.
+    cluster.end(away).await;
+    cluster.join(away).await.unwrap();
+    cluster.node(leader).add_learner(away, endpoint(away)).await.unwrap();
+    cluster.node(leader).promote(away).await.unwrap();
+    cluster.node(away).txn(Txn::put("back", "v")).await.unwrap();
+    assert_eq!(voters(&cluster, away).await, [1, 2, 3]);
+    cluster.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn others_commit_while_a_new_member_gets_a_large_snapshot() {
+    let seed = seed();
+    let mut cluster = Cluster::start_virtual(3, seed, Duration::from_millis(4)).await;
+    // The log is cut early, so that a new member can't be brought up by it.
+    cluster.adjust = |config| config.snapshot_after_bytes = 1 << 20;
+    for node in cluster.ids() {
+        cluster.end(node).await;
+        cluster.boot(node).await.unwrap();
+    }
+    let cluster = Arc::new(cluster);
+    let leader = cluster.leader().await;
+    for i in 0..200 {
+        let size = if i % 20 == 0 { 1_000_000 } else { 10 };
+        let txn = Txn::put(format!("big/{i:03}"), vec![i as u8; size]);
+        until("a write", async || cluster.node(leader).txn(txn.clone()).await.ok()).await;
+    }
+    until("a snapshot", async || (cluster.node(leader).status().await.snapshot_bytes > 5_000_000).then_some(())).await;
+    let load = Load::start(&cluster, &[1, 2, 3]);
+    let before = load.count();
+    cluster.join(4).await.unwrap();
+    cluster.node(leader).add_learner(4, endpoint(4)).await.unwrap();
+    let during = load.count() - before;
+    assert!(cluster.node(4).status().await.snapshot_bytes > 5_000_000, "seed {seed}: it came by snapshot");
+    assert!(during > 5, "seed {seed}: {during} writes while the snapshot was sent");
+    let found = cluster.node(4).range(RangeRequest::prefix("big/")).await.unwrap();
+    assert_eq!(found.kvs.len(), 200);
+    until("more load", async || (load.count() > 100).then_some(())).await;
+    load.end(&cluster, &[4]).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_hands_over_before_it_stops() {
+    let cluster = cluster(3).await;
+    let leader = cluster.leader().await;
+    let begun = tokio::time::Instant::now();
+    assert!(cluster.node(leader).hand_over().await);
+    let next = cluster.leader().await;
+    assert_ne!(next, leader);
+    // In virtual time: less than the silence after which a dead leader is replaced.
+    assert!(begun.elapsed() < Duration::from_millis(1_000), "{:?}", begun.elapsed());
+    cluster.node(leader).txn(Txn::put("k", "v")).await.unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn members_of_an_earlier_generation_are_fenced_and_stop() {
+    let cluster = cluster(3).await;
+    cluster.node(1).txn(Txn::put("k", "v")).await.unwrap();
+    // What a recovery from one survivor does to its folder; the membership is left out here.
+    cluster.end(1).await;
+    let disk = cluster.disks[&1].clone().mount();
+    nexus_env::write_atomic(&disk, "/data/store/generation".as_ref(), b"2\n").unwrap();
+    drop(disk);
+    let survivor = cluster.boot(1).await.unwrap();
+    for node in [2, 3] {
+        let reason = failure(&cluster, node).await;
+        assert!(reason.contains("fenced") && reason.contains("generation 2"), "{reason}");
+    }
+    let status = survivor.status().await;
+    assert_eq!((status.generation, status.failure, status.is_leader), (2, None, false));
+    cluster.stop().await;
+}
+
+static NEWEST: AtomicU32 = AtomicU32::new(1);
+
+#[tokio::test(start_paused = true)]
+async fn the_feature_level_rises_only_when_every_release_supports_it() {
+    fn releases(config: &mut nexus_store::embedded::Config) {
+        config.feature_level = if config.node == 3 { NEWEST.load(Ordering::SeqCst) } else { 2 };
+    }
+    let mut cluster = Cluster::start_virtual(3, seed(), Duration::from_millis(4)).await;
+    cluster.adjust = releases;
+    for node in [1, 2, 3] {
+        cluster.end(node).await;
+        cluster.boot(node).await.unwrap();
+    }
+    cluster.leader().await;
+    sleep(Duration::from_secs(10)).await;
+    let status = cluster.node(1).status().await;
+    assert_eq!((status.feature_level, status.supported_level), (1, 2));
+    NEWEST.store(2, Ordering::SeqCst);
+    cluster.end(3).await;
+    cluster.boot(3).await.unwrap();
+    for node in [1, 2, 3] {
+        until("the level", async || (cluster.node(node).status().await.feature_level == 2).then_some(())).await;
+    }
+    cluster.stop().await;
+}
