@@ -8,6 +8,7 @@ use axum::response::Response;
 use futures::StreamExt;
 use http::request::Parts;
 use http::{HeaderName, HeaderValue};
+use nexus_model::kind::GLOBAL;
 use nexus_model::{ApiError, Code, Name};
 
 use crate::headers;
@@ -15,6 +16,20 @@ use crate::serve::{Context, Server};
 
 /// A request that carries this was passed on already, and is not passed on again.
 pub const PASSED_ON: HeaderName = HeaderName::from_static("x-nexus-passed-on");
+
+/// Refuses a region that the fleet does not have.
+pub(crate) fn check(server: &Server, region: &Name) -> Result<(), ApiError> {
+    if *region == server.api.region || *region == *GLOBAL {
+        return Ok(());
+    }
+    let regions = server.api.remote.regions();
+    if regions.contains(region) {
+        return Ok(());
+    }
+    let all: Vec<&str> = regions.iter().chain([&server.api.region]).map(Name::as_str).collect();
+    let shown: String = region.as_str().chars().take(64).collect();
+    Err(ApiError::new(Code::NotFound, format!("there is no region {shown:?}; there are: {}", all.join(", "))))
+}
 
 pub(crate) async fn pass(
     server: &Arc<Server>,
@@ -27,13 +42,6 @@ pub(crate) async fn pass(
         let from = String::from_utf8_lossy(from.as_bytes()).into_owned();
         let detail = format!("region {from} took this server for one of {region}, it is of {}", server.api.region);
         return Err(ApiError::new(Code::Unavailable, detail));
-    }
-    let regions = server.api.remote.regions();
-    if !regions.contains(region) {
-        let all: Vec<&str> = regions.iter().chain([&server.api.region]).map(Name::as_str).collect();
-        let shown: String = region.as_str().chars().take(64).collect();
-        let detail = format!("there is no region {shown:?}; there are: {}", all.join(", "));
-        return Err(ApiError::new(Code::NotFound, detail));
     }
     // What is passed on may be a stream, and lasts as long as its answer.
     let permit = server.stream_permit()?;

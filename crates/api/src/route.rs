@@ -57,7 +57,8 @@ pub(crate) enum Target {
     /// The name is as it was written: whether a malformed one is "not found" or "invalid" depends on the method.
     Object(Place, String),
     Custom(Place, Name, Verb),
-    Blob(Name, Digest),
+    /// The region in its path, project and digest.
+    Blob(Name, Name, Digest),
     Operation(&'static Operation),
     /// In another region.
     Elsewhere(Name, Box<Target>),
@@ -86,6 +87,15 @@ impl Target {
             Self::Blob(..) => BLOB_TEMPLATE.into(),
             Self::Operation(operation) => operation.path(),
             Self::Elsewhere(_, target) => target.template(),
+        }
+    }
+
+    /// The region that the path names, if it names one.
+    pub fn region(&self) -> Option<&Name> {
+        match self {
+            Self::Collection(place) | Self::Object(place, _) | Self::Custom(place, ..) => place.region.as_ref(),
+            Self::Blob(region, ..) | Self::Elsewhere(region, _) => Some(region),
+            _ => None,
         }
     }
 
@@ -252,10 +262,10 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
             Err(no_path("projects are at /v1/projects; what a project owns is one segment further"))
         }
         ["regions", r, "projects", project, "blobs", digest] => {
-            // Every server has or fetches every blob, so the region in the path says nothing.
-            name_of("region", r)?;
+            // Every server has or fetches every blob, whichever region the path names.
+            let region = name_of("region", r)?;
             let digest = digest.parse().map_err(|e| no_path(format!("there is no such blob: {e}")))?;
-            Ok(Target::Blob(name_of("project", project)?, digest))
+            Ok(Target::Blob(region, name_of("project", project)?, digest))
         }
         ["regions", r, plural] => {
             let kind = kind_at(plural, &[Scope::Region, Scope::Project])?;

@@ -215,13 +215,16 @@ async fn dispatch(
         return Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?);
     }
     let context = Context { principal: server.authenticate(&parts)?, request_id };
+    if let Some(region) = target.region() {
+        elsewhere::check(&server, region)?;
+    }
     if let Target::Elsewhere(region, _) = &target {
         return Ok(elsewhere::pass(&server, region, parts, body, &context).await?);
     }
     let reads = matches!(parts.method, Method::GET | Method::HEAD);
     let class = Class::of(&target, &parts.headers);
     match target {
-        Target::Blob(project, digest) => {
+        Target::Blob(_, project, digest) => {
             let permit = server.transfer_permit()?;
             Ok(blobs::handle(&server, &project, digest, &parts, body, permit).await?)
         }

@@ -220,8 +220,9 @@ async fn a_region_that_is_cut_off_stops_nobody_goes_on_and_converges_when_it_ret
         let place = (Some(name("p-0")), name("wide"));
         server.shows("a share in each region", |w| w.apps.live.get(&place).is_some_and(|a| a.spec.replicas == 2)).await;
     }
-    let tables = us.view.table();
-    let table = tables.borrow().clone();
+    let mut tables = us.view.table();
+    let routed = tables.wait_for(|t| t.regions.len() == 2 && t.services.iter().any(|s| s.app == *"wide"));
+    let table = tokio::time::timeout(Duration::from_secs(60), routed).await.unwrap().unwrap().clone();
     assert_eq!((table.region.as_str(), table.regions.len()), ("us", 2));
     let wide = table.services.iter().find(|s| s.app == *"wide").unwrap();
     assert_eq!((wide.global, wide.regions.as_slice()), (true, &[name("eu"), name("sa")][..]));

@@ -126,6 +126,9 @@ def real_name(case, kind):
         return pick(f"{PROJECT}/events?limit=1")
     if kind == "regions":
         return "local"
+    if kind == "usages":
+        # Named as its project.
+        return "default"
     if kind == "hosts":
         if deletes:
             return DEAD_HOST
@@ -227,6 +230,8 @@ def repair_body(case):
             metadata["name"] = f"st-post-{next(numbers)}"
         elif "name" in metadata and "name" in case.path_parameters:
             metadata["name"] = case.path_parameters["name"]
+        # It has to agree with the path's, which for images is no matter of the path.
+        metadata.pop("region", None)
         if "project" in metadata:
             metadata["project"] = case.path_parameters.get("project", "default")
         # In a PUT it is a precondition: see If-Match.
@@ -238,6 +243,14 @@ def repair_body(case):
         return
     if kind == "apps":
         repair_app(spec)
+        # Only global apps say where they run.
+        spec.pop("regions", None)
+    if kind == "regions":
+        # What tier a region is of can't change.
+        spec.pop("tier", None)
+    if kind == "cells":
+        # There are no others.
+        spec.pop("zone", None)
     if kind == "images" and case.method != "PATCH":
         spec["digest"] = spec["blobs"][0]["digest"]
     if kind == "projects" and "organization" in spec:

@@ -126,6 +126,9 @@ fn operations(document: &Value) -> BTreeSet<String> {
     all.collect()
 }
 
+/// A fleet's only region is never let go; the end-to-end test of regions deletes one.
+const LAST_REGION: &str = "DELETE /v1/regions/{name}";
+
 #[test]
 fn the_api_keeps_what_its_description_promises() {
     rustls::crypto::ring::default_provider().install_default().ok();
@@ -174,7 +177,8 @@ fn the_api_keeps_what_its_description_promises() {
         counts.get(operation).is_some_and(|statuses| statuses.keys().any(|status| (200..300).contains(status)))
     };
     let all = operations(&document);
-    let never: Vec<_> = all.iter().filter(|o| !succeeded(o)).map(|o| (o, counts.get(o))).collect();
+    let possible = |operation: &&String| operation.as_str() != LAST_REGION;
+    let never: Vec<_> = all.iter().filter(possible).filter(|o| !succeeded(o)).map(|o| (o, counts.get(o))).collect();
     assert!(never.is_empty(), "{} of {} operations never succeeded: {never:#?}", never.len(), all.len());
     assert!(passed, "schemathesis found faults; its own words are above");
     cloud.down();
