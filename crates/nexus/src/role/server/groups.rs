@@ -59,7 +59,8 @@ impl Groups {
         let open = |group: GroupId, members: &BTreeMap<u64, crate::config::Member>| {
             let dir = store.join(group.as_str());
             let endpoints = members.iter().map(|(id, m)| (*id, m.wire.to_string())).collect();
-            let mut own = embedded::Config::new(config.node_id, group, dir, endpoints);
+            let own = embedded::Config::new(config.node_id, group.clone(), dir, endpoints);
+            let mut own = if group == global_id() { own.for_distance() } else { own };
             if config.join || !members.contains_key(&config.node_id) {
                 own = embedded::Config { members: BTreeMap::new(), founder: false, join: true, ..own };
             }
