@@ -1,7 +1,7 @@
 //! Makes images ready before an instance of them is placed here: a function that was imported is compiled by the time its
 //! first instance comes. One image at a time, because compiling takes every processor that it finds.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,37 +9,45 @@ use nexus_model::Digest;
 use nexus_model::kind::{ImageFormat, Runtime};
 use nexus_model::plan::{HostPlan, ImagePlan};
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
 
 use crate::config::Engines;
 
-/// What failed is tried again so much later, or with the next plan.
+/// What failed is tried again so much later, however many plans come meanwhile.
 const RETRY: Duration = Duration::from_secs(60);
 
 /// Follows the plan's list until the plan ends.
 pub async fn run(engines: Engines, mut planned: watch::Receiver<Option<Arc<HostPlan>>>) {
     let mut ready: BTreeSet<Digest> = BTreeSet::new();
+    // With when each is tried again.
+    let mut failed: BTreeMap<Digest, Instant> = BTreeMap::new();
     loop {
         let plan = planned.borrow_and_update().clone();
         let wanted: Vec<ImagePlan> = plan.map(|p| p.prepare.clone()).unwrap_or_default();
-        ready.retain(|digest| wanted.iter().any(|image| image.digest == *digest));
-        let mut failed = false;
+        let is_wanted = |digest: &Digest| wanted.iter().any(|image| image.digest == *digest);
+        ready.retain(is_wanted);
+        failed.retain(|digest, _| is_wanted(digest));
         for image in &wanted {
-            if ready.contains(&image.digest) {
+            let waits = failed.get(&image.digest).is_some_and(|again| Instant::now() < *again);
+            if waits || ready.contains(&image.digest) {
                 continue;
             }
             match prepare(&engines, image).await {
                 Ok(()) => {
+                    failed.remove(&image.digest);
                     ready.insert(image.digest);
                 }
                 Err(error) => {
-                    failed = true;
+                    failed.insert(image.digest, Instant::now() + RETRY);
                     tracing::warn!(image = %image.digest, %error, "an image can't be made ready ahead");
                 }
             }
         }
+        let again = failed.values().min().copied();
         tokio::select! {
+            biased;
             changed = planned.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(RETRY), if failed => {}
+            () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {}
         }
     }
 }

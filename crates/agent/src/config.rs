@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use nexus_compute::keep::Keep;
 use nexus_model::kind::{HostSpec, Runtime};
 use nexus_model::plan::ImagePlan;
-use nexus_model::{Digest, Name, Uid};
+use nexus_model::{Digest, Name, Timestamp, Uid};
 use nexus_wire::ServerBook;
 use rustls::pki_types::CertificateDer;
 
@@ -36,6 +36,8 @@ pub struct AgentConfig {
     pub server_tls: Arc<rustls::ServerConfig>,
     pub identify: Arc<Identify>,
     pub authorize: Arc<Authorize>,
+    /// When the certificate in these configurations ends; it may be renewed in place.
+    pub certificate_ends: Arc<dyn Fn() -> Option<Timestamp> + Send + Sync>,
     /// Where the daemon shows itself to whoever serves its health and metrics.
     pub handle: AgentHandle,
 }

@@ -37,6 +37,7 @@ pub(crate) async fn run(config: Arc<AgentConfig>, env: Env, engines: Engines, se
                 instances: facts.instances.into_values().collect(),
                 images: engines.images.held(),
                 load: load.measure(&env),
+                certificate_ends: (config.certificate_ends)(),
             };
             match send(&servers, &mut leader, &mut turn, &report).await {
                 Some(ack) => {

@@ -264,8 +264,8 @@ async fn a_killed_keeper_loses_no_process_and_no_output() {
     let mut host = Host::new();
     let gate = host.dir.path().join("gate");
     let script = format!(
-        "echo before; while [ ! -e {g} ]; do sleep 0.02; done; echo during; while [ ! -e {g}2 ]; do sleep 0.02; done; \
-         echo after",
+        "echo before; while [ ! -e {g} ]; do sleep 0.02; done; echo during; : > {g}-passed; \
+         while [ ! -e {g}2 ]; do sleep 0.02; done; echo after",
         g = gate.display()
     );
     host.client.spawn(host.sh("a", &script)).await.unwrap();
@@ -273,7 +273,8 @@ async fn a_killed_keeper_loses_no_process_and_no_output() {
     let pid = host.pid("a").await;
     host.kill_keeper();
     std::fs::write(&gate, "").unwrap();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    let passed = host.dir.path().join("gate-passed");
+    eventually("it goes on without a keeper", async || passed.exists().then_some(())).await;
     assert!(alive(pid));
     host.start();
     assert_eq!(host.pid("a").await, pid);

@@ -176,12 +176,51 @@ pub struct GroupStatus {
     pub members: Vec<GroupMember>,
 }
 
-/// A certificate of this server.
+/// A member of the etcd cluster that keeps the metadata, behind an address of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct EtcdEndpoint {
+    pub endpoint: String,
+    pub reachable: bool,
+    /// What etcd calls it.
+    pub member: String,
+    pub version: String,
+    /// It leads the etcd cluster.
+    pub leader: bool,
+    pub database_bytes: u64,
+    pub database_bytes_in_use: u64,
+    /// Why it does not answer, or what it lacks: alarms, a leader.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+}
+
+/// The etcd cluster that keeps the metadata, as the server that answers sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct EtcdStatus {
+    pub endpoints: Vec<EtcdEndpoint>,
+    /// Members that no endpoint that answered leads to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<String>,
+}
+
+/// How a certificate is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CertificateState {
+    #[default]
+    Good,
+    /// It ends soon and should have been renewed.
+    Ending,
+    Ended,
+}
+
+/// A certificate that this server knows of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Certificate {
-    /// What it is for: `wire` or `api`.
+    /// Whose it is: `wire` or `api` of the server that answers, `gateway NAME` or `host NAME`.
     pub name: String,
     pub not_after: Timestamp,
+    #[serde(default)]
+    pub state: CertificateState,
 }
 
 /// What `/v1/status` answers. Everything is measured.
@@ -207,7 +246,11 @@ pub struct ClusterStatus {
     /// The groups of the metadata store that this server is a member of.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<GroupStatus>,
-    /// The certificates of the server that answers.
+    /// Where the groups are kept, if not in the servers themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etcd: Option<EtcdStatus>,
+    /// The certificates of the server that answers and of gateways, and of hosts the one that ends first and those that
+    /// should have been renewed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub certificates: Vec<Certificate>,
     /// Why it is not healthy, in a sentence.
@@ -222,4 +265,8 @@ pub trait StatusSource: Send + Sync {
 
     /// Whether this server can serve; if not, why, in a sentence.
     async fn ready(&self) -> Result<(), String>;
+
+    /// How long ago this server's copy of its region's log (or of the one that all regions share) was last known to be
+    /// complete, in milliseconds.
+    fn stale_ms(&self, global: bool) -> u64;
 }

@@ -13,6 +13,8 @@ pub(crate) const PREFER: HeaderName = HeaderName::from_static("prefer");
 pub(crate) const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 /// Whether the object had settled when a `Prefer: wait` was answered.
 pub(crate) const SETTLED: HeaderName = HeaderName::from_static("x-cnx-settled");
+/// How old the copy may be that a read with `?consistency=stale` was answered from.
+pub(crate) const STALE_MS: HeaderName = HeaderName::from_static("x-cnx-stale-ms");
 pub(crate) const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
 /// The longest `Prefer: wait`.

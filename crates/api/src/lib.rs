@@ -44,11 +44,13 @@ use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 pub use doors::{
-    Authenticator, BlobStream, Blobs, Certificate, ClusterHealth, ClusterStatus, Frame, FrameStream, GroupMember,
-    GroupStatus, HostDoor, Operations, Principal, Remote, ServerStatus, StatusSource, TokenAuthenticator, Topology,
+    Authenticator, BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint,
+    EtcdStatus, Frame, FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Principal, Remote, ServerStatus,
+    StatusSource, TokenAuthenticator, Topology,
 };
 
 pub use elsewhere::PASSED_ON;
+pub use problem::from_store;
 
 /// Everything that the API needs, given by the binary.
 #[derive(Clone)]

@@ -93,17 +93,21 @@ pub(crate) async fn get(
     let name = parse_name(place, name)?;
     let query = Query::parse(query, GET_PARAMETERS, &[])?;
     let known = if_none_match(headers)?;
-    let found = find(server, place, &name, consistency(&query)?).await?;
+    let consistency = consistency(&query)?;
+    let found = find(server, place, &name, consistency).await?;
     let kv = found.ok_or_else(|| ApiError::not_found(place.kind.kind, name.as_str()))?;
     let revision = kv.mod_revision.0;
     if known.is_some_and(|k| k.names(&revision.to_string())) {
         let mut response = Response::new(Body::empty());
         *response.status_mut() = StatusCode::NOT_MODIFIED;
         response.headers_mut().insert(ETAG, etag(revision));
+        server.tell_age(place, consistency, &mut response);
         return Ok(response);
     }
     let stored = Stored::read(&kv).map_err(|e| unreadable(&kv, &e))?;
-    Ok(object_response(stored.to_bytes(), revision))
+    let mut response = object_response(stored.to_bytes(), revision);
+    server.tell_age(place, consistency, &mut response);
+    Ok(response)
 }
 
 /// 200 with an object.
@@ -143,7 +147,8 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
     let limit = query.number("limit", 1..=MAX_LIMIT)?.unwrap_or(DEFAULT_LIMIT);
     let selector = selector(query)?;
     let deleting = query.flag("deleting")?;
-    let mut consistency = consistency(query)?;
+    let asked = consistency(query)?;
+    let mut consistency = asked;
     let mut prefixes = vec![key::objects(place.kind, place.project.as_ref())];
     if deleting {
         prefixes.push(key::tombstones(place.kind));
@@ -219,6 +224,7 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
     body.extend_from_slice(b"]}");
     let mut response = Response::new(Body::from(body));
     response.headers_mut().insert(CONTENT_TYPE, JSON);
+    server.tell_age(place, asked, &mut response);
     Ok(response)
 }
 

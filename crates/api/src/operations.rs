@@ -148,6 +148,19 @@ pub struct HostLeave {
     pub force: bool,
 }
 
+/// The answer to `host-leave`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HostLeft {
+    pub left: Name,
+    /// How many ran there.
+    #[serde(default)]
+    pub instances: usize,
+    /// Some of them, as `project/name`.
+    #[serde(default)]
+    pub lost: Vec<String>,
+}
+
 /// `server-join`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

@@ -50,8 +50,8 @@ impl Refusal {
     }
 }
 
-/// What a reader is told when the store can't answer. Causes inside go to the log.
-pub(crate) fn from_store(error: StoreError) -> ApiError {
+/// What a user is told when the store can't answer. Causes inside go to the log.
+pub fn from_store(error: StoreError) -> ApiError {
     match error {
         StoreError::NoLeader { .. } | StoreError::Unavailable { .. } | StoreError::Closed => ApiError::new(
             Code::Unavailable,
@@ -59,12 +59,19 @@ pub(crate) fn from_store(error: StoreError) -> ApiError {
         ),
         StoreError::Unknown { .. } => ApiError::new(Code::Timeout, error.to_string()),
         StoreError::Compacted { oldest } => compacted(oldest.0),
+        StoreError::Full(reason) => ApiError::new(
+            Code::Overloaded,
+            format!(
+                "the metadata store is nearly full, only deletes are taken: {reason}. Delete what is not needed or give \
+                 the servers more room, and send the request again; it clears by itself"
+            ),
+        ),
         StoreError::FutureRevision { asked, current } => ApiError::new(
             Code::BadRequest,
             format!("revision {asked} has not been reached, the newest is {current}: list, and watch from there"),
         ),
         other => {
-            tracing::error!(error = %other, "the metadata store failed a read");
+            tracing::error!(error = %other, "the metadata store failed");
             ApiError::new(Code::Internal, "the metadata store failed; the server's log says why")
         }
     }
@@ -83,4 +90,26 @@ pub(crate) fn from_watch(error: WatchError) -> ApiError {
 fn compacted(oldest: u64) -> ApiError {
     let detail = format!("history before revision {oldest} is no longer kept: list again, and watch from there");
     ApiError::new(Code::Compacted, detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_store_is_told_as_what_passes_and_what_helps() {
+        let error = from_store(StoreError::Full("12 MiB are free on its disk".into()));
+        assert_eq!((error.code, error.status), (Code::Overloaded, 429));
+        assert!(error.detail.contains("12 MiB") && error.detail.contains("Delete what is not needed"), "{error}");
+        let response = Refusal::from(error).into_response(&"req-1".parse().expect("a well-formed id"));
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert!(response.headers().contains_key(RETRY_AFTER));
+    }
+
+    #[test]
+    fn what_broke_inside_stays_inside() {
+        let error = from_store(StoreError::Storage("/secret/path is broken".into()));
+        assert_eq!(error.code, Code::Internal);
+        assert!(!error.detail.contains("/secret"), "{error}");
+    }
 }

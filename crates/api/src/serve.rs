@@ -22,7 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::admission::{Admission, Class};
 use crate::doors::Principal;
-use crate::headers::{self, Bearer};
+use crate::headers::{self, Bearer, STALE_MS};
 use crate::metrics::{self, Metrics};
 use crate::openapi::{self, Schemas};
 use crate::problem::{Refusal, from_store};
@@ -81,6 +81,14 @@ impl Server {
         let mut request = RangeRequest::get(nexus_model::key::FORMAT);
         request.consistency = consistency;
         Ok(self.store(place).range(request).await.map_err(from_store)?.revision.0)
+    }
+
+    /// Says of an answer from this server's own copy how old that may be.
+    pub fn tell_age(&self, place: &Place, consistency: Consistency, response: &mut Response) {
+        if consistency == Consistency::Stale {
+            let age = self.api.status.stale_ms(place.is_global());
+            response.headers_mut().insert(STALE_MS, HeaderValue::from(age));
+        }
     }
 
     /// A place among the streams, if one is free.

@@ -199,7 +199,12 @@ async fn a_list_goes_on_page_by_page_without_gaps() {
     let cursor = page["metadata"]["cursor"].as_str().unwrap().to_owned();
     w.get(&format!("/v1/regions/local/projects/other/apps?cursor={cursor}")).await.problem("bad-request");
     let stale = w.get(&format!("{APPS}?consistency=stale&limit=1")).await;
-    assert_eq!(names(&stale.json()), ["a-00"]);
+    assert_eq!((names(&stale.json()), stale.header("x-cnx-stale-ms")), (vec!["a-00".to_owned()], "42"));
+    let one = w.get(&format!("{APPS}/a-00?consistency=stale")).await;
+    assert_eq!((one.status, one.header("x-cnx-stale-ms")), (StatusCode::OK, "42"));
+    assert_eq!(w.get(&format!("{APPS}/a-00")).await.header("x-cnx-stale-ms"), "");
+    let shared = w.get("/v1/projects?consistency=stale").await;
+    assert_eq!(shared.header("x-cnx-stale-ms"), "7", "the age of what all regions share");
 }
 
 #[tokio::test]

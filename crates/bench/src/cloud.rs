@@ -41,26 +41,26 @@ fn free_ports(n: u16) -> anyhow::Result<u16> {
 impl Cloud {
     /// Starts a cloud of the default shape (three zones, six hosts) and waits until it is ready.
     pub fn up() -> anyhow::Result<Self> {
+        Self::up_as(&[])
+    }
+
+    /// Starts a cloud of a shape of its own, as words for `nexus up`.
+    pub fn up_as(shape: &[&str]) -> anyhow::Result<Self> {
         let program = process::nexus()?;
         let dir = tempfile::Builder::new().prefix("nexus-bench-").tempdir().context("making a folder")?;
-        let api_port = free_ports(40)?;
+        // Twenty for each of up to five regions, and ten for their gateways.
+        let api_port = free_ports(100)?;
         let gateway_port = loop {
-            let port = free_ports(2)?;
-            if port.abs_diff(api_port) >= 300 && free_ports_at(port + 100, 2) {
+            let port = free_ports(50)?;
+            if port.abs_diff(api_port) >= 300 && free_ports_at(port + 100, 50) {
                 break port;
             }
         };
         let mut cloud = Self { program, dir, api_port, gateway_port, token: String::new(), up: Duration::ZERO };
         let (api, gateway) = (api_port.to_string(), gateway_port.to_string());
         let started = Instant::now();
-        process::run(&mut cloud.command(&[
-            "up",
-            "--detach",
-            "--api-port-base",
-            &api,
-            "--gateway-port-base",
-            &gateway,
-        ]))?;
+        let ports = ["up", "--detach", "--api-port-base", &api, "--gateway-port-base", &gateway];
+        process::run(&mut cloud.command(&[&ports[..], shape].concat()))?;
         cloud.up = started.elapsed();
         let token = std::fs::read_to_string(cloud.data_dir().join("token")).context("reading the token")?;
         token.trim().clone_into(&mut cloud.token);
@@ -82,7 +82,12 @@ impl Cloud {
         command
     }
 
-    /// The port on which a server answers the API in the clear.
+    /// Runs `nexus local VERB NAME`.
+    pub fn local(&self, verb: &str, name: &str) -> anyhow::Result<()> {
+        process::run(&mut self.command(&["local", verb, name])).map(drop)
+    }
+
+    /// The port on which a server answers the API in the clear; the servers of the nth region begin at 20 n.
     pub fn api_port(&self, server: u16) -> u16 {
         self.api_port + 10 + server
     }

@@ -18,6 +18,8 @@ pub struct Client {
 pub struct Answer {
     pub status: u16,
     pub body: Vec<u8>,
+    /// How old the copy may be that a stale read was answered from.
+    pub age_ms: Option<u64>,
 }
 
 fn broken(what: impl Into<String>) -> io::Error {
@@ -33,6 +35,11 @@ impl Client {
         stream.set_write_timeout(Some(PATIENCE))?;
         let bearer = token.map(|t| format!("authorization: Bearer {t}\r\n")).unwrap_or_default();
         Ok(Self { stream: BufReader::with_capacity(64 << 10, stream), headers: format!("host: {host}\r\n{bearer}") })
+    }
+
+    /// Sends a header with every request from now on.
+    pub fn header(&mut self, name: &str, value: &str) {
+        self.headers.push_str(&format!("{name}: {value}\r\n"));
     }
 
     pub fn send(&mut self, method: &str, path: &str, content_type: &str, body: &[u8]) -> io::Result<Answer> {
@@ -63,13 +70,14 @@ impl Client {
         let first = self.line()?;
         let status = first.split(' ').nth(1).and_then(|s| s.parse().ok());
         let status = status.ok_or_else(|| broken(format!("no status line: {first:?}")))?;
-        let (mut length, mut chunked) = (0, false);
+        let (mut length, mut chunked, mut age_ms) = (0, false, None);
         loop {
             let line = self.line()?;
             let Some((name, value)) = line.split_once(':') else { break };
             match name.to_ascii_lowercase().as_str() {
                 "content-length" => length = value.trim().parse().map_err(|_| broken(line.clone()))?,
                 "transfer-encoding" => chunked = true,
+                "x-cnx-stale-ms" => age_ms = value.trim().parse().ok(),
                 _ => {}
             }
         }
@@ -88,7 +96,7 @@ impl Client {
         } else {
             self.read(&mut body, length)?;
         }
-        Ok(Answer { status, body })
+        Ok(Answer { status, body, age_ms })
     }
 
     fn read(&mut self, body: &mut Vec<u8>, more: usize) -> io::Result<()> {

@@ -9,6 +9,7 @@ mod load;
 mod local;
 mod placement;
 mod process;
+mod regions;
 mod report;
 mod scale;
 mod store;
@@ -36,6 +37,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "store", about: "the metadata store beside etcd; a large state; a leader's death", run: store::run },
     Bench { name: "watch", about: "5,000 watches of the metadata store under load", run: watch::run },
     Bench { name: "local", about: "the local cloud: coming up, and idle", run: local::run },
+    Bench { name: "regions", about: "three regions: idle, and when the leading one is lost", run: regions::run },
 ];
 
 fn main() {

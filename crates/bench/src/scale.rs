@@ -150,8 +150,15 @@ struct Tally {
     /// Microseconds from sending a report to its answer, while it is being noted.
     latencies: Mutex<Vec<f64>>,
     noting: AtomicBool,
-    refused: AtomicU64,
+    /// How often a report was not taken in, by why.
+    refused: Mutex<BTreeMap<String, u64>>,
     running: AtomicU64,
+}
+
+impl Tally {
+    fn refusals(&self) -> u64 {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
+    }
 }
 
 struct Agent {
@@ -250,11 +257,15 @@ impl Agent {
             instances: known.values().cloned().collect(),
             images: vec![Digest::of(b"image")],
             load: 0.3,
+            certificate_ends: None,
         };
         let begun = Instant::now();
         match self.region.report(over_the_wire(&report)).await {
             Ok(epoch) => drop(over_the_wire(&ReportAck { epoch, servers: vec!["server-1".into()] })),
-            Err(_) => drop(self.tally.refused.fetch_add(1, Ordering::Relaxed)),
+            Err(why) => {
+                let mut refused = self.tally.refused.lock().unwrap_or_else(PoisonError::into_inner);
+                *refused.entry(format!("{why:?}")).or_default() += 1;
+            }
         }
         if self.tally.noting.load(Ordering::Relaxed) {
             let micros = begun.elapsed().as_secs_f64() * 1e6;
@@ -360,6 +371,9 @@ async fn measure(dir: &Path, agents: &runtime::Runtime) -> anyhow::Result<Vec<Ro
 
     eprintln!("steady state");
     tokio::time::sleep(SETTLING).await;
+    for (why, times) in &*tally.refused.lock().unwrap_or_else(PoisonError::into_inner) {
+        eprintln!("  {times} reports were refused: {why}");
+    }
     rows.extend(watch(&server, &tally).await?);
 
     eprintln!("one host dies");
@@ -431,6 +445,7 @@ async fn watch(server: &Server, tally: &Tally) -> anyhow::Result<Vec<Row>> {
     let counts = || [&c.reports, &c.rounds, &c.commits, &c.operations].map(|c| c.load(Ordering::Relaxed) as f64);
     tally.noting.store(true, Ordering::Relaxed);
     let (cpu, threads, begun, before) = (cpu_seconds(), cpu_by_thread(), Instant::now(), counts());
+    let refused = tally.refusals();
     // A user's request every second, to see what waits for what.
     let mut answers = Vec::new();
     while begun.elapsed() < WATCHED {
@@ -456,7 +471,9 @@ async fn watch(server: &Server, tally: &Tally) -> anyhow::Result<Vec<Row>> {
         Row::new("steady state, operations", rate(3), "1/s"),
         Row::new("steady state, report to answer, p99", percentile(&latencies, 0.99) / 1e3, "ms"),
         Row::new("steady state, request to commit, worst", percentile(&answers, 1.0), "ms"),
-        Row::new("reports refused over the whole run", tally.refused.load(Ordering::Relaxed) as f64, "1"),
+        Row::new("steady state, reports refused", (tally.refusals() - refused) as f64, "1"),
+        Row::new("reports refused before it", refused as f64, "1"),
+        Row::new("times the writer began, once is enough", c.beginnings.load(Ordering::Relaxed) as f64, "1"),
         Row::new("memory, agents included", resident_mib(), "MiB"),
     ])
 }

@@ -10,6 +10,7 @@
 //!   an operator who knows better deletes the host.
 
 use std::collections::BTreeMap;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::time::Duration;
 
 use nexus_model::Name;
@@ -45,6 +46,8 @@ pub struct Cells {
     since: Duration,
     judged: Duration,
     heard: BTreeMap<Name, Heard>,
+    /// Names of the objects that are set aside, by cell.
+    pub quarantined: BTreeMap<Name, Vec<String>>,
     /// Who judges: written into the cells' statuses.
     holder: String,
     epoch: u64,
@@ -52,19 +55,28 @@ pub struct Cells {
 
 impl Cells {
     pub fn new(now: Duration, holder: String, epoch: u64) -> Self {
-        Self { told: BTreeMap::new(), since: now, judged: now, heard: BTreeMap::new(), holder, epoch }
+        let (told, heard, quarantined) = Default::default();
+        Self { told, since: now, judged: now, heard, quarantined, holder, epoch }
     }
 
     fn silence(&self, host: &Name, now: Duration) -> Duration {
         now.saturating_sub(self.heard.get(host).map_or(self.since, |h| h.at.max(self.since)))
     }
 
-    /// Takes in a heartbeat. Answers the host's epoch.
+    /// Notes that a heartbeat has come at `at`, though nobody has looked at it yet: a host is not silent because its
+    /// report waits for the writer.
+    pub fn arrived(&mut self, host: &Name, at: Duration) {
+        if let Some(heard) = self.heard.get_mut(host) {
+            heard.at = heard.at.max(at);
+        }
+    }
+
+    /// Takes in a heartbeat that came at `now`. Answers the host's epoch.
     pub fn hear(&mut self, step: &mut Step<'_>, report: &HostReport, now: Duration) -> Result<u64, String> {
         host::join(step, report)?;
         let load = (report.load.clamp(0.0, 1.0) * 1000.0) as u16;
         let heard = self.heard.entry(report.host.clone()).or_insert(Heard { at: now, load: 0 });
-        heard.at = now;
+        heard.at = heard.at.max(now);
         if heard.load.abs_diff(load) >= LOAD_STEP {
             heard.load = load;
             if let Some(scheduler) = &mut step.world.scheduler {
@@ -73,11 +85,19 @@ impl Cells {
         }
         host::set_state(step, &report.host, HostState::Ready, "its agent reports");
         let epoch = step.world.host(&report.host).map_or(0, |h| h.status.epoch);
-        self.observe(step, report);
+        // Hosts say the same every second. Comparing it with ten or a hundred rows each time would be most of the work of
+        // a large region's writer.
+        let fingerprint = BuildHasherDefault::<DefaultHasher>::new().hash_one((report.applied, &report.instances));
+        if step.world.settled.get(&report.host) != Some(&fingerprint) && self.observe(step, report) {
+            step.world.settled.insert(report.host.clone(), fingerprint);
+        }
         Ok(epoch)
     }
 
-    fn observe(&self, step: &mut Step<'_>, report: &HostReport) {
+    /// Takes in what a host says of its instances. True if that was no news and stays none until a row of an instance
+    /// there changes.
+    fn observe(&self, step: &mut Step<'_>, report: &HostReport) -> bool {
+        let mut settled = true;
         let mine: Vec<_> = step.world.on_host.get(&report.host).into_iter().flatten().copied().collect();
         let mut all: Vec<&InstanceReport> = report.instances.iter().collect();
         all.sort_by_key(|told| told.uid);
@@ -89,8 +109,13 @@ impl Cells {
                 if let Some(told) = told.filter(|told| told.epoch == i.status.epoch && instance::is_news(i, told)) {
                     let i = i.clone();
                     instance::observe(step, &i, told);
+                    settled = false;
                 }
-            } else if told.is_none() {
+                continue;
+            }
+            // When it may be erased depends on what has been committed, too.
+            settled = false;
+            if told.is_none() {
                 // Gone is believed only of a host that has applied a plan in which it is to be gone.
                 let key = crate::world::key_of(i);
                 let buried_at = step.world.revisions.get(&key).copied();
@@ -100,6 +125,7 @@ impl Cells {
                 }
             }
         }
+        settled
     }
 
     /// Begins a round of judging. Called a few times a second; every cell is judged after it, by [`Cells::judge`].
@@ -154,6 +180,7 @@ impl Cells {
             holder: Some(self.holder.clone()),
             epoch: self.epoch,
             brake,
+            quarantined: self.quarantined.get(name).cloned().unwrap_or_default(),
             conditions: cell.status.conditions.clone(),
         };
         if status == cell.status {

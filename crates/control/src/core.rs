@@ -85,6 +85,9 @@ fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, String> {
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_LAST: Duration = Duration::from_secs(60);
 
+/// So many of a cell's objects that are set aside are named in its status.
+const NAMED: usize = 10;
+
 /// Objects whose reconciler panicked, each with its failures in a row and the time of its next try.
 #[derive(Debug, Default)]
 struct Quarantine {
@@ -112,6 +115,11 @@ impl Quarantine {
         let due: Vec<Dirty> = self.held.iter().filter(|(_, at)| **at <= now).map(|(item, _)| item.clone()).collect();
         self.held.retain(|_, at| *at > now);
         due
+    }
+
+    /// What is set aside, also while its next try is due.
+    fn all(&self) -> impl Iterator<Item = &Dirty> {
+        self.failures.keys()
     }
 
     fn recovered(&mut self, item: &Dirty) {
@@ -337,6 +345,7 @@ impl Core {
             self.judge_regions(at);
         }
         self.cells.begin(at.monotonic);
+        self.cells.quarantined = self.quarantined_by_cell();
         let cells: Vec<Name> = self.world.cells.live.keys().map(|(_, name)| name.clone()).collect();
         // Each by itself: a cell that can't be judged must not keep the others from it.
         for cell in cells {
@@ -416,6 +425,39 @@ impl Core {
         step.event(project.as_ref(), regarding, Severity::Warning, "Quarantined", message);
         let ops = step.finish();
         self.absorb(ops);
+    }
+
+    /// The objects that are set aside, by the cells that they have a part in; a few of each.
+    fn quarantined_by_cell(&self) -> BTreeMap<Name, Vec<String>> {
+        let mut found: BTreeMap<Name, Vec<String>> = BTreeMap::new();
+        let world = &self.world;
+        let cell_of = |i: &Object<Instance>| Some(world.host(i.status.host.as_ref()?)?.spec.cell.clone());
+        for item in self.quarantine.all() {
+            let (cells, named): (BTreeSet<Name>, String) = match item {
+                Dirty::Host(name) => {
+                    (world.host(name).map(|h| h.spec.cell.clone()).into_iter().collect(), format!("host {name}"))
+                }
+                Dirty::Instance(uid) => {
+                    let Some(i) = world.instance(*uid) else { continue };
+                    let project = i.metadata.project.as_ref().map_or("-", |p| p.as_str());
+                    (cell_of(i).into_iter().collect(), format!("instance {project}/{}", i.metadata.name))
+                }
+                Dirty::App(place) => {
+                    let Some(app) = world.apps.live.get(place) else { continue };
+                    let project = place.0.as_ref().map_or("-", |p| p.as_str());
+                    let cells = world.instances_of(app.metadata.uid).filter_map(cell_of).collect();
+                    (cells, format!("app {project}/{}", place.1))
+                }
+                Dirty::Child(_) | Dirty::Usage(_) | Dirty::Project(_) | Dirty::Buried(..) | Dirty::Room => continue,
+            };
+            for cell in cells {
+                let named_here = found.entry(cell).or_default();
+                if named_here.len() < NAMED {
+                    named_here.push(named.clone());
+                }
+            }
+        }
+        found
     }
 
     /// What is set aside because its reconciler panics.

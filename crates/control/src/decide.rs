@@ -402,7 +402,7 @@ fn refuse_with_hosts(
 
 impl Admit for Host {
     fn changed(step: &mut Step<'_>, new: &Object<Self>) {
-        step.mark(Dirty::Host(new.metadata.name.clone()));
+        rules::host::decided(step, &new.metadata.name);
     }
 
     fn may_delete(_: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {

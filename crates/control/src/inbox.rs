@@ -4,8 +4,9 @@
 //! make users wait for ever. So each queue has its own bound, and a round takes from both in turn. Of each reporter only
 //! the newest report waits, because it says everything that an older one did.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nexus_model::Name;
 use nexus_model::plan::{HostReport, RegionSummary, ServerNote};
@@ -26,13 +27,14 @@ pub(crate) type ReportReply = oneshot::Sender<Result<u64, ReportError>>;
 /// One thing that the writer takes in.
 pub(crate) enum Input {
     Intent(Box<Intent>, IntentReply),
-    Report(Box<HostReport>, ReportReply),
+    /// With the moment at which it came, by the monotonic clock.
+    Report(Box<HostReport>, ReportReply, Duration),
     Summary(Box<RegionSummary>, ReportReply),
     Note(ServerNote),
 }
 
 /// Who reports.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Reporter {
     Region(Name),
     Server(u64),
@@ -46,7 +48,7 @@ pub(crate) struct Full;
 #[derive(Default)]
 struct Queues {
     intents: VecDeque<(Box<Intent>, IntentReply)>,
-    reports: BTreeMap<Reporter, Input>,
+    reports: HashMap<Reporter, Input>,
     /// Those who reported, the longest waiting first.
     order: VecDeque<Reporter>,
 }
@@ -67,7 +69,7 @@ impl Inbox {
     pub(crate) fn put(&self, input: Input) -> Result<bool, Full> {
         let reporter = match &input {
             Input::Intent(..) => None,
-            Input::Report(report, _) => Some(Reporter::Host(report.host.clone())),
+            Input::Report(report, ..) => Some(Reporter::Host(report.host.clone())),
             Input::Summary(summary, _) => Some(Reporter::Region(summary.region.clone())),
             Input::Note(note) => Some(Reporter::Server(note.server.node)),
         };
@@ -94,7 +96,7 @@ impl Inbox {
         drop(queues);
         self.bell.notify_one();
         let replaced = older.is_some();
-        if let Some(Input::Report(_, reply) | Input::Summary(_, reply)) = older {
+        if let Some(Input::Report(_, reply, _) | Input::Summary(_, reply)) = older {
             // Its sender has given up, or it would not have sent another.
             let _ = reply.send(Err(ReportError::Overloaded));
         }
@@ -114,6 +116,15 @@ impl Inbox {
                 return;
             }
             rung.await;
+        }
+    }
+
+    /// Says of each host whose report waits when that came.
+    pub(crate) fn hosts_waiting(&self, mut tell: impl FnMut(&Name, Duration)) {
+        for input in self.queues().reports.values() {
+            if let Input::Report(report, _, at) = input {
+                tell(&report.host, *at);
+            }
         }
     }
 
@@ -157,8 +168,9 @@ mod tests {
             instances: Vec::new(),
             images: Vec::new(),
             load,
+            certificate_ends: None,
         };
-        Input::Report(Box::new(report), reply)
+        Input::Report(Box::new(report), reply, Duration::from_secs(1))
     }
 
     fn intent() -> Input {
@@ -198,7 +210,7 @@ mod tests {
         assert_eq!(inbox.put(report("one", 0.3, oneshot::channel().0)), Ok(true));
         assert_eq!(first_answer.try_recv(), Ok(Err(ReportError::Overloaded)));
         let loads = inbox.take(9).into_iter().map(|input| match input {
-            Input::Report(report, _) => report.load,
+            Input::Report(report, ..) => report.load,
             _ => unreachable!("only reports were put in"),
         });
         assert_eq!(loads.collect::<Vec<_>>(), [0.3, 0.2]);
@@ -210,6 +222,6 @@ mod tests {
         inbox.put(report("one", 0.1, oneshot::channel().0)).unwrap();
         inbox.filled().await;
         assert_eq!(inbox.take(9).len(), 1);
-        assert!(tokio::time::timeout(std::time::Duration::from_millis(20), inbox.filled()).await.is_err());
+        assert!(tokio::time::timeout(Duration::from_millis(20), inbox.filled()).await.is_err());
     }
 }

@@ -20,7 +20,7 @@ mod link;
 pub mod region;
 pub mod rules;
 pub mod scheduler;
-mod shard;
+pub mod shard;
 pub mod step;
 pub mod view;
 pub mod world;

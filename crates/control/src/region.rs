@@ -34,14 +34,21 @@ use crate::link::Link;
 use crate::view::load;
 use crate::world::{Part, World};
 
-/// Inputs decided in one round.
+/// Inputs that are taken out at once …
 const ROUND: usize = 512;
+/// … and how often in one round, while they change little: most reports are no news, and a region's hosts must not wait for
+/// their turn for rounds that commit.
+const TAKES: usize = 16;
+/// Transactions after which a round takes in nothing more.
+const ENOUGH_PACKS: usize = 16;
 /// How often hosts are judged.
 const TICK: Duration = Duration::from_millis(250);
 /// How long a request waits for a leader or an answer.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How long a request waits while nobody leads before it says so.
 const NO_LEADER: Duration = Duration::from_secs(3);
+/// How long a leader that has a successor may take to answer what it was asked.
+const LAST_WORDS: Duration = Duration::from_millis(250);
 /// How long a refused request waits for what the global group has promised meanwhile.
 const CATCH_UP: Duration = Duration::from_secs(2);
 /// How often old keys are forgotten.
@@ -118,6 +125,9 @@ pub struct Counters {
     pub active_hosts: AtomicU64,
     /// 1 while this server's writer decides.
     pub leading: AtomicU64,
+    /// Times that this server's writer began to decide, with its state loaded anew. Grows with a change of the leader, and
+    /// when a commit's outcome was not known.
+    pub beginnings: AtomicU64,
     /// Milliseconds since this leader's copy of the global group was known to be complete.
     pub fleet_stale_ms: AtomicU64,
 }
@@ -161,7 +171,8 @@ impl Region {
 
     /// Takes in a host's report, if this server leads. Answers the host's epoch.
     pub async fn report(&self, report: HostReport) -> Result<u64, ReportError> {
-        self.tell(|reply| Input::Report(Box::new(report), reply)).await
+        let now = self.env.monotonic();
+        self.tell(|reply| Input::Report(Box::new(report), reply, now)).await
     }
 
     /// Takes in what a region says of itself, if this server leads the global group. Answers the newest revision.
@@ -303,6 +314,7 @@ impl Region {
         let mut newest = at.0;
         self.counters.unreadable.store(core.world.unreadable.len() as u64, Ordering::Relaxed);
         self.counters.leading.store(1, Ordering::Relaxed);
+        self.counters.beginnings.fetch_add(1, Ordering::Relaxed);
         tracing::info!(epoch, revision = at.0, "this server's writer decides for its group");
 
         let mut tick = tokio::time::interval(TICK);
@@ -344,26 +356,33 @@ impl Region {
                 }
             }
             let mut answers: VecDeque<(IntentReply, Result<Accepted, ApiError>)> = VecDeque::new();
-            for input in self.inbox.take(ROUND) {
-                match input {
-                    Input::Intent(intent, reply) => {
-                        self.counters.intents.fetch_add(1, Ordering::Relaxed);
-                        answers.push_back((reply, core.intent(&intent, self.moment())));
-                    }
-                    Input::Report(report, reply) => {
-                        self.counters.reports.fetch_add(1, Ordering::Relaxed);
-                        let answer = core.report(&report, self.moment());
-                        let _ = reply.send(answer.map_err(ReportError::Refused));
-                    }
-                    Input::Summary(summary, reply) => {
-                        let answer = core.hear(&summary, self.moment()).map(|()| newest);
-                        let _ = reply.send(answer.map_err(ReportError::Refused));
-                    }
-                    Input::Note(note) => {
-                        if let Some(link) = &mut link {
-                            link.note(note, self.env.monotonic());
+            for _ in 0..TAKES {
+                let inputs = self.inbox.take(ROUND);
+                let all = inputs.len() < ROUND;
+                for input in inputs {
+                    match input {
+                        Input::Intent(intent, reply) => {
+                            self.counters.intents.fetch_add(1, Ordering::Relaxed);
+                            answers.push_back((reply, core.intent(&intent, self.moment())));
+                        }
+                        Input::Report(report, reply, came) => {
+                            self.counters.reports.fetch_add(1, Ordering::Relaxed);
+                            let answer = core.report(&report, Moment { monotonic: came, ..self.moment() });
+                            let _ = reply.send(answer.map_err(ReportError::Refused));
+                        }
+                        Input::Summary(summary, reply) => {
+                            let answer = core.hear(&summary, self.moment()).map(|()| newest);
+                            let _ = reply.send(answer.map_err(ReportError::Refused));
+                        }
+                        Input::Note(note) => {
+                            if let Some(link) = &mut link {
+                                link.note(note, self.env.monotonic());
+                            }
                         }
                     }
+                }
+                if all || core.packs() >= ENOUGH_PACKS {
+                    break;
                 }
             }
             more = core.reconcile(self.moment());
@@ -424,6 +443,7 @@ impl Region {
 
     /// Judges hosts, and recounts a little of what must agree.
     fn tick(&self, core: &mut Core) {
+        self.inbox.hosts_waiting(|host, came| core.cells.arrived(host, came));
         core.tick(self.moment());
         for difference in core.check_on() {
             self.counters.violations.fetch_add(1, Ordering::Relaxed);
@@ -508,6 +528,15 @@ async fn next_news(link: &mut Option<Link>) -> crate::fleet::Adopt {
     }
 }
 
+/// Ends when another server than `node` leads and `node` has had time to answer what it had decided before.
+async fn succeeded(mut leadership: watch::Receiver<Leadership>, node: u64) {
+    if leadership.wait_for(|l| l.leader.is_some_and(|leader| leader != node)).await.is_err() {
+        // A store that is closed says so elsewhere.
+        std::future::pending::<()>().await;
+    }
+    tokio::time::sleep(LAST_WORDS).await;
+}
+
 /// Whether a refusal may only say that this region has not heard of something yet.
 fn may_be_early(intent: &Intent, error: &ApiError) -> bool {
     let project = intent.target.project.as_ref();
@@ -533,7 +562,7 @@ fn turn_away(input: Input, leader: Option<u64>) {
         Input::Intent(_, reply) => {
             let _ = reply.send(Err(Undecided::NotLeader));
         }
-        Input::Report(_, reply) | Input::Summary(_, reply) => {
+        Input::Report(_, reply, _) | Input::Summary(_, reply) => {
             let _ = reply.send(Err(ReportError::NotLeader { leader }));
         }
         Input::Note(_) => {}
@@ -552,27 +581,41 @@ impl Writer for Region {
         let started = tokio::time::Instant::now();
         let mut leadership = self.leadership.clone();
         let mut why = "no server leads".to_owned();
+        // A writer that takes the same key twice gives its first answer again, so such an intent may be sent anew.
+        let again = intent.idempotency_key.is_some();
+        let mut lost = None;
         loop {
             let now = *leadership.borrow_and_update();
             let left = DEADLINE.saturating_sub(started.elapsed());
             let patience = if now.leader.is_none() { NO_LEADER } else { DEADLINE };
             if started.elapsed() >= patience {
                 let detail = format!("{why}; running apps go on. Try again, or look at `nexus status`");
-                return Err(ApiError::new(Code::Unavailable, detail));
+                return Err(lost.unwrap_or_else(|| ApiError::new(Code::Unavailable, detail)));
             }
             match now.leader {
                 _ if now.is_self => match self.try_here(intent.clone()).await {
                     Ok(accepted) => return Ok(accepted),
                     Err(Undecided::Decided(error)) => return Err(error),
-                    Err(Undecided::Unknown(why)) => return Err(unknown(&why)),
+                    Err(Undecided::Unknown(why)) if !again => return Err(unknown(&why)),
+                    Err(Undecided::Unknown(why)) => lost = Some(unknown(&why)),
                     Err(Undecided::NotLeader) => "the leader changes".clone_into(&mut why),
                 },
-                Some(node) => match self.forward.forward(node, &intent, left).await {
-                    Ok(accepted) => return Ok(accepted),
-                    Err(ForwardError::Answered(error)) => return Err(error),
-                    Err(ForwardError::Unknown(why)) => return Err(unknown(&why)),
-                    Err(ForwardError::NotTaken(reason)) => why = reason,
-                },
+                Some(node) => {
+                    let forwarded = tokio::select! {
+                        biased;
+                        forwarded = self.forward.forward(node, &intent, left) => forwarded,
+                        () = succeeded(leadership.clone(), node) => {
+                            Err(ForwardError::Unknown("another server leads before the one that was asked has answered".into()))
+                        }
+                    };
+                    match forwarded {
+                        Ok(accepted) => return Ok(accepted),
+                        Err(ForwardError::Answered(error)) => return Err(error),
+                        Err(ForwardError::Unknown(why)) if !again => return Err(unknown(&why)),
+                        Err(ForwardError::Unknown(why)) => lost = Some(unknown(&why)),
+                        Err(ForwardError::NotTaken(reason)) => why = reason,
+                    }
+                }
                 None => {
                     "no majority of the servers is reachable, so nothing can be written now".clone_into(&mut why);
                 }

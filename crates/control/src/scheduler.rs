@@ -97,6 +97,8 @@ pub struct Scheduler {
     hosts: BTreeMap<Name, (Name, HostId)>,
     by_id: BTreeMap<(Name, HostId), Name>,
     slots: BTreeMap<Name, BTreeSet<u16>>,
+    /// The slot that each host gave last.
+    last_slot: BTreeMap<Name, u16>,
     zones: Interner<Name>,
     racks: Interner<Name>,
     classes: Interner<Name>,
@@ -127,7 +129,7 @@ fn host_state(host: &Object<Host>) -> placement::HostState {
         HostState::Joining => placement::HostState::Joining,
         HostState::Suspect => placement::HostState::Suspect,
         HostState::Dead => placement::HostState::Dead,
-        HostState::Ready if host.spec.cordoned => placement::HostState::Cordoned,
+        HostState::Ready if host.spec.cordoned || host.spec.draining => placement::HostState::Cordoned,
         HostState::Ready => placement::HostState::Ready,
     }
 }
@@ -151,6 +153,7 @@ impl Scheduler {
         let images: Vec<_> = host.status.images.iter().map(|d| ImageId(self.images.id(d))).collect();
         let runtimes = spec.runtimes.iter().map(|r| runtime(*r)).collect();
         let name = &host.metadata.name;
+        self.last_slot.insert(name.clone(), host.status.last_slot);
         let fill = self.fill.entry(spec.cell.clone()).or_default();
         let cpu = u64::from(capacity.cpu);
         fill.capacity += cpu;
@@ -206,6 +209,7 @@ impl Scheduler {
             }
             self.by_id.remove(&(cell, id));
             self.slots.remove(name);
+            self.last_slot.remove(name);
         }
     }
 
@@ -412,7 +416,11 @@ impl Scheduler {
     fn placed(&mut self, cell: Name, id: HostId, spilled: bool) -> Placed {
         let host = self.by_id[&(cell, id)].clone();
         let used = self.slots.entry(host.clone()).or_default();
-        let slot = SLOTS.into_iter().find(|s| !used.contains(s));
+        // The one after the last, round and round: a gateway that hears of nothing goes on sending requests to the address
+        // of an instance that is gone, so it must be long before somebody else's has it.
+        let last = self.last_slot.get(&host).copied().unwrap_or(0);
+        let free = |s: &u16| !used.contains(s);
+        let slot = SLOTS.filter(|s| *s > last).find(free).or_else(|| SLOTS.into_iter().find(free));
         let slot = slot.expect("placement keeps a host's instances to its slots");
         Placed { host, slot, spilled }
     }

@@ -5,7 +5,7 @@
 //! through [`World::set`], which keeps the indexes true; the writer's world also carries a [`Scheduler`], so that what is
 //! reserved on a host is by construction the sum over the rows that say so.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -127,6 +127,9 @@ pub struct World {
     pub event_order: BTreeMap<Name, VecDeque<Name>>,
     /// Only in a view's world: hosts whose plans changed since they were last taken.
     pub replanned: Option<BTreeSet<Name>>,
+    /// Only in the writer's world: hosts whose last report was no news of any instance, with that report's fingerprint. As
+    /// long as no row of an instance placed there changes, the same report is no news either.
+    pub settled: HashMap<Name, u64>,
     /// Only in the writer's world.
     pub scheduler: Option<Scheduler>,
 }
@@ -223,6 +226,9 @@ fn index_host(world: &mut World, old: Option<&Object<Host>>, new: Option<&Object
     if let (Some(scheduler), Some(new)) = (&mut world.scheduler, new) {
         scheduler.set_host(new);
     }
+    if let (Some(old), None) = (old, new) {
+        world.settled.remove(&old.metadata.name);
+    }
 }
 
 fn index_instance(world: &mut World, old: Option<&Object<Instance>>, new: Option<&Object<Instance>>) {
@@ -245,6 +251,11 @@ fn index_instance(world: &mut World, old: Option<&Object<Instance>>, new: Option
         }
         if let (Some(new), Some(name)) = (new, host(new)) {
             world.on_host.entry(name.clone()).or_default().insert(new.metadata.uid);
+        }
+    }
+    if !world.settled.is_empty() {
+        for name in host(old).into_iter().chain(host(new)) {
+            world.settled.remove(name);
         }
     }
     if let Some(hosts) = &mut world.replanned

@@ -1,23 +1,21 @@
 //! Cells: who joins which, whose instances go where, and that a cell's or an object's trouble stays its own.
 
+mod common;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use common::{create, image, intent, name, web};
 use nexus_control::cells::{Cells, DEAD_AFTER};
 use nexus_control::core::{Bootstrap, Core, Moment};
-use nexus_control::intent::{Accepted, Change, Intent, Target};
+use nexus_control::intent::{Accepted, Change, Intent};
 use nexus_control::step::Dirty;
 use nexus_control::world::World;
 use nexus_env::SeededRng;
 use nexus_model::kind::*;
-use nexus_model::plan::{HostReport, InstanceReport};
 use nexus_model::{ApiError, Bytes, Code, Digest, Metadata, MilliCpu, Name, Object, Timestamp};
 use nexus_store::{KeyValue, Revision};
 use serde_json::json;
-
-fn name(s: &str) -> Name {
-    s.parse().unwrap()
-}
 
 /// A region whose hosts join as they are told, run what they are told, and report each half second.
 struct Town {
@@ -45,9 +43,7 @@ impl Town {
         for (cell, zone, max_hosts) in cells {
             town.cell(cell, zone, *max_hosts).unwrap();
         }
-        let digest = Digest::of(b"web");
-        let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }] };
-        town.create::<Image>("default", "web", spec).unwrap();
+        town.create::<Image>("default", "web", image("web")).unwrap();
         town
     }
 
@@ -77,76 +73,41 @@ impl Town {
     }
 
     fn cell(&mut self, cell: &str, zone: &str, max_hosts: u32) -> Result<Accepted, ApiError> {
-        let spec = CellSpec { max_hosts, zone: Some(name(zone)) };
-        self.change("cells", None, cell, |metadata| Change::Create {
-            object: Object::<Cell>::new(metadata, spec).to_any(),
-        })
+        self.create::<Cell>("", cell, CellSpec { max_hosts, zone: Some(name(zone)) })
     }
 
-    fn change(
-        &mut self,
-        plural: &str,
-        project: Option<&str>,
-        object: &str,
-        change: impl FnOnce(Metadata) -> Change,
-    ) -> Result<Accepted, ApiError> {
-        let target = Target { plural: plural.into(), project: project.map(name), name: name(object) };
-        let metadata = Metadata::new(target.name.clone(), target.project.clone());
-        let intent = Intent {
-            request_id: "req-1".parse().unwrap(),
-            actor: "admin".into(),
-            target,
-            change: change(metadata),
-            if_match: None,
-            idempotency_key: None,
-            dry_run: false,
-        };
-        self.with(|core, at| core.intent(&intent, at))
+    fn submit(&mut self, intent: &Intent) -> Result<Accepted, ApiError> {
+        self.with(|core, at| core.intent(intent, at))
     }
 
     fn create<K: Kind>(&mut self, project: &str, object: &str, spec: K::Spec) -> Result<Accepted, ApiError> {
         let project = matches!(K::SCOPE, Scope::Project).then_some(project);
-        self.change(K::PLURAL, project, object, |m| Change::Create { object: Object::<K>::new(m, spec).to_any() })
+        self.submit(&create::<K>(project, object, spec))
     }
 
     fn project(&mut self, project: &str) {
         self.create::<Project>("", project, ProjectSpec::default()).unwrap();
-        let digest = Digest::of(b"web");
-        let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }] };
-        self.create::<Image>(project, "web", spec).unwrap();
+        self.create::<Image>(project, "web", image("web")).unwrap();
     }
 
     /// An app whose instances take half a core each: a host takes four.
     fn app(&mut self, project: &str, app: &str, replicas: u32) {
-        let mut spec = AppSpec { image: name("web"), replicas, ..App::example() };
+        let mut spec = web(replicas);
         spec.resources.cpu = MilliCpu(500);
         self.create::<App>(project, app, spec).unwrap();
     }
 
     fn scale(&mut self, project: &str, app: &str, replicas: u32) {
         let patch = json!({"spec": {"replicas": replicas}});
-        self.change("apps", Some(project), app, |_| Change::Patch { patch }).unwrap();
+        self.submit(&intent("apps", Some(project), app, Change::Patch { patch })).unwrap();
     }
 
     /// A new host asks to join; it goes on living if it may.
     fn join(&mut self, host: &str, zone: &str, cell: &str) -> Result<Name, String> {
         self.joined += 1;
-        let n = self.joined;
-        let spec = HostSpec {
-            zone: name(zone),
-            cell: name(cell),
-            address: format!("[fd00::{n:x}]:7440").parse().unwrap(),
-            prefix6: format!("fd00:0:0:{n:x}::").parse().unwrap(),
-            prefix4: [10, 97, n, 0].into(),
-            runtimes: vec![Runtime::Container],
-            capacity: Capacity {
-                cpu: MilliCpu(2000),
-                memory: Bytes(64 << 30),
-                scratch: Bytes(640 << 30),
-                instances: 100,
-            },
-            ..HostSpec::default()
-        };
+        let (memory, scratch) = (Bytes(64 << 30), Bytes(640 << 30));
+        let capacity = Capacity { cpu: MilliCpu(2000), memory, scratch, instances: 100 };
+        let spec = common::host(zone, cell, self.joined, capacity);
         let host = name(host);
         self.report(&host, &spec)?;
         self.alive.insert(host.clone(), spec);
@@ -154,29 +115,8 @@ impl Town {
     }
 
     fn report(&mut self, host: &Name, spec: &HostSpec) -> Result<u64, String> {
-        let instances = self.core.world.instances_on(host).filter(|i| i.metadata.deleting.is_none());
-        let report = HostReport {
-            host: host.clone(),
-            spec: spec.clone(),
-            boot_id: "boot-1".into(),
-            agent_version: "test".into(),
-            applied: Some(self.revision),
-            instances: instances
-                .map(|i| InstanceReport {
-                    uid: i.metadata.uid,
-                    epoch: i.status.epoch,
-                    phase: InstancePhase::Running,
-                    ready: true,
-                    endpoint: Some((i.status.address6.unwrap(), 80).into()),
-                    restarts: 0,
-                    started: None,
-                    exit_code: None,
-                    message: String::new(),
-                })
-                .collect(),
-            images: Vec::new(),
-            load: 0.1,
-        };
+        let runs = self.core.world.instances_on(host).filter(|i| i.metadata.deleting.is_none());
+        let report = common::report(host, spec.clone(), self.revision, runs);
         self.with(|core, at| core.report(&report, at))
     }
 
@@ -327,6 +267,15 @@ fn an_object_whose_reconciler_panics_is_set_aside_and_everything_else_goes_on() 
     assert_eq!(town.get_app("default", "later").status.ready_replicas, 3);
     assert_eq!(town.get_app("default", "sound").status.ready_replicas, 5);
     assert!(town.get_app("default", "poisoned").status.desired_replicas < 4);
+    let poisoned_in: BTreeSet<Name> = {
+        let app = town.get_app("default", "poisoned").metadata.uid;
+        let hosts = town.core.world.instances_of(app).filter_map(|i| i.status.host.clone());
+        hosts.map(|host| town.core.world.host(&host).unwrap().spec.cell.clone()).collect()
+    };
+    for cell in town.core.world.cells.live.values() {
+        let named = cell.status.quarantined.iter().any(|n| n == "app default/poisoned");
+        assert_eq!(named, poisoned_in.contains(&cell.metadata.name), "{:?}", cell.status);
+    }
     // It is tried again, ever more seldom: each failure is one more of the same event.
     let events = &town.core.world.events;
     let project = name("default");
@@ -338,6 +287,7 @@ fn an_object_whose_reconciler_panics_is_set_aside_and_everything_else_goes_on() 
     town.pass(Duration::from_secs(20));
     assert_eq!(town.core.quarantined(), 0);
     assert_eq!(town.get_app("default", "poisoned").status.ready_replicas, 4);
+    assert!(town.core.world.cells.live.values().all(|cell| cell.status.quarantined.is_empty()));
 }
 
 #[test]
@@ -369,7 +319,7 @@ fn load_and_blast_radius_are_what_a_recount_says() {
     }
     town.pass(Duration::from_secs(1));
     town.scale("tenant-3", "shop", 9);
-    town.change("apps", Some("tenant-1"), "shop", |_| Change::Delete).unwrap();
+    town.submit(&intent("apps", Some("tenant-1"), "shop", Change::Delete)).unwrap();
     let victim = town.core.world.instances.live.values().find_map(|i| i.status.host.clone()).unwrap();
     town.alive.remove(&victim);
     town.pass(DEAD_AFTER + Duration::from_secs(8));
@@ -442,7 +392,7 @@ fn a_cell_whose_hosts_all_vanish_keeps_its_brake_to_itself() {
 fn room_that_comes_is_filled_by_all_that_wait_and_can_use_it() {
     let mut town = Town::new(&["zone-a"], &[("cell-1", "zone-a", 10)]);
     town.app("default", "small", 6);
-    let mut spec = AppSpec { image: name("web"), replicas: 2, ..App::example() };
+    let mut spec = web(2);
     spec.resources.cpu = MilliCpu(4000);
     town.create::<App>("default", "wide", spec).unwrap();
     assert!(town.core.world.instances.live.values().all(|i| i.status.host.is_none()));
@@ -502,7 +452,7 @@ fn a_stored_object_that_cant_be_read_is_passed_over_and_never_overwritten() {
     assert_eq!(town.get_app("acme", "shop").status.ready_replicas, 2);
     for (plural, taken) in [("projects", "default"), ("zones", "zone-a"), ("cells", "zone-a-cell-1")] {
         let patch = json!({"spec": {}});
-        let refused = town.change(plural, None, taken, |_| Change::Patch { patch }).unwrap_err();
+        let refused = town.submit(&intent(plural, None, taken, Change::Patch { patch })).unwrap_err();
         assert_eq!(refused.code, Code::Conflict);
         assert!(refused.detail.contains(&format!("nexus debug store get o/{plural}/-/{taken}")), "{}", refused.detail);
     }

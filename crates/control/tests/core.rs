@@ -1,21 +1,20 @@
 //! The writer's decisions, driven by hand: what users ask, what hosts report, what time brings.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use common::{create, image, intent, name, web};
 use nexus_control::cells::{Cells, DEAD_AFTER};
 use nexus_control::core::{Bootstrap, Core, Moment};
-use nexus_control::intent::{Accepted, Change, Intent, Target};
+use nexus_control::intent::{Accepted, Change, Intent};
 use nexus_control::world::World;
 use nexus_env::SeededRng;
 use nexus_model::kind::*;
-use nexus_model::plan::{HostReport, InstanceReport};
-use nexus_model::{ApiError, Bytes, Code, Digest, Metadata, MilliCpu, Name, Object, Timestamp};
+use nexus_model::plan::HostReport;
+use nexus_model::{ApiError, Bytes, Code, MilliCpu, Name, Object, Timestamp};
 use serde_json::json;
-
-fn name(s: &str) -> Name {
-    s.parse().unwrap()
-}
 
 /// A region under test: a core, its clock, and what was committed.
 struct Lab {
@@ -76,51 +75,15 @@ impl Lab {
         answer
     }
 
-    fn host_spec(host: &Name) -> HostSpec {
-        let (zone, n) = host.as_str().rsplit_once('-').unwrap();
-        let index = (zone.bytes().last().unwrap() - b'a') * 16 + n.parse::<u8>().unwrap();
-        HostSpec {
-            zone: name(zone),
-            cell: name(&zone.replace("zone", "cell")),
-            address: format!("[fd00::{index}]:7440").parse().unwrap(),
-            prefix6: format!("fd00:0:0:{index}::").parse().unwrap(),
-            prefix4: [10, 97, index, 0].into(),
-            runtimes: vec![Runtime::Container, Runtime::Function],
-            capacity: Capacity {
-                cpu: MilliCpu(2000),
-                memory: Bytes(2 << 30),
-                scratch: Bytes(10 << 30),
-                instances: 100,
-            },
-            ..HostSpec::default()
-        }
-    }
-
     /// What a behaving agent says: it runs all that it is told.
     fn report(&self, host: &Name) -> HostReport {
-        let instances = self.core.world.instances_on(host).filter(|i| i.metadata.deleting.is_none());
-        HostReport {
-            host: host.clone(),
-            spec: Self::host_spec(host),
-            boot_id: "boot-1".into(),
-            agent_version: "test".into(),
-            applied: Some(self.revision),
-            instances: instances
-                .map(|i| InstanceReport {
-                    uid: i.metadata.uid,
-                    epoch: i.status.epoch,
-                    phase: InstancePhase::Running,
-                    ready: true,
-                    endpoint: Some((i.status.address6.unwrap(), 80).into()),
-                    restarts: 0,
-                    started: None,
-                    exit_code: None,
-                    message: String::new(),
-                })
-                .collect(),
-            images: Vec::new(),
-            load: 0.1,
-        }
+        let (zone, n) = host.as_str().rsplit_once('-').unwrap();
+        let index = (zone.bytes().last().unwrap() - b'a') * 16 + n.parse::<u8>().unwrap();
+        let (memory, scratch) = (Bytes(2 << 30), Bytes(10 << 30));
+        let capacity = Capacity { cpu: MilliCpu(2000), memory, scratch, instances: 100 };
+        let spec = common::host(zone, &zone.replace("zone", "cell"), index, capacity);
+        let runs = self.core.world.instances_on(host).filter(|i| i.metadata.deleting.is_none());
+        common::report(host, spec, self.revision, runs)
     }
 
     /// Lets time pass, with every living agent reporting each half second.
@@ -136,33 +99,14 @@ impl Lab {
         }
     }
 
-    fn intent(&self, plural: &str, project: Option<&str>, object: &str, change: Change) -> Intent {
-        Intent {
-            request_id: "req-1".parse().unwrap(),
-            actor: "admin".into(),
-            target: Target { plural: plural.into(), project: project.map(name), name: name(object) },
-            change,
-            if_match: None,
-            idempotency_key: None,
-            dry_run: false,
-        }
-    }
-
     fn submit(&mut self, intent: &Intent) -> Result<Accepted, ApiError> {
         self.with(|core, at| core.intent(intent, at))
     }
 
+    /// Something global, or of the project `default`.
     fn create<K: Kind>(&mut self, object: &str, spec: K::Spec) -> Result<Accepted, ApiError> {
-        let project = matches!(K::SCOPE, Scope::Project).then(|| name("default"));
-        let any = Object::<K>::new(Metadata::new(name(object), project.clone()), spec).to_any();
-        let project = project.as_ref().map(Name::as_str);
-        self.submit(&self.intent(K::PLURAL, project, object, Change::Create { object: any }))
-    }
-
-    fn image(&mut self, image: &str) {
-        let digest = Digest::of(image.as_bytes());
-        let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }] };
-        self.create::<Image>(image, spec).unwrap();
+        let project = matches!(K::SCOPE, Scope::Project).then_some("default");
+        self.submit(&create::<K>(project, object, spec))
     }
 
     fn app(&self, app: &str) -> &Object<App> {
@@ -174,14 +118,10 @@ impl Lab {
     }
 }
 
-fn web(replicas: u32) -> AppSpec {
-    AppSpec { image: name("web"), replicas, ..App::example() }
-}
-
 #[test]
 fn an_app_spreads_over_zones_and_becomes_ready() {
     let mut lab = Lab::new(2);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     lab.create::<App>("shop", web(3)).unwrap();
     lab.pass(Duration::from_secs(2));
     let app = lab.app("shop");
@@ -195,7 +135,7 @@ fn an_app_spreads_over_zones_and_becomes_ready() {
 #[test]
 fn a_dead_hosts_instances_run_elsewhere_and_its_capacity_is_held_until_it_returns() {
     let mut lab = Lab::new(2);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     lab.create::<App>("shop", web(3)).unwrap();
     lab.pass(Duration::from_secs(2));
     let victim = lab.instances("shop")[0].status.host.clone().unwrap();
@@ -218,7 +158,7 @@ fn a_dead_hosts_instances_run_elsewhere_and_its_capacity_is_held_until_it_return
 #[test]
 fn when_many_hosts_of_a_cell_vanish_at_once_the_brake_holds() {
     let mut lab = Lab::new(2);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     lab.create::<App>("shop", web(3)).unwrap();
     lab.pass(Duration::from_secs(2));
     lab.alive.retain(|h| !h.as_str().starts_with("zone-a"));
@@ -235,7 +175,7 @@ fn when_many_hosts_of_a_cell_vanish_at_once_the_brake_holds() {
 #[test]
 fn a_new_leader_declares_nobody_dead_before_a_full_round() {
     let mut lab = Lab::new(2);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     lab.create::<App>("shop", web(3)).unwrap();
     lab.pass(Duration::from_secs(2));
     // A second leader starts from what was committed, long after.
@@ -255,7 +195,7 @@ fn a_new_leader_declares_nobody_dead_before_a_full_round() {
 #[test]
 fn a_leader_that_was_held_up_itself_declares_nobody_dead() {
     let mut lab = Lab::new(1);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     lab.create::<App>("shop", web(3)).unwrap();
     lab.pass(Duration::from_secs(2));
     // Nothing was taken in for a minute, then the judge comes before the heartbeats that wait.
@@ -269,7 +209,7 @@ fn a_leader_that_was_held_up_itself_declares_nobody_dead() {
 #[test]
 fn the_largest_object_fits_and_a_larger_one_is_refused() {
     let mut lab = Lab::new(2);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     let mut spec = web(40);
     spec.env = (0..3).map(|n| (format!("V{n}"), "x".repeat(16 << 10))).collect();
     lab.create::<App>("wide", spec.clone()).unwrap();
@@ -281,14 +221,14 @@ fn the_largest_object_fits_and_a_larger_one_is_refused() {
 #[test]
 fn quota_is_taken_and_given_back_with_the_app() {
     let mut lab = Lab::new(1);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     let patch = json!({"spec": {"quota": {"instances": 4}}});
-    lab.submit(&lab.intent("projects", None, "default", Change::Patch { patch })).unwrap();
+    lab.submit(&intent("projects", None, "default", Change::Patch { patch })).unwrap();
     lab.create::<App>("one", web(3)).unwrap();
     let refused = lab.create::<App>("two", web(2)).unwrap_err();
     assert_eq!(refused.code, Code::QuotaExceeded);
     assert!(refused.detail.contains("instances quota of project default is 4"), "{}", refused.detail);
-    lab.submit(&lab.intent("apps", Some("default"), "one", Change::Delete)).unwrap();
+    lab.submit(&intent("apps", Some("default"), "one", Change::Delete)).unwrap();
     lab.create::<App>("two", web(4)).unwrap();
     let used = lab.core.world.usage(&name("default")).unwrap().status.used;
     assert_eq!(used.instances, 4);
@@ -297,10 +237,10 @@ fn quota_is_taken_and_given_back_with_the_app() {
 #[test]
 fn a_delete_frees_the_name_at_once_and_ends_when_hosts_confirm() {
     let mut lab = Lab::new(1);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     lab.create::<App>("shop", web(2)).unwrap();
     lab.pass(Duration::from_secs(1));
-    lab.submit(&lab.intent("apps", Some("default"), "shop", Change::Delete)).unwrap();
+    lab.submit(&intent("apps", Some("default"), "shop", Change::Delete)).unwrap();
     assert_eq!(lab.core.world.apps.buried.len(), 1);
     assert_eq!(lab.core.world.instances.buried.len(), 2);
     lab.create::<App>("shop", web(1)).unwrap();
@@ -311,16 +251,28 @@ fn a_delete_frees_the_name_at_once_and_ends_when_hosts_confirm() {
 }
 
 #[test]
+fn an_address_is_given_again_only_after_all_others_of_its_host() {
+    let mut lab = Lab::new(1);
+    lab.create::<Image>("web", image("web")).unwrap();
+    let mut given = std::collections::BTreeSet::new();
+    for turn in 0..100 {
+        lab.create::<App>("shop", web(1)).unwrap();
+        lab.pass(Duration::from_secs(1));
+        let placed = lab.core.world.instances.live.values().next().unwrap().status.clone();
+        assert!(given.insert((placed.host, placed.slot)), "turn {turn}: slot {:?} again", placed.slot);
+        lab.submit(&intent("apps", Some("default"), "shop", Change::Delete)).unwrap();
+        lab.pass(Duration::from_secs(2));
+    }
+}
+
+#[test]
 fn a_full_region_says_how_many_hosts_each_filter_refused() {
     let mut lab = Lab::new(1);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     let mut spec = web(1);
     spec.resources.memory = Bytes(4 << 30);
-    let mut intent = lab.intent("apps", Some("default"), "big", Change::Delete);
-    let any = Object::<App>::new(Metadata::new(name("big"), Some(name("default"))), spec.clone()).to_any();
-    intent.change = Change::Create { object: any };
-    intent.dry_run = true;
-    let refused = lab.submit(&intent).unwrap_err();
+    let dry = Intent { dry_run: true, ..create::<App>(Some("default"), "big", spec.clone()) };
+    let refused = lab.submit(&dry).unwrap_err();
     assert_eq!(refused.code, Code::Unschedulable);
     assert!(lab.core.world.apps.live.is_empty() && lab.core.world.instances.live.is_empty());
     lab.create::<App>("big", spec).unwrap();
@@ -332,12 +284,12 @@ fn a_full_region_says_how_many_hosts_each_filter_refused() {
 #[test]
 fn a_new_template_replaces_instances_without_dipping_below_the_wanted_ready_count() {
     let mut lab = Lab::new(2);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     lab.create::<App>("shop", web(4)).unwrap();
     lab.pass(Duration::from_secs(2));
     let before: Vec<_> = lab.instances("shop").iter().map(|i| i.metadata.uid).collect();
     let patch = json!({"spec": {"env": {"COLOUR": "green"}}});
-    lab.submit(&lab.intent("apps", Some("default"), "shop", Change::Patch { patch })).unwrap();
+    lab.submit(&intent("apps", Some("default"), "shop", Change::Patch { patch })).unwrap();
     for _ in 0..20 {
         lab.pass(Duration::from_millis(500));
         assert!(lab.instances("shop").iter().filter(|i| i.status.ready).count() >= 4);
@@ -346,12 +298,73 @@ fn a_new_template_replaces_instances_without_dipping_below_the_wanted_ready_coun
     assert!(lab.instances("shop").iter().all(|i| !before.contains(&i.metadata.uid)));
 }
 
+/// Has an operator decide about a host.
+fn decide(lab: &mut Lab, host: &str, draining: bool) {
+    let patch = json!({"spec": {"cordoned": draining, "draining": draining}});
+    lab.submit(&intent("hosts", None, host, Change::Patch { patch })).unwrap();
+}
+
+fn on(lab: &Lab, host: &str) -> usize {
+    lab.core.world.instances_on(&name(host)).count()
+}
+
+#[test]
+fn a_drained_host_is_emptied_without_dipping_below_the_wanted_ready_count() {
+    let mut lab = Lab::new(2);
+    lab.create::<Image>("web", image("web")).unwrap();
+    for app in ["one", "two"] {
+        lab.create::<App>(app, web(4)).unwrap();
+    }
+    lab.pass(Duration::from_secs(2));
+    let victim = lab.instances("one")[0].status.host.clone().unwrap();
+    let stay = on(&lab, "zone-a-1") + on(&lab, "zone-a-2");
+    assert!(stay > 0);
+    decide(&mut lab, victim.as_str(), true);
+    for _ in 0..40 {
+        lab.pass(Duration::from_millis(500));
+        for app in ["one", "two"] {
+            let ready = lab.instances(app).iter().filter(|i| i.status.ready).count();
+            assert!(ready >= 4, "{ready} of {app} are ready while {victim} is drained");
+        }
+    }
+    assert_eq!(on(&lab, victim.as_str()), 0, "also what was stopped is confirmed gone");
+    assert_eq!(lab.app("one").status.phase, AppPhase::Ready);
+    assert_eq!(lab.core.world.host(&victim).unwrap().status.state, HostState::Ready, "it is empty, not gone");
+
+    // Nothing comes back until an operator says so.
+    lab.create::<App>("three", web(12)).unwrap();
+    lab.pass(Duration::from_secs(2));
+    assert_eq!(on(&lab, victim.as_str()), 0);
+}
+
+#[test]
+fn what_finds_no_other_host_stays_and_an_end_to_draining_takes_back_what_was_begun() {
+    let mut lab = Lab::new(1);
+    lab.create::<Image>("web", image("web")).unwrap();
+    // Each host takes two of these, so the region is full with six.
+    let mut spec = web(6);
+    spec.resources.cpu = MilliCpu(1000);
+    lab.create::<App>("big", spec).unwrap();
+    lab.pass(Duration::from_secs(2));
+    assert_eq!(on(&lab, "zone-a-1"), 2);
+    decide(&mut lab, "zone-a-1", true);
+    lab.pass(Duration::from_secs(10));
+    assert_eq!(on(&lab, "zone-a-1"), 2, "what has nowhere to go stays");
+    assert_eq!(lab.instances("big").iter().filter(|i| i.status.ready).count(), 6);
+    let waits = lab.instances("big").into_iter().find(|i| i.status.host.is_none()).expect("one waits for room");
+    assert!(waits.status.message.contains("no host of 3 can take it"), "{}", waits.status.message);
+
+    decide(&mut lab, "zone-a-1", false);
+    lab.pass(Duration::from_secs(2));
+    assert_eq!(lab.instances("big").len(), 6);
+    assert_eq!((on(&lab, "zone-a-1"), lab.app("big").status.phase), (2, AppPhase::Ready));
+}
+
 #[test]
 fn retries_with_one_key_are_answered_once_and_another_request_with_it_is_refused() {
     let mut lab = Lab::new(1);
-    lab.image("web");
-    let any = Object::<App>::new(Metadata::new(name("shop"), Some(name("default"))), web(1)).to_any();
-    let mut intent = lab.intent("apps", Some("default"), "shop", Change::Create { object: any });
+    lab.create::<Image>("web", image("web")).unwrap();
+    let mut intent = create::<App>(Some("default"), "shop", web(1));
     intent.idempotency_key = Some("k1".into());
     let first = lab.submit(&intent).unwrap();
     let again = lab.submit(&intent).unwrap();
@@ -365,20 +378,20 @@ fn retries_with_one_key_are_answered_once_and_another_request_with_it_is_refused
 #[test]
 fn preconditions_protection_and_immutability_hold() {
     let mut lab = Lab::new(1);
-    lab.image("web");
+    lab.create::<Image>("web", image("web")).unwrap();
     lab.create::<App>("shop", web(1)).unwrap();
-    let mut delete = lab.intent("apps", Some("default"), "shop", Change::Delete);
+    let mut delete = intent("apps", Some("default"), "shop", Change::Delete);
     delete.if_match = Some(1);
     assert_eq!(lab.submit(&delete).unwrap_err().code, Code::PreconditionFailed);
     let patch = json!({"metadata": {"deletionProtection": true}});
-    lab.submit(&lab.intent("apps", Some("default"), "shop", Change::Patch { patch })).unwrap();
+    lab.submit(&intent("apps", Some("default"), "shop", Change::Patch { patch })).unwrap();
     delete.if_match = None;
     assert_eq!(lab.submit(&delete).unwrap_err().code, Code::Conflict);
     let patch = json!({"spec": {"organization": "other"}});
-    let refused = lab.submit(&lab.intent("projects", None, "default", Change::Patch { patch })).unwrap_err();
+    let refused = lab.submit(&intent("projects", None, "default", Change::Patch { patch })).unwrap_err();
     assert_eq!(refused.errors[0].field, "spec.organization");
     let patch = json!({"metadata": {"name": "other"}});
-    let refused = lab.submit(&lab.intent("apps", Some("default"), "shop", Change::Patch { patch })).unwrap_err();
+    let refused = lab.submit(&intent("apps", Some("default"), "shop", Change::Patch { patch })).unwrap_err();
     assert_eq!(refused.errors[0].field, "metadata.name");
 }
 
@@ -386,16 +399,61 @@ fn preconditions_protection_and_immutability_hold() {
 fn a_deleted_project_takes_everything_with_it() {
     let mut lab = Lab::new(1);
     lab.create::<Project>("side", ProjectSpec::default()).unwrap();
-    let digest = Digest::of(b"x");
-    let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }] };
-    let any = Object::<Image>::new(Metadata::new(name("web"), Some(name("side"))), spec).to_any();
-    lab.submit(&lab.intent("images", Some("side"), "web", Change::Create { object: any })).unwrap();
-    let any = Object::<App>::new(Metadata::new(name("shop"), Some(name("side"))), web(30)).to_any();
-    lab.submit(&lab.intent("apps", Some("side"), "shop", Change::Create { object: any })).unwrap();
+    lab.submit(&create::<Image>(Some("side"), "web", image("x"))).unwrap();
+    lab.submit(&create::<App>(Some("side"), "shop", web(30))).unwrap();
     lab.pass(Duration::from_secs(1));
-    lab.submit(&lab.intent("projects", None, "side", Change::Delete)).unwrap();
+    lab.submit(&intent("projects", None, "side", Change::Delete)).unwrap();
     lab.pass(Duration::from_secs(3));
     let left: Vec<_> = lab.committed.keys().filter(|k| k.contains("/side/") || k.starts_with("t/")).collect();
     assert!(left.is_empty(), "{left:?}");
     lab.create::<Project>("side", ProjectSpec::default()).unwrap();
+}
+
+#[test]
+fn the_same_report_again_is_news_once_a_row_has_changed() {
+    let mut lab = Lab::new(1);
+    lab.create::<Image>("web", image("web")).unwrap();
+    lab.create::<App>("shop", web(1)).unwrap();
+    lab.pass(Duration::from_secs(2));
+    let host = lab.instances("shop")[0].status.host.clone().unwrap();
+    let well = lab.report(&host);
+    let mut ill = well.clone();
+    ill.instances[0].ready = false;
+    for _ in 0..2 {
+        for (report, ready) in [(&well, true), (&well, true), (&ill, false), (&ill, false)] {
+            let before = lab.revision;
+            let was = lab.instances("shop")[0].status.ready;
+            lab.with(|core, at| core.report(report, at)).unwrap();
+            assert_eq!(lab.instances("shop")[0].status.ready, ready);
+            assert_eq!(lab.revision > before, was != ready, "only a change is committed");
+        }
+    }
+    // Buried, still reported as before: it stays until its host has applied a plan without it and says no more of it.
+    lab.submit(&intent("apps", Some("default"), "shop", Change::Delete)).unwrap();
+    let deleted = lab.revision;
+    lab.with(|core, at| core.report(&well, at)).unwrap();
+    assert_eq!(lab.core.world.instances_on(&host).count(), 1);
+    let mut gone = well.clone();
+    gone.instances.clear();
+    lab.with(|core, at| core.report(&gone, at)).unwrap();
+    assert_eq!(lab.core.world.instances_on(&host).count(), 1, "said of an older plan");
+    gone.applied = Some(deleted);
+    lab.with(|core, at| core.report(&gone, at)).unwrap();
+    assert_eq!(lab.core.world.instances_on(&host).count(), 0);
+}
+
+#[test]
+fn a_host_whose_reports_wait_for_the_writer_is_not_silent() {
+    let mut lab = Lab::new(2);
+    lab.pass(Duration::from_secs(2));
+    let waits = name("zone-a-1");
+    lab.alive.retain(|h| *h != waits);
+    for _ in 0..20 {
+        let at = lab.at;
+        lab.core.cells.arrived(&waits, at);
+        lab.pass(Duration::from_millis(500));
+    }
+    assert_eq!(lab.core.world.host(&waits).unwrap().status.state, HostState::Ready);
+    lab.pass(DEAD_AFTER + Duration::from_secs(1));
+    assert_eq!(lab.core.world.host(&waits).unwrap().status.state, HostState::Dead);
 }

@@ -1,24 +1,23 @@
 //! A fleet under test: the core of the global group and those of two regions, with the links between them driven by hand.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
+use common::{create, image, intent, name, web};
 use nexus_control::cells::Cells;
 use nexus_control::core::{Bootstrap, Core, Moment};
 use nexus_control::fleet::{Adopt, Presence};
-use nexus_control::intent::{Accepted, Change, Intent, Target};
+use nexus_control::intent::{Accepted, Change};
 use nexus_control::world::{Part, World};
 use nexus_env::SeededRng;
 use nexus_model::kind::*;
-use nexus_model::plan::{HostReport, InstanceReport};
-use nexus_model::{ApiError, Code, Digest, Metadata, MilliCpu, Name, Object, Timestamp};
+use nexus_model::plan::HostReport;
+use nexus_model::{ApiError, Code, MilliCpu, Name, Object, Timestamp};
 use nexus_store::{KeyValue, Revision, WatchEvent};
 use serde_json::json;
-
-fn name(s: &str) -> Name {
-    s.parse().unwrap()
-}
 
 /// One group: its core and what it committed.
 struct Group {
@@ -88,44 +87,14 @@ impl Group {
     /// What the region's one host says: it runs all that it is told.
     fn report(&self) -> HostReport {
         let region = self.core.region().clone();
-        let index = u16::from(region.as_str().bytes().last().unwrap());
+        let index = region.as_str().bytes().last().unwrap();
         let host = name(&format!("{region}-host"));
         let told = self.core.world.instances_on(&host);
-        let instances = told.filter(|i| i.metadata.deleting.is_none() || !self.host_answers).map(|i| InstanceReport {
-            uid: i.metadata.uid,
-            epoch: i.status.epoch,
-            phase: InstancePhase::Running,
-            ready: true,
-            endpoint: Some((i.status.address6.unwrap(), 80).into()),
-            restarts: 0,
-            started: None,
-            exit_code: None,
-            message: String::new(),
-        });
-        HostReport {
-            spec: HostSpec {
-                zone: name(&format!("{region}-zone")),
-                cell: name(&format!("{region}-cell")),
-                address: format!("[fd00::{index}]:7440").parse().unwrap(),
-                prefix6: format!("fd00:0:0:{index}::").parse().unwrap(),
-                prefix4: [10, 97, index as u8, 0].into(),
-                runtimes: vec![Runtime::Container],
-                capacity: Capacity {
-                    cpu: MilliCpu(100_000),
-                    memory: nexus_model::Bytes(100 << 30),
-                    scratch: nexus_model::Bytes(1000 << 30),
-                    instances: 200,
-                },
-                ..HostSpec::default()
-            },
-            boot_id: "boot-1".into(),
-            agent_version: "test".into(),
-            applied: Some(self.revision),
-            instances: instances.collect(),
-            images: Vec::new(),
-            load: 0.1,
-            host,
-        }
+        let runs = told.filter(|i| i.metadata.deleting.is_none() || !self.host_answers);
+        let gib = |n: u64| nexus_model::Bytes(n << 30);
+        let capacity = Capacity { cpu: MilliCpu(100_000), memory: gib(100), scratch: gib(1000), instances: 200 };
+        let spec = common::host(&format!("{region}-zone"), &format!("{region}-cell"), index, capacity);
+        common::report(&host, spec, self.revision, runs)
     }
 }
 
@@ -143,7 +112,8 @@ impl Fleet {
         fleet.found("eu");
         fleet.found("us");
         fleet.pass(3);
-        fleet.image("web");
+        fleet.create::<Image>(GLOBAL, D, "web", image("web")).unwrap();
+        fleet.pass(1);
         fleet
     }
 
@@ -214,15 +184,7 @@ impl Fleet {
         object: &str,
         change: Change,
     ) -> Result<Accepted, ApiError> {
-        let intent = Intent {
-            request_id: "req-1".parse().unwrap(),
-            actor: "admin".into(),
-            target: Target { plural: plural.into(), project: project.map(name), name: name(object) },
-            change,
-            if_match: None,
-            idempotency_key: None,
-            dry_run: false,
-        };
+        let intent = intent(plural, project, object, change);
         let at = self.at;
         self.group(region).with(at, |core, at| core.intent(&intent, at))
     }
@@ -238,8 +200,8 @@ impl Fleet {
         object: &str,
         spec: K::Spec,
     ) -> Result<Accepted, ApiError> {
-        let any = Object::<K>::new(Metadata::new(name(object), project.map(name)), spec).to_any();
-        self.submit(region, K::PLURAL, project, object, Change::Create { object: any })
+        let (at, intent) = (self.at, create::<K>(project, object, spec));
+        self.group(region).with(at, |core, at| core.intent(&intent, at))
     }
 
     fn delete(
@@ -254,13 +216,6 @@ impl Fleet {
 
     fn patch(&mut self, region: &str, plural: &str, project: Option<&str>, object: &str, patch: serde_json::Value) {
         self.submit(region, plural, project, object, Change::Patch { patch }).unwrap();
-    }
-
-    fn image(&mut self, image: &str) {
-        let digest = Digest::of(image.as_bytes());
-        let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }] };
-        self.create::<Image>(GLOBAL, Some("default"), image, spec).unwrap();
-        self.pass(1);
     }
 
     /// An app of the project `default`.
@@ -281,10 +236,6 @@ impl Fleet {
         let app = self.app(GLOBAL, app).unwrap();
         &app.status.conditions.iter().find(|c| c.kind == "Ready").unwrap().reason
     }
-}
-
-fn web(replicas: u32) -> AppSpec {
-    AppSpec { image: name("web"), replicas, ..App::example() }
 }
 
 const D: Option<&str> = Some("default");
@@ -394,9 +345,7 @@ fn a_deleted_project_is_gone_when_every_region_has_torn_it_down() {
     let mut fleet = Fleet::new();
     fleet.create::<Project>(GLOBAL, None, "shop", ProjectSpec::default()).unwrap();
     fleet.pass(1);
-    let digest = Digest::of(b"web");
-    let image = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }] };
-    fleet.create::<Image>(GLOBAL, Some("shop"), "web", image).unwrap();
+    fleet.create::<Image>(GLOBAL, Some("shop"), "web", image("web")).unwrap();
     fleet.create::<App>(GLOBAL, Some("shop"), "everywhere", web(2)).unwrap();
     fleet.create::<App>("eu", Some("shop"), "here", web(2)).unwrap();
     let route = RouteSpec { host: "shop.example.com".into(), app: name("here"), ..RouteSpec::default() };

@@ -1,34 +1,18 @@
 //! Transactions that are begun one after another, each comparing what the one before leaves, all commit: also when they fill
 //! many log entries.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::Duration;
+mod common;
 
-use async_trait::async_trait;
 use bytes::Bytes;
+use common::net::{End, LONG, env};
 use futures::StreamExt;
 use futures::stream::FuturesOrdered;
-use nexus_env::{Env, MemDisk};
-use nexus_store::embedded::{Config, EmbeddedStore, PeerRef, Peers};
-use nexus_store::{Compare, GroupId, Op, PeerError, Store, Txn, TxnOutcome};
-
-struct Alone;
-
-#[async_trait]
-impl Peers for Alone {
-    async fn call(&self, _: &PeerRef, _: &GroupId, _: Bytes) -> Result<Bytes, PeerError> {
-        Err(PeerError::Unreachable("there is nobody else".into()))
-    }
-}
+use nexus_store::{Compare, Op, Store, Txn, TxnOutcome};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_chain_of_transactions_may_be_begun_at_once() {
-    let env = Env::real().with_disk(Arc::new(MemDisk::new(1)));
-    let members = BTreeMap::from([(1, "node-1".to_owned())]);
-    let config = Config::new(1, "local".parse().unwrap(), "/data", members);
-    let store = EmbeddedStore::open(config, env, Arc::new(Alone)).await.unwrap();
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    let store = End::alone().open(&env(1), "local", &[1]).await;
+    let deadline = tokio::time::Instant::now() + LONG;
     while let Err(error) = store.txn(Txn::put("chain", "0")).await {
         assert!(tokio::time::Instant::now() < deadline, "{error}");
     }

@@ -1,93 +1,39 @@
 //! Three regions of one server each, with real stores in one process: the writers of the global group and of the regions
 //! over links that are cut and healed.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, Weak};
+mod common;
+
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
+use common::net::{End, LONG, Net, Running, env, submit};
+use common::{create, intent, name, web};
 use nexus_control::core::Bootstrap;
-use nexus_control::intent::{Accepted, Change, Intent, Target, Writer};
-use nexus_control::region::{Config, Fleet, Forward, ForwardError, Region, Upward};
+use nexus_control::intent::{Change, Writer};
+use nexus_control::region::{Config, Fleet, Region, Upward};
 use nexus_control::view::View;
-use nexus_env::{Env, MemDisk};
+use nexus_control::world::World;
 use nexus_model::kind::*;
 use nexus_model::plan::RegionSummary;
-use nexus_model::{ApiError, Code, Metadata, Name, Object};
-use nexus_store::embedded::{self, EmbeddedStore, PeerRef, Peers};
-use nexus_store::{GroupId, PeerError, RangeRequest, Store};
+use nexus_model::{Code, Object};
+use nexus_store::embedded::EmbeddedStore;
+use nexus_store::{RangeRequest, Store};
 use serde_json::json;
-use tokio_util::sync::CancellationToken;
 
 const REGIONS: [&str; 3] = ["eu", "sa", "us"];
 
-fn name(s: &str) -> Name {
-    s.parse().unwrap()
-}
-
-/// The wire between servers, which are numbered as their regions are.
-#[derive(Default)]
-struct Net {
-    stores: Mutex<BTreeMap<u64, Weak<EmbeddedStore>>>,
-    globals: Mutex<BTreeMap<u64, Weak<Region>>>,
-    cut: Mutex<BTreeSet<u64>>,
-}
-
-impl Net {
-    fn reach<T>(&self, from: u64, to: u64, all: &Mutex<BTreeMap<u64, Weak<T>>>) -> Option<Arc<T>> {
-        let cut = self.cut.lock().unwrap();
-        if from != to && (cut.contains(&from) || cut.contains(&to)) {
-            return None;
-        }
-        all.lock().unwrap().get(&to).and_then(Weak::upgrade)
-    }
-}
-
-/// One server's end of the wire.
-struct End {
-    node: u64,
-    net: Arc<Net>,
-    /// Who leads the global group, as this server's copy of it says.
-    global: Mutex<Option<Weak<EmbeddedStore>>>,
+/// The way to whoever leads the global group, as this server's copy of it says. Servers are numbered as their regions are.
+struct Uplink {
+    end: Arc<End>,
+    global: Weak<EmbeddedStore>,
 }
 
 #[async_trait]
-impl Peers for End {
-    async fn call(&self, to: &PeerRef, _: &GroupId, message: Bytes) -> Result<Bytes, PeerError> {
-        match self.net.reach(self.node, to.node, &self.net.stores) {
-            Some(store) => {
-                let answer = store.handle(message).await;
-                match self.net.reach(self.node, to.node, &self.net.stores) {
-                    Some(_) => Ok(answer),
-                    None => Err(PeerError::Lost("cut".into())),
-                }
-            }
-            None => Err(PeerError::Unreachable(format!("{} is cut off", to.node))),
-        }
-    }
-}
-
-#[async_trait]
-impl Forward for End {
-    async fn forward(&self, node: u64, intent: &Intent, _: Duration) -> Result<Accepted, ForwardError> {
-        let Some(region) = self.net.reach(self.node, node, &self.net.globals) else {
-            return Err(ForwardError::NotTaken(format!("{node} is cut off")));
-        };
-        match region.submit_here(intent.clone()).await {
-            Some(Ok(accepted)) => Ok(accepted),
-            Some(Err(error)) => Err(ForwardError::Answered(error)),
-            None => Err(ForwardError::NotTaken("not the leader".into())),
-        }
-    }
-}
-
-#[async_trait]
-impl Upward for End {
+impl Upward for Uplink {
     async fn summarize(&self, summary: &RegionSummary, _: Duration) -> Result<u64, String> {
-        let store = self.global.lock().unwrap().as_ref().and_then(Weak::upgrade).ok_or("stopped")?;
-        let leader = store.leadership().borrow().leader.ok_or("nobody leads")?;
-        let global = self.net.reach(self.node, leader, &self.net.globals).ok_or("cut off")?;
+        let leader = self.global.upgrade().ok_or("stopped")?.leadership().borrow().leader.ok_or("nobody leads")?;
+        let global = self.end.reach(leader, &self.end.net.writers).ok_or("cut off")?;
         global.hear(summary.clone()).await.map_err(|e| format!("{e:?}"))
     }
 }
@@ -96,24 +42,16 @@ struct Server {
     stores: [Arc<EmbeddedStore>; 2],
     region: Arc<Region>,
     global: Arc<Region>,
-    view: View,
-    stop: CancellationToken,
-    tasks: tokio::task::JoinSet<()>,
+    running: Running,
 }
 
 impl Server {
     async fn start(node: u64, region: &str, net: &Arc<Net>) -> Self {
-        let end = Arc::new(End { node, net: net.clone(), global: Mutex::default() });
-        let env = Env::real().with_disk(Arc::new(MemDisk::new(node)));
-        let open = |group: &str, members: BTreeMap<u64, String>| {
-            let config = embedded::Config::new(node, group.parse().unwrap(), format!("/{group}"), members);
-            EmbeddedStore::open(config, env.clone(), end.clone())
-        };
-        let all = (1..=3).map(|n| (n, format!("node-{n}"))).collect();
-        let global_store = Arc::new(open(GLOBAL, all).await.unwrap());
-        let store = Arc::new(open(region, [(node, format!("node-{node}"))].into()).await.unwrap());
+        let (env, end) = (env(node), End::new(node, net));
+        let global_store = end.open(&env, GLOBAL, &[1, 2, 3]).await;
+        let store = end.open(&env, region, &[node]).await;
         net.stores.lock().unwrap().insert(node, Arc::downgrade(&global_store));
-        *end.global.lock().unwrap() = Some(Arc::downgrade(&global_store));
+        let upward = Arc::new(Uplink { end: end.clone(), global: Arc::downgrade(&global_store) });
         let config = |group: &str, own: bool| Config {
             node,
             server: format!("server-{node}"),
@@ -125,75 +63,31 @@ impl Server {
             },
             fleet: own.then(|| Fleet {
                 store: global_store.clone(),
-                upward: end.clone(),
+                upward: upward.clone(),
                 tier: Tier::Core,
                 servers: vec![],
             }),
         };
         let global = Arc::new(Region::new(config(GLOBAL, false), env.clone(), global_store.clone(), end.clone()));
-        let writer = Arc::new(Region::new(config(region, true), env, store.clone(), end.clone()));
-        net.globals.lock().unwrap().insert(node, Arc::downgrade(&global));
-        let (stop, view) = (CancellationToken::new(), View::new("localhost").in_region(&name(region)));
-        let mut tasks = tokio::task::JoinSet::new();
-        for runs in [writer.clone(), global.clone()] {
-            let stop = stop.clone();
-            tasks.spawn(async move { runs.run(stop).await });
-        }
-        let (follows, contract, stopped) = (view.clone(), store.clone() as Arc<dyn Store>, stop.clone());
-        tasks.spawn(async move { follows.follow(contract, stopped).await });
-        let (follows, contract, stopped) = (view.clone(), global_store.clone() as Arc<dyn Store>, stop.clone());
-        tasks.spawn(async move { follows.follow_global(contract, stopped).await });
-        Self { stores: [store, global_store], region: writer, global, view, stop, tasks }
+        let writer = Arc::new(Region::new(config(region, true), env, store.clone(), end));
+        net.writers.lock().unwrap().insert(node, Arc::downgrade(&global));
+        let mut running = Running::new(View::new("localhost").in_region(&name(region)));
+        running.writer(&writer);
+        running.writer(&global);
+        running.follow(store.clone());
+        running.follow_global(global_store.clone());
+        Self { stores: [store, global_store], region: writer, global, running }
     }
 
-    async fn end(mut self) {
-        self.stop.cancel();
-        while self.tasks.join_next().await.is_some() {}
+    async fn end(self) {
+        self.running.end().await;
         for store in &self.stores {
             store.shutdown().await;
         }
     }
 
-    /// Waits until this server's view of region and fleet is as asked.
-    async fn shows(&self, what: &str, f: impl Fn(&nexus_control::world::World) -> bool) {
-        let waited = tokio::time::timeout(Duration::from_secs(60), async {
-            while !self.view.read(&f) {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        });
-        assert!(waited.await.is_ok(), "{what}");
-    }
-}
-
-fn intent(plural: &str, project: Option<&str>, object: &str, change: Change) -> Intent {
-    Intent {
-        request_id: "req-1".parse().unwrap(),
-        actor: "admin".into(),
-        target: Target { plural: plural.into(), project: project.map(name), name: name(object) },
-        change,
-        if_match: None,
-        idempotency_key: None,
-        dry_run: false,
-    }
-}
-
-fn create<K: Kind>(project: Option<&str>, object: &str, spec: K::Spec) -> Intent {
-    let object_ = Object::<K>::new(Metadata::new(name(object), project.map(name)), spec).to_any();
-    intent(K::PLURAL, project, object, Change::Create { object: object_ })
-}
-
-fn web(replicas: u32) -> AppSpec {
-    AppSpec { image: name("web"), replicas, ..App::example() }
-}
-
-/// Sends an intent again until it was decided for good.
-async fn submit(writer: &Region, intent: Intent) -> Result<Accepted, ApiError> {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
-    loop {
-        match writer.submit(intent.clone()).await {
-            Err(e) if e.code.is_retryable() && tokio::time::Instant::now() < deadline => {}
-            decided => return decided,
-        }
+    async fn shows(&self, what: &str, f: impl Fn(&World) -> bool) {
+        self.running.shows(what, f).await;
     }
 }
 
@@ -220,9 +114,9 @@ async fn a_region_that_is_cut_off_stops_nobody_goes_on_and_converges_when_it_ret
         let place = (Some(name("p-0")), name("wide"));
         server.shows("a share in each region", |w| w.apps.live.get(&place).is_some_and(|a| a.spec.replicas == 2)).await;
     }
-    let mut tables = us.view.table();
+    let mut tables = us.running.view.table();
     let routed = tables.wait_for(|t| t.regions.len() == 2 && t.services.iter().any(|s| s.app == *"wide"));
-    let table = tokio::time::timeout(Duration::from_secs(60), routed).await.unwrap().unwrap().clone();
+    let table = tokio::time::timeout(LONG, routed).await.unwrap().unwrap().clone();
     assert_eq!((table.region.as_str(), table.regions.len()), ("us", 2));
     let wide = table.services.iter().find(|s| s.app == *"wide").unwrap();
     assert_eq!((wide.global, wide.regions.as_slice()), (true, &[name("eu"), name("sa")][..]));
@@ -257,13 +151,13 @@ async fn a_region_that_is_cut_off_stops_nobody_goes_on_and_converges_when_it_ret
         .await;
 
     net.cut.lock().unwrap().clear();
-    let gone = |w: &nexus_control::world::World| w.usage(&name("p-1")).is_none() && w.fleet().projects.live.len() == 7;
+    let gone = |w: &World| w.usage(&name("p-1")).is_none() && w.fleet().projects.live.len() == 7;
     lost.shows("what was deleted meanwhile is gone", gone).await;
     let place = (Some(name("p-0")), name("wide"));
     lost.shows("what was changed meanwhile is changed", |w| w.apps.live[&place].spec.replicas == 3).await;
     submit(&lost.region, create::<App>(Some("late"), "own", web(1))).await.unwrap();
     // The tombstone waited for the region that was away, and for no longer: its name is free again.
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    let deadline = tokio::time::Instant::now() + LONG;
     while let Err(e) = submit(&lost.global, create::<Project>(None, "p-1", ProjectSpec::default())).await {
         assert!(e.code == Code::Conflict && tokio::time::Instant::now() < deadline, "{e:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -48,6 +48,7 @@ pub(crate) struct Metrics {
     requests: Family<ByClass, Counter>,
     retries: Family<ByService, Counter>,
     ejections: Family<ByService, Counter>,
+    waiting: Family<ByService, Gauge>,
     latency: Family<ByService, Histogram, fn() -> Histogram>,
     region_requests: Family<ByOutcome, Counter>,
     region_latency: Family<ByRegion, Gauge<f64, AtomicU64>>,
@@ -64,6 +65,8 @@ pub(crate) struct ServiceMetrics {
     classes: [Counter; 5],
     pub retries: Counter,
     pub ejections: Counter,
+    /// Requests that wait for an instance.
+    pub waiting: Gauge,
     latency: Histogram,
 }
 
@@ -93,6 +96,7 @@ impl Metrics {
             requests: Family::default(),
             retries: Family::default(),
             ejections: Family::default(),
+            waiting: Family::default(),
             latency: Family::new_with_constructor(histogram),
             region_requests: Family::default(),
             region_latency: Family::default(),
@@ -106,6 +110,7 @@ impl Metrics {
         r.register("nexus_gateway_requests", "Requests answered, by service and class of status", new.requests.clone());
         r.register("nexus_gateway_retries", "Requests sent to another instance", new.retries.clone());
         r.register("nexus_gateway_ejections", "Instances put aside for failures", new.ejections.clone());
+        r.register("nexus_gateway_waiting", "Requests that wait for an instance", new.waiting.clone());
         r.register("nexus_gateway_latency_seconds", "Seconds until the answer began", new.latency.clone());
         r.register(
             "nexus_gateway_region_requests",
@@ -137,6 +142,7 @@ impl Metrics {
             classes,
             retries: self.retries.get_or_create(&own).clone(),
             ejections: self.ejections.get_or_create(&own).clone(),
+            waiting: self.waiting.get_or_create(&own).clone(),
             latency: self.latency.get_or_create(&own).clone(),
             name,
         })
@@ -150,6 +156,7 @@ impl Metrics {
         }
         self.retries.remove(&own);
         self.ejections.remove(&own);
+        self.waiting.remove(&own);
         self.latency.remove(&own);
     }
 

@@ -29,7 +29,7 @@ pub(crate) enum Problem {
     Busy(String),
     #[error("no instance of {0} could be reached: see `nexus describe app`")]
     Unreachable(String),
-    #[error("an instance of {0} ended the connection before it answered; it may have acted on the request")]
+    #[error("the connection to an instance of {0} was lost before it answered; it may have acted on the request")]
     Broken(String),
     #[error("the request's body did not arrive")]
     Body,

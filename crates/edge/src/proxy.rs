@@ -15,7 +15,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use http::header::{CONTENT_LENGTH, HOST, HeaderValue};
@@ -332,7 +331,7 @@ impl Attempts<'_> {
             http2: service.http2 && self.upgrade.is_none(),
             tried: &tried.backends,
             refused: &tried.regions,
-            refusals: &service.shared.refusals,
+            refusals: &service.refusals,
             max_outstanding: max,
             now: Instant::now(),
         };
@@ -458,7 +457,7 @@ impl Attempts<'_> {
             let sent = refusal != NOT_STARTED;
             debug_assert!(!sent || refusal == BROKEN, "gateways refuse in two ways");
             if !sent {
-                service.shared.refusals.note(region, Instant::now());
+                service.refusals.note(region, Instant::now());
             }
             if timeout(REFUSAL_TIME, body.collect()).await.is_ok_and(|read| read.is_ok())
                 && let Some(connection) = connection
@@ -556,10 +555,10 @@ async fn wait(
     struct Waiting<'a>(&'a Service);
     impl Drop for Waiting<'_> {
         fn drop(&mut self) {
-            self.0.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+            self.0.metrics.waiting.dec();
         }
     }
-    let before = service.shared.waiting.fetch_add(1, Ordering::Relaxed);
+    let before = usize::try_from(service.metrics.waiting.inc()).unwrap_or(0);
     let _waiting = Waiting(service);
     let now = Instant::now();
     if before >= max_waiting || now >= until {

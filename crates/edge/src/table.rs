@@ -29,15 +29,8 @@ pub(crate) struct Service {
     pub regions: Option<Vec<Name>>,
     pub http2: bool,
     pub turn: AtomicUsize,
-    pub shared: Arc<Shared>,
-}
-
-/// What a service keeps from table to table.
-#[derive(Default)]
-pub(crate) struct Shared {
-    /// Requests that wait for an instance.
-    pub waiting: AtomicUsize,
-    pub refusals: Refusals,
+    /// Kept from table to table, as its metrics are.
+    pub refusals: Arc<Refusals>,
 }
 
 /// The outcome of a choice.
@@ -146,7 +139,7 @@ impl Table {
                 regions: global.then_some(regions),
                 http2,
                 turn: AtomicUsize::new(old.map_or(0, |o| o.turn.load(Ordering::Relaxed))),
-                shared: old.map(|o| o.shared.clone()).unwrap_or_default(),
+                refusals: old.map(|o| o.refusals.clone()).unwrap_or_default(),
                 metrics: old.map_or_else(|| metrics.service(name), |o| o.metrics.clone()),
             }));
         }

@@ -25,7 +25,7 @@ pub use faulty::{FaultyTransport, Links};
 pub use memdisk::{DiskOp, Fault, MemDisk};
 pub use memnet::MemTransport;
 pub use rng::{RealRng, Rng, RngExt, SeededRng};
-pub use transport::{BoxStream, Listener, RealTransport, Stream, Transport};
+pub use transport::{BoxStream, Listener, RealTransport, Stream, Transport, listener};
 
 /// The doors that a piece of the system is given when it is made. Cloning is cheap.
 #[derive(Clone)]

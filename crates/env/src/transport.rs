@@ -67,7 +67,7 @@ impl Transport for RealTransport {
     async fn bind(&self, at: &Endpoint) -> io::Result<Box<dyn Listener>> {
         match at {
             // tokio sets SO_REUSEADDR, so that a restarted server gets its port back at once.
-            Endpoint::Tcp(addr) => Ok(Box::new(RealTcpListener { inner: TcpListener::bind(addr).await? })),
+            Endpoint::Tcp(addr) => Ok(listener(TcpListener::bind(addr).await?)),
             Endpoint::Unix(path) => {
                 // A socket file outlives the process that made it. It is removed only if nobody answers there, so
                 // that a second server can't take the first one's place unseen.
@@ -84,6 +84,11 @@ impl Transport for RealTransport {
             }
         }
     }
+}
+
+/// A socket that listens already, as [`RealTransport`] would have bound it.
+pub fn listener(inner: TcpListener) -> Box<dyn Listener> {
+    Box::new(RealTcpListener { inner })
 }
 
 struct RealTcpListener {

@@ -20,6 +20,8 @@ pub mod method {
     pub const PLAN: &str = "host.plan";
     /// Gateway to server, stream of [`super::RoutingTable`] for a [`super::TableRequest`].
     pub const TABLE: &str = "gateway.table";
+    /// Gateway to every server of its region, now and then: [`super::GatewayNote`].
+    pub const GATEWAY_NOTE: &str = "gateway.note";
     /// Server to the leading server: an intent for its region's writer.
     pub const SUBMIT: &str = "writer.submit";
     /// The same, for the writer of the global group.
@@ -107,7 +109,7 @@ pub struct PlanRequest {
 }
 
 /// What a host observes of one instance.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct InstanceReport {
     pub uid: Uid,
@@ -139,6 +141,9 @@ pub struct HostReport {
     pub images: Vec<Digest>,
     /// The share of its processors in use, 0 to 1.
     pub load: f32,
+    /// When the agent's certificate ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_ends: Option<Timestamp>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -241,6 +246,14 @@ pub struct TableRequest {
     /// Where other regions' gateways reach this one.
     #[serde(default)]
     pub peer: Option<SocketAddr>,
+}
+
+/// What a gateway says of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GatewayNote {
+    pub gateway: Name,
+    pub certificate_ends: Timestamp,
 }
 
 /// What a server says of itself to its region's writer.

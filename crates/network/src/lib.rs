@@ -11,6 +11,7 @@
 //! Architecture invariant: nothing here knows of kinds, plans or the control plane. The kernel's state is the only state.
 
 mod backbone;
+mod cable;
 mod instance;
 mod netlink;
 mod netns;

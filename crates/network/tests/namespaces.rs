@@ -106,15 +106,12 @@ fn links() -> Vec<String> {
     table.lines().skip(2).filter_map(|l| Some(l.split(':').next()?.trim().to_owned())).collect()
 }
 
-fn underlay() -> Underlay {
-    let address = UnderlayAddress {
-        address6: "fd00:ff::1".parse().unwrap(),
-        length6: 64,
-        address4: Ipv4Addr::new(10, 96, 0, 1),
-        length4: 24,
-    };
-    Underlay::new("nxt", address).unwrap()
-}
+const ADDRESS: UnderlayAddress = UnderlayAddress {
+    address6: Ipv6Addr::new(0xfd00, 0xff, 0, 0, 0, 0, 0, 1),
+    length6: 64,
+    address4: Ipv4Addr::new(10, 96, 0, 1),
+    length4: 24,
+};
 
 fn host(n: u8, netns: NetnsRef) -> HostLink {
     HostLink {
@@ -143,7 +140,7 @@ struct World {
 
 async fn world(hosts: u8) -> World {
     let dir = tempfile::tempdir().unwrap();
-    let wire = underlay();
+    let wire = Underlay::new("nxt", ADDRESS).unwrap();
     HostNet::prepare().await.unwrap();
     wire.create().await.unwrap();
     let mut world = World { wire, hosts: Vec::new(), nets: Vec::new(), _dir: dir };
@@ -265,14 +262,12 @@ fn a_region_that_is_cut_off_goes_on_by_itself_until_it_is_healed() {
         let netns = |r: usize| NetnsRef::Path(format!("/proc/self/fd/{}", files[r].as_raw_fd()).into());
         let prefix = |r: u16, last| Ipv6Addr::new(0xfd00, 0xff, 0, r << 12, 0, 0, 0, last);
         let wire = |r: u16| Ipv6Addr::new(0xfd00, 0xff, 0, 0xf000, 0, 0, 0, r + 1);
+        let hosts_wire = |r: u16| {
+            let address = UnderlayAddress { address6: prefix(r, 1), ..ADDRESS };
+            Underlay::new("nxt", address).unwrap().inside(netns(r.into()))
+        };
         for r in 0..2 {
-            let address = UnderlayAddress {
-                address6: prefix(r, 1),
-                length6: 64,
-                address4: Ipv4Addr::new(10, 96, 0, 1),
-                length4: 24,
-            };
-            Underlay::new("nxt", address).unwrap().inside(netns(r.into())).create().await.unwrap();
+            hosts_wire(r).create().await.unwrap();
             let others = vec![(prefix(1 - r, 0), 52, wire(1 - r))];
             let region = format!("region-{r}");
             let link = RegionLink { region, netns: netns(r.into()), address6: wire(r), others };
@@ -283,9 +278,7 @@ fn a_region_that_is_cut_off_goes_on_by_itself_until_it_is_healed() {
         let mut host = host(1, bare(dir.path(), "host"));
         host.address6 = prefix(1, 0x101);
         host.instances6 = prefix(1, 0);
-        let address =
-            UnderlayAddress { address6: prefix(1, 1), length6: 64, address4: Ipv4Addr::new(10, 96, 0, 1), length4: 24 };
-        Underlay::new("nxt", address).unwrap().inside(netns(1)).attach(&host).await.unwrap();
+        hosts_wire(1).attach(&host).await.unwrap();
         let within = || {
             assert!(reaches(&netns(1), &host.netns, host.address6.into(), DEADLINE));
             assert!(reaches(&host.netns, &netns(1), prefix(1, 1).into(), DEADLINE));
@@ -311,8 +304,9 @@ fn a_region_that_is_cut_off_goes_on_by_itself_until_it_is_healed() {
 fn destroying_removes_all_of_ours_and_nothing_else() {
     isolated("destroying_removes_all_of_ours_and_nothing_else", async || {
         let before = links();
-        let foreign =
-            Underlay::new("fo", UnderlayAddress { address6: "fd00:aa::1".parse().unwrap(), ..other() }).unwrap();
+        let (address6, address4) = ("fd00:aa::1".parse().unwrap(), Ipv4Addr::new(10, 95, 0, 1));
+        let address = UnderlayAddress { address6, address4, ..ADDRESS };
+        let foreign = Underlay::new("fo", address).unwrap();
         foreign.create().await.unwrap();
         let w = world(2).await;
         assert_eq!(links().len(), before.len() + 4);
@@ -325,8 +319,4 @@ fn destroying_removes_all_of_ours_and_nothing_else() {
         assert_eq!(after.len(), before.len() + 1, "{after:?}");
         assert!(Underlay::destroy("").await.is_err());
     });
-}
-
-fn other() -> UnderlayAddress {
-    UnderlayAddress { address6: Ipv6Addr::UNSPECIFIED, length6: 64, address4: Ipv4Addr::new(10, 95, 0, 1), length4: 24 }
 }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nexus_env::Endpoint;
 use nexus_model::Name;
@@ -42,6 +43,21 @@ pub struct AuthorityFiles {
     pub cert: PathBuf,
     /// Readable by its owner alone.
     pub key: PathBuf,
+    /// How long the certificates that this server signs are good, in seconds; they are renewed when two thirds of it are
+    /// over. Every server of a region should say the same [default: 90 days]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_seconds: Option<u64>,
+}
+
+/// How long certificates are good, unless an authority is configured otherwise.
+pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// What an authority may be configured to. Whoever must renew more often than every twenty seconds does little else.
+pub const CERTIFICATE_SECONDS: std::ops::RangeInclusive<u64> = 30..=366 * 24 * 3600;
+
+impl AuthorityFiles {
+    pub fn certificate_life(&self) -> Duration {
+        self.certificate_seconds.map_or(CERTIFICATE_LIFE, Duration::from_secs)
+    }
 }
 
 /// A control plane server among its peers.
@@ -153,10 +169,56 @@ fn yes() -> bool {
 }
 
 impl StoreConfig {
-    /// A cluster without TLS and users.
-    pub fn plain(url: String) -> Self {
-        let (ca, cert, key, user, password_file) = Default::default();
-        Self { url, ca, cert, key, user, password_file, compact: true }
+    /// All of it in one text, as the command line takes it:
+    /// `etcd://[USER@]HOST:PORT,HOST:PORT/PREFIX[?ca=FILE&cert=FILE&key=FILE&password-file=FILE&compact=false]`.
+    pub fn from_url(text: &str) -> Result<Self, String> {
+        let (place, options) = text.split_once('?').unwrap_or((text, ""));
+        let (scheme, rest) = place.split_once("://").unwrap_or(("", place));
+        let (user, rest) = match rest.split_once('@') {
+            Some((user, rest)) => (Some(user.to_owned()), rest),
+            None => (None, rest),
+        };
+        if user.as_ref().is_some_and(|u| u.contains(':')) {
+            return Err("a password does not belong on the command line: name its file with ?password-file=".to_owned());
+        }
+        let url = format!("{scheme}://{rest}");
+        let mut store = Self { url, user, ca: None, cert: None, key: None, password_file: None, compact: true };
+        for option in options.split('&').filter(|o| !o.is_empty()) {
+            let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            let file = match name {
+                "ca" => &mut store.ca,
+                "cert" => &mut store.cert,
+                "key" => &mut store.key,
+                "password-file" => &mut store.password_file,
+                "compact" => {
+                    store.compact = value.parse().map_err(|_| "compact is true or false".to_owned())?;
+                    continue;
+                }
+                _ => return Err(format!("`{name}` is none of ca, cert, key, password-file and compact")),
+            };
+            if !Path::new(value).is_absolute() {
+                return Err(format!("{name}={value}: the whole path of a file is needed, from `/`"));
+            }
+            *file = Some(value.into());
+        }
+        store.check()?;
+        Ok(store)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.parts()?;
+        if self.cert.is_some() != self.key.is_some() || self.user.is_some() != self.password_file.is_some() {
+            return Err("`cert` goes with `key`, and a user with a password file".to_owned());
+        }
+        if self.cert.is_some() && self.ca.is_none() {
+            return Err("`cert` needs `ca`: without it there is no TLS".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Whether another machine can use it as it is: it names no files.
+    pub fn needs_no_files(&self) -> bool {
+        [&self.ca, &self.cert, &self.key, &self.password_file].iter().all(|file| file.is_none())
     }
 
     /// The hosts, each `HOST:PORT`, and the prefix of all keys.
@@ -349,11 +411,16 @@ impl Config for ServerConfig {
         if self.region == *"all" {
             return Err(("region", "`all` stands for every region on the command line".to_owned()));
         }
+        let life = self.authority.as_ref().and_then(|a| a.certificate_seconds);
+        if let Some(seconds) = life.filter(|s| !CERTIFICATE_SECONDS.contains(s)) {
+            let (least, most) = (CERTIFICATE_SECONDS.start(), CERTIFICATE_SECONDS.end());
+            return Err((
+                "authority",
+                format!("certificate_seconds = {seconds}: between {least} and {most} is needed"),
+            ));
+        }
         if let Some(store) = &self.store {
-            store.parts().map_err(|why| ("store", why))?;
-            if store.cert.is_some() != store.key.is_some() || store.user.is_some() != store.password_file.is_some() {
-                return Err(("store", "`cert` goes with `key`, and `user` with `password_file`".to_owned()));
-            }
+            store.check().map_err(|why| ("store", why))?;
         }
         if !self.members.contains_key(&self.node_id) {
             return Err(("node_id", format!("{} is not a key of `members`", self.node_id)));
@@ -463,11 +530,9 @@ mod by_node_id {
     }
 }
 
+/// A whole configuration, for tests.
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const GATEWAY: &str = r#"
+pub(crate) const A_GATEWAY: &str = r#"
 name = "gateway-1"
 cluster_id = "home"
 region = "local"
@@ -483,6 +548,10 @@ cert = "gateway.pem"
 key = "gateway.key"
 "#;
 
+#[cfg(test)]
+mod tests {
+    use super::*;
+
     fn load<C: Config>(text: &str) -> Result<C, ConfigError> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("role.toml");
@@ -494,7 +563,7 @@ key = "gateway.key"
     fn relative_paths_start_at_the_files_folder() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("gateway.toml");
-        std::fs::write(&path, GATEWAY).unwrap();
+        std::fs::write(&path, A_GATEWAY).unwrap();
         let config = GatewayConfig::load(&path).unwrap();
         assert_eq!(config.data_dir, dir.path().join("data"));
         assert_eq!(config.tls.ca, Path::new("/etc/ca.pem"));
@@ -502,8 +571,32 @@ key = "gateway.key"
 
     #[test]
     fn an_unknown_field_is_refused_by_name() {
-        let error = load::<GatewayConfig>(&format!("http_lisen = 1\n{GATEWAY}")).unwrap_err().to_string();
+        let error = load::<GatewayConfig>(&format!("http_lisen = 1\n{A_GATEWAY}")).unwrap_err().to_string();
         assert!(error.contains("http_lisen"), "{error}");
+    }
+
+    #[test]
+    fn an_etcd_is_told_in_one_text() {
+        let text =
+            "etcd://nexus@a:2379,b:2379/cloud?ca=/e/ca.pem&cert=/e/c.pem&key=/e/c.key&password-file=/e/p&compact=false";
+        let store = StoreConfig::from_url(text).unwrap();
+        assert_eq!(store.parts().unwrap(), (vec!["a:2379".to_owned(), "b:2379".to_owned()], "/cloud".to_owned()));
+        let files = [&store.ca, &store.cert, &store.key, &store.password_file].map(|f| f.as_deref().unwrap());
+        assert_eq!(files, ["/e/ca.pem", "/e/c.pem", "/e/c.key", "/e/p"].map(Path::new));
+        assert!(store.user.as_deref() == Some("nexus") && !store.compact && !store.needs_no_files());
+        assert!(StoreConfig::from_url("etcd://a:2379").unwrap().needs_no_files());
+        for (bad, why) in [
+            ("a:2379", "only etcd://"),
+            ("etcd://a", "HOST:PORT"),
+            ("etcd://a:1?ca=ca.pem", "whole path"),
+            ("etcd://a:1?cacert=/e", "none of ca"),
+            ("etcd://u@a:1", "password file"),
+            ("etcd://u:secret@a:1", "command line"),
+            ("etcd://a:1?cert=/c&key=/k", "needs `ca`"),
+        ] {
+            let error = StoreConfig::from_url(bad).unwrap_err();
+            assert!(error.contains(why), "{bad}: {error}");
+        }
     }
 
     #[test]

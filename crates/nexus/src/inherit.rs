@@ -89,27 +89,8 @@ impl Transport for InheritingTransport {
 
     async fn bind(&self, at: &Endpoint) -> io::Result<Box<dyn Listener>> {
         match at.tcp().and_then(|address| self.0.at(address)) {
-            Some(listener) => Ok(Box::new(Handed(listener?))),
+            Some(listener) => Ok(nexus_env::listener(listener?)),
             None => RealTransport.bind(at).await,
-        }
-    }
-}
-
-struct Handed(TcpListener);
-
-#[async_trait]
-impl Listener for Handed {
-    fn local(&self) -> Endpoint {
-        Endpoint::Tcp(self.0.local_addr().expect("a bound listener has an address"))
-    }
-
-    async fn accept(&mut self) -> io::Result<(BoxStream, Endpoint)> {
-        loop {
-            let (stream, peer) = self.0.accept().await?;
-            // A peer that is already gone again is no reason to stop accepting.
-            if stream.set_nodelay(true).is_ok() {
-                return Ok((Box::new(stream), Endpoint::Tcp(peer)));
-            }
         }
     }
 }

@@ -46,7 +46,11 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         // Daemons.
         Command::Server(args) => match args.command {
             Some(command) => cli::operate(cli::server::run(command)),
-            None => daemon(role::server::run(ServerConfig::load(&args.config.unwrap_or_default())?)),
+            None => {
+                let mut config = ServerConfig::load(&args.config.unwrap_or_default())?;
+                config.store = args.store.url.or(config.store);
+                daemon(role::server::run(config))
+            }
         },
         Command::Agent(role) => {
             let config = AgentConfig::load(&role.config)?;

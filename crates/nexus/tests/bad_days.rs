@@ -1,19 +1,29 @@
-//! The commands of `docs/guide/bad-days.md`, in order, against a small local cloud. Needs root.
+//! The commands of guides for operators, `docs/guide/bad-days.md` and `docs/guide/cells.md`, in order, each against a small
+//! local cloud. Needs root.
 //!
 //! Every block that begins with ```` ```sh run ```` is run as it stands there. After some sections the test looks whether
 //! the cloud really is what the guide promises.
 
+#[allow(dead_code)] // The end-to-end tests use the rest.
+#[path = "e2e/images.rs"]
+mod images;
+
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 /// A block may stop and start the whole cloud.
 const BLOCK: Duration = Duration::from_secs(240);
 
+/// One cloud at a time is enough for a small machine.
+static TURN: Mutex<()> = Mutex::new(());
+
 struct Cloud {
     temp: tempfile::TempDir,
+    _turn: MutexGuard<'static, ()>,
 }
 
 /// A base whose ports are free now.
@@ -28,7 +38,8 @@ fn free_ports() -> u16 {
 impl Cloud {
     fn new() -> Self {
         assert!(nix::unistd::geteuid().is_root(), "a local cloud makes namespaces: run this as root");
-        let cloud = Self { temp: tempfile::Builder::new().prefix("nexus-bad-days-").tempdir().unwrap() };
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let cloud = Self { _turn: turn, temp: tempfile::Builder::new().prefix("nexus-bad-days-").tempdir().unwrap() };
         std::fs::create_dir(cloud.path("bin")).unwrap();
         std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_nexus"), cloud.path("bin/nexus")).unwrap();
         let api = free_ports();
@@ -50,6 +61,7 @@ impl Cloud {
         let mut command = Command::new("timeout");
         command.arg(BLOCK.as_secs().to_string()).args(["sh", "-euc", script]);
         command.env("PATH", path).env("DIR", self.path("cloud")).env("SAFE", self.path("safe"));
+        command.env("IMAGE", self.path("busybox"));
         command.env("NEXUS_CONFIG", self.path("context.json")).env("HOME", self.temp.path());
         command.env_remove("CNX_URL").env_remove("CNX_TOKEN").current_dir(self.temp.path());
         command.output().unwrap()
@@ -126,11 +138,22 @@ fn sections(text: &str) -> Vec<(String, Vec<String>)> {
     found
 }
 
+/// Runs a guide's blocks, and `after` each of its sections what looks whether it came out as the guide promises.
+fn follow(guide: &str, at_least: usize, cloud: &Cloud, mut after: impl FnMut(&str)) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/guide").join(guide);
+    let sections = sections(&std::fs::read_to_string(path).unwrap());
+    assert!(sections.iter().map(|(_, blocks)| blocks.len()).sum::<usize>() >= at_least);
+    for (heading, blocks) in sections {
+        for block in blocks {
+            println!("{heading}: {block}");
+            cloud.ok(&block);
+        }
+        after(&heading);
+    }
+}
+
 #[test]
 fn the_guide_for_bad_days_does_what_it_says() {
-    let guide = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/guide/bad-days.md");
-    let sections = sections(&std::fs::read_to_string(guide).unwrap());
-    assert!(sections.iter().map(|(_, blocks)| blocks.len()).sum::<usize>() >= 15);
     let cloud = Cloud::new();
     let project = |name: &str| {
         let manifest = format!("apiVersion: cloudnexus/v1\nkind: Project\nmetadata: {{name: {name}}}\nspec: {{}}\n");
@@ -138,12 +161,8 @@ fn the_guide_for_bad_days_does_what_it_says() {
         cloud.ok("nexus apply -f project.yaml");
     };
     project("shop");
-    for (heading, blocks) in sections {
-        for block in blocks {
-            println!("{heading}: {block}");
-            cloud.ok(&block);
-        }
-        match heading.as_str() {
+    follow("bad-days.md", 15, &cloud, |heading| {
+        match heading {
             // What comes after the good day's backup is gone with everything.
             "A server dies" => {
                 cloud.until("nexus local list -o json", "server-b");
@@ -164,6 +183,34 @@ fn the_guide_for_bad_days_does_what_it_says() {
             }
             _ => {}
         }
-    }
+    });
     cloud.until("nexus get projects", "after");
+}
+
+#[test]
+fn the_guide_for_cells_does_what_it_says() {
+    let cloud = Cloud::new();
+    images::busybox(&cloud.path(""));
+    follow("cells.md", 8, &cloud, |heading| match heading {
+        "Load and blast radius" => {
+            // Of the six instances of three zones, each cell has two: a third of what runs, and something of each project.
+            cloud.until(
+                "nexus get cells -o json | tr -d ' \\n'",
+                "\"instances\":2,\"instancesPercent\":34,\"projects\":2",
+            );
+            let told = cloud.ok("nexus describe cell zone-a-cell-1");
+            for what in ["Hosts:", "zone-a-1", "Load:", "scratch", "2 of the region's 6 instances are (34 %)"] {
+                assert!(told.contains(what), "{what}: {told}");
+            }
+            let rows: Vec<_> = told.lines().filter(|l| l.contains("33 %") && l.ends_with("yes")).collect();
+            assert_eq!(rows.len(), 2, "each of the two projects would lose a third: {told}");
+        }
+        "When a cell is in trouble" => {
+            let told = cloud.ok("nexus describe cell zone-b-cell-1");
+            assert!(told.contains("Trouble with it and its hosts:") && told.contains("Dead"), "{told}");
+            cloud.until("nexus get hosts zone-b-1 -o json | tr -d ' '", "\"state\":\"ready\"");
+        }
+        "A new cell" => assert!(cloud.ok("nexus get cells").contains("zone-a-cell-2")),
+        _ => {}
+    });
 }

@@ -1,40 +1,27 @@
 //! Who belongs to a region, changed by the command line while the region works: servers join by tokens as real
-//! processes, one is killed and replaced, too much is refused, a host joins and leaves. Needs root.
+//! processes, one is killed and replaced, too much is refused, hosts join and leave. Needs root.
 
 #[allow(dead_code)] // The end-to-end tests use the rest.
 #[path = "e2e/cloud.rs"]
 mod cloud;
+#[allow(dead_code)]
+#[path = "e2e/images.rs"]
+mod images;
+#[path = "e2e/process.rs"]
+mod process;
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cloud::Cloud;
+use process::{Namespace, Process, ip};
 use serde_json::Value;
 
 /// A write may take so long while a leader is replaced and the machine is busy.
 const WRITE_WITHIN: Duration = Duration::from_secs(30);
-
-/// A process of the test's own, ended with it.
-struct Process(Child);
-
-impl Process {
-    fn start(mut command: Command, log: PathBuf) -> Self {
-        let log = std::fs::File::create(log).unwrap();
-        let errors = log.try_clone().unwrap();
-        Self(command.stdin(Stdio::null()).stdout(log).stderr(errors).spawn().unwrap())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
 
 fn free_port(ip: IpAddr) -> SocketAddr {
     TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap()
@@ -193,6 +180,7 @@ fn servers_and_hosts_come_and_go_while_the_region_works() {
     everyone_learns_of_them(&cloud);
     what_would_lose_the_quorum_is_refused(&cloud, e);
     a_host_joins_and_leaves(&cloud);
+    a_host_is_emptied_before_it_leaves(&cloud);
     drop((d, f));
     cloud.down();
 }
@@ -283,43 +271,19 @@ fn what_would_lose_the_quorum_is_refused(cloud: &Cloud, e: Process) {
     wait_members(cloud, &["server-a", "server-b", "server-d", "server-f"]);
 }
 
-/// A network namespace on the cloud's wire, removed with the test.
-struct Namespace(String);
-
-impl Namespace {
-    fn on_the_wire(cloud: &Cloud, address: IpAddr) -> Self {
-        let plan = std::fs::read_to_string(cloud.data_dir().join("nexus-cloud.json")).unwrap();
-        let plan: Value = serde_json::from_str(&plan).unwrap();
-        let id = plan["cluster_id"].as_str().unwrap().trim_start_matches("cnx-").to_owned();
-        let (name, bridge) = (format!("nxt{}", &id[..6]), format!("x{}br0", &id[..3]));
-        let (outside, inside) = (format!("y{}o", &id[..6]), format!("y{}i", &id[..6]));
-        let namespace = Self(name.clone());
-        ip(&["netns", "add", &name]);
-        ip(&["link", "add", &outside, "type", "veth", "peer", "name", &inside, "netns", &name]);
-        ip(&["link", "set", &outside, "master", &bridge, "up"]);
-        ip(&["-n", &name, "link", "set", "lo", "up"]);
-        ip(&["-n", &name, "link", "set", &inside, "up"]);
-        ip(&["-n", &name, "addr", "add", &format!("{address}/64"), "dev", &inside, "nodad"]);
-        namespace
-    }
-
-    fn command(&self, cloud: &Cloud, args: &[&str]) -> Command {
-        let inner = cloud.command(args);
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.0]).arg(inner.get_program()).args(inner.get_args());
-        command
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        Command::new("ip").args(["netns", "del", &self.0]).output().ok();
-    }
-}
-
-fn ip(args: &[&str]) {
-    let output = Command::new("ip").args(args).output().expect("iproute2 is installed");
-    assert!(output.status.success(), "ip {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+/// A network namespace on the cloud's wire.
+fn on_the_wire(cloud: &Cloud, address: IpAddr) -> Namespace {
+    let plan = std::fs::read_to_string(cloud.data_dir().join("nexus-cloud.json")).unwrap();
+    let plan: Value = serde_json::from_str(&plan).unwrap();
+    let id = plan["cluster_id"].as_str().unwrap().trim_start_matches("cnx-").to_owned();
+    let namespace = Namespace::new(&format!("nxt{}", &id[..6]));
+    let (name, bridge) = (namespace.name(), format!("x{}br0", &id[..3]));
+    let (outside, inside) = (format!("y{}o", &id[..6]), format!("y{}i", &id[..6]));
+    ip(&["link", "add", &outside, "type", "veth", "peer", "name", &inside, "netns", name]);
+    ip(&["link", "set", &outside, "master", &bridge, "up"]);
+    ip(&["-n", name, "link", "set", &inside, "up"]);
+    ip(&["-n", name, "addr", "add", &format!("{address}/64"), "dev", &inside, "nodad"]);
+    namespace
 }
 
 fn a_host_joins_and_leaves(cloud: &Cloud) {
@@ -327,7 +291,7 @@ fn a_host_joins_and_leaves(cloud: &Cloud) {
     let mut segments = machine.segments();
     segments[7] = 0x1f0;
     let address = std::net::Ipv6Addr::from(segments);
-    let namespace = Namespace::on_the_wire(cloud, address.into());
+    let namespace = on_the_wire(cloud, address.into());
     let token = token(cloud, "host", &["--zone", "zone-b"]);
     let run_dir = cloud.path("run");
     let wire = format!("[{address}]:7450");
@@ -339,7 +303,7 @@ fn a_host_joins_and_leaves(cloud: &Cloud) {
     std::fs::create_dir_all(&run_dir).unwrap();
     let start = |role: &str| {
         let config = cloud.path("extra-1").join(format!("{role}.toml"));
-        let command = namespace.command(cloud, &[role, "--config", config.to_str().unwrap()]);
+        let command = namespace.command(&cloud.command(&[role, "--config", config.to_str().unwrap()]));
         Process::start(command, cloud.path(&format!("extra-1-{role}.log")))
     };
     let (keeper, agent) = (start("keeper"), start("agent"));
@@ -370,4 +334,79 @@ fn a_host_joins_and_leaves(cloud: &Cloud) {
     drop((agent, keeper));
     let (code, _) = cloud.fails(&["host", "leave", "extra-1"]);
     assert_eq!(code, 3);
+}
+
+/// Instances on a host, those that are being stopped too.
+fn on_host(cloud: &Cloud, name: &str) -> u64 {
+    host(cloud, name).expect("the host is there")["status"]["reserved"]["instances"].as_u64().unwrap()
+}
+
+fn host(cloud: &Cloud, name: &str) -> Option<Value> {
+    cloud.list("hosts").into_iter().find(|h| h["metadata"]["name"] == name)
+}
+
+fn is_cordoned(cloud: &Cloud, name: &str) -> (bool, bool) {
+    let spec = &host(cloud, name).unwrap()["spec"];
+    (spec["cordoned"] == true, spec["draining"] == true)
+}
+
+fn a_host_is_emptied_before_it_leaves(cloud: &Cloud) {
+    let layout = images::busybox(&cloud.path(""));
+    cloud.ok(&["image", "import", layout.to_str().unwrap(), "--name", "web"]);
+    // Each host has room for one.
+    let capacity = host(cloud, "zone-a-1").unwrap()["spec"]["capacity"]["cpu"].as_str().unwrap().to_owned();
+    let millis = match capacity.strip_suffix('m') {
+        Some(millis) => millis.parse::<u32>().unwrap(),
+        None => capacity.parse::<u32>().unwrap() * 1000,
+    };
+    let cpu = format!("{}m", millis * 2 / 3);
+    let mut deploy = vec!["deploy", "big", "--image", "web", "--replicas", "3", "--port", "80"];
+    deploy.extend(["--cpu", &cpu, "--timeout", "90"]);
+    cloud.ok(&deploy);
+    cloud.wait_ready("big", 3);
+    assert!(["zone-a-1", "zone-b-1", "zone-c-1"].iter().all(|name| on_host(cloud, name) == 1), "one on each");
+
+    // With nowhere to go it says what it waits for; Ctrl-C leaves the host cordoned, with what it has.
+    let log = cloud.path("leave.log");
+    let mut leaving = Process::start(cloud.command(&["host", "leave", "zone-a-1"]), log.clone());
+    let says = || std::fs::read_to_string(&log).unwrap();
+    cloud.wait("it to say what blocks it", || {
+        let said = says();
+        if said.contains("app default/big") && said.contains("no host of 3 can take it") { Ok(()) } else { Err(said) }
+    });
+    assert_eq!(is_cordoned(cloud, "zone-a-1"), (true, true));
+    let pid = nix::unistd::Pid::from_raw(leaving.0.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let ended = leaving.0.wait().unwrap();
+    let said = says();
+    assert_eq!(ended.code(), Some(1), "{said}");
+    assert!(said.contains("host zone-a-1 stays cordoned") && said.contains("nexus host uncordon zone-a-1"), "{said}");
+    assert_eq!(is_cordoned(cloud, "zone-a-1"), (true, false));
+    cloud.wait_ready("big", 3);
+    assert_eq!(on_host(cloud, "zone-a-1"), 1, "what ran there runs on");
+
+    // With room for it, the host is emptied and goes; those who use the app always have two.
+    cloud.ok(&["scale", "big", "--replicas", "2", "--timeout", "90"]);
+    cloud.wait_ready("big", 2);
+    cloud.ok(&["host", "leave", "zone-a-1", "--timeout", "90s"]);
+    assert!(host(cloud, "zone-a-1").is_none());
+    let on: Vec<Value> = cloud.wait_ready("big", 2).iter().map(|i| i["status"]["host"].clone()).collect();
+    assert!(on.contains(&"zone-b-1".into()) && on.contains(&"zone-c-1".into()), "{on:?}");
+
+    let (code, why) = cloud.fails(&["host", "leave", "zone-b-1", "--timeout", "1s"]);
+    assert!(code == 5 && why.contains("not empty after 1 s") && why.contains("stays cordoned"), "{code} {why}");
+    cloud.ok(&["host", "uncordon", "zone-b-1"]);
+    assert_eq!(is_cordoned(cloud, "zone-b-1"), (false, false));
+
+    // By force it goes at once, and what it had is named; it is started again where there is room.
+    let lost = cloud.instances("big").into_iter().find(|i| i["status"]["host"] == "zone-b-1").unwrap();
+    let output = cloud.run(&["host", "leave", "zone-b-1", "--force"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    let named = format!("default/{}", lost["metadata"]["name"].as_str().unwrap());
+    assert!(said.contains("Lost: 1 instances") && said.contains(&named), "{said}");
+    assert!(host(cloud, "zone-b-1").is_none());
+    cloud.ok(&["scale", "big", "--replicas", "1", "--timeout", "90"]);
+    let left = cloud.wait_ready("big", 1);
+    assert_eq!(left[0]["status"]["host"], "zone-c-1");
 }

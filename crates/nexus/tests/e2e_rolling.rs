@@ -46,7 +46,7 @@ impl Users {
                 counted.fetch_add(1, Ordering::SeqCst);
                 running.push(std::thread::spawn(move || {
                     let began = Instant::now();
-                    if let Err(why) = once(gateway, host) {
+                    if let Err(why) = once(gateway, host, "/") {
                         failed.lock().unwrap().push(format!("{gateway} after {:?}: {why}", began.elapsed()));
                     }
                 }));
@@ -86,11 +86,11 @@ impl Users {
 }
 
 /// One request on a connection of its own, tried once.
-fn once(gateway: SocketAddr, host: &str) -> Result<(), String> {
+fn once(address: SocketAddr, host: &str, path: &str) -> Result<(), String> {
     let text = |e: std::io::Error| e.to_string();
-    let mut stream = TcpStream::connect_timeout(&gateway, ANSWER_WITHIN).map_err(text)?;
+    let mut stream = TcpStream::connect_timeout(&address, ANSWER_WITHIN).map_err(text)?;
     stream.set_read_timeout(Some(ANSWER_WITHIN)).map_err(text)?;
-    write!(stream, "GET / HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").map_err(text)?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").map_err(text)?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).map_err(text)?;
     if answer.starts_with("HTTP/1.1 200 ") {
@@ -127,21 +127,6 @@ fn keeper_of(cloud: &Cloud, host: &str) -> nix::unistd::Pid {
 fn member(cloud: &Cloud, name: &str) -> Value {
     let members = cloud.json(&["local", "list"]);
     members.as_array().unwrap().iter().find(|m| m["name"] == name).unwrap().clone()
-}
-
-/// Whether `/readyz` of a gateway says yes.
-fn is_ready(admin: SocketAddr) -> Result<(), String> {
-    once_at(admin, "/readyz")
-}
-
-fn once_at(address: SocketAddr, path: &str) -> Result<(), String> {
-    let text = |e: std::io::Error| e.to_string();
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2)).map_err(text)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(text)?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").map_err(text)?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).map_err(text)?;
-    if answer.starts_with("HTTP/1.1 200 ") { Ok(()) } else { Err(answer) }
 }
 
 /// Changes something by the API, at whichever server takes it, again and again; each change must be taken at the
@@ -193,7 +178,7 @@ fn a_rolling_restart_of_everything_loses_no_request() {
     let address = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
     let gateways: Vec<SocketAddr> = [0, 1].map(|n| address(cloud.gateway_port + n)).to_vec();
     for gateway in &gateways {
-        cloud.wait("the app to be reached", || once(*gateway, "web.localhost"));
+        cloud.wait("the app to be reached", || once(*gateway, "web.localhost", "/"));
     }
 
     let users = Users::start(gateways, "web.localhost");
@@ -222,7 +207,7 @@ fn a_rolling_restart_of_everything_loses_no_request() {
     for (n, gateway) in ["gateway-1", "gateway-2"].into_iter().enumerate() {
         restart(&cloud, gateway);
         let admin = address(cloud.gateway_port + 100 + u16::try_from(n).unwrap());
-        cloud.wait("the gateway to be ready", || is_ready(admin));
+        cloud.wait("the gateway to be ready", || once(admin, "localhost", "/readyz"));
         users.check(gateway);
     }
     users.finish();

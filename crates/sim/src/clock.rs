@@ -7,7 +7,7 @@ use nexus_env::Clock;
 use tokio::time::Instant;
 
 /// 2025-01-01, in milliseconds since the Unix epoch.
-const BASE_MS: i64 = 1_735_689_600_000;
+pub const BASE_MS: i64 = 1_735_689_600_000;
 
 #[derive(Debug)]
 pub struct SimClock {

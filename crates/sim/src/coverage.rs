@@ -33,7 +33,19 @@ const FAULTS: &[&str] = &[
     "host cut off",
     "host hears nobody",
     "instance dies",
+    "gateway restarts",
+    "gateway cut off",
     "server lost for good",
+    "server comes back with a newer release",
+    "server comes back with an older release",
+    "region cut off",
+    "region cut off one way",
+    "two regions cut apart",
+    "region loses power",
+    "fleet shape: region cut off",
+    "fleet shape: region lost",
+    "fleet shape: leader's region cut off",
+    "fleet shape: two regions cut apart",
     "shape: quorum loss",
     "shape: constrained election",
     "shape: chained",
@@ -43,15 +55,18 @@ const FAULTS: &[&str] = &[
 /// Messages of the store's protocol that must have been lost and answered in vain.
 pub const STORE_MESSAGES: &[&str] = &["Append", "Vote", "Snapshot", "Forward", "ReadIndex", "KeepAlive"];
 /// The same of the control loop, its hosts included.
-pub const REGION_MESSAGES: &[&str] = &["submit", "report", "plan"];
+pub const REGION_MESSAGES: &[&str] = &["submit", "report", "plan", "table"];
+/// The same of a fleet's regions.
+pub const FLEET_MESSAGES: &[&str] = &["submit to global", "summary", "pass"];
 /// Those that must have come twice.
-const TWICE: &[&str] = &["Append", "Vote", "ReadIndex", "report", "plan"];
+const TWICE: &[&str] = &["Append", "Vote", "ReadIndex", "report", "plan", "table", "summary"];
 
 /// What is required and did not happen.
 pub fn missing(counters: &BTreeMap<String, u64>) -> Vec<String> {
     let mut wanted: Vec<String> = FAULTS.iter().map(|f| (*f).to_owned()).collect();
     wanted.extend(Step::STORE.iter().chain(Step::REGION).map(|s| s.counter()));
-    for kind in STORE_MESSAGES.iter().chain(REGION_MESSAGES) {
+    wanted.extend(Step::FLEET.iter().chain(Step::RELEASE).map(|s| s.counter()));
+    for kind in STORE_MESSAGES.iter().chain(REGION_MESSAGES).chain(FLEET_MESSAGES) {
         wanted.extend(["message lost", "answer lost"].iter().map(|what| format!("{what}: {kind}")));
     }
     wanted.extend(TWICE.iter().map(|kind| format!("message twice: {kind}")));

@@ -3,19 +3,24 @@
 //! taken only if it is newer, an instance's epoch never goes back, what no plan names is stopped.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nexus_control::region::ReportError;
 use nexus_model::kind::{Capacity, HostSpec, InstancePhase, Runtime};
 use nexus_model::plan::{Desired, HostPlan, HostReport, InstanceReport};
-use nexus_model::{Bytes, MilliCpu, Name, Uid};
+use nexus_model::{Bytes, MilliCpu, Name, Timestamp, Uid};
 use nexus_store::PeerError;
 use tokio::time::{sleep, timeout};
 
 use crate::chance::Dice;
+use crate::clock::BASE_MS;
+use crate::fence::Present;
+use crate::mutant::Mutant;
 use crate::region::name;
 use crate::server::as_servers;
+use crate::site::Site;
 use crate::world::World;
 
 /// Hosts' places in the network come after the servers'.
@@ -23,6 +28,8 @@ const FIRST: u64 = 1_001;
 const STEP: Duration = Duration::from_millis(60);
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 const PULL_EVERY: Duration = Duration::from_millis(250);
+/// Hosts' clocks are off by up to so much.
+const SKEW_MS: u64 = 60_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -34,10 +41,13 @@ enum Phase {
 #[derive(Debug, Clone)]
 struct Run {
     epoch: u64,
+    address: IpAddr,
     phase: Phase,
     /// When the present phase ends, if it does by itself.
     until: Duration,
     restarts: u32,
+    /// By the host's own clock, which may be off.
+    started: Option<Timestamp>,
 }
 
 #[derive(Default)]
@@ -56,24 +66,29 @@ pub struct Host {
     pub world: Arc<World>,
     pub place: u64,
     pub name: Name,
+    /// The servers of its region.
+    pub servers: Vec<u64>,
     spec: HostSpec,
     dice: Dice,
+    /// Milliseconds that the host's clock is off.
+    skew_ms: i64,
     state: Mutex<State>,
 }
 
-/// Two hosts in each zone.
-pub fn hosts(world: &Arc<World>) -> Vec<Arc<Host>> {
+/// The hosts of a region.
+pub fn hosts(world: &Arc<World>, site: &Site) -> Vec<Arc<Host>> {
     let mut all = Vec::new();
-    for (z, zone) in crate::region::ZONES.iter().enumerate() {
-        for n in 1..=2 {
+    let number = world.sites.iter().position(|s| s.name == site.name).unwrap_or(0);
+    for (z, zone) in site.zones.iter().enumerate() {
+        for n in 1..=site.hosts_per_zone {
             let index = z * 16 + n;
             let host = name(&format!("zone-{zone}-{n}"));
             let spec = HostSpec {
                 zone: name(&format!("zone-{zone}")),
                 cell: name(&format!("cell-{zone}")),
-                address: format!("[fd00::{index}]:7440").parse().expect("a well-formed address"),
-                prefix6: format!("fd00:0:0:{index}::").parse().expect("a well-formed address"),
-                prefix4: [10, 97, index as u8, 0].into(),
+                address: format!("[fd00::{number}:{index}]:7440").parse().expect("a well-formed address"),
+                prefix6: format!("fd00:0:{number}:{index}::").parse().expect("a well-formed address"),
+                prefix4: [10, 97 + number as u8, index as u8, 0].into(),
                 runtimes: vec![Runtime::Container],
                 // Few enough that hosts fill up.
                 capacity: Capacity {
@@ -84,10 +99,12 @@ pub fn hosts(world: &Arc<World>) -> Vec<Arc<Host>> {
                 },
                 ..HostSpec::default()
             };
-            let place = FIRST + index as u64;
-            let dice = Dice::new(world.seed, &format!("host {host}"));
+            let place = FIRST + (number * 100 + index) as u64;
+            let dice = Dice::new(world.seed, &format!("host {} {host}", site.name));
             let state = Mutex::new(State { up: true, ..State::default() });
-            all.push(Arc::new(Host { world: world.clone(), place, name: host, spec, dice, state }));
+            let servers = site.nodes.clone();
+            let skew_ms = i64::try_from(dice.below(2 * SKEW_MS)).unwrap_or(0) - SKEW_MS as i64;
+            all.push(Arc::new(Host { world: world.clone(), place, name: host, servers, spec, dice, skew_ms, state }));
         }
     }
     all
@@ -106,7 +123,9 @@ impl Host {
     pub fn power_off(&self) {
         let mut state = self.state();
         state.up = false;
-        state.runs.clear();
+        for (uid, run) in std::mem::take(&mut state.runs) {
+            self.world.fence.ends(uid, run.address);
+        }
         state.boots += 1;
     }
 
@@ -149,7 +168,7 @@ impl Host {
     pub async fn run(self: Arc<Self>) {
         let mut pulled = Duration::ZERO;
         let mut reported = Duration::ZERO;
-        let mut server = 1 + self.dice.below(self.world.nodes.len() as u64);
+        let mut server = self.dice.below(self.servers.len() as u64) as usize;
         let mut leader = None;
         loop {
             sleep(STEP).await;
@@ -163,8 +182,8 @@ impl Host {
             }
             if self.now() >= pulled + PULL_EVERY {
                 pulled = self.now();
-                if !self.pull(server).await {
-                    server = server % self.world.nodes.len() as u64 + 1;
+                if !self.pull(self.servers[server]).await {
+                    server = (server + 1) % self.servers.len();
                 }
                 self.follow();
             }
@@ -184,12 +203,16 @@ impl Host {
         let done: Vec<Uid> =
             state.runs.iter().filter(|(_, r)| r.phase == Phase::Stopping && now >= r.until).map(|(u, _)| *u).collect();
         for uid in done {
-            state.runs.remove(&uid);
+            if let Some(run) = state.runs.remove(&uid) {
+                self.world.fence.ends(uid, run.address);
+            }
             changed = true;
         }
         for run in state.runs.values_mut() {
             if run.phase == Phase::Starting && now >= run.until {
                 run.phase = Phase::Running;
+                let off = now.as_millis() as i64 + self.skew_ms;
+                run.started = Some(Timestamp::from_millis(BASE_MS + off));
                 changed = true;
             }
         }
@@ -238,8 +261,12 @@ impl Host {
             match known {
                 None => {
                     let until = now + self.dice.millis(50, 900);
-                    let run = Run { epoch: wanted.epoch, phase: Phase::Starting, until, restarts: 0 };
+                    let address = IpAddr::V6(wanted.address6);
+                    let run =
+                        Run { epoch: wanted.epoch, address, phase: Phase::Starting, until, restarts: 0, started: None };
                     state.runs.insert(wanted.uid, run);
+                    let present = Present { uid: wanted.uid, project: wanted.project.clone(), host: self.name.clone() };
+                    self.world.fence.begins(self.place, address, present);
                     state.changed = true;
                 }
                 Some((Phase::Starting | Phase::Running, epoch)) if epoch < wanted.epoch => {
@@ -266,8 +293,9 @@ impl Host {
 
     fn what_is_true(&self) -> HostReport {
         let state = self.state();
-        let instances = state.runs.iter().map(|(uid, run)| {
-            let address = state.plan.iter().flat_map(|p| &p.instances).find(|i| i.uid == *uid).map(|i| i.address6);
+        let hasty = self.world.stage.mutant == Some(Mutant::HastyHost);
+        let told = state.runs.iter().filter(|(_, run)| !(hasty && run.phase == Phase::Stopping));
+        let instances = told.map(|(uid, run)| {
             let running = run.phase == Phase::Running;
             InstanceReport {
                 uid: *uid,
@@ -279,9 +307,9 @@ impl Host {
                     Phase::Stopping => InstancePhase::Stopping,
                 },
                 ready: running,
-                endpoint: address.filter(|_| running).map(|a| (a, 80).into()),
+                endpoint: running.then_some((run.address, 80).into()),
                 restarts: run.restarts,
-                started: None,
+                started: run.started,
                 exit_code: None,
                 message: String::new(),
             }
@@ -295,15 +323,15 @@ impl Host {
             instances: instances.collect(),
             images: Vec::new(),
             load: 0.1,
+            certificate_ends: None,
         }
     }
 
     /// Tells whoever leads.
     async fn report(&self, leader: &mut Option<u64>) {
         let report = self.what_is_true();
-        let nodes = self.world.nodes.len() as u64;
         for _ in 0..3 {
-            let node = leader.unwrap_or(1 + self.dice.below(nodes));
+            let node = leader.unwrap_or_else(|| *self.dice.pick(&self.servers).expect("a region has servers"));
             let (world, report) = (Arc::downgrade(&self.world), report.clone());
             let handle = move || {
                 let server = world.upgrade()?.server(node)?;

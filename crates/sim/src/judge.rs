@@ -4,16 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nexus_control::world::World as Rows;
 use nexus_model::kind::{Host as HostKind, HostState, Instance, InstanceStatus};
+use nexus_model::plan::RoutingTable;
 use nexus_model::{Name, Object, key};
 use nexus_store::WatchEvent;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use crate::hosts::Host;
+use crate::gateways::{self, Gateway, Said};
+use crate::hosts::{self, Host};
 use crate::recorder::Log;
 use crate::region::name;
+use crate::site::Site;
 use crate::trace::Trace;
-use crate::users::{Known, PROJECT};
+use crate::users::PROJECT;
 use crate::world::World;
 
 /// After the last fault, everything is as users want it within this.
@@ -158,14 +163,13 @@ pub fn history(log: &Log, trace: &Trace) {
     }
 }
 
-/// Waits until the region is as users know that it must be; says what is not.
-pub async fn converges(world: &Arc<World>, hosts: &[Arc<Host>], known: &Known) {
+/// Waits until nothing differs from what it should be; says what does.
+pub async fn converges(world: &Arc<World>, difference: impl Fn() -> Option<String>) {
     let deadline = Instant::now() + CONVERGES_WITHIN;
     loop {
-        let why = difference(world, hosts, known);
-        match why {
+        match difference() {
             None => {
-                world.trace.note("the region is as it should be");
+                world.trace.note("everything is as it should be");
                 return;
             }
             Some(why) if Instant::now() >= deadline => {
@@ -178,28 +182,38 @@ pub async fn converges(world: &Arc<World>, hosts: &[Arc<Host>], known: &Known) {
     }
 }
 
-/// The first thing that is not as it should be.
-fn difference(world: &Arc<World>, hosts: &[Arc<Host>], known: &Known) -> Option<String> {
-    let wanted = known.all();
+/// A region with what belongs to it.
+pub struct Ground {
+    pub site: Site,
+    pub hosts: Vec<Arc<Host>>,
+    pub gateways: Vec<Arc<Gateway>>,
+}
+
+impl Ground {
+    /// Makes a region's hosts and gateways, and starts them.
+    pub fn lay(world: &Arc<World>, site: &Site, standing: &mut JoinSet<()>) -> Self {
+        let (hosts, gateways) = (hosts::hosts(world, site), gateways::gateways(world, site));
+        hosts.iter().for_each(|host| drop(standing.spawn(host.clone().run())));
+        gateways.iter().for_each(|gateway| drop(standing.spawn(gateway.clone().run())));
+        Self { site: site.clone(), hosts, gateways }
+    }
+}
+
+/// The first thing of a region that is not as it should be. `wanted`: the replicas of the apps of [`PROJECT`].
+pub fn difference(world: &World, ground: &Ground, wanted: &BTreeMap<Name, u32>) -> Option<String> {
     let project = name(PROJECT);
-    let mut first_table = None;
-    for node in &world.nodes {
+    let mut tables = Vec::new();
+    for node in &ground.site.nodes {
         let Some(server) = world.server(*node) else { return Some(format!("server {node} is down")) };
         let Some(part) = &server.part else { continue };
-        let table = part.view.table().borrow().clone();
         let trouble = part.view.read(|w| {
             let shown: BTreeMap<Name, u32> =
                 w.apps.in_project(&project).map(|a| (a.metadata.name.clone(), a.spec.replicas)).collect();
-            if shown != wanted {
+            if shown != *wanted {
                 return Some(format!("server {node} shows apps {shown:?}, wanted are {wanted:?}"));
             }
-            let buried = [
-                ("projects", w.projects.buried.len()),
-                ("apps", w.apps.buried.len()),
-                ("instances", w.instances.buried.len()),
-            ];
-            if let Some((kind, n)) = buried.iter().find(|(_, n)| *n > 0) {
-                return Some(format!("server {node} shows {n} {kind} that are deleted and not gone"));
+            if let Some(trouble) = undead(w) {
+                return Some(format!("server {node} shows {trouble}"));
             }
             let mut placed: BTreeMap<Name, BTreeMap<_, u64>> = BTreeMap::new();
             for app in w.apps.in_project(&project) {
@@ -220,7 +234,7 @@ fn difference(world: &Arc<World>, hosts: &[Arc<Host>], known: &Known) -> Option<
                     }
                 }
             }
-            for host in hosts {
+            for host in &ground.hosts {
                 let should = placed.remove(&host.name).unwrap_or_default();
                 if host.running() != should || host.present() != should.len() {
                     return Some(format!("{} runs {:?}, should run {should:?}", host.name, host.running()));
@@ -231,12 +245,57 @@ fn difference(world: &Arc<World>, hosts: &[Arc<Host>], known: &Known) -> Option<
         if trouble.is_some() {
             return trouble;
         }
-        let services = (table.services.clone(), table.routes.clone());
-        match &first_table {
-            None => first_table = Some(services),
-            Some(first) if *first != services => return Some(format!("server {node} has another routing table")),
-            Some(_) => {}
+        tables.push((format!("server {node}"), part.table()));
+    }
+    tables.extend(ground.gateways.iter().map(|g| (g.name.clone(), g.table())));
+    let routes = |table: &Option<Arc<RoutingTable>>| table.as_ref().map(|t| (t.services.clone(), t.routes.clone()));
+    let first = tables.first().map(|(_, table)| routes(table));
+    let other = tables.iter().find(|(_, table)| Some(routes(table)) != first);
+    other.map(|(who, _)| format!("{who} has another routing table"))
+}
+
+/// What is deleted and not gone.
+pub fn undead(w: &Rows) -> Option<String> {
+    let buried = [
+        ("organizations", w.organizations.buried.len()),
+        ("projects", w.projects.buried.len()),
+        ("apps", w.apps.buried.len()),
+        ("instances", w.instances.buried.len()),
+    ];
+    buried.iter().find(|(_, n)| *n > 0).map(|(kind, n)| format!("{n} {kind} that are deleted and not gone"))
+}
+
+/// Every table that a gateway took named living instances of the right app and project, at its own revision. Of a region
+/// without a fleet, where a table's revision is its log's.
+pub fn tables(log: &Log, gateways: &[Arc<Gateway>], trace: &Trace) {
+    let mut due: BTreeMap<u64, Vec<(String, Said)>> = BTreeMap::new();
+    for gateway in gateways {
+        for (revision, said) in gateway.taken() {
+            due.entry(revision).or_default().push((gateway.name.clone(), said));
         }
     }
-    None
+    let mut rows: BTreeMap<String, (String, (Name, Name))> = BTreeMap::new();
+    for (revision, told) in log {
+        for event in &told.events {
+            let key = String::from_utf8_lossy(event.key()).into_owned();
+            if !key.starts_with("o/instances/") {
+                continue;
+            }
+            rows.remove(&key);
+            let WatchEvent::Put { kv, .. } = event else { continue };
+            let Ok(instance) = Object::<Instance>::from_slice(&kv.value) else { continue };
+            let Some(project) = instance.metadata.project else { continue };
+            rows.insert(key, (instance.metadata.uid.to_string(), (project, instance.spec.app)));
+        }
+        for (gateway, said) in due.remove(revision).into_iter().flatten() {
+            let truth: BTreeMap<&String, &(Name, Name)> = rows.values().map(|(uid, what)| (uid, what)).collect();
+            for (uid, what) in said {
+                let is = truth.get(&uid.to_string());
+                if is != Some(&&what) {
+                    let text = format!("{gateway}, revision {revision}: {uid} is said to be of {what:?}, is {is:?}");
+                    trace.violation("a table says what its revision does", text);
+                }
+            }
+        }
+    }
 }

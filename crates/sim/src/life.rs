@@ -33,12 +33,22 @@ pub enum Step {
     Claimed,
     /// The writer has committed decisions; those who asked do not know.
     Decided,
+    /// The same three of the writer of the group that all regions share.
+    GlobalClaim,
+    GlobalClaimed,
+    GlobalDecided,
+    /// The global writer has been told what a region has; the region does not know.
+    Heard,
+    /// The leader sends the entry that raises the feature level.
+    Raise,
 }
 
 impl Step {
     pub const STORE: &'static [Self] =
         &[Self::BeforeSync, Self::AfterSync, Self::Election, Self::SnapshotSave, Self::SnapshotInstall, Self::Forward];
     pub const REGION: &'static [Self] = &[Self::Claim, Self::Claimed, Self::Decided];
+    pub const FLEET: &'static [Self] = &[Self::GlobalClaim, Self::GlobalClaimed, Self::GlobalDecided, Self::Heard];
+    pub const RELEASE: &'static [Self] = &[Self::Raise];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -51,6 +61,11 @@ impl Step {
             Self::Claim => "before a writer's claim",
             Self::Claimed => "after a writer's claim, before it knows",
             Self::Decided => "after a decision, before its answer",
+            Self::GlobalClaim => "before the global writer's claim",
+            Self::GlobalClaimed => "after the global writer's claim, before it knows",
+            Self::GlobalDecided => "after a global decision, before its answer",
+            Self::Heard => "after a region was heard, before it knows",
+            Self::Raise => "while the feature level rises",
         }
     }
 
@@ -69,12 +84,14 @@ struct Trap {
 pub struct Stage {
     pub trace: Trace,
     pub mutant: Option<Mutant>,
+    /// Servers change their release: messages are searched for the entry that raises the feature level.
+    pub releases: AtomicBool,
     traps: Mutex<Vec<Trap>>,
 }
 
 impl Stage {
     pub fn new(trace: Trace, mutant: Option<Mutant>) -> Self {
-        Self { trace, mutant, traps: Mutex::new(Vec::new()) }
+        Self { trace, mutant, releases: AtomicBool::new(false), traps: Mutex::new(Vec::new()) }
     }
 
     /// The next server that takes this step, after `skip` times, crashes in it.

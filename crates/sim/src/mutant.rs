@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 use crate::chance::Dice;
 use crate::life::{Life, Step};
+use crate::site::Group;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mutant {
@@ -33,6 +34,10 @@ pub enum Mutant {
     WatchGap,
     /// Servers don't pass messages on for each other.
     NoRelay,
+    /// Hosts say that an instance is gone while it still stops.
+    HastyHost,
+    /// Servers feed gateways the first table that they made.
+    StuckTable,
 }
 
 impl Mutant {
@@ -43,6 +48,8 @@ impl Mutant {
         Self::ForgottenEpoch,
         Self::WatchGap,
         Self::NoRelay,
+        Self::HastyHost,
+        Self::StuckTable,
     ];
 
     pub fn name(self) -> &'static str {
@@ -53,6 +60,8 @@ impl Mutant {
             Self::ForgottenEpoch => "forgotten-epoch",
             Self::WatchGap => "watch-gap",
             Self::NoRelay => "no-relay",
+            Self::HastyHost => "hasty-host",
+            Self::StuckTable => "stuck-table",
         }
     }
 
@@ -67,13 +76,14 @@ pub struct Door {
     pub store: Arc<EmbeddedStore>,
     life: Arc<Life>,
     dice: Dice,
+    group: Group,
     /// Times to live of leases that were granted here, for the bug that needs them.
     granted: Mutex<BTreeMap<LeaseId, Duration>>,
 }
 
 impl Door {
-    pub fn new(store: Arc<EmbeddedStore>, life: Arc<Life>, dice: Dice) -> Self {
-        Self { store, life, dice, granted: Mutex::new(BTreeMap::new()) }
+    pub fn new(store: Arc<EmbeddedStore>, life: Arc<Life>, dice: Dice, group: Group) -> Self {
+        Self { store, life, dice, group, granted: Mutex::new(BTreeMap::new()) }
     }
 
     fn has(&self, mutant: Mutant) -> bool {
@@ -81,14 +91,20 @@ impl Door {
     }
 }
 
-/// What a transaction is to the writer.
-fn writers_step(txn: &Txn) -> Option<(Option<Step>, Step)> {
+/// What a transaction is to the writer: the steps before and after it.
+fn writers_step(txn: &Txn, group: Group) -> Option<(Option<Step>, Step)> {
     let value = txn.ops.iter().find_map(|op| match op {
         Op::Put { key, value, .. } if key == key::WRITER => Some(value),
         _ => None,
     })?;
     let text = String::from_utf8_lossy(value);
-    if text.ends_with(" next=0") { Some((Some(Step::Claim), Step::Claimed)) } else { Some((None, Step::Decided)) }
+    let claims = text.ends_with(" next=0");
+    Some(match group {
+        Group::Own if claims => (Some(Step::Claim), Step::Claimed),
+        Group::Own => (None, Step::Decided),
+        Group::Global if claims => (Some(Step::GlobalClaim), Step::GlobalClaimed),
+        Group::Global => (None, Step::GlobalDecided),
+    })
 }
 
 /// The host's row without its fencing number.
@@ -115,7 +131,7 @@ impl Store for Door {
                 }
             }
         }
-        let steps = writers_step(&txn);
+        let steps = writers_step(&txn, self.group);
         if let Some((Some(before), _)) = steps {
             self.life.step(before);
         }
@@ -124,6 +140,10 @@ impl Store for Door {
             self.life.step(after);
         }
         outcome
+    }
+
+    fn keeps_order(&self) -> bool {
+        self.store.keeps_order()
     }
 
     async fn range(&self, mut request: RangeRequest) -> Result<RangeResponse, StoreError> {

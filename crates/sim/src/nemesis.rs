@@ -12,10 +12,12 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::chance::Dice;
-use crate::coverage::{REGION_MESSAGES, STORE_MESSAGES};
+use crate::coverage::{FLEET_MESSAGES, REGION_MESSAGES, STORE_MESSAGES};
+use crate::gateways::Gateway;
 use crate::hosts::Host;
 use crate::life::Step;
 use crate::net::Weather;
+use crate::site::{Group, Site};
 use crate::world::World;
 
 pub struct Nemesis {
@@ -23,13 +25,20 @@ pub struct Nemesis {
     pub dice: Dice,
     /// Milliseconds between two faults.
     pub pace: (u64, u64),
-    /// Hosts that may be struck too.
+    /// Hosts and gateways that may be struck too.
     pub hosts: Vec<Arc<Host>>,
+    pub gateways: Vec<Arc<Gateway>>,
 }
 
 impl Nemesis {
+    /// One that strikes servers alone.
+    pub fn of_servers(world: &Arc<World>, pace: (u64, u64)) -> Self {
+        let dice = Dice::new(world.seed, "nemesis");
+        Self { world: world.clone(), dice, pace, hosts: Vec::new(), gateways: Vec::new() }
+    }
+
     /// Torments the world until a moment, then makes all good again.
-    pub async fn run(self, end: Instant) {
+    pub async fn run(&self, end: Instant) {
         let mut later: JoinSet<()> = JoinSet::new();
         // Some messages are rare, so each world begins with its own kind being lost.
         let (turn, kinds) = (self.world.seed / 6, self.kinds());
@@ -39,12 +48,21 @@ impl Nemesis {
             self.world.stage.arm(Step::SnapshotInstall, 0);
             self.long_outage(self.node(), &mut later);
         }
+        if self.world.is_fleet() {
+            let step = Step::FLEET[(turn % Step::FLEET.len() as u64) as usize];
+            self.world.stage.arm(step, 0);
+            self.unseat(&mut later);
+        }
         while Instant::now() < end {
             while later.try_join_next().is_some() {}
-            if self.hosts.is_empty() || self.dice.chance(700) {
+            if self.world.is_fleet() && self.dice.chance(300) {
+                self.strike_region(&mut later);
+            } else if self.hosts.is_empty() || self.dice.chance(700) {
                 self.strike(&mut later);
-            } else {
+            } else if self.dice.chance(800) {
                 self.strike_host(&mut later);
+            } else {
+                self.strike_gateway(&mut later);
             }
             let pause = Instant::now() + self.dice.millis(self.pace.0, self.pace.1);
             sleep_until(pause.min(end)).await;
@@ -69,6 +87,7 @@ impl Nemesis {
             host.power_on();
             host.set_agent_down(false);
         }
+        self.gateways.iter().for_each(|gateway| gateway.set_down(false));
         self.world.hurry();
     }
 
@@ -78,7 +97,13 @@ impl Nemesis {
 
     /// The messages that this world is about.
     fn kinds(&self) -> &'static [&'static str] {
-        if self.world.with_region && self.dice.chance(700) { REGION_MESSAGES } else { STORE_MESSAGES }
+        if self.world.is_fleet() && self.dice.chance(500) {
+            FLEET_MESSAGES
+        } else if self.world.with_region && self.dice.chance(700) {
+            REGION_MESSAGES
+        } else {
+            STORE_MESSAGES
+        }
     }
 
     fn others(&self, node: u64) -> Vec<u64> {
@@ -95,12 +120,21 @@ impl Nemesis {
                 world.power_off(node);
             }
             1..=3 => {
-                let region = world.with_region && self.dice.chance(500);
-                let step = self.dice.pick(if region { Step::REGION } else { Step::STORE }).expect("there are steps");
-                let is_rare = matches!(step, Step::SnapshotInstall | Step::SnapshotSave | Step::Claim | Step::Claimed);
+                let steps = if world.is_fleet() && self.dice.chance(600) {
+                    Step::FLEET
+                } else if world.with_region && self.dice.chance(500) {
+                    Step::REGION
+                } else {
+                    Step::STORE
+                };
+                let step = self.dice.pick(steps).expect("there are steps");
+                let is_rare = matches!(step, Step::SnapshotInstall | Step::SnapshotSave | Step::Claim | Step::Claimed)
+                    || matches!(step, Step::GlobalClaim | Step::GlobalClaimed);
                 world.stage.arm(*step, if is_rare { 0 } else { self.dice.below(4) });
                 match step {
-                    Step::Election | Step::Claim | Step::Claimed => self.unseat(later),
+                    Step::Election | Step::Claim | Step::Claimed | Step::GlobalClaim | Step::GlobalClaimed => {
+                        self.unseat(later);
+                    }
                     Step::SnapshotInstall => self.long_outage(node, later),
                     _ => {}
                 }
@@ -231,11 +265,11 @@ impl Nemesis {
             }
             2 => {
                 let both = |node: &u64| [(host.place, *node), (*node, host.place)];
-                let links = self.world.nodes.iter().flat_map(both).collect();
+                let links = host.servers.iter().flat_map(both).collect();
                 self.cut_for("host cut off", links, self.dice.millis(1_000, 12_000), later);
             }
             3 => {
-                let links = self.world.nodes.iter().map(|node| (*node, host.place)).collect();
+                let links = host.servers.iter().map(|node| (*node, host.place)).collect();
                 self.cut_for("host hears nobody", links, self.dice.millis(1_000, 9_000), later);
             }
             _ => {
@@ -246,9 +280,64 @@ impl Nemesis {
         }
     }
 
+    fn strike_gateway(&self, later: &mut JoinSet<()>) {
+        let Some(gateway) = self.dice.pick(&self.gateways).cloned() else { return };
+        if self.dice.chance(300) {
+            self.world.trace.fault("gateway restarts", &gateway.name);
+            gateway.set_down(true);
+            let span = self.dice.millis(200, 5_000);
+            later.spawn(async move {
+                sleep(span).await;
+                gateway.set_down(false);
+            });
+        } else {
+            let both = |node: &u64| [(gateway.place, *node), (*node, gateway.place)];
+            let links = gateway.servers.iter().flat_map(both).collect();
+            self.cut_for("gateway cut off", links, self.dice.millis(1_000, 12_000), later);
+        }
+    }
+
+    /// A whole region is struck.
+    fn strike_region(&self, later: &mut JoinSet<()>) {
+        let site = self.dice.pick(&self.world.sites).expect("a fleet has regions");
+        let span = self.dice.millis(1_000, 7_000);
+        match self.dice.below(4) {
+            0 => self.cut_for("region cut off", around(&self.world, site, true, true), span, later),
+            1 => {
+                let out = self.dice.chance(500);
+                self.cut_for("region cut off one way", around(&self.world, site, out, !out), span, later);
+            }
+            2 => {
+                let Some(other) = self.dice.pick(&self.world.sites).filter(|other| other.name != site.name) else {
+                    return;
+                };
+                self.cut_for("two regions cut apart", between(site, other), span, later);
+            }
+            _ => {
+                self.world.trace.fault("region loses power", &site.name);
+                for node in &site.nodes {
+                    self.world.hold_down(*node, true);
+                    self.world.power_off(*node);
+                }
+                let (world, nodes) = (self.world.clone(), site.nodes.clone());
+                later.spawn(async move {
+                    sleep(span).await;
+                    nodes.iter().for_each(|node| world.hold_down(*node, false));
+                });
+            }
+        }
+    }
+
     /// Cuts the leader off, one way or both, so that another has to take over.
     fn unseat(&self, later: &mut JoinSet<()>) {
-        let Some(leader) = self.world.leader() else { return };
+        let world = &self.world;
+        let leader = if world.is_fleet() && self.dice.chance(300) {
+            let site = self.dice.pick(&world.sites).expect("a fleet has regions");
+            world.leader_of(Group::Own, &site.nodes)
+        } else {
+            world.leader()
+        };
+        let Some(leader) = leader else { return };
         let others = self.others(leader);
         let (name, links): (_, Vec<_>) = match self.dice.below(3) {
             0 => ("leader cut off", others.iter().flat_map(|o| [(leader, *o), (*o, leader)]).collect()),
@@ -272,6 +361,18 @@ impl Nemesis {
             world.trace.note(format_args!("links heal: {links:?}"));
         });
     }
+}
+
+/// The links between a region and all others, outwards and inwards.
+pub fn around(world: &World, site: &Site, out: bool, inward: bool) -> Vec<(u64, u64)> {
+    let others = world.nodes.iter().copied().filter(|node| !site.nodes.contains(node));
+    let both = |other: u64| site.nodes.iter().flat_map(move |own| [(*own, other, out), (other, *own, inward)]);
+    others.flat_map(both).filter(|(_, _, is_cut)| *is_cut).map(|(from, to, _)| (from, to)).collect()
+}
+
+/// The links between two regions.
+pub fn between(one: &Site, other: &Site) -> Vec<(u64, u64)> {
+    one.nodes.iter().flat_map(|a| other.nodes.iter().flat_map(|b| [(*a, *b), (*b, *a)])).collect()
 }
 
 /// How long a fault phase lasts in virtual time.

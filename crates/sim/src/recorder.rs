@@ -11,6 +11,7 @@ use nexus_store::{Revision, Store, StoreError, WatchBatch, WatchError, WatchEven
 use tokio::time::{sleep, timeout};
 
 use crate::chance::Dice;
+use crate::site::Group;
 use crate::world::World;
 
 /// What each revision changed.
@@ -22,9 +23,17 @@ pub struct Told {
     pub events: Vec<WatchEvent>,
 }
 
-/// Clones share one record.
-#[derive(Clone, Default)]
-pub struct Recorder(Arc<Mutex<State>>);
+/// The rows of instances that are deleted and not yet gone.
+const ENDING: &str = "t/instances/";
+
+/// The record of one group. Clones share it.
+#[derive(Clone)]
+pub struct Recorder {
+    pub group: Group,
+    /// The group's servers.
+    pub nodes: Vec<u64>,
+    state: Arc<Mutex<State>>,
+}
 
 #[derive(Default)]
 struct State {
@@ -43,8 +52,12 @@ pub struct Narrow {
 }
 
 impl Recorder {
+    pub fn new(group: Group, nodes: &[u64]) -> Self {
+        Self { group, nodes: nodes.to_vec(), state: Arc::default() }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn log(&self) -> Log {
@@ -61,6 +74,9 @@ impl Recorder {
         let mut state = self.state();
         match state.log.get(&batch.revision.0) {
             None => {
+                let erased = told.events.iter().filter(|e| matches!(e, WatchEvent::Delete { .. }));
+                let keys = erased.filter_map(|e| std::str::from_utf8(e.key()).ok());
+                keys.filter_map(|key| key.strip_prefix(ENDING)).for_each(|uid| world.fence.erased(uid));
                 state.log.insert(batch.revision.0, told);
             }
             Some(known) if *known != told => {
@@ -78,7 +94,8 @@ impl Recorder {
             if let Some(server) = world.server(node) {
                 let after = if dice.chance(150) { 0 } else { self.newest() };
                 let who = format!("the watcher at server {node}, life {}", server.life.number);
-                match server.door.watch(Bytes::new(), Bytes::new(), Revision(after)).await {
+                let Some(door) = server.door(self.group).cloned() else { return };
+                match door.watch(Bytes::new(), Bytes::new(), Revision(after)).await {
                     Ok(mut watch) => {
                         world.trace.count("watches");
                         let mut last = after;

@@ -13,15 +13,18 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::chance::{self, Dice};
 use crate::check::check;
 use crate::clients::{Calls, Client, PREFIX};
+use crate::judge::{self, Ground};
 use crate::leases::{Beliefs, Holder};
 use crate::members::{self, Operator};
 use crate::mutant::Mutant;
 use crate::nemesis::{FAULTS_LAST, Nemesis};
 use crate::recorder::Recorder;
+use crate::releases::{self, Releases};
+use crate::site::{Group, Site};
 use crate::trace::{Trace, Violation};
-use crate::users::{self, Known, User};
+use crate::users::{self, Known, User, Way};
 use crate::world::{Plan, World};
-use crate::{hosts, judge, partial, region};
+use crate::{fleet, partial, region};
 
 /// Once nothing is broken any more, every server serves within this.
 const RECOVERS_WITHIN: Duration = Duration::from_secs(20);
@@ -50,9 +53,11 @@ pub fn run(seed: u64, mutant: Option<Mutant>, verbose: bool) -> Outcome {
         trace.note(format_args!("seed {seed}: {kind:?}"));
         trace.count(&format!("worlds: {}", kind.name()));
         match kind {
-            Kind::Store { servers } => store_world(seed, servers, 0, mutant, &trace).await,
-            Kind::Members => store_world(seed, 3, 3, mutant, &trace).await,
+            Kind::Store { servers } => store_world(seed, servers, 0, false, mutant, &trace).await,
+            Kind::Releases => store_world(seed, 3, 0, true, mutant, &trace).await,
+            Kind::Members => store_world(seed, 3, 3, false, mutant, &trace).await,
             Kind::Region { servers } => region_world(seed, servers, mutant, &trace).await,
+            Kind::Fleet => fleet::world(seed, mutant, &trace).await,
             Kind::Partial => partial_world(seed, mutant, &trace).await,
         }
         Outcome {
@@ -72,8 +77,10 @@ pub fn run(seed: u64, mutant: Option<Mutant>, verbose: bool) -> Outcome {
 enum Kind {
     Store { servers: u64 },
     Region { servers: u64 },
+    Fleet,
     Partial,
     Members,
+    Releases,
 }
 
 impl Kind {
@@ -81,8 +88,10 @@ impl Kind {
         match self {
             Self::Store { .. } => "store",
             Self::Region { .. } => "region",
+            Self::Fleet => "fleet",
             Self::Partial => "partial",
             Self::Members => "members",
+            Self::Releases => "releases",
         }
     }
 }
@@ -90,20 +99,30 @@ impl Kind {
 /// Which world a seed is about.
 fn seed_kind(seed: u64) -> Kind {
     match seed % 6 {
-        0 | 3 => Kind::Region { servers: 3 },
+        0 => Kind::Region { servers: 3 },
         1 => Kind::Store { servers: 5 },
-        5 => Kind::Partial,
+        2 if (seed / 6).is_multiple_of(2) => Kind::Store { servers: 3 },
+        2 => Kind::Releases,
+        3 => Kind::Fleet,
         4 => Kind::Members,
-        _ => Kind::Store { servers: 3 },
+        _ => Kind::Partial,
     }
 }
 
-/// Servers with a store each, and clients of it; if there are spares, an operator who changes the members.
-async fn store_world(seed: u64, servers: u64, spares: u64, mutant: Option<Mutant>, trace: &Trace) {
+/// Servers with a store each, and clients of it; if there are spares, an operator who changes the members; perhaps one who
+/// changes the servers' release.
+async fn store_world(
+    seed: u64,
+    servers: u64,
+    spares: u64,
+    changes_releases: bool,
+    mutant: Option<Mutant>,
+    trace: &Trace,
+) {
     let dice = Dice::new(seed, "run");
     let plan = Plan {
         seed,
-        servers,
+        sites: Site::alone(servers),
         spares,
         with_region: false,
         snapshot_after: dice.range(15_000, 60_000),
@@ -112,7 +131,7 @@ async fn store_world(seed: u64, servers: u64, spares: u64, mutant: Option<Mutant
     };
     let world = World::new(&plan, trace.clone());
     let mut standing = start(&world);
-    let recorder = Recorder::default();
+    let recorder = Recorder::new(Group::Own, &world.nodes);
     for node in &world.nodes {
         let dice = Dice::new(seed, &format!("recorder {node}"));
         standing.spawn(recorder.clone().follow(world.clone(), *node, dice.clone()));
@@ -144,20 +163,24 @@ async fn store_world(seed: u64, servers: u64, spares: u64, mutant: Option<Mutant
         };
         load.spawn(holder.run());
     }
-    let nemesis =
-        Nemesis { world: world.clone(), dice: Dice::new(seed, "nemesis"), pace: (100, 1_400), hosts: Vec::new() };
+    let nemesis = Nemesis::of_servers(&world, (100, 1_400));
     sleep(Duration::from_secs(2)).await;
     let mut operating = JoinSet::new();
     if spares > 0 {
         let operator = Operator { world: world.clone(), dice: Dice::new(seed, "operator"), stop: stop.clone() };
         operating.spawn(operator.run());
     }
+    if changes_releases {
+        standing.spawn(releases::watch_levels(world.clone()));
+        let releases = Releases { world: world.clone(), dice: Dice::new(seed, "releases") };
+        operating.spawn(releases.run());
+    }
     nemesis.run(Instant::now() + FAULTS_LAST).await;
     // A server that is being added serves when it has been.
     if timeout(Duration::from_secs(240), operating.join_next()).await.is_err() {
-        trace.violation("members can be changed", "the operator did not come to an end");
+        trace.violation("operators' work gets done", "the operator did not come to an end");
     }
-    serves_again(&world, "probe").await;
+    serves_again(&world, Group::Own, "probe").await;
     sleep(Duration::from_millis(500)).await;
     stop.store(true, Ordering::SeqCst);
     if timeout(Duration::from_secs(20), async { while load.join_next().await.is_some() {} }).await.is_err() {
@@ -165,6 +188,9 @@ async fn store_world(seed: u64, servers: u64, spares: u64, mutant: Option<Mutant
     }
     if spares > 0 {
         members::agree(&world).await;
+    }
+    if changes_releases {
+        releases::agree(&world).await;
     }
     settle(&world, &recorder).await;
     recorder.check_narrow(&world);
@@ -180,16 +206,17 @@ async fn store_world(seed: u64, servers: u64, spares: u64, mutant: Option<Mutant
 
 /// Five servers whose links are cut in a shape that is meant to stop them, and stays so.
 async fn partial_world(seed: u64, mutant: Option<Mutant>, trace: &Trace) {
-    let plan = Plan { seed, servers: 5, spares: 0, with_region: false, snapshot_after: 60_000, skew_ms: 0, mutant };
+    let plan =
+        Plan { seed, sites: Site::alone(5), spares: 0, with_region: false, snapshot_after: 60_000, skew_ms: 0, mutant };
     let world = World::new(&plan, trace.clone());
     let mut standing = start(&world);
-    let recorder = Recorder::default();
+    let recorder = Recorder::new(Group::Own, &world.nodes);
     for node in &world.nodes {
         let dice = Dice::new(seed, &format!("recorder {node}"));
         standing.spawn(recorder.clone().follow(world.clone(), *node, dice));
     }
     let (calls, stop) = (Calls::default(), Arc::new(AtomicBool::new(false)));
-    serves_again(&world, "first").await;
+    serves_again(&world, Group::Own, "first").await;
     let mut load = JoinSet::new();
     for id in 0..5 {
         let client = Client {
@@ -205,7 +232,7 @@ async fn partial_world(seed: u64, mutant: Option<Mutant>, trace: &Trace) {
     sleep(Duration::from_secs(1)).await;
     partial::torment(&world, &Dice::new(seed, "partial")).await;
     world.net.heal_all();
-    serves_again(&world, "probe").await;
+    serves_again(&world, Group::Own, "probe").await;
     stop.store(true, Ordering::SeqCst);
     if timeout(Duration::from_secs(20), async { while load.join_next().await.is_some() {} }).await.is_err() {
         trace.violation("every request ends in time", "the load did not end");
@@ -222,7 +249,7 @@ async fn region_world(seed: u64, servers: u64, mutant: Option<Mutant>, trace: &T
     let dice = Dice::new(seed, "run");
     let plan = Plan {
         seed,
-        servers,
+        sites: Site::alone(servers),
         spares: 0,
         with_region: true,
         snapshot_after: dice.range(100_000, 400_000),
@@ -231,17 +258,15 @@ async fn region_world(seed: u64, servers: u64, mutant: Option<Mutant>, trace: &T
     };
     let world = World::new(&plan, trace.clone());
     let mut standing = start(&world);
-    let recorder = Recorder::default();
+    let recorder = Recorder::new(Group::Own, &world.nodes);
     for node in &world.nodes {
         let dice = Dice::new(seed, &format!("recorder {node}"));
         standing.spawn(recorder.clone().follow(world.clone(), *node, dice));
     }
-    let hosts = hosts::hosts(&world);
-    for host in &hosts {
-        standing.spawn(host.clone().run());
-    }
+    let ground = Ground::lay(&world, &world.sites[0], &mut standing);
     let (known, stop) = (Known::default(), Arc::new(AtomicBool::new(false)));
-    users::import_image(&world, &dice, &region::name(users::PROJECT)).await;
+    let way = Way::of_region(&world.nodes);
+    users::import_image(&world, &dice, &region::name(users::PROJECT), &way).await;
     let mut load = JoinSet::new();
     for id in 0..4 {
         let user = User {
@@ -249,21 +274,28 @@ async fn region_world(seed: u64, servers: u64, mutant: Option<Mutant>, trace: &T
             id,
             dice: Dice::new(seed, &format!("user {id}")),
             known: known.clone(),
+            way: way.clone(),
             stop: stop.clone(),
         };
         load.spawn(user.run());
     }
-    let nemesis =
-        Nemesis { world: world.clone(), dice: Dice::new(seed, "nemesis"), pace: (200, 2_000), hosts: hosts.clone() };
+    let nemesis = Nemesis {
+        world: world.clone(),
+        dice: Dice::new(seed, "nemesis"),
+        pace: (200, 2_000),
+        hosts: ground.hosts.clone(),
+        gateways: ground.gateways.clone(),
+    };
     nemesis.run(Instant::now() + 2 * FAULTS_LAST).await;
-    serves_again(&world, "probe").await;
+    serves_again(&world, Group::Own, "probe").await;
     stop.store(true, Ordering::SeqCst);
     if timeout(Duration::from_secs(60), async { while load.join_next().await.is_some() {} }).await.is_err() {
         trace.violation("every request ends in time", "the load did not end");
     }
-    judge::converges(&world, &hosts, &known).await;
+    judge::converges(&world, || judge::difference(&world, &ground, &known.all())).await;
     settle(&world, &recorder).await;
     judge::history(&recorder.log(), trace);
+    judge::tables(&recorder.log(), &ground.gateways, trace);
     for server in world.servers() {
         world.take_recount(&server);
     }
@@ -272,7 +304,7 @@ async fn region_world(seed: u64, servers: u64, mutant: Option<Mutant>, trace: &T
 }
 
 /// Starts everybody.
-fn start(world: &Arc<World>) -> JoinSet<()> {
+pub fn start(world: &Arc<World>) -> JoinSet<()> {
     let mut standing = JoinSet::new();
     for node in &world.nodes {
         standing.spawn(world.clone().supervise(*node));
@@ -280,7 +312,7 @@ fn start(world: &Arc<World>) -> JoinSet<()> {
     standing
 }
 
-async fn end(world: &Arc<World>, mut standing: JoinSet<()>) {
+pub async fn end(world: &Arc<World>, mut standing: JoinSet<()>) {
     standing.shutdown().await;
     for server in world.servers() {
         server.life.kill();
@@ -301,16 +333,16 @@ async fn compact_now_and_then(world: Arc<World>, recorder: Recorder, dice: Dice)
 }
 
 /// Every server must take a write and a read again.
-pub async fn serves_again(world: &Arc<World>, name: &str) {
+pub async fn serves_again(world: &Arc<World>, group: Group, name: &str) {
     let deadline = Instant::now() + RECOVERS_WITHIN;
     for node in &world.present() {
         let mut why = "it is down".to_owned();
         loop {
-            if let Some(server) = world.server(*node) {
+            if let Some(door) = world.server(*node).and_then(|server| server.door(group).cloned()) {
                 let key = format!("{name}/{node}");
                 let done = async {
-                    server.door.txn(Txn::put(key.clone(), "here")).await?;
-                    server.door.range(RangeRequest::get(key.clone())).await
+                    door.txn(Txn::put(key.clone(), "here")).await?;
+                    door.range(RangeRequest::get(key.clone())).await
                 };
                 match timeout(Duration::from_secs(8), done).await {
                     Ok(Ok(_)) => break,
@@ -330,14 +362,16 @@ pub async fn serves_again(world: &Arc<World>, name: &str) {
 }
 
 /// Waits until every server and the record have come to the same revision, and compares what they hold.
-async fn settle(world: &Arc<World>, recorder: &Recorder) {
+pub async fn settle(world: &Arc<World>, recorder: &Recorder) {
     let deadline = Instant::now() + RECOVERS_WITHIN;
     let mut contents = BTreeMap::new();
-    for node in &world.present() {
+    let mut nodes = world.present();
+    nodes.retain(|node| recorder.nodes.contains(node));
+    let member = |node: u64| Some(world.server(node)?.door(recorder.group)?.store.clone());
+    for node in &nodes {
         loop {
-            if let Some(server) = world.server(*node)
-                && let Ok(Ok(found)) =
-                    timeout(Duration::from_secs(5), server.store.range(RangeRequest::prefix(""))).await
+            if let Some(store) = member(*node)
+                && let Ok(Ok(found)) = timeout(Duration::from_secs(5), store.range(RangeRequest::prefix(""))).await
             {
                 contents.insert(*node, found);
                 break;
@@ -353,10 +387,10 @@ async fn settle(world: &Arc<World>, recorder: &Recorder) {
     }
     let newest = contents.values().map(|c| c.revision.0).max().unwrap_or(0);
     // A lease may end between two reads, so contents are compared at one revision.
-    for node in &world.present() {
-        let Some(server) = world.server(*node) else { continue };
+    for node in &nodes {
+        let Some(store) = member(*node) else { continue };
         let request = RangeRequest::prefix("").at(Revision(newest));
-        if let Ok(Ok(found)) = timeout(Duration::from_secs(5), server.store.range(request)).await {
+        if let Ok(Ok(found)) = timeout(Duration::from_secs(5), store.range(request)).await {
             contents.insert(*node, found);
         }
     }

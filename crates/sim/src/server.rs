@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use crate::life::{Life, Step};
 use crate::mutant::{Door, Mutant};
 use crate::net::{Handling, Net, store_message};
 use crate::region::Part;
+use crate::site::{Group, global_group};
 use crate::world::{Machine, World};
 
 /// The members of one group by node, as their configuration says.
@@ -36,6 +38,8 @@ pub struct Server {
     pub store: Arc<EmbeddedStore>,
     /// The store as everything above it sees it.
     pub door: Arc<Door>,
+    /// Its member of the group that all regions share, in a fleet.
+    pub global: Option<Arc<Door>>,
     /// The region's control loop, in worlds that have one.
     pub part: Option<Part>,
     tasks: Arc<Mutex<JoinSet<()>>>,
@@ -71,7 +75,7 @@ pub fn as_servers<T: Send + 'static>(
 
 #[async_trait]
 impl Peers for Wire {
-    async fn call(&self, to: &PeerRef, _: &GroupId, message: Bytes) -> Result<Bytes, PeerError> {
+    async fn call(&self, to: &PeerRef, group: &GroupId, message: Bytes) -> Result<Bytes, PeerError> {
         if !self.life.is_on() {
             return std::future::pending().await;
         }
@@ -84,13 +88,18 @@ impl Peers for Wire {
         if kind == "Vote" && self.life.step(Step::Election) {
             return std::future::pending().await;
         }
+        let may_raise = kind == "Append" && self.life.stage.releases.load(Ordering::Relaxed);
+        if may_raise && raises(&message) && self.life.step(Step::Raise) {
+            return std::future::pending().await;
+        }
         let may_come_twice = !matches!(kind, "Forward" | "Membership");
+        let group = if *group == global_group() { Group::Global } else { Group::Own };
         let handle = move || {
             let server = world.upgrade()?.server(to)?;
             if kind == "Forward" && server.life.step(Step::Forward) {
                 return None;
             }
-            let (store, message) = (server.store.clone(), message.clone());
+            let (store, message) = (server.door(group)?.store.clone(), message.clone());
             as_servers(&server, async move { store.handle(message).await })
         };
         self.net.exchange(from, to, kind, may_come_twice, handle).await
@@ -109,28 +118,20 @@ impl Server {
             disk: Arc::new(disk),
             transport: Arc::new(MemTransport::new()),
         };
-        let mut config = Config::new(
-            node,
-            GroupId::new("local").expect("a well-formed name"),
-            PathBuf::from("/data/store/local"),
-            members(&world.founders),
-        );
-        if !world.founders.contains(&node) {
-            config.join = true;
-            config.members = BTreeMap::new();
-        }
-        // Small enough that a short run rolls segments, saves, purges and sends snapshots.
-        config.segment_bytes = 24_000;
-        config.snapshot_after_bytes = world.snapshot_after;
-        config.reserve_bytes = 40_000;
-        config.request_timeout = Duration::from_secs(3);
-        config.retention = Retention::default();
         let wire = Arc::new(Wire { world: Arc::downgrade(world), net: world.net.clone(), life: life.clone() });
-        let store = Arc::new(EmbeddedStore::open(config, env.clone(), wire).await?);
-        let door = Arc::new(Door::new(store.clone(), life.clone(), dice("door")));
+        let site = world.site(node);
+        let own = Config::new(node, site.group(), PathBuf::from("/data/store/local"), members(&founders(world, node)));
+        let store = open(world, machine, own, &env, wire.clone()).await?;
+        let door = Arc::new(Door::new(store.clone(), life.clone(), dice("door"), Group::Own));
+        let mut global = None;
+        if world.is_fleet() {
+            let own = Config::new(node, global_group(), PathBuf::from("/data/store/global"), members(&world.voters()));
+            let store = open(world, machine, own.for_distance(), &env, wire).await?;
+            global = Some(Arc::new(Door::new(store, life.clone(), dice("global door"), Group::Global)));
+        }
         let mut tasks = JoinSet::new();
-        let part = world.with_region.then(|| Part::start(world, &life, env, door.clone(), &mut tasks));
-        Ok(Arc::new(Self { life, store, door, part, tasks: Arc::new(Mutex::new(tasks)) }))
+        let part = world.with_region.then(|| Part::start(world, &life, &env, door.clone(), global.clone(), &mut tasks));
+        Ok(Arc::new(Self { life, store, door, global, part, tasks: Arc::new(Mutex::new(tasks)) }))
     }
 
     /// Clears away what is left of a server whose process is over.
@@ -138,10 +139,60 @@ impl Server {
         let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         tasks.shutdown().await;
         self.store.shutdown().await;
+        if let Some(global) = &self.global {
+            global.store.shutdown().await;
+        }
     }
 
-    /// Why the store has stopped by itself, if it has.
-    pub async fn failure(&self) -> Option<String> {
-        self.store.status().await.failure
+    /// Its member of a group, as everything above sees it.
+    pub fn door(&self, group: Group) -> Option<&Arc<Door>> {
+        match group {
+            Group::Own => Some(&self.door),
+            Group::Global => self.global.as_ref(),
+        }
     }
+
+    /// Why one of its stores has stopped by itself, if one has.
+    pub async fn failure(&self) -> Option<String> {
+        for door in [Some(&self.door), self.global.as_ref()].into_iter().flatten() {
+            if let Some(failure) = door.store.status().await.failure {
+                return Some(failure);
+            }
+        }
+        None
+    }
+}
+
+/// The founders of a server's own group.
+fn founders(world: &World, node: u64) -> Vec<u64> {
+    world.site(node).nodes.iter().copied().filter(|n| world.founders.contains(n)).collect()
+}
+
+/// Opens one group's member as this world runs it.
+async fn open(
+    world: &World,
+    machine: &Machine,
+    mut config: Config,
+    env: &Env,
+    wire: Arc<Wire>,
+) -> Result<Arc<EmbeddedStore>, StoreError> {
+    if !config.members.contains_key(&config.node) {
+        config.join = true;
+        config.founder = false;
+        config.members = BTreeMap::new();
+    }
+    // Small enough that a short run rolls segments, saves, purges and sends snapshots.
+    config.segment_bytes = 24_000;
+    config.snapshot_after_bytes = world.snapshot_after;
+    config.reserve_bytes = 40_000;
+    config.request_timeout = Duration::from_secs(3);
+    config.retention = Retention::default();
+    config.feature_level = machine.release.load(Ordering::SeqCst);
+    Ok(Arc::new(EmbeddedStore::open(config, env.clone(), wire).await?))
+}
+
+/// Whether a message carries the entry that raises the feature level. Its encoding names it.
+fn raises(message: &[u8]) -> bool {
+    const NAME: &[u8] = b"\xa5Raise";
+    message.windows(NAME.len()).any(|window| window == NAME)
 }

@@ -10,14 +10,18 @@ use std::time::Duration;
 use nexus_control::intent::{Accepted, Change, Intent, Target, Writer};
 use nexus_model::kind::*;
 use nexus_model::{ApiError, Bytes, Code, Digest, Metadata, MilliCpu, Name, Object};
+use nexus_store::PeerError;
 use serde_json::json;
 use tokio::time::{sleep, timeout};
 
 use crate::chance::Dice;
 use crate::region::name;
+use crate::server::as_servers;
+use crate::site::Group;
 use crate::world::World;
 
-const PATIENCE: Duration = Duration::from_secs(15);
+/// A writer answers within 10 s; in a fleet it may wait for news of the global group, too, and then decide once more.
+const PATIENCE: Duration = Duration::from_secs(30);
 pub const PROJECT: &str = "default";
 
 /// What users know to be there: replicas of each app of [`PROJECT`].
@@ -47,10 +51,11 @@ pub struct User {
     pub id: u64,
     pub dice: Dice,
     pub known: Known,
+    pub way: Way,
     pub stop: Arc<AtomicBool>,
 }
 
-fn intent(plural: &str, project: Option<Name>, object: Name, change: Change, key: String) -> Intent {
+pub fn intent(plural: &str, project: Option<Name>, object: Name, change: Change, key: String) -> Intent {
     Intent {
         request_id: "req-sim".parse().expect("a well-formed id"),
         actor: "user".into(),
@@ -62,38 +67,64 @@ fn intent(plural: &str, project: Option<Name>, object: Name, change: Change, key
     }
 }
 
-fn app(object: &Name, project: &Name, replicas: u32) -> Change {
+pub fn app(object: &Name, project: &Name, replicas: u32) -> Change {
     let resources = Resources { cpu: MilliCpu(100), memory: Bytes(64 << 20), ..Resources::default() };
     let spec = AppSpec { image: name("web"), replicas, resources, ..App::example() };
     Change::Create { object: Object::<App>::new(Metadata::new(object.clone(), Some(project.clone())), spec).to_any() }
 }
 
-/// The one image that all apps run.
-pub async fn import_image(world: &Arc<World>, dice: &Dice, project: &Name) {
+/// The one image that all apps run. `way`: who takes it.
+pub async fn import_image(world: &Arc<World>, dice: &Dice, project: &Name, way: &Way) {
     let digest = Digest::of(b"web");
     let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 3 }] };
     let object = Object::<Image>::new(Metadata::new(name("web"), Some(project.clone())), spec).to_any();
     let change = Change::Put { object };
     let stop = AtomicBool::new(false);
     let wanted = intent("images", Some(project.clone()), name("web"), change, format!("image-{project}"));
-    let _ = submit(world, dice, &wanted, &stop).await;
+    let _ = submit(world, dice, &wanted, way, &stop).await;
+}
+
+/// Which writer an intent is for, and the servers that users ask. In a fleet a server of another region passes it on.
+#[derive(Debug, Clone)]
+pub struct Way {
+    pub group: Group,
+    pub nodes: Vec<u64>,
+}
+
+impl Way {
+    pub fn of_region(nodes: &[u64]) -> Self {
+        Self { group: Group::Own, nodes: nodes.to_vec() }
+    }
+
+    pub fn of_global(world: &World) -> Self {
+        Self { group: Group::Global, nodes: world.nodes.clone() }
+    }
 }
 
 /// Sends an intent until it is decided. `None`: the run ended first.
-async fn submit(
+pub async fn submit(
     world: &Arc<World>,
     dice: &Dice,
     intent: &Intent,
+    way: &Way,
     stop: &AtomicBool,
 ) -> Option<Result<Accepted, ApiError>> {
     let mut tries = 0;
     loop {
-        let node = *dice.pick(&world.nodes)?;
+        // In a fleet users ask any server of any region, which asks one of the region at issue.
+        let at = *dice.pick(&world.nodes)?;
+        let node = if way.nodes.contains(&at) { at } else { *dice.pick(&way.nodes)? };
         if let Some(server) = world.server(node)
+            && world.server(at).is_some()
             && let Some(part) = &server.part
+            && let Some(writer) = part.writer(way.group)
         {
             tries += 1;
-            let answer = timeout(PATIENCE, part.region.submit(intent.clone())).await;
+            let answer = if at == node {
+                timeout(PATIENCE, writer.submit(intent.clone())).await
+            } else {
+                timeout(PATIENCE, pass_on(world, at, node, intent)).await
+            };
             if server.life.is_on() {
                 match answer {
                     Ok(Err(error)) if error.code.is_retryable() => {
@@ -124,6 +155,22 @@ async fn submit(
     }
 }
 
+/// A server passes a request on to one of the region that it is for.
+async fn pass_on(world: &Arc<World>, from: u64, to: u64, intent: &Intent) -> Result<Accepted, ApiError> {
+    world.trace.count("requests passed on to another region");
+    let (weak, intent) = (Arc::downgrade(world), intent.clone());
+    let handle = move || {
+        let server = weak.upgrade()?.server(to)?;
+        let (writer, intent) = (server.part.as_ref()?.region.clone(), intent.clone());
+        as_servers(&server, async move { writer.submit(intent).await })
+    };
+    match world.net.exchange(from, to, "pass", false, handle).await {
+        Ok(answer) => answer,
+        Err(PeerError::Unreachable(why)) => Err(ApiError::new(Code::Unavailable, why)),
+        Err(PeerError::Lost(why)) => Err(ApiError::new(Code::Timeout, why)),
+    }
+}
+
 impl User {
     pub async fn run(self) {
         let default = name(PROJECT);
@@ -144,7 +191,7 @@ impl User {
         if project_is_there {
             let key = format!("u{}-{turn}-last", self.id);
             let delete = intent("projects", None, own, Change::Delete, key);
-            let _ = submit(&self.world, &self.dice, &delete, &self.stop).await;
+            let _ = submit(&self.world, &self.dice, &delete, &self.way, &self.stop).await;
         }
     }
 
@@ -153,7 +200,7 @@ impl User {
         let key = |what: &str| format!("u{}-{turn}-{what}", self.id);
         if *is_there {
             let delete = intent("projects", None, own.clone(), Change::Delete, key("delete"));
-            if let Some(Ok(_)) = submit(&self.world, &self.dice, &delete, &self.stop).await {
+            if let Some(Ok(_)) = submit(&self.world, &self.dice, &delete, &self.way, &self.stop).await {
                 self.world.trace.count("projects deleted");
                 *is_there = false;
             }
@@ -163,13 +210,13 @@ impl User {
         let object = Object::<Project>::new(Metadata::new(own.clone(), None), spec).to_any();
         let create = intent("projects", None, own.clone(), Change::Create { object }, key("create"));
         // The name is free again only when the last of its contents is torn down.
-        if let Some(Ok(_)) = submit(&self.world, &self.dice, &create, &self.stop).await {
+        if let Some(Ok(_)) = submit(&self.world, &self.dice, &create, &self.way, &self.stop).await {
             *is_there = true;
-            import_image(&self.world, &self.dice, own).await;
+            import_image(&self.world, &self.dice, own, &self.way).await;
             let inner = name("inner");
             let change = app(&inner, own, self.dice.range(1, 3) as u32);
             let create = intent("apps", Some(own.clone()), inner, change, key("inner"));
-            let _ = submit(&self.world, &self.dice, &create, &self.stop).await;
+            let _ = submit(&self.world, &self.dice, &create, &self.way, &self.stop).await;
         }
     }
 
@@ -182,7 +229,7 @@ impl User {
             (Some(_), _) => (Change::Patch { patch: json!({"spec": {"replicas": replicas}}) }, Some(replicas)),
         };
         let wanted = intent("apps", Some(project.clone()), which.clone(), change, format!("u{}-{turn}", self.id));
-        let Some(decided) = submit(&self.world, &self.dice, &wanted, &self.stop).await else {
+        let Some(decided) = submit(&self.world, &self.dice, &wanted, &self.way, &self.stop).await else {
             // Nobody knows: what is there at the end can't be judged.
             self.world.trace.violation("every request is decided in the end", format!("{which} was not"));
             return;

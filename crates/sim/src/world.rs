@@ -1,7 +1,7 @@
 //! The machines, which servers run on them now, and the supervisor that starts again what ended.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,11 +11,13 @@ use tokio::time::{Instant, sleep};
 
 use crate::chance::Dice;
 use crate::clock::SimClock;
+use crate::fence::Fence;
 use crate::life::{Life, Stage};
 use crate::mutant::Mutant;
 use crate::net::Net;
 use crate::region::Part;
 use crate::server::Server;
+use crate::site::{Group, Site};
 use crate::trace::Trace;
 
 /// How often the supervisor looks.
@@ -28,6 +30,10 @@ pub struct Machine {
     pub disk: MemDisk,
     pub clock: Arc<SimClock>,
     pub slow_ms: Arc<AtomicU64>,
+    /// The feature level of the release that starts here next.
+    pub release: AtomicU32,
+    /// The highest that ever ran here.
+    pub newest_release: AtomicU32,
     lives: AtomicU64,
     state: Mutex<MachineState>,
 }
@@ -63,19 +69,22 @@ pub struct World {
     pub trace: Trace,
     pub net: Arc<Net>,
     pub nodes: Vec<u64>,
-    /// Those who found the group; others join later.
+    pub sites: Vec<Site>,
+    /// Those who found their region's group; others join later.
     pub founders: Vec<u64>,
     pub machines: BTreeMap<u64, Machine>,
     pub snapshot_after: u64,
     /// Servers run a region's control loop.
     pub with_region: bool,
+    /// What runs where, and what must not any more.
+    pub fence: Fence,
     dice: Dice,
 }
 
 /// How a world is made.
 pub struct Plan {
     pub seed: u64,
-    pub servers: u64,
+    pub sites: Vec<Site>,
     /// Machines that may join later.
     pub spares: u64,
     pub with_region: bool,
@@ -88,8 +97,10 @@ pub struct Plan {
 impl World {
     pub fn new(plan: &Plan, trace: Trace) -> Arc<Self> {
         let dice = Dice::new(plan.seed, "world");
-        let founders: Vec<u64> = (1..=plan.servers).collect();
-        let nodes: Vec<u64> = (1..=plan.servers + plan.spares).collect();
+        let mut founders: Vec<u64> = plan.sites.iter().flat_map(|site| site.nodes.clone()).collect();
+        founders.sort_unstable();
+        let servers = founders.len() as u64;
+        let nodes: Vec<u64> = (1..=servers + plan.spares).collect();
         let machines = nodes.iter().map(|node| {
             let disk = MemDisk::new(dice.u64());
             disk.simulate();
@@ -100,8 +111,10 @@ impl World {
                 disk,
                 clock: Arc::new(SimClock::new(off)),
                 slow_ms: Arc::default(),
+                release: AtomicU32::new(1),
+                newest_release: AtomicU32::new(1),
                 lives: AtomicU64::new(0),
-                state: Mutex::new(MachineState { absent: *node > plan.servers, ..MachineState::default() }),
+                state: Mutex::new(MachineState { absent: *node > servers, ..MachineState::default() }),
             };
             (*node, machine)
         });
@@ -113,8 +126,10 @@ impl World {
             seed: plan.seed,
             stage: Arc::new(Stage::new(trace.clone(), plan.mutant)),
             net: Net::new(trace.clone(), Dice::new(plan.seed, "net")),
+            fence: Fence::new(trace.clone()),
             trace,
             nodes,
+            sites: plan.sites.clone(),
             founders,
             machines,
             snapshot_after: plan.snapshot_after,
@@ -132,10 +147,32 @@ impl World {
         self.nodes.iter().filter_map(|node| self.server(*node)).collect()
     }
 
-    /// The server that thinks it leads, if one does.
+    /// Whether there is a group that all regions share.
+    pub fn is_fleet(&self) -> bool {
+        self.sites.len() > 1
+    }
+
+    /// The region that a server is of.
+    pub fn site(&self, node: u64) -> &Site {
+        self.sites.iter().find(|site| site.nodes.contains(&node)).unwrap_or(&self.sites[0])
+    }
+
+    /// Those who vote in the group that all regions share, from the beginning.
+    pub fn voters(&self) -> Vec<u64> {
+        self.sites.iter().filter_map(Site::voter).collect()
+    }
+
+    /// The server that thinks it leads, if one does: the global group in a fleet, else the only group.
     pub fn leader(&self) -> Option<u64> {
+        let group = if self.is_fleet() { Group::Global } else { Group::Own };
+        self.leader_of(group, &self.nodes)
+    }
+
+    /// Of some servers, the one that thinks it leads a group.
+    pub fn leader_of(&self, group: Group, nodes: &[u64]) -> Option<u64> {
         use nexus_store::Store as _;
-        self.servers().into_iter().find(|s| s.store.leadership().borrow().is_self).map(|s| s.life.node)
+        let leads = |s: &Arc<Server>| s.door(group).is_some_and(|door| door.store.leadership().borrow().is_self);
+        nodes.iter().filter_map(|node| self.server(*node)).find(leads).map(|s| s.life.node)
     }
 
     fn life(&self, node: u64) -> Option<Arc<Life>> {

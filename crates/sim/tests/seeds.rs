@@ -23,7 +23,16 @@ fn a_seed_does_the_same_each_time() {
 
 #[test]
 fn every_planted_bug_is_found_within_two_hundred_seeds() {
-    let mutants = ["skipped-fsync", "dropped-compare", "stale-lease-read", "forgotten-epoch", "watch-gap", "no-relay"];
+    let mutants = [
+        "skipped-fsync",
+        "dropped-compare",
+        "stale-lease-read",
+        "forgotten-epoch",
+        "watch-gap",
+        "no-relay",
+        "hasty-host",
+        "stuck-table",
+    ];
     for mutant in mutants {
         let (found, text) = sim(&["--mutant", mutant, "--seeds", "200"]);
         println!("{}", text.lines().last().unwrap_or_default());

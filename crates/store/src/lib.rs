@@ -39,9 +39,7 @@ pub trait Store: Send + Sync {
 
     /// Whether transactions that one task begins one after another at the member that leads, without waiting for their
     /// outcomes, are applied in that order, those that are applied at all.
-    fn keeps_order(&self) -> bool {
-        false
-    }
+    fn keeps_order(&self) -> bool;
 
     /// The keys of a range, in order.
     async fn range(&self, request: RangeRequest) -> Result<RangeResponse, StoreError>;

@@ -432,10 +432,6 @@ impl Pressure {
             Self::High(reason) | Self::Full(reason) => Some(reason),
         }
     }
-
-    pub fn is_full(&self) -> bool {
-        matches!(self, Self::Full(_))
-    }
 }
 
 /// What an operator wants to know of one node's store.

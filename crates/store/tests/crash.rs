@@ -149,7 +149,7 @@ async fn a_nearly_full_disk_refuses_growth_but_not_deletes() {
     })
     .await;
     assert!(matches!(refused, StoreError::Full(_)), "{refused}");
-    assert!(store.status().await.pressure.is_full());
+    assert!(matches!(store.status().await.pressure, Pressure::Full(_)));
     store.txn(Txn::put("k", "w")).await.expect("what takes no more room is no growth");
     store.txn(Txn::delete("k")).await.unwrap();
     cluster.disks[&1].set_capacity(None);
@@ -218,7 +218,7 @@ async fn a_dead_leader_is_replaced_and_catches_up_when_it_is_back() {
     cluster.node(dead).txn(Txn::put("k", "before")).await.unwrap();
     cluster.kill(dead).await;
     let started = std::time::Instant::now();
-    let other = cluster.node(cluster.ids().into_iter().find(|n| *n != dead).unwrap());
+    let other = cluster.node(cluster.others(dead)[0]);
     common::until("writes again", async || other.txn(Txn::put("k", "after")).await.ok()).await;
     println!("writes again after {:?}", started.elapsed());
     // Far enough that the log it needs is gone and it has to take a snapshot.

@@ -20,9 +20,13 @@ use std::time::Duration;
 use common::contract::Handle;
 use common::until;
 use etcd::{Etcd, Shape};
-use nexus_env::{Env, FaultyTransport, Links};
-use nexus_store::etcd::EtcdStore;
-use nexus_store::{Compare, Op, RangeRequest, Revision, Store, StoreError, Txn};
+use nexus_env::{Endpoint, Env, FaultyTransport, Links};
+use nexus_store::backup::{Backup, BackupError, Restore, Writer};
+use nexus_store::embedded::{self, EmbeddedStore, PeerRef, Peers};
+use nexus_store::etcd::{Config, EtcdEndpoint, EtcdStore, Login};
+use nexus_store::{
+    Compare, GroupId, KeyValue, LeaseId, Member, Op, PeerError, RangeRequest, Revision, Store, StoreError, Txn,
+};
 
 /// Keeps the cluster while a case runs, and closes the case's stores.
 struct Guard {
@@ -173,48 +177,160 @@ async fn leadership_passes_on_and_its_epoch_grows() {
     stores[first].shutdown().await;
 }
 
+/// Why a server with this configuration does not start.
+async fn refusal(config: Config) -> String {
+    match EtcdStore::open(config, Env::real()).await {
+        Err(StoreError::Unavailable { reason }) => reason,
+        Err(other) => panic!("{other:?}"),
+        Ok(_) => panic!("etcd was good enough"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_does_not_let_a_server_in_is_named_with_the_reason() {
+    let etcd = start(Shape::ONE_SECURE).await;
+    let config = || Config { open_timeout: Duration::from_secs(3), ..etcd.config(1, "g") };
+    let login = |password: &str| Some(Login { user: etcd::USER.into(), password: password.into() });
+    let nobody = EtcdEndpoint { host: "127.0.0.1".into(), at: Endpoint::Tcp(([127, 0, 0, 1], 1).into()) };
+    let cases = [
+        (Config { tls: Some(etcd.tls(&etcd.file("other-ca.pem"), true)), ..config() }, "another authority"),
+        (Config { tls: Some(etcd.tls(&etcd.file("ca.pem"), false)), ..config() }, "wants a certificate"),
+        (Config { login: login("wrong"), ..config() }, "does not know the user nexus with this password"),
+        (Config { login: None, ..config() }, "wants a user and a password"),
+        (Config { prefix: "/others".into(), ..config() }, "readwrite /others/"),
+        (Config { endpoints: vec![nobody], ..config() }, "can't be reached: 127.0.0.1:1: "),
+    ];
+    for (config, wanted) in cases {
+        let said = refusal(config).await;
+        assert!(said.contains(wanted), "{said:?} does not say {wanted:?}");
+    }
+    let plain = start(Shape::ONE).await;
+    let config = Config { open_timeout: Duration::from_secs(3), ..plain.config(1, "g") };
+    let said = refusal(Config { login: login("any"), ..config.clone() }).await;
+    assert!(said.contains("leave the user and the password out"), "{said:?}");
+    let said = refusal(Config { tls: Some(etcd.tls(&etcd.file("ca.pem"), true)), ..config }).await;
+    assert!(said.contains("does not speak TLS"), "{said:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_comes_late_is_waited_for() {
+    for shape in [Shape { tls: true, ..Shape::ONE }, Shape { users: true, ..Shape::ONE }] {
+        let etcd = start(shape).await;
+        etcd.kill(0);
+        let config = Config { open_timeout: Duration::from_secs(60), ..etcd.config(1, "g") };
+        let opening = tokio::spawn(EtcdStore::open(config, Env::real()));
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(!opening.is_finished(), "it opened without etcd, or gave up");
+        etcd.boot(0);
+        let store = opening.await.unwrap().unwrap();
+        store.txn(Txn::put("k", "v")).await.unwrap();
+        store.shutdown().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_is_told_which_endpoints_answer_and_which_servers_are_there() {
+    let etcd = start(Shape::THREE_SECURE).await;
+    let stores = [etcd.open(1, "g").await, etcd.open(2, "g").await, etcd.open(3, "g").await];
+    let health = until("all three to be well", async || {
+        let health = stores[0].etcd_health().await;
+        health.endpoints.iter().all(|e| e.reachable && e.trouble.is_none()).then_some(health)
+    })
+    .await;
+    let names: Vec<&str> = health.endpoints.iter().map(|e| &*e.name).collect();
+    assert_eq!((names, health.others), (vec!["m0", "m1", "m2"], Vec::new()));
+    assert_eq!(health.endpoints.iter().filter(|e| e.leader).count(), 1);
+    assert!(health.endpoints.iter().all(|e| e.version.starts_with("3.") && e.db_bytes >= e.db_bytes_in_use));
+    assert!(health.endpoints.iter().all(|e| e.db_bytes_in_use > 0));
+
+    let present = async || {
+        let health = stores[0].members_health();
+        health.iter().map(|h| (h.node, h.reachable)).collect::<Vec<_>>()
+    };
+    let wanted = vec![(1, true), (2, true), (3, true)];
+    until("all servers to be there", async || (present().await == wanted).then_some(())).await;
+    stores[1].shutdown().await;
+    let wanted = vec![(1, true), (2, false), (3, true)];
+    until("the one that left to be missed", async || (present().await == wanted).then_some(())).await;
+
+    etcd.kill(1);
+    let health = until("the dead member to be noticed", async || {
+        let health = stores[0].etcd_health().await;
+        let rest = health.endpoints.iter().filter(|e| e.reachable && e.trouble.is_none()).count();
+        (rest == 2 && !health.endpoints[1].reachable).then_some(health)
+    })
+    .await;
+    assert_eq!(health.others, ["m1"]);
+    etcd.kill(2);
+    let health = until("the lost majority to be noticed", async || {
+        let health = stores[0].etcd_health().await;
+        let alone = &health.endpoints[0];
+        alone.trouble.is_some().then_some(health)
+    })
+    .await;
+    assert!(health.endpoints.iter().all(|e| e.trouble.is_some() && !e.leader), "{health:?}");
+    for store in stores {
+        store.shutdown().await;
+    }
+}
+
 /// Clients count up one key by compare, while etcd's members are killed and started again: no count is lost, none is
 /// made twice, and revisions go on by one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_acknowledged_is_lost_or_done_twice_when_etcd_members_are_killed() {
-    let etcd = start(Shape { members: 3, ..Shape::ONE }).await;
+    let pause = Duration::from_millis(700);
+    count_while_members_are_killed(Shape { members: 3, ..Shape::ONE }, &[0, 1, 2, 0], pause).await;
+}
+
+/// An etcd that comes back has forgotten its users' tokens, and every lease of the servers may be over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_acknowledged_is_lost_or_done_twice_when_a_secure_etcd_is_restarted() {
+    count_while_members_are_killed(Shape::ONE_SECURE, &[0, 0], Duration::from_millis(2_500)).await;
+}
+
+async fn count_while_members_are_killed(shape: Shape, kills: &[usize], pause: Duration) {
+    let etcd = start(shape).await;
     let stores = [etcd.open(1, "g").await, etcd.open(2, "g").await];
     stores[0].txn(Txn::put("n", "0")).await.unwrap();
-    let stop = Arc::new(AtomicBool::new(false));
+    let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let counters: Vec<_> = (0..4)
         .map(|i| {
-            let (store, stop) = (stores[i % 2].clone(), stop.clone());
+            let (store, stop, acknowledged) = (stores[i % 2].clone(), stop.clone(), acknowledged.clone());
             tokio::spawn(async move {
-                let (mut sure, mut unknown) = (0u64, 0u64);
+                let mut unknown = 0u64;
                 while !stop.load(Ordering::Relaxed) {
                     let Ok(found) = store.range(RangeRequest::get("n")).await else { continue };
                     let kv = &found.kvs[0];
                     let n: u64 = std::str::from_utf8(&kv.value).unwrap().parse().unwrap();
                     let next = Op::put("n", (n + 1).to_string());
                     match store.txn(Txn::new(vec![Compare::mod_revision("n", kv.mod_revision)], vec![next])).await {
-                        Ok(outcome) => sure += u64::from(outcome.is_committed()),
+                        Ok(outcome) => {
+                            acknowledged.fetch_add(u64::from(outcome.is_committed()), Ordering::Relaxed);
+                        }
                         Err(e) if e.is_unknown() => unknown += 1,
                         Err(e) => assert!(e.is_retryable(), "{e:?}"),
                     }
                 }
-                (sure, unknown)
+                unknown
             })
         })
         .collect();
-    for member in [0, 1, 2, 0] {
-        tokio::time::sleep(Duration::from_millis(700)).await;
+    for &member in kills {
+        tokio::time::sleep(pause).await;
         etcd.kill(member);
-        tokio::time::sleep(Duration::from_millis(700)).await;
+        tokio::time::sleep(pause).await;
         etcd.boot(member);
     }
-    tokio::time::sleep(Duration::from_millis(700)).await;
+    // It goes on by itself: somebody leads, and counts are acknowledged again.
+    leader(&stores).await;
+    let before = acknowledged.load(Ordering::Relaxed);
+    until("counting to go on", async || (acknowledged.load(Ordering::Relaxed) > before + 10).then_some(())).await;
     stop.store(true, Ordering::Relaxed);
-    let (mut sure, mut unknown) = (0, 0);
+    let mut unknown = 0;
     for counter in counters {
-        let (s, u) = counter.await.unwrap();
-        sure += s;
-        unknown += u;
+        unknown += counter.await.unwrap();
     }
+    let sure = acknowledged.load(Ordering::Relaxed);
     let found = until("etcd to answer", async || stores[1].range(RangeRequest::get("n")).await.ok()).await;
     let n: u64 = std::str::from_utf8(&found.kvs[0].value).unwrap().parse().unwrap();
     println!("{sure} counts acknowledged, {unknown} unknown, {n} found");
@@ -243,4 +359,107 @@ async fn a_key_changed_behind_our_back_and_a_compacted_history_are_survived() {
     let mut watch = store.watch("".into(), "".into(), Revision(2)).await.unwrap();
     assert_eq!(watch.next().await.unwrap().unwrap().revision, Revision(3));
     store.shutdown().await;
+}
+
+/// For a member that is alone.
+struct Nobody;
+
+#[async_trait::async_trait]
+impl Peers for Nobody {
+    async fn call(&self, _: &PeerRef, _: &GroupId, _: bytes::Bytes) -> Result<bytes::Bytes, PeerError> {
+        Err(PeerError::Unreachable("nobody is there".into()))
+    }
+}
+
+/// The embedded engine, alone, in a folder.
+async fn embedded(dir: &std::path::Path) -> EmbeddedStore {
+    let config = embedded::Config::new(1, group(), dir, [(1, "server-1".to_owned())].into());
+    let store = EmbeddedStore::open(config, Env::real(), Arc::new(Nobody)).await.unwrap();
+    until("the only member to lead", async || store.leadership().borrow().is_self.then_some(())).await;
+    store
+}
+
+fn group() -> GroupId {
+    GroupId::new("g").unwrap()
+}
+
+/// What a restore keeps of a group: not the numbers of revisions.
+async fn contents(store: &dyn Store) -> Vec<(bytes::Bytes, bytes::Bytes)> {
+    let kvs = store.range(RangeRequest::prefix("")).await.unwrap().kvs;
+    kvs.into_iter().map(|KeyValue { key, value, .. }| (key, value)).collect()
+}
+
+async fn write(store: &dyn Store) -> LeaseId {
+    // More than fit into one transaction of etcd, by number and by bytes.
+    for i in 0..300 {
+        store.txn(Txn::put(format!("small/{}", i % 280), format!("{i}"))).await.unwrap();
+    }
+    for i in 0..4 {
+        store.txn(Txn::put(format!("large/{i}"), vec![b'v'; 600_000])).await.unwrap();
+    }
+    let lease = store.lease_grant(Duration::from_secs(60)).await.unwrap();
+    store
+        .txn(Txn::new(vec![], vec![Op::Put { key: "leased".into(), value: "v".into(), lease: Some(lease) }]))
+        .await
+        .unwrap();
+    lease
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_of_either_engine_goes_back_into_etcd_and_one_of_etcd_into_servers() {
+    let etcd = start(Shape::ONE_SECURE).await;
+    let (dir, env) = (tempfile::tempdir().unwrap(), Env::real());
+    let begin = async |name: &str| Writer::begin(env.disk.clone(), dir.path().into(), name, "cnx-1", 1).await.unwrap();
+    let open = |name: &str| Backup::open(&*env.disk, &dir.path().join(name)).unwrap();
+    let members = [(1, Member { endpoint: "server-1".into(), voter: true })].into();
+    let group = group();
+    let what = |generation, revision| Restore { group: &group, node: 1, members: &members, generation, revision };
+
+    // From the embedded engine into an etcd that has something else there.
+    let own = embedded(&dir.path().join("own")).await;
+    let lease = write(&own).await;
+    let mut writer = begin("of-servers").await;
+    writer.add(&own, true).await.unwrap();
+    writer.finish().await.unwrap();
+    let before = contents(&own).await;
+    own.shutdown().await;
+    let store = etcd.open(1, "g").await;
+    store.txn(Txn::put("old", "gone")).await.unwrap();
+    let newest = open("of-servers").manifest.groups[0].revision;
+    let config = etcd.config(1, "g");
+    let refused = nexus_store::etcd::restore(&open("of-servers"), &what(2, newest), &config, &env).await;
+    assert!(matches!(&refused, Err(BackupError::Refused(why)) if why.contains("server-1")), "{refused:?}");
+    let (_, first) = leader(std::slice::from_ref(&store)).await;
+    store.shutdown().await;
+    let done = nexus_store::etcd::restore(&open("of-servers"), &what(2, newest), &config, &env).await.unwrap();
+    assert!(done.revision > newest && done.keys == before.len() as u64, "{done:?}");
+    let store = etcd.open(1, "g").await;
+    assert_eq!(contents(&*store).await, before);
+    let (_, second) = leader(std::slice::from_ref(&store)).await;
+    assert!(second > first.max(open("of-servers").manifest.groups[0].term), "an epoch went back");
+    store.lease_keep_alive(lease).await.unwrap();
+    store.lease_revoke(lease).await.unwrap();
+    assert_eq!(store.range(RangeRequest::get("leased")).await.unwrap().kvs, []);
+
+    // From etcd, while it runs, at a revision that is past by then; into etcd, and into a server.
+    write(&*store).await;
+    let at = store.status().await.applied;
+    let before = contents(&*store).await;
+    store.txn(Txn::new(vec![], vec![Op::delete("small/7"), Op::put("late", "1")])).await.unwrap();
+    let mut writer = begin("of-etcd").await;
+    writer.add_view(store.backup_view(true).await.unwrap()).await.unwrap();
+    writer.finish().await.unwrap();
+    store.shutdown().await;
+    let done = nexus_store::etcd::restore(&open("of-etcd"), &what(4, at), &config, &env).await.unwrap();
+    assert!(done.revision > at, "{done:?}");
+    let store = etcd.open(2, "g").await;
+    assert_eq!(contents(&*store).await, before);
+    let (_, third) = leader(std::slice::from_ref(&store)).await;
+    assert!(third > second, "an epoch went back");
+    store.txn(Txn::put("new", "1")).await.unwrap();
+    store.shutdown().await;
+    open("of-etcd").restore(&env.disk, &what(5, at), &dir.path().join("again")).unwrap();
+    let own = embedded(&dir.path().join("again")).await;
+    assert_eq!(contents(&own).await, before);
+    own.shutdown().await;
 }

@@ -3,76 +3,18 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use common::{Cluster, seed, until};
+use common::load::Load;
+use common::{Cluster, failure, seed, until};
 use nexus_store::{RangeRequest, Store, StoreError, Txn};
-use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 async fn cluster(size: u64) -> Arc<Cluster> {
     let cluster = Arc::new(Cluster::start_virtual(size, seed(), Duration::from_millis(4)).await);
     cluster.leader().await;
     cluster
-}
-
-/// Clients that write all the time, each at whichever of its members answers.
-struct Load {
-    stop: Arc<AtomicBool>,
-    acknowledged: Arc<AtomicU64>,
-    clients: Vec<JoinHandle<Vec<String>>>,
-}
-
-impl Load {
-    fn start(cluster: &Arc<Cluster>, nodes: &[u64]) -> Self {
-        let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let clients = (0..3)
-            .map(|client| {
-                let (cluster, stop, count) = (cluster.clone(), stop.clone(), acknowledged.clone());
-                let nodes = nodes.to_vec();
-                tokio::spawn(async move {
-                    let mut mine = Vec::new();
-                    for i in 0.. {
-                        if stop.load(Ordering::SeqCst) {
-                            break;
-                        }
-                        let key = format!("load/{client}/{i}");
-                        let node = nodes[(client + i) % nodes.len()];
-                        let Some(store) = cluster.try_node(node) else { continue };
-                        if store.txn(Txn::put(key.clone(), "v")).await.is_ok() {
-                            count.fetch_add(1, Ordering::SeqCst);
-                            mine.push(key);
-                        }
-                        sleep(Duration::from_millis(5)).await;
-                    }
-                    mine
-                })
-            })
-            .collect();
-        Self { stop, acknowledged, clients }
-    }
-
-    fn count(&self) -> u64 {
-        self.acknowledged.load(Ordering::SeqCst)
-    }
-
-    /// Stops, and checks that every acknowledged write is at every one of these members.
-    async fn end(self, cluster: &Cluster, nodes: &[u64]) {
-        self.stop.store(true, Ordering::SeqCst);
-        let mut written = Vec::new();
-        for client in self.clients {
-            written.extend(client.await.unwrap());
-        }
-        assert!(written.len() > 50, "the load was no load: {}", written.len());
-        for node in nodes {
-            let found = cluster.node(*node).range(RangeRequest::prefix("load/")).await.unwrap();
-            let found: std::collections::BTreeSet<_> = found.kvs.into_iter().map(|kv| kv.key).collect();
-            for key in &written {
-                assert!(found.contains(key.as_bytes()), "{key} is missing at {node}");
-            }
-        }
-    }
 }
 
 fn endpoint(node: u64) -> String {
@@ -82,10 +24,6 @@ fn endpoint(node: u64) -> String {
 async fn voters(cluster: &Cluster, at: u64) -> Vec<u64> {
     let members = cluster.node(at).status().await.members;
     members.into_iter().filter(|(_, m)| m.voter).map(|(id, _)| id).collect()
-}
-
-async fn failure(cluster: &Cluster, node: u64) -> String {
-    until("a failure", async || cluster.node(node).status().await.failure).await
 }
 
 #[tokio::test(start_paused = true)]
@@ -114,8 +52,7 @@ async fn three_members_grow_to_five_under_load() {
     for node in &gone {
         cluster.kill(*node).await;
     }
-    let before = load.count();
-    until("writes by three of five", async || (load.count() > before + 60).then_some(())).await;
+    load.goes_on("the change").await;
     load.end(&cluster, &[leader, 4, 5]).await;
     cluster.stop().await;
 }
@@ -124,16 +61,15 @@ async fn three_members_grow_to_five_under_load() {
 async fn a_dead_member_is_replaced_under_load() {
     let cluster = cluster(3).await;
     let leader = cluster.leader().await;
-    let dead = cluster.ids().into_iter().find(|n| *n != leader).unwrap();
-    let alive: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != dead).collect();
+    let dead = cluster.others(leader)[0];
+    let alive = cluster.others(dead);
     let load = Load::start(&cluster, &alive);
     cluster.kill(dead).await;
     cluster.join(4).await.unwrap();
     cluster.node(alive[1]).replace(dead, 4, endpoint(4)).await.unwrap();
     cluster.node(alive[0]).replace(dead, 4, endpoint(4)).await.unwrap();
     assert_eq!(voters(&cluster, leader).await, [alive[0], alive[1], 4]);
-    let before = load.count();
-    until("more writes", async || (load.count() > before + 60).then_some(())).await;
+    load.goes_on("the change").await;
     load.end(&cluster, &[alive[0], alive[1], 4]).await;
     cluster.stop().await;
 }
@@ -142,17 +78,39 @@ async fn a_dead_member_is_replaced_under_load() {
 async fn a_leader_that_is_removed_makes_room_and_notices_that_it_is_out() {
     let cluster = cluster(3).await;
     let leader = cluster.leader().await;
-    let others: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != leader).collect();
+    let others = cluster.others(leader);
     let load = Load::start(&cluster, &others);
     cluster.node(leader).remove(leader).await.unwrap();
     cluster.node(others[0]).remove(leader).await.unwrap();
     assert_eq!(voters(&cluster, others[1]).await, others);
-    let reason = failure(&cluster, leader).await;
+    let reason = failure(&*cluster.node(leader)).await;
     assert!(reason.contains("removed"), "{reason}");
     assert!(matches!(cluster.node(leader).txn(Txn::put("k", "v")).await, Err(StoreError::Storage(_))));
-    let before = load.count();
-    until("more writes", async || (load.count() > before + 60).then_some(())).await;
+    load.goes_on("the change").await;
     load.end(&cluster, &others).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_loses_its_vote_makes_room_and_reads_along() {
+    let cluster = cluster(3).await;
+    let leader = cluster.leader().await;
+    let others = cluster.others(leader);
+    let load = Load::start(&cluster, &others);
+    cluster.node(leader).demote(leader).await.unwrap();
+    cluster.node(others[0]).demote(leader).await.unwrap();
+    assert_eq!(voters(&cluster, others[1]).await, others);
+    load.goes_on("the change").await;
+    // Nobody asks it any more: with one of the two voters gone nothing is written, and a vote given back helps.
+    let last = others[1];
+    cluster.kill(others[0]).await;
+    cluster.node(last).demote(last).await.unwrap_err();
+    cluster.boot(others[0]).await.unwrap();
+    cluster.leader().await;
+    // A new leader has to hear first how far it is.
+    until("its vote", async || cluster.node(others[0]).promote(leader).await.ok()).await;
+    assert_eq!(voters(&cluster, last).await, cluster.ids());
+    load.end(&cluster, &cluster.ids()).await;
     cluster.stop().await;
 }
 
@@ -160,9 +118,13 @@ async fn a_leader_that_is_removed_makes_room_and_notices_that_it_is_out() {
 async fn what_would_lose_the_quorum_is_refused_with_the_reason() {
     let cluster = cluster(3).await;
     let leader = cluster.leader().await;
-    let others: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != leader).collect();
+    let others = cluster.others(leader);
     cluster.kill(others[0]).await;
-    sleep(Duration::from_secs(5)).await;
+    until("the dead one to be missed", async || {
+        let health = cluster.node(leader).members_health().await.ok()?;
+        health.iter().any(|m| m.node == others[0] && !m.reachable).then_some(())
+    })
+    .await;
     // Of the two that would remain only one answers.
     let refusal = cluster.node(leader).remove(others[1]).await.unwrap_err();
     assert!(matches!(&refusal, StoreError::Membership(why) if why.contains("must answer")), "{refusal}");
@@ -183,12 +145,12 @@ async fn what_would_lose_the_quorum_is_refused_with_the_reason() {
 async fn a_member_that_was_removed_while_away_finds_out_and_comes_back_only_as_a_new_one() {
     let cluster = cluster(3).await;
     let leader = cluster.leader().await;
-    let away = cluster.ids().into_iter().find(|n| *n != leader).unwrap();
+    let away = cluster.others(leader)[0];
     let epoch = cluster.node(leader).status().await.epoch;
     cluster.end(away).await;
     cluster.node(leader).remove(away).await.unwrap();
     cluster.boot(away).await.unwrap();
-    let reason = failure(&cluster, away).await;
+    let reason = failure(&*cluster.node(away)).await;
     assert!(reason.contains("removed") && reason.contains("data folder"), "{reason}");
     let now = cluster.node(leader).status().await;
     assert!(now.is_leader && now.epoch == epoch, "it disrupted the others");
@@ -214,8 +176,8 @@ async fn others_commit_while_a_new_member_gets_a_large_snapshot() {
     }
     let cluster = Arc::new(cluster);
     let leader = cluster.leader().await;
-    for i in 0..200 {
-        let size = if i % 20 == 0 { 1_000_000 } else { 10 };
+    for i in 0..600 {
+        let size = if i % 60 == 0 { 1_000_000 } else { 10 };
         let txn = Txn::put(format!("big/{i:03}"), vec![i as u8; size]);
         until("a write", async || cluster.node(leader).txn(txn.clone()).await.ok()).await;
     }
@@ -228,8 +190,8 @@ async fn others_commit_while_a_new_member_gets_a_large_snapshot() {
     assert!(cluster.node(4).status().await.snapshot_bytes > 5_000_000, "seed {seed}: it came by snapshot");
     assert!(during > 5, "seed {seed}: {during} writes while the snapshot was sent");
     let found = cluster.node(4).range(RangeRequest::prefix("big/")).await.unwrap();
-    assert_eq!(found.kvs.len(), 200);
-    until("more load", async || (load.count() > 100).then_some(())).await;
+    assert_eq!(found.kvs.len(), 600);
+    load.goes_on("the change").await;
     load.end(&cluster, &[4]).await;
     cluster.stop().await;
 }
@@ -259,7 +221,7 @@ async fn members_of_an_earlier_generation_are_fenced_and_stop() {
     drop(disk);
     let survivor = cluster.boot(1).await.unwrap();
     for node in [2, 3] {
-        let reason = failure(&cluster, node).await;
+        let reason = failure(&*cluster.node(node)).await;
         assert!(reason.contains("fenced") && reason.contains("generation 2"), "{reason}");
     }
     let status = survivor.status().await;
@@ -280,8 +242,13 @@ async fn the_feature_level_rises_only_when_every_release_supports_it() {
         cluster.end(node).await;
         cluster.boot(node).await.unwrap();
     }
-    cluster.leader().await;
-    sleep(Duration::from_secs(10)).await;
+    until("a look at every release", async || {
+        let health = cluster.node(1).members_health().await.ok()?;
+        health.iter().all(|m| m.feature_level > 0).then_some(())
+    })
+    .await;
+    // Some rounds of the leader's, in virtual time.
+    sleep(Duration::from_secs(5)).await;
     let status = cluster.node(1).status().await;
     assert_eq!((status.feature_level, status.supported_level), (1, 2));
     NEWEST.store(2, Ordering::SeqCst);
@@ -290,5 +257,34 @@ async fn the_feature_level_rises_only_when_every_release_supports_it() {
     for node in [1, 2, 3] {
         until("the level", async || (cluster.node(node).status().await.feature_level == 2).then_some(())).await;
     }
+    cluster.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_of_an_older_release_stops_before_it_reads_what_it_cannot() {
+    static RELEASE: AtomicU32 = AtomicU32::new(2);
+    fn releases(config: &mut nexus_store::embedded::Config) {
+        config.feature_level = if config.node == 3 { RELEASE.load(Ordering::SeqCst) } else { 2 };
+    }
+    let mut cluster = Cluster::start_virtual(3, seed(), Duration::from_millis(4)).await;
+    cluster.adjust = releases;
+    for node in [1, 2, 3] {
+        cluster.end(node).await;
+        cluster.boot(node).await.unwrap();
+    }
+    for node in [1, 2, 3] {
+        until("the level", async || (cluster.node(node).status().await.feature_level == 2).then_some(())).await;
+    }
+    RELEASE.store(1, Ordering::SeqCst);
+    cluster.end(3).await;
+    // What it has to read may be in its snapshot, or in the log after it.
+    if let Ok(old) = cluster.boot(3).await {
+        let reason = failure(&*old).await;
+        assert_eq!(old.status().await.feature_level, 1, "{reason}");
+        cluster.end(3).await;
+    }
+    RELEASE.store(2, Ordering::SeqCst);
+    let back = cluster.boot(3).await.unwrap();
+    until("the level again", async || (back.status().await.feature_level == 2).then_some(())).await;
     cluster.stop().await;
 }

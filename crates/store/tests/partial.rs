@@ -76,7 +76,7 @@ async fn stays_calm(cluster: &Cluster, time: Duration) -> bool {
 async fn a_chain_of_three_works_like_a_full_mesh_whoever_leads() {
     let (cluster, seed) = cluster(3).await;
     let leader = cluster.leader().await;
-    let others: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != leader).collect();
+    let others = cluster.others(leader);
     // The leader at an end, and in the middle.
     for chain in [[leader, others[0], others[1]], [others[0], leader, others[1]], [others[0], others[1], leader]] {
         cluster.wires.only(&chain, &[(chain[0], chain[1]), (chain[1], chain[2])]);
@@ -114,7 +114,7 @@ async fn chains_and_stars_of_five_work_like_a_full_mesh() {
 async fn a_leader_that_lost_its_quorum_but_for_one_link_does_not_stop_the_group() {
     let (cluster, seed) = cluster(5).await;
     let leader = cluster.leader().await;
-    let hub = cluster.ids().into_iter().find(|n| *n != leader).unwrap();
+    let hub = cluster.others(leader)[0];
     let links: Vec<_> = cluster.ids().into_iter().filter(|n| *n != hub).map(|n| (hub, n)).collect();
     cluster.wires.only(&cluster.ids(), &links);
     all_write(&cluster, cluster.ids(), "quorum loss").await;
@@ -127,15 +127,15 @@ async fn a_leader_that_lost_its_quorum_but_for_one_link_does_not_stop_the_group(
 async fn a_hub_with_an_old_log_lets_another_be_elected() {
     let (cluster, seed) = cluster(5).await;
     let leader = cluster.leader().await;
-    let hub = cluster.ids().into_iter().find(|n| *n != leader).unwrap();
-    let others: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != hub).collect();
+    let hub = cluster.others(leader)[0];
+    let others = cluster.others(hub);
     cluster.wires.cut_off(hub, others.clone());
     for i in 0..20 {
         writes(&cluster, leader, &format!("new/{i}")).await;
     }
     let links: Vec<_> = others.iter().filter(|n| **n != leader).map(|n| (hub, *n)).collect();
     cluster.wires.only(&cluster.ids(), &links);
-    let connected: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != leader).collect();
+    let connected = cluster.others(leader);
     all_write(&cluster, connected.clone(), "constrained").await;
     for node in connected {
         let found = cluster.node(node).range(RangeRequest::prefix("new/")).await.unwrap();
@@ -149,7 +149,7 @@ async fn a_hub_with_an_old_log_lets_another_be_elected() {
 async fn a_leader_that_hears_nobody_gives_up() {
     let (cluster, seed) = cluster(5).await;
     let old = cluster.leader().await;
-    let others: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != old).collect();
+    let others = cluster.others(old);
     for other in &others {
         cluster.wires.cut(*other, old);
     }
@@ -168,7 +168,7 @@ async fn a_leader_that_hears_nobody_gives_up() {
 async fn cables_that_are_cut_in_one_direction_are_gone_around() {
     let (cluster, seed) = cluster(5).await;
     let leader = cluster.leader().await;
-    let others: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != leader).collect();
+    let others = cluster.others(leader);
     cluster.wires.cut(leader, others[0]);
     cluster.wires.cut(others[1], leader);
     cluster.wires.cut(others[2], others[3]);
@@ -182,8 +182,8 @@ async fn cables_that_are_cut_in_one_direction_are_gone_around() {
 async fn a_member_that_returns_disrupts_nobody() {
     let (cluster, seed) = cluster(3).await;
     let leader = cluster.leader().await;
-    let away = cluster.ids().into_iter().find(|n| *n != leader).unwrap();
-    let others: Vec<u64> = cluster.ids().into_iter().filter(|n| *n != away).collect();
+    let away = cluster.others(leader)[0];
+    let others = cluster.others(away);
     let epoch = cluster.node(leader).status().await.epoch;
     for round in 0..3 {
         cluster.wires.cut_off(away, others.clone());

@@ -5,66 +5,24 @@
 
 mod common;
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use common::load::Load;
 use common::{Cluster, seed, until};
 use nexus_env::{RngExt, SeededRng};
-use nexus_store::{RangeRequest, Store, StoreError, Txn};
+use nexus_store::embedded::EmbeddedStore;
+use nexus_store::{Store, StoreError};
 
 const FOUNDERS: u64 = 3;
-const WRITERS: u64 = 4;
 
 fn rounds() -> u64 {
     std::env::var("NEXUS_SOAK_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(6)
 }
 
-/// Clients that write without a pause, each at whichever member answers, and remember what was acknowledged.
-struct Load {
-    cluster: Arc<Cluster>,
-    stop: AtomicBool,
-    acknowledged: AtomicU64,
-    /// Of each client, the numbers that were acknowledged.
-    written: Mutex<BTreeMap<u64, Vec<u64>>>,
-    /// Who may be asked, in any state of health.
-    known: Mutex<Vec<u64>>,
-}
-
-impl Load {
-    async fn client(self: Arc<Self>, client: u64) {
-        let rng = SeededRng::new(client);
-        let mut number = 0;
-        while !self.stop.load(Ordering::SeqCst) {
-            let node = {
-                let known = self.known.lock().unwrap();
-                known[rng.below(known.len() as u64) as usize]
-            };
-            let Some(store) = self.cluster.try_node(node) else {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-                continue;
-            };
-            number += 1;
-            let txn = Txn::put(format!("w/{client}/{number:08}"), number.to_string());
-            if store.txn(txn).await.is_ok() {
-                self.written.lock().unwrap().entry(client).or_default().push(number);
-                self.acknowledged.fetch_add(1, Ordering::SeqCst);
-            }
-        }
-    }
-
-    /// Waits until writes have gone on since now.
-    async fn goes_on(&self, after: &str) {
-        let before = self.acknowledged.load(Ordering::SeqCst);
-        let what = format!("writes after {after}");
-        until(&what, async || (self.acknowledged.load(Ordering::SeqCst) >= before + 20).then_some(())).await;
-    }
-}
-
 struct Soak {
     cluster: Arc<Cluster>,
-    load: Arc<Load>,
+    load: Load,
     rng: SeededRng,
     members: Vec<u64>,
     next: u64,
@@ -81,10 +39,7 @@ impl Soak {
     }
 
     /// Asks any living member, again and again as an operator would, until it is done.
-    async fn change<F>(&self, what: &str, change: impl Fn(Arc<nexus_store::embedded::EmbeddedStore>) -> F)
-    where
-        F: Future<Output = Result<(), StoreError>>,
-    {
+    async fn change(&self, what: &str, change: impl AsyncFn(Arc<EmbeddedStore>) -> Result<(), StoreError>) {
         let alive = self.alive();
         let asked = self.any(&alive);
         let mut turn = 0;
@@ -136,23 +91,15 @@ impl Soak {
         let node = self.newcomer().await;
         println!("  add {node} to {:?}", self.members);
         let endpoint = format!("mem:{node}");
-        self.change("add", |s| async {
-            let s = s;
-            s.add_learner(node, endpoint.clone()).await
-        })
-        .await;
-        self.change("promote", |s| async {
-            let s = s;
-            s.promote(node).await
-        })
-        .await;
+        self.change("add", async |s| s.add_learner(node, endpoint.clone()).await).await;
+        self.change("promote", async |s| s.promote(node).await).await;
         self.members.push(node);
-        self.load.known.lock().unwrap().push(node);
+        self.load.ask_also(node);
     }
 
     async fn forget(&mut self, node: u64) {
         self.members.retain(|m| *m != node);
-        self.load.known.lock().unwrap().retain(|m| *m != node);
+        self.load.ask_no_more(node);
         if self.down == Some(node) {
             self.down = None;
         } else {
@@ -162,11 +109,7 @@ impl Soak {
 
     async fn remove(&mut self, node: u64) {
         println!("  remove {node} of {:?}", self.members);
-        self.change("remove", |s| async {
-            let s = s;
-            s.remove(node).await
-        })
-        .await;
+        self.change("remove", async |s| s.remove(node).await).await;
         self.forget(node).await;
     }
 
@@ -174,13 +117,9 @@ impl Soak {
         let new = self.newcomer().await;
         println!("  replace {old} of {:?} by {new}", self.members);
         let endpoint = format!("mem:{new}");
-        self.change("replace", |s| async {
-            let s = s;
-            s.replace(old, new, endpoint.clone()).await
-        })
-        .await;
+        self.change("replace", async |s| s.replace(old, new, endpoint.clone()).await).await;
         self.members.push(new);
-        self.load.known.lock().unwrap().push(new);
+        self.load.ask_also(new);
         self.forget(old).await;
     }
 
@@ -225,63 +164,21 @@ async fn members_come_and_go_and_no_write_is_lost() {
     let cluster = Arc::new(Cluster::start(FOUNDERS, seed).await);
     cluster.leader().await;
     let members: Vec<u64> = (1..=FOUNDERS).collect();
-    let load = Arc::new(Load {
-        cluster: cluster.clone(),
-        stop: AtomicBool::new(false),
-        acknowledged: AtomicU64::new(0),
-        written: Mutex::default(),
-        known: Mutex::new(members.clone()),
-    });
-    let clients: Vec<_> = (0..WRITERS).map(|c| tokio::spawn(load.clone().client(c))).collect();
-    let mut soak = Soak {
-        cluster: cluster.clone(),
-        load: load.clone(),
-        rng: SeededRng::new(seed),
-        members,
-        next: FOUNDERS + 1,
-        down: None,
-    };
+    let load = Load::start_with(&cluster, &members, Duration::ZERO);
+    let (rng, next) = (SeededRng::new(seed), FOUNDERS + 1);
+    let mut soak = Soak { cluster: cluster.clone(), load, rng, members, next, down: None };
     for round in 1..=rounds() {
         soak.round(round).await;
     }
-    load.stop.store(true, Ordering::SeqCst);
-    for client in clients {
-        client.await.unwrap();
-    }
-
-    let written = load.written.lock().unwrap().clone();
-    let expected: BTreeMap<String, String> = written
-        .iter()
-        .flat_map(|(client, numbers)| numbers.iter().map(move |n| (format!("w/{client}/{n:08}"), n.to_string())))
-        .collect();
-    println!("{} rounds, {} writes acknowledged", rounds(), expected.len());
-    for node in &soak.members {
+    println!("{} rounds", rounds());
+    let Soak { load, mut members, .. } = soak;
+    members.sort_unstable();
+    load.end(&cluster, &members).await;
+    for node in &members {
         let store = cluster.node(*node);
-        let found = until("a linearizable read", async || store.range(RangeRequest::prefix("w/")).await.ok()).await;
-        let mut found: BTreeMap<String, String> = found
-            .kvs
-            .iter()
-            .map(|kv| {
-                let text = |b: &[u8]| String::from_utf8(b.to_vec()).unwrap();
-                (text(&kv.key), text(&kv.value))
-            })
-            .collect();
-        for (key, value) in &expected {
-            assert_eq!(found.remove(key).as_ref(), Some(value), "acknowledged, but not at member {node}: {key}");
-        }
-        // What is there beside was never acknowledged, which is allowed; but it holds what was asked.
-        for (key, value) in found {
-            assert!(key.ends_with(&format!("{:08}", value.parse::<u64>().unwrap())), "{key} holds {value}");
-        }
-        let wanted: Vec<u64> = {
-            let mut members = soak.members.clone();
-            members.sort_unstable();
-            members
-        };
-        let store = &store;
         let same = async || {
             let known = store.status().await.members;
-            (known.keys().copied().collect::<Vec<_>>() == wanted && known.values().all(|m| m.voter)).then_some(())
+            (known.keys().eq(&members) && known.values().all(|m| m.voter)).then_some(())
         };
         until("every member knows the members", same).await;
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Cluster, seed, until};
+use common::{Cluster, failure, seed, until};
 use nexus_env::{Disk, MemDisk, RngExt, SeededRng};
 use nexus_store::backup::{self, Backup, BackupError, Point, Restore, Writer};
 use nexus_store::offline::{Folder, OfflineError, Severity, Survey, recover_survivor, salvage};
@@ -319,7 +319,7 @@ async fn a_survivor_goes_on_alone_and_the_others_are_fenced() {
         cluster.node(leader).txn(Txn::put(format!("k{i}"), "v")).await.unwrap();
     }
     let kept = all(&*cluster.node(leader), None).await;
-    let survivor = cluster.ids().into_iter().find(|n| *n != leader).unwrap();
+    let survivor = cluster.others(leader)[0];
     let newest = cluster.node(leader).status().await.applied;
     until("the survivor to have it all", async || {
         (cluster.node(survivor).status().await.applied >= newest).then_some(())
@@ -344,13 +344,13 @@ async fn a_survivor_goes_on_alone_and_the_others_are_fenced() {
     assert!(after.revision() > done.revision && done.revision > newest);
 
     // The others are a majority of what was, and must not be one of what is.
-    let back: Vec<_> = cluster.ids().into_iter().filter(|n| *n != survivor).collect();
+    let back = cluster.others(survivor);
     for node in &back {
         cluster.boot(*node).await.unwrap();
     }
     for node in &back {
         let old = cluster.node(*node);
-        let reason = until("the old member to be fenced", async || old.status().await.failure).await;
+        let reason = failure(&*old).await;
         assert!(reason.contains("generation"), "{reason}");
         assert!(old.txn(Txn::put("ghost", "x")).await.is_err());
     }
@@ -365,21 +365,11 @@ async fn a_recovery_that_was_cut_off_can_be_done_again() {
     cluster.node(1).txn(Txn::put("k", "v")).await.unwrap();
     cluster.stop().await;
     let mem = &cluster.disks[&1];
-    for skipped in 0..2 {
-        let fault = nexus_env::Fault {
-            op: nexus_env::DiskOp::Rename,
-            path_part: if skipped == 0 { DIR.into() } else { "store.recovering".into() },
-            kind: std::io::ErrorKind::Other,
-            times: 1,
-        };
-        mem.clear_faults();
+    // The second struck rename leaves no folder at all under the old name.
+    for path_part in [DIR.to_owned(), format!("{DIR}.recovering")] {
         let generation = Folder::open(door(mem), Path::new(DIR), false).unwrap().facts().generation;
-        // The second struck rename leaves no folder at all under the old name.
-        if skipped == 1 {
-            mem.inject(nexus_env::Fault { path_part: format!("{DIR}.recovering"), ..fault });
-        } else {
-            mem.inject(fault);
-        }
+        let (op, kind) = (nexus_env::DiskOp::Rename, std::io::ErrorKind::Other);
+        mem.inject(nexus_env::Fault { op, path_part, kind, times: 1 });
         assert!(recover_survivor(&door(mem), Path::new(DIR), None).is_err());
         mem.clear_faults();
         let done = recover_survivor(&door(mem), Path::new(DIR), None).unwrap();

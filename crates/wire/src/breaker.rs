@@ -1,9 +1,11 @@
 //! Circuit breakers: a peer that takes calls of a method and does not answer them is left alone for a while.
 //!
-//! A peer that can't be reached needs no breaker: its connection backs off. What hurts is one that accepts calls and
-//! sits on them (a full disk, a lock, a machine that swaps): each call costs its caller the whole deadline, and the
-//! peer more work. After [`TRIP_AFTER`] calls of one method in a row ran into their deadlines, further ones fail at once
-//! but for one probe per [`PROBE_EVERY`]; the first call that is answered, with whatever answer, closes the circuit.
+//! A peer that can't be reached needs no breaker: its connection backs off. Nor do members of one store's group: a link
+//! whose call is late is avoided there from then on, until a ping comes through (`store`, `embedded/reach.rs`). What hurts
+//! is one that accepts calls and sits on them (a full disk, a lock, a machine that swaps): each call costs its caller
+//! the whole deadline, and the peer more work. After [`TRIP_AFTER`] calls of one method in a row ran into their
+//! deadlines, further ones fail at once but for one probe per [`PROBE_EVERY`]; the first call that is answered, with
+//! whatever answer, closes the circuit.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};

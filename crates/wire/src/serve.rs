@@ -316,11 +316,13 @@ async fn send_end(to: &mut SendStream<Bytes>, outcome: Result<(), Refusal>) -> R
 /// Sends a handler's stream until it ends, the caller goes away or the server goes down.
 async fn send_items(core: &Core, mut to: SendStream<Bytes>, mut items: Items) -> Result<(), h2::Error> {
     let max = core.options.max_message;
+    // Asked once: thousands of streams wait for it beside their items.
+    let mut shutdown = std::pin::pin!(core.shutdown.cancelled());
     loop {
         let item = tokio::select! {
             biased;
             _ = std::future::poll_fn(|cx| to.poll_reset(cx)) => return Ok(()),
-            () = core.shutdown.cancelled() => Some(Err(Refusal::new(code::DRAINING, "the server is going down"))),
+            () = &mut shutdown => Some(Err(Refusal::new(code::DRAINING, "the server is going down"))),
             item = items.next() => item,
         };
         match item {

@@ -79,7 +79,8 @@ pub(super) fn parameters(region: &Name) -> Value {
         ),
         "Consistency": query(
             "consistency",
-            "`stale` answers from what this server knows, without a majority.",
+            "`stale` answers from what this server knows, without a majority; `X-Cnx-Stale-Ms` says how long ago that was \
+             last known to be complete.",
             json!({"type": "string", "enum": ["linearizable", "stale"], "default": "linearizable"}),
         ),
         "DryRun": query(

@@ -126,6 +126,10 @@ impl Store for MemStore {
         Ok(TxnOutcome::Committed { revision })
     }
 
+    fn keeps_order(&self) -> bool {
+        true
+    }
+
     async fn range(&self, request: RangeRequest) -> Result<RangeResponse, StoreError> {
         let inner = self.inner.lock().unwrap();
         let found = inner.keys.range(request.start..).map(|(_, kv)| kv);
@@ -376,6 +380,7 @@ impl StatusSource for Status {
             revision: None,
             servers: Vec::new(),
             groups: Vec::new(),
+            etcd: None,
             certificates: Vec::new(),
             message: None,
         }
@@ -383,6 +388,10 @@ impl StatusSource for Status {
 
     async fn ready(&self) -> Result<(), String> {
         Err("still catching up".into())
+    }
+
+    fn stale_ms(&self, global: bool) -> u64 {
+        if global { 7 } else { 42 }
     }
 }
 
@@ -521,11 +530,8 @@ impl World {
     }
 }
 
-// Each test file uses its part of this module.
-#[allow(dead_code)]
 pub const APPS: &str = "/v1/regions/local/projects/default/apps";
 
-#[allow(dead_code)]
 pub fn app(name: &str) -> Value {
     json!({"metadata": {"name": name}, "spec": {"image": "web"}})
 }

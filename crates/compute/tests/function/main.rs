@@ -6,10 +6,10 @@
 mod keep;
 mod world;
 
+use std::net::Ipv4Addr;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -18,6 +18,8 @@ use http_body_util::BodyExt;
 use nexus_compute::function::{bench_in_process, executor_main};
 use nexus_compute::{Runtime, RuntimeError, State};
 use nexus_model::Bytes as Size;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use world::{SOON, World, running, state, until};
 
@@ -276,14 +278,20 @@ async fn instances_live_on_without_the_agent(world: &World) {
 async fn stopping_finishes_what_is_under_way(world: &World) {
     let (runtime, sandbox) = (world.runtime(), world.sandbox());
     runtime.start(&sandbox).await.unwrap();
-    let slow = world.get(&sandbox, "/sleep?1500");
-    let stop = async {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        runtime.stop(sandbox.uid).await.unwrap();
-        assert!(running(&state(&runtime, sandbox.uid).await), "a request is still under way");
-    };
-    let (answer, ()) = tokio::join!(slow, stop);
-    assert_eq!(answer, (200, "slept\n".into()));
+    // What comes back of its body shows that a request is under way.
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, sandbox.template.ports[0].port)).await.unwrap();
+    let start = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\nconnection: close\r\n\r\nfirst";
+    stream.write_all(start.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"first\r\n") {
+        answer.push(tokio::time::timeout(SOON, stream.read_u8()).await.unwrap().unwrap());
+    }
+    runtime.stop(sandbox.uid).await.unwrap();
+    assert!(running(&state(&runtime, sandbox.uid).await), "a request is still under way");
+    stream.write_all(b"later").await.unwrap();
+    tokio::time::timeout(SOON, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("later"), "{answer}");
     until("it has stopped", || async {
         matches!(state(&runtime, sandbox.uid).await, Some(State::Exited { code: Some(0), .. }))
     })
@@ -291,6 +299,14 @@ async fn stopping_finishes_what_is_under_way(world: &World) {
     assert!(world.request(&sandbox, "/counter", Bytes::new()).await.is_err());
     runtime.remove(sandbox.uid).await.unwrap();
     assert_eq!(state(&runtime, sandbox.uid).await, None);
+}
+
+/// The processor time that a process has taken, in hundredths of a second.
+fn ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // Behind the name, which may hold anything, is the third field (proc(5)).
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
 async fn the_last_removal_ends_the_executor(world: &World) {
@@ -303,7 +319,9 @@ async fn the_last_removal_ends_the_executor(world: &World) {
     assert_eq!(world.get(&two, "/counter").await, (200, "1\n".into()));
     let spinning = world.request(&two, "/spin", Bytes::new());
     let remove = async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        let pid = world.keep.pid("executor-").unwrap();
+        let before = ticks(pid);
+        until("it spins", || async { ticks(pid) > before + 20 }).await;
         runtime.remove(two.uid).await.unwrap();
     };
     let (answer, ()) = tokio::join!(spinning, remove);

@@ -70,9 +70,14 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let image = image.map(|i| i.spec.digest);
     let hash = image.map(|digest| template_hash(&app.spec.template(), digest));
     let instances = step.world.instances_of(app.metadata.uid);
+    let drained = |i: &Object<Instance>| {
+        let host = i.status.host.as_ref().and_then(|name| step.world.host(name));
+        host.is_some_and(|host| host.spec.draining)
+    };
+    // What is on a host that is being emptied is replaced as what is of an old template.
     let (new, old): (Vec<_>, Vec<_>) =
-        instances.partition(|i| hash.as_ref().is_none_or(|h| *h == i.spec.template_hash));
-    let doomed = doomed(&new, &old, app.spec.replicas as usize);
+        instances.partition(|i| hash.as_ref().is_none_or(|h| *h == i.spec.template_hash && !drained(i)));
+    let doomed = doomed(&new, &old, hash.as_deref(), app.spec.replicas as usize);
     let (new, old) = (new.len(), old.len());
     let wanted = app.spec.replicas as usize;
     let mut more = false;
@@ -100,17 +105,25 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
 }
 
 /// What is too much, and why: old instances that serve nothing or are no longer needed, then the excess of new ones.
-fn doomed(new: &[&Object<Instance>], old: &[&Object<Instance>], wanted: usize) -> Vec<(Uid, &'static str)> {
+fn doomed(
+    new: &[&Object<Instance>],
+    old: &[&Object<Instance>],
+    hash: Option<&str>,
+    wanted: usize,
+) -> Vec<(Uid, &'static str)> {
+    let why = |i: &Object<Instance>| {
+        if Some(i.spec.template_hash.as_str()) == hash { "its host is drained" } else { "replaced by a newer template" }
+    };
     let ready = new.iter().chain(old).filter(|i| i.status.ready).count();
     // As many replicas as are wanted stay ready while old instances are replaced.
     let mut spare_ready = ready.saturating_sub(wanted);
     let mut doomed = Vec::new();
     for i in old {
         if !i.status.ready {
-            doomed.push((i.metadata.uid, "replaced by a newer template"));
+            doomed.push((i.metadata.uid, why(i)));
         } else if spare_ready > 0 {
             spare_ready -= 1;
-            doomed.push((i.metadata.uid, "replaced by a newer template"));
+            doomed.push((i.metadata.uid, why(i)));
         }
     }
     let excess = new.len().saturating_sub(wanted);

@@ -13,13 +13,16 @@ use crate::world::addresses_of;
 /// Instances handled in one step.
 const PER_STEP: usize = 12;
 
-/// Writes what the rows reserve on a host into its status, in the step that changes those rows.
-pub fn recount(step: &mut Step<'_>, name: &Name) {
+/// Writes what the rows reserve on a host into its status, in the step that changes those rows, and which address slot
+/// was given, if one was.
+pub fn recount(step: &mut Step<'_>, name: &Name, given: Option<u16>) {
     let Some(host) = step.world.host(name).cloned() else { return };
     let reserved = Scheduler::reserved(step.world.instances_on(name));
-    if host.status.reserved != reserved {
+    let last_slot = given.unwrap_or(host.status.last_slot);
+    if host.status.reserved != reserved || host.status.last_slot != last_slot {
         let mut host = host;
         host.status.reserved = reserved;
+        host.status.last_slot = last_slot;
         step.put(host);
     }
 }
@@ -42,6 +45,7 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
         let mut host = Object::<Host>::new(metadata, HostSpec { cell, ..report.spec.clone() });
         host.status.boot_id = Some(report.boot_id.clone());
         host.status.agent_version = Some(report.agent_version.clone());
+        host.status.certificate_ends = report.certificate_ends;
         host.status.since = step.now;
         step.put(host.clone());
         step.event(None, host.owner_ref(), Severity::Normal, "Joined", format!("cell {}", host.spec.cell));
@@ -52,12 +56,14 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
     // What operators decide stays theirs; what the machine is, it says itself. Zone and cell never change.
     new.spec = HostSpec {
         cordoned: host.spec.cordoned,
+        draining: host.spec.draining,
         zone: host.spec.zone.clone(),
         cell: host.spec.cell.clone(),
         ..report.spec.clone()
     };
     new.status.boot_id = Some(report.boot_id.clone());
     new.status.agent_version = Some(report.agent_version.clone());
+    new.status.certificate_ends = report.certificate_ends;
     let mut images = report.images.clone();
     images.sort();
     images.dedup();
@@ -77,14 +83,26 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
 
 /// Whether a report says of a host what is known.
 fn says_the_same(host: &Object<Host>, report: &HostReport) -> bool {
-    let HostSpec { zone: _, cell: _, cordoned: _, rack, address, prefix6, prefix4, runtimes, capacity, classes } =
-        &host.spec;
+    let HostSpec {
+        zone: _,
+        cell: _,
+        cordoned: _,
+        draining: _,
+        rack,
+        address,
+        prefix6,
+        prefix4,
+        runtimes,
+        capacity,
+        classes,
+    } = &host.spec;
     let said = &report.spec;
     (rack, address, prefix6, prefix4) == (&said.rack, &said.address, &said.prefix6, &said.prefix4)
         && (runtimes, capacity, classes) == (&said.runtimes, &said.capacity, &said.classes)
         && host.status.boot_id.as_deref() == Some(report.boot_id.as_str())
         && host.status.agent_version.as_deref() == Some(report.agent_version.as_str())
         && host.status.images == report.images
+        && host.status.certificate_ends == report.certificate_ends
 }
 
 /// The cell of a new host: the one that it names, or, of a zone's cells with room, the one with the fewest hosts. When
@@ -153,6 +171,14 @@ pub fn set_state(step: &mut Step<'_>, name: &Name, state: HostState, why: &str) 
     set_condition(&mut new.status.conditions, "Ready", status, reason, why, step.now);
     step.put(new);
     step.event(None, host.owner_ref(), severity, reason, why);
+    step.mark(Dirty::Host(name.clone()));
+}
+
+/// Follows what an operator decided. Whether the instances here are to go or to stay, is for their apps to look at.
+pub fn decided(step: &mut Step<'_>, name: &Name) {
+    let apps = step.world.instances_on(name).map(|i| Dirty::App((i.metadata.project.clone(), i.spec.app.clone())));
+    let apps: Vec<_> = apps.collect();
+    apps.into_iter().for_each(|app| step.mark(app));
     step.mark(Dirty::Host(name.clone()));
 }
 

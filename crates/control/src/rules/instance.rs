@@ -50,7 +50,7 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
             if let Some(next) = scheduler.waiting_like(&instance) {
                 step.mark(Dirty::Instance(next));
             }
-            host::recount(step, &placed.host);
+            host::recount(step, &placed.host, Some(placed.slot));
             step.event(project.as_ref(), instance.owner_ref(), Severity::Normal, "Placed", message);
         }
         Err(refusal) => {
@@ -109,7 +109,7 @@ pub fn erase(step: &mut Step<'_>, buried: &Object<Instance>) {
         mark_project(step, project);
     }
     if let Some(host) = &buried.status.host {
-        host::recount(step, host);
+        host::recount(step, host, None);
         step.mark(Dirty::Host(host.clone()));
     }
 }

@@ -18,6 +18,7 @@ use nexus_env::{Endpoint, Env};
 use nexus_model::Uid;
 use nexus_model::kind::{Protocol, Runtime};
 use nexus_model::plan::{Backend, RoutingTable, Service, TableRoute};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -30,6 +31,15 @@ pub struct Edge {
     pub address: SocketAddr,
     pub stop: CancellationToken,
     pub task: JoinHandle<()>,
+}
+
+impl Edge {
+    /// The value of a metric, named with its labels; 0 while there is none.
+    pub fn counted(&self, metric: &str) -> u64 {
+        let text = self.gateway.metrics_text();
+        let values = text.lines().filter_map(|line| line.strip_prefix(metric)?.trim().parse::<u64>().ok());
+        values.sum()
+    }
 }
 
 impl Drop for Edge {
@@ -129,6 +139,23 @@ pub fn free() -> SocketAddr {
 /// An instance that answers with its name.
 pub async fn named(name: &'static str) -> Instance {
     serve(free(), move |_| async move { Response::new(Full::new(Bytes::from(name))) }).await
+}
+
+/// Takes requests, counts them, and closes each connection after `answer`.
+pub async fn cutter(answer: &'static [u8]) -> (SocketAddr, Arc<AtomicUsize>, JoinHandle<()>) {
+    let listener = TcpListener::bind(free()).await.unwrap();
+    let (address, count) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
+    let counted = count.clone();
+    let task = tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut buf = [0; 4096];
+            if stream.read(&mut buf).await.is_ok_and(|n| n > 0) {
+                counted.fetch_add(1, Ordering::SeqCst);
+                let _ = stream.write_all(answer).await;
+            }
+        }
+    });
+    (address, count, task)
 }
 
 pub fn backend(id: u8, address: SocketAddr) -> Backend {

@@ -2,15 +2,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::Response;
 use http_body_util::Full;
 use nexus_env::{Endpoint, Env, FaultyTransport, Links, RealTransport};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::common::*;
@@ -31,26 +29,9 @@ async fn an_instance_that_dies_is_replaced_within_the_request_and_returns_when_i
         assert_eq!(ask(&client, &edge, "PUT", "x.localhost", "/", "body").await.body, "b");
         assert_eq!(ask(&client, &edge, "POST", "x.localhost", "/", "body").await.body, "b");
     }
-    assert!(edge.gateway.metrics_text().contains(r#"nexus_gateway_ejections_total{service="default/x:80"} 1"#));
+    assert_eq!(edge.counted(r#"nexus_gateway_ejections_total{service="default/x:80"}"#), 1);
     let _again = serve(address, |_| async { Response::new(Full::new(Bytes::from("again"))) }).await;
     until(async || ask(&client, &edge, "GET", "x.localhost", "/", "").await.body == "again").await;
-}
-
-/// Takes requests and closes the connection instead of answering.
-async fn cutter(answer: &'static [u8]) -> (std::net::SocketAddr, Arc<AtomicUsize>, tokio::task::JoinHandle<()>) {
-    let listener = TcpListener::bind(free()).await.unwrap();
-    let (address, count) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
-    let counted = count.clone();
-    let task = tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let mut buf = [0; 4096];
-            if stream.read(&mut buf).await.is_ok_and(|n| n > 0) {
-                counted.fetch_add(1, Ordering::SeqCst);
-                let _ = stream.write_all(answer).await;
-            }
-        }
-    });
-    (address, count, task)
 }
 
 #[tokio::test]
@@ -104,7 +85,7 @@ async fn without_instances_a_request_waits_for_a_table_and_then_says_so() {
     let patient = self::edge(nexus_edge::Options { patience: LONG, budget: LONG, ..options() }).await;
     patient.gateway.offer(table(1, vec![service("x", vec![])]));
     let (got, ()) = tokio::join!(get(&patient, "x.localhost"), async {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        until(async || patient.counted(r#"nexus_gateway_waiting{service="default/x:80"}"#) == 1).await;
         patient.gateway.offer(table(2, vec![service("x", vec![backend(1, a.address)])]));
     });
     assert_eq!(got.body, "a");

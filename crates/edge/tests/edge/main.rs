@@ -1,6 +1,7 @@
 //! The gateway against real instances on the loopback.
 
 mod common;
+mod exchanges;
 mod faults;
 mod proxying;
 mod regions;

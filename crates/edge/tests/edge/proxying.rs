@@ -3,17 +3,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::channel::mpsc;
-use http::{HeaderMap, Request, Response, Version};
-use http_body::Frame;
-use http_body_util::{BodyExt, Empty, Full, StreamBody};
-use hyper_util::client::legacy;
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use http::Response;
+use http_body_util::Full;
 use nexus_model::kind::Protocol;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::common::*;
+use crate::exchanges;
 
 #[tokio::test]
 async fn host_and_path_choose_the_app() {
@@ -48,57 +45,18 @@ async fn instances_learn_who_asked_and_errors_of_theirs_pass() {
     assert!(got.headers["x-request-id"].to_str().unwrap().starts_with("req-"));
     assert!(!got.headers.contains_key("keep-alive"));
     assert_eq!(instance.count(), 1);
-    assert!(
-        edge.gateway.metrics_text().contains(r#"nexus_gateway_requests_total{service="default/a:80",class="5xx"} 1"#)
-    );
+    assert_eq!(edge.counted(r#"nexus_gateway_requests_total{service="default/a:80",class="5xx"}"#), 1);
 }
 
-type Piece = Result<Frame<Bytes>, std::io::Error>;
-
-/// Frames one by one, both ways, each only after the one before has come back, and trailers at the end.
+/// Through one gateway.
 async fn streams_both_ways(protocol: Protocol, http2: bool) {
-    let instance = serve(free(), |request| async move {
-        let version = request.version();
-        let mut answer = Response::new(request.into_body());
-        answer.headers_mut().insert("trailer", "x-sum".parse().unwrap());
-        answer.headers_mut().insert("x-version", format!("{version:?}").parse().unwrap());
-        answer
-    })
-    .await;
+    let instance = exchanges::echo().await;
     let edge = edge(options()).await;
-    let mut app = service("a", vec![backend(1, instance.address)]);
-    app.protocol = protocol;
-    edge.gateway.offer(table(1, vec![app]));
-    let client: legacy::Client<_, StreamBody<mpsc::Receiver<Piece>>> =
-        legacy::Client::builder(TokioExecutor::new()).http2_only(http2).build_http();
-    let (mut send, body) = mpsc::channel(1);
-    let uri = format!("http://{}/", edge.address);
-    let request = Request::builder().method("POST").uri(uri).header("te", "trailers").header("trailer", "x-sum");
-    // HTTP/2 takes the host from the target, which is the gateway's address here.
-    let request = if http2 { request } else { request.header("host", "a.localhost") };
-    if http2 {
-        let mut plan = table(2, vec![service("a", vec![backend(1, instance.address)])]);
-        plan.services[0].protocol = protocol;
-        plan.routes[0].host = "127.0.0.1".into();
-        edge.gateway.offer(plan);
-    }
-    let answer = client.request(request.body(StreamBody::new(body)).unwrap());
-    let mut answer = tokio::time::timeout(LONG, answer).await.unwrap().unwrap();
-    assert_eq!(answer.status(), 200);
-    assert_eq!(answer.version(), if http2 { Version::HTTP_2 } else { Version::HTTP_11 });
-    let expected = if protocol == Protocol::H2c { "HTTP/2.0" } else { "HTTP/1.1" };
-    assert_eq!(answer.headers()["x-version"], expected);
-    for piece in ["one", "two", "three"] {
-        send.try_send(Ok(Frame::data(Bytes::from(piece)))).unwrap();
-        let frame = tokio::time::timeout(LONG, answer.body_mut().frame()).await.unwrap().unwrap().unwrap();
-        assert_eq!(frame.into_data().unwrap(), piece);
-    }
-    let mut trailers = HeaderMap::new();
-    trailers.insert("x-sum", "3".parse().unwrap());
-    send.try_send(Ok(Frame::trailers(trailers))).unwrap();
-    drop(send);
-    let last = tokio::time::timeout(LONG, answer.body_mut().frame()).await.unwrap().unwrap().unwrap();
-    assert_eq!(last.into_trailers().unwrap()["x-sum"], "3");
+    let mut plan = table(1, vec![service("a", vec![backend(1, instance.address)])]);
+    plan.services[0].protocol = protocol;
+    plan.routes[0].host = "127.0.0.1".into();
+    edge.gateway.offer(plan);
+    exchanges::streams_both_ways(edge.address, protocol, http2).await;
 }
 
 #[tokio::test]
@@ -119,36 +77,10 @@ async fn http2_users_reach_http1_instances_and_the_other_way_round() {
 
 #[tokio::test]
 async fn a_connection_can_change_its_protocol() {
-    let instance = serve(free(), |mut request| async move {
-        let upgrade = hyper::upgrade::on(&mut request);
-        tokio::spawn(async move {
-            let mut stream = TokioIo::new(upgrade.await.unwrap());
-            let (mut from, mut to) = tokio::io::split(&mut stream);
-            let _ = tokio::io::copy(&mut from, &mut to).await;
-        });
-        let mut answer = Response::new(Empty::<Bytes>::new());
-        *answer.status_mut() = http::StatusCode::SWITCHING_PROTOCOLS;
-        for (name, value) in [("upgrade", "websocket"), ("connection", "upgrade")] {
-            answer.headers_mut().insert(name, value.parse().unwrap());
-        }
-        answer
-    })
-    .await;
+    let instance = exchanges::changer().await;
     let edge = edge(options()).await;
-    edge.gateway.offer(table(1, vec![service("a", vec![backend(1, instance.address)])]));
-    let mut stream = TcpStream::connect(edge.address).await.unwrap();
-    let ask = "GET / HTTP/1.1\r\nhost: a.localhost\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
-    stream.write_all(ask.as_bytes()).await.unwrap();
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        head.push(tokio::time::timeout(LONG, stream.read_u8()).await.unwrap().unwrap());
-    }
-    let head = String::from_utf8(head).unwrap().to_lowercase();
-    assert!(head.starts_with("http/1.1 101") && head.contains("upgrade: websocket"), "{head}");
-    stream.write_all(b"hello").await.unwrap();
-    let mut back = [0; 5];
-    tokio::time::timeout(LONG, stream.read_exact(&mut back)).await.unwrap().unwrap();
-    assert_eq!(&back, b"hello");
+    edge.gateway.offer(table(1, vec![service("x", vec![backend(1, instance.address)])]));
+    exchanges::changes_its_protocol(edge.address).await;
 }
 
 /// Sends bytes and returns all that comes back until the gateway closes.

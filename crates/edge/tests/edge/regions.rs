@@ -2,16 +2,12 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::channel::mpsc;
-use http::{HeaderMap, Request, Response, Version};
-use http_body::Frame;
-use http_body_util::{BodyExt, Empty, Full, StreamBody};
-use hyper_util::client::legacy;
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use http::{Request, Response};
+use http_body_util::Full;
 use nexus_edge::{Gateway, Options, PeerDoor};
 use nexus_env::{Endpoint, Env, FaultyTransport, Links, RealTransport};
 use nexus_iam::tls::{self, Policy};
@@ -25,6 +21,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::common::*;
+use crate::exchanges;
 use crate::tables::Pki;
 
 /// A gateway with a listener for other gateways.
@@ -85,8 +82,14 @@ impl Region {
         .await;
     }
 
-    fn counts(&self, line: &str) -> bool {
-        self.edge.gateway.metrics_text().lines().any(|l| l == line)
+    /// Waits until one region is known to be much nearer than another.
+    async fn measures(&self, near: &str, far: &str) {
+        let latency = |region: &str| {
+            let metric = format!("nexus_gateway_region_latency_seconds{{region=\"{region}\"}} ");
+            let text = self.edge.gateway.metrics_text();
+            text.lines().find_map(|line| line.strip_prefix(&metric)?.parse::<f64>().ok())
+        };
+        until(async || latency(near).zip(latency(far)).is_some_and(|(near, far)| near * 3.0 < far)).await;
     }
 }
 
@@ -152,9 +155,9 @@ async fn a_request_leaves_its_region_only_when_nobody_there_is_well() {
         assert!(text.contains(r#""x-forwarded-host": "x.localhost""#), "{text}");
         assert!(!text.contains("x-nexus-"), "what gateways tell each other is theirs: {text}");
     }
-    assert!(a.counts(r#"nexus_gateway_region_requests_total{region="b",outcome="answered"} 3"#));
-    assert!(b.counts(r#"nexus_gateway_taken_in_total{region="a"} 3"#));
-    assert!(a.edge.gateway.metrics_text().contains(r#"nexus_gateway_ejections_total{service="default/x:80"} 1"#));
+    assert_eq!(a.edge.counted(r#"nexus_gateway_region_requests_total{region="b",outcome="answered"}"#), 3);
+    assert_eq!(b.edge.counted(r#"nexus_gateway_taken_in_total{region="a"}"#), 3);
+    assert_eq!(a.edge.counted(r#"nexus_gateway_ejections_total{service="default/x:80"}"#), 1);
     let _again = serve(address, |_| async { Response::new(Full::new(Bytes::from("again"))) }).await;
     until(async || body(&a, "GET", "").await.1 == "again").await;
     // A user can't claim to be a gateway.
@@ -180,7 +183,7 @@ async fn the_nearest_region_is_taken_and_the_next_one_when_it_is_cut_off() {
     a.edge.gateway.offer(global(1, vec![], vec![behind_cable, c.remote()]));
     b.edge.gateway.offer(global(1, vec![backend(2, in_b.address)], vec![]));
     c.edge.gateway.offer(global(1, vec![backend(3, in_c.address)], vec![]));
-    a.hears(2).await;
+    a.measures("c", "b").await;
     for _ in 0..3 {
         assert_eq!(body(&a, "GET", "").await.1, "c");
     }
@@ -190,7 +193,7 @@ async fn the_nearest_region_is_taken_and_the_next_one_when_it_is_cut_off() {
     until(async || {
         let (status, text) = body(&a, "PUT", "x").await;
         assert_eq!((status, &*text), (200, "b"), "after {:?}", cut.elapsed());
-        a.counts(r#"nexus_gateway_region_gateways{region="c"} 0"#)
+        a.edge.counted(r#"nexus_gateway_region_gateways{region="c"}"#) == 0
     })
     .await;
     a.hears(1).await;
@@ -223,10 +226,13 @@ async fn a_region_that_has_nobody_is_passed_over_and_a_request_hops_once() {
     assert_eq!(in_c.count(), 3);
     // A gateway that has never heard of the app refuses as well.
     b.edge.gateway.offer(table(2, vec![]));
-    tokio::time::sleep(Duration::from_millis(1100)).await;
-    for _ in 0..4 {
+    let refused = r#"nexus_gateway_region_requests_total{region="b",outcome="refused"}"#;
+    let before = a.edge.counted(refused);
+    until(async || {
         assert_eq!(body(&a, "POST", "once").await, (200, "c".into()));
-    }
+        a.edge.counted(refused) > before
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -234,17 +240,7 @@ async fn what_another_region_may_have_done_is_done_again_only_if_that_is_harmles
     let fleet = Fleet::new();
     let (a, b, c) = (fleet.region("a").await, fleet.region("b").await, fleet.region("c").await);
     let in_c = named("c").await;
-    let listener = TcpListener::bind(free()).await.unwrap();
-    let (cutter, cuts) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
-    let counted = cuts.clone();
-    let task = tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let mut buffer = [0; 4096];
-            if stream.read(&mut buffer).await.is_ok_and(|n| n > 0) {
-                counted.fetch_add(1, Ordering::SeqCst);
-            }
-        }
-    });
+    let (cutter, cuts, task) = cutter(b"").await;
     b.edge.gateway.offer(global(1, vec![backend(2, cutter)], vec![]));
     c.edge.gateway.offer(global(1, vec![backend(3, in_c.address)], vec![]));
     a.edge.gateway.offer(global(1, vec![], vec![b.remote()]));
@@ -254,7 +250,7 @@ async fn what_another_region_may_have_done_is_done_again_only_if_that_is_harmles
     // c is behind a long cable, so that b is asked first.
     let (far, cable) = long_cable(c.peer, Duration::from_millis(40)).await;
     a.edge.gateway.offer(global(2, vec![], vec![b.remote(), RemoteRegion { gateways: vec![far], ..c.remote() }]));
-    a.hears(2).await;
+    a.measures("b", "c").await;
     assert_eq!(body(&a, "POST", "once").await.0, 502);
     assert_eq!((cuts.load(Ordering::SeqCst), in_c.count()), (2, 0));
     assert_eq!(body(&a, "PUT", "again").await, (200, "c".into()));
@@ -263,51 +259,48 @@ async fn what_another_region_may_have_done_is_done_again_only_if_that_is_harmles
     cable.abort();
 }
 
-type Piece = Result<Frame<Bytes>, std::io::Error>;
+#[tokio::test]
+async fn what_is_under_way_when_its_region_is_cut_off_is_done_again_only_if_that_is_harmless() {
+    let fleet = Fleet::new();
+    let (a, b, c) = (fleet.region("a").await, fleet.region("b").await, fleet.region("c").await);
+    // b takes requests and is cut off before it answers.
+    let in_b = serve(free(), |_| std::future::pending::<Response<Full<Bytes>>>()).await;
+    let in_c = named("c").await;
+    b.edge.gateway.offer(global(1, vec![backend(2, in_b.address)], vec![]));
+    c.edge.gateway.offer(global(1, vec![backend(3, in_c.address)], vec![]));
+    let (far, cable) = long_cable(c.peer, Duration::from_millis(40)).await;
+    a.edge.gateway.offer(global(1, vec![], vec![b.remote(), RemoteRegion { gateways: vec![far], ..c.remote() }]));
+    a.measures("b", "c").await;
+    let client = client();
+    let send = |method| ask(&client, &a.edge, method, "x.localhost", "/", "once");
+    let cut = async {
+        until(async || in_b.count() == 2).await;
+        fleet.links.cut_both("a", "b");
+    };
+    let (post, put, ()) = tokio::join!(send("POST"), send("PUT"), cut);
+    assert_eq!((post.status.as_u16(), post.body.contains("may have acted")), (502, true), "{}", post.body);
+    assert_eq!((put.status.as_u16(), &*put.body), (200, "c"));
+    assert_eq!((in_b.count(), in_c.count()), (2, 1), "the PUT alone was done again");
+    // Whatever comes from now on goes where somebody answers.
+    assert_eq!(body(&a, "POST", "once").await, (200, "c".into()));
+    cable.abort();
+}
 
-/// Frames one by one through two gateways, each only after the one before has come back, and trailers at the end.
+/// Through two gateways.
 async fn streams_through(protocol: Protocol, http2: bool) {
-    let instance = serve(free(), |request| async move {
-        let version = request.version();
-        let mut answer = Response::new(request.into_body());
-        answer.headers_mut().insert("trailer", "x-sum".parse().unwrap());
-        answer.headers_mut().insert("x-version", format!("{version:?}").parse().unwrap());
-        answer
-    })
-    .await;
+    let instance = exchanges::echo().await;
     let fleet = Fleet::new();
     let (a, b) = (fleet.region("a").await, fleet.region("b").await);
     let plan = |here: Vec<Backend>, others| {
         let mut plan = global(1, here, others);
         plan.services[0].protocol = protocol;
-        // HTTP/2 takes the host from the target, which is the gateway's address here.
         plan.routes[0].host = "127.0.0.1".into();
         plan
     };
     a.edge.gateway.offer(plan(vec![], vec![b.remote()]));
     b.edge.gateway.offer(plan(vec![backend(1, instance.address)], vec![]));
     a.hears(1).await;
-    let client: legacy::Client<_, StreamBody<mpsc::Receiver<Piece>>> =
-        legacy::Client::builder(TokioExecutor::new()).http2_only(http2).build_http();
-    let (mut send, body) = mpsc::channel(1);
-    let uri = format!("http://{}/", a.edge.address);
-    let request = Request::builder().method("POST").uri(uri).header("te", "trailers").header("trailer", "x-sum");
-    let answer = client.request(request.body(StreamBody::new(body)).unwrap());
-    let mut answer = tokio::time::timeout(LONG, answer).await.unwrap().unwrap();
-    assert_eq!(answer.status(), 200);
-    assert_eq!(answer.version(), if http2 { Version::HTTP_2 } else { Version::HTTP_11 });
-    assert_eq!(answer.headers()["x-version"], if protocol == Protocol::H2c { "HTTP/2.0" } else { "HTTP/1.1" });
-    for piece in ["one", "two", "three"] {
-        send.try_send(Ok(Frame::data(Bytes::from(piece)))).unwrap();
-        let frame = tokio::time::timeout(LONG, answer.body_mut().frame()).await.unwrap().unwrap().unwrap();
-        assert_eq!(frame.into_data().unwrap(), piece);
-    }
-    let mut trailers = HeaderMap::new();
-    trailers.insert("x-sum", "3".parse().unwrap());
-    send.try_send(Ok(Frame::trailers(trailers))).unwrap();
-    drop(send);
-    let last = tokio::time::timeout(LONG, answer.body_mut().frame()).await.unwrap().unwrap().unwrap();
-    assert_eq!(last.into_trailers().unwrap()["x-sum"], "3");
+    exchanges::streams_both_ways(a.edge.address, protocol, http2).await;
 }
 
 #[tokio::test]
@@ -318,37 +311,13 @@ async fn bodies_stream_through_two_gateways() {
 
 #[tokio::test]
 async fn a_connection_changes_its_protocol_through_two_gateways() {
-    let instance = serve(free(), |mut request| async move {
-        let upgrade = hyper::upgrade::on(&mut request);
-        tokio::spawn(async move {
-            let (mut from, mut to) = tokio::io::split(TokioIo::new(upgrade.await.unwrap()));
-            let _ = tokio::io::copy(&mut from, &mut to).await;
-        });
-        let mut answer = Response::new(Empty::<Bytes>::new());
-        *answer.status_mut() = http::StatusCode::SWITCHING_PROTOCOLS;
-        answer.headers_mut().insert("upgrade", "websocket".parse().unwrap());
-        answer.headers_mut().insert("connection", "upgrade".parse().unwrap());
-        answer
-    })
-    .await;
+    let instance = exchanges::changer().await;
     let fleet = Fleet::new();
     let (a, b) = (fleet.region("a").await, fleet.region("b").await);
     a.edge.gateway.offer(global(1, vec![], vec![b.remote()]));
     b.edge.gateway.offer(global(1, vec![backend(1, instance.address)], vec![]));
     a.hears(1).await;
-    let mut stream = TcpStream::connect(a.edge.address).await.unwrap();
-    let ask = "GET / HTTP/1.1\r\nhost: x.localhost\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
-    stream.write_all(ask.as_bytes()).await.unwrap();
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        head.push(tokio::time::timeout(LONG, stream.read_u8()).await.unwrap().unwrap());
-    }
-    let head = String::from_utf8(head).unwrap().to_lowercase();
-    assert!(head.starts_with("http/1.1 101") && head.contains("upgrade: websocket"), "{head}");
-    stream.write_all(b"hello").await.unwrap();
-    let mut back = [0; 5];
-    tokio::time::timeout(LONG, stream.read_exact(&mut back)).await.unwrap().unwrap();
-    assert_eq!(&back, b"hello");
+    exchanges::changes_its_protocol(a.edge.address).await;
 }
 
 #[tokio::test]
@@ -390,7 +359,7 @@ async fn a_gateway_that_drains_is_left_without_a_failure() {
     a.edge.gateway.offer(global(1, vec![], vec![b.remote(), RemoteRegion { gateways: vec![far], ..c.remote() }]));
     b.edge.gateway.offer(global(1, vec![backend(2, in_b.address)], vec![]));
     c.edge.gateway.offer(global(1, vec![backend(3, in_c.address)], vec![]));
-    a.hears(2).await;
+    a.measures("b", "c").await;
     assert_eq!(body(&a, "GET", "").await.1, "b");
     b.edge.stop.cancel();
     until(async || {

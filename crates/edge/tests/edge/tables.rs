@@ -9,6 +9,7 @@ use nexus_iam::tls::{self, Policy};
 use nexus_iam::{CertificateAuthority, Identity, Role, Roots, SpiffeId};
 use nexus_model::plan::{RoutingTable, TableRequest, method};
 use nexus_wire::{Refusal, Server};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -129,9 +130,12 @@ async fn tables_come_from_servers_and_survive_without_them() {
         }
         let third = edge(options()).await;
         let stop = CancellationToken::new();
-        let source = SourceConfig { cluster_id: cluster.into(), ..source.clone() };
+        let door = TcpListener::bind(free()).await.unwrap();
+        let servers = vec![Endpoint::Tcp(door.local_addr().unwrap())];
+        let source = SourceConfig { cluster_id: cluster.into(), servers, ..source.clone() };
         let following = tokio::spawn(follow(third.gateway.clone(), source, Env::real(), stop.clone()));
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        // Whoever asks a server has looked at the cache before.
+        tokio::time::timeout(LONG, door.accept()).await.unwrap().unwrap();
         assert_eq!(third.gateway.revision(), None);
         stop.cancel();
         following.await.unwrap();

@@ -182,6 +182,9 @@ pub struct CellStatus {
     /// How much of the hosts' processors is reserved. Refreshed every few seconds, as is the blast radius.
     pub reserved_percent: u32,
     pub blast_radius: BlastRadius,
+    /// Objects with a part in this cell that are set aside because their reconciler panics, a few of them by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub quarantined: Vec<String>,
     pub conditions: Vec<Condition>,
 }
 
@@ -261,6 +264,10 @@ pub struct HostSpec {
     /// No new instance is placed here while true.
     #[serde(default)]
     pub cordoned: bool,
+    /// While true, its instances are moved to other hosts, as a new version of their apps would be: each goes when another
+    /// is ready in its place. Nothing new is placed here.
+    #[serde(default)]
+    pub draining: bool,
 }
 
 impl Default for HostSpec {
@@ -277,6 +284,7 @@ impl Default for HostSpec {
             capacity: Capacity::default(),
             classes: Classes::new(),
             cordoned: false,
+            draining: false,
         }
     }
 }
@@ -307,8 +315,13 @@ pub struct HostStatus {
     /// When the state last changed.
     pub since: Timestamp,
     pub reserved: Capacity,
+    /// The address slot that was given last: all others are given before it is given again.
+    pub last_slot: u16,
     /// Content of images that the host already has.
     pub images: Vec<Digest>,
+    /// When its agent's certificate ends; it is renewed long before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate_ends: Option<Timestamp>,
     pub conditions: Vec<Condition>,
 }
 
@@ -330,6 +343,7 @@ impl Kind for Host {
         Column::new("MEMORY", "/status/reserved/memory"),
         Column::new("OF", "/spec/capacity/memory"),
         Column::new("CORDONED", "/spec/cordoned").wide(),
+        Column::new("DRAINING", "/spec/draining").wide(),
         Column::new("ADDRESS", "/spec/address").wide(),
     ];
     const IMMUTABLE: &'static [&'static str] =

@@ -34,7 +34,7 @@ impl Default for InstanceSpec {
     }
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum InstancePhase {
     /// No host has been found yet; the `Scheduled` condition says why.
     #[default]

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use nexus_env::{Disk, DiskLock};
 use nexus_model::Timestamp;
-use nexus_store::backup::{self, Backup, Point, Restore, Restored};
+use nexus_store::backup::{self, Backup, BackupError, Point, Restore, Restored};
 use nexus_store::offline::generation_of;
 use nexus_store::{GroupId, Member, Revision};
 use serde_json::{Value, json};
@@ -19,6 +19,7 @@ use super::table::Printer;
 use super::{join, output, stores};
 use crate::config::{Config as _, ServerConfig};
 use crate::exit::Fail;
+use crate::role::server::engine;
 
 /// Backs the cloud's metadata up, and brings it back
 #[derive(Debug, Args)]
@@ -46,7 +47,7 @@ enum BackupCommand {
         #[arg(short, long, value_enum, default_value_t = Form::Table)]
         output: Form,
     },
-    /// Writes fresh stores from a backup, for servers that are stopped
+    /// Writes fresh stores from a backup, for servers that are stopped; into their etcd, if that keeps the metadata
     Restore(RestoreArgs),
 }
 
@@ -85,7 +86,7 @@ struct RestoreArgs {
     /// The folder of a stopped local cloud: all its servers are restored
     #[arg(long, value_name = "DIR", required_unless_present = "config")]
     data_dir: Option<PathBuf>,
-    /// The configuration of one stopped server; do the same on the machines of the others
+    /// The configuration of one stopped server; do the same on the machines of the others, unless etcd keeps the metadata
     #[arg(long, value_name = "FILE", conflicts_with = "data_dir")]
     config: Option<PathBuf>,
     /// Goes back to this revision; of --group, if the backup holds several
@@ -121,7 +122,7 @@ pub async fn run(args: &BackupArgs) -> anyhow::Result<()> {
         BackupCommand::Create(args) => create(args).await,
         BackupCommand::List(args) => list(args).await,
         BackupCommand::Verify { from, output } => verify(from, *output),
-        BackupCommand::Restore(args) => restore(args),
+        BackupCommand::Restore(args) => restore(args).await,
     }
 }
 
@@ -221,7 +222,7 @@ fn members_of(config: &ServerConfig, group: &GroupId, backed: &BTreeMap<u64, Mem
     members
 }
 
-fn restore(args: &RestoreArgs) -> anyhow::Result<()> {
+async fn restore(args: &RestoreArgs) -> anyhow::Result<()> {
     let disk = stores::disk();
     output::note(&format!("reading {}", args.from.display()));
     let backup = Backup::open(&*disk, &args.from)?;
@@ -259,17 +260,32 @@ fn restore(args: &RestoreArgs) -> anyhow::Result<()> {
     if args.dry_run {
         return Ok(());
     }
-    let done = write(&disk, &backup, &targets, &members, &points, generation)?;
+    let etcd = servers.iter().any(|s| s.store.is_some());
+    let done = if etcd {
+        write_to_etcd(&disk, &backup, &targets, &servers, &members, &points, generation).await?
+    } else {
+        write(&disk, &backup, &targets, &members, &points, generation)?
+    };
+    for server in servers.iter().filter(|_| !etcd) {
+        engine::leave_etcd(&server.data_dir)?;
+    }
     if args.output == Form::Json {
         return output::json(&json!({"generation": generation, "restored": done}));
     }
-    for (target, restored) in targets.iter().zip(&done) {
+    let place = |restored: &Restored| {
+        let own = targets.iter().find(|t| t.node == restored.node && t.group == restored.group);
+        if etcd { "in etcd".to_owned() } else { format!("on {}", own.map_or("", |t| &*t.server)) }
+    };
+    for restored in &done {
         output::text(&format!(
-            "restored {} on {}: {} keys, goes on at revision {}",
-            restored.group, target.server, restored.keys, restored.revision
+            "restored {} {}: {} keys, goes on at revision {}",
+            restored.group,
+            place(restored),
+            restored.keys,
+            restored.revision
         ))?;
     }
-    let others = if args.config.is_some() {
+    let others = if args.config.is_some() && !etcd {
         format!("\n  restore the other servers from the same backup with --generation {generation}")
     } else {
         String::new()
@@ -389,16 +405,56 @@ fn write(
     for target in targets {
         let parent = target.dir.parent().unwrap_or(Path::new("/"));
         if disk.exists(&target.dir)? {
-            let aside = sibling(&target.dir, &format!(".before-generation-{generation}"));
-            disk.remove_dir_all(&aside)?;
-            disk.rename(&target.dir, &aside)?;
-            output::note(&format!("the store as it was: {}", aside.display()));
+            set_aside(disk, &target.dir, generation)?;
         }
         disk.rename(&sibling(&target.dir, ".restoring"), &target.dir)?;
         disk.sync_dir(parent)?;
     }
     drop(locks);
     Ok(done)
+}
+
+/// Writes each group into etcd once. Stores that the servers have in their own folders are set aside then.
+async fn write_to_etcd(
+    disk: &Arc<dyn Disk>,
+    backup: &Backup,
+    targets: &[Target],
+    servers: &[ServerConfig],
+    members: &Members,
+    points: &BTreeMap<GroupId, Revision>,
+    generation: u64,
+) -> anyhow::Result<Vec<Restored>> {
+    let mut done: Vec<Restored> = Vec::new();
+    for target in targets {
+        if done.iter().any(|d| d.group == target.group) {
+            continue;
+        }
+        let server = servers.iter().find(|s| s.node_id == target.node).context("a target is of one of the servers")?;
+        let what = Restore {
+            group: &target.group,
+            node: target.node,
+            members: &members[&target.group],
+            generation,
+            revision: points[&target.group],
+        };
+        output::note(&format!("writing group {} to etcd", target.group));
+        done.push(engine::restore(server, backup, &what).await.map_err(|e| match e.downcast_ref() {
+            Some(BackupError::Refused(why)) => Fail::conflict(why).into(),
+            _ => e,
+        })?);
+    }
+    for target in targets.iter().filter(|t| t.dir.join("FORMAT").exists()) {
+        set_aside(disk, &target.dir, generation)?;
+    }
+    Ok(done)
+}
+
+fn set_aside(disk: &Arc<dyn Disk>, dir: &Path, generation: u64) -> anyhow::Result<()> {
+    let aside = sibling(dir, &format!(".before-generation-{generation}"));
+    disk.remove_dir_all(&aside)?;
+    disk.rename(dir, &aside)?;
+    output::note(&format!("the store as it was: {}", aside.display()));
+    Ok(())
 }
 
 /// How many objects of which kind, such as `3 apps, 12 instances`.

@@ -7,9 +7,8 @@ use serde_json::Value;
 
 use super::cloud::{Cloud, CloudArgs, Listing, text};
 use super::output::{self, plain};
-use super::resource;
-use super::settle;
 use super::table::{Columns, KindTable, Printer, age_of};
+use super::{cell, resource, settle};
 
 /// The newest so many events are shown.
 const EVENTS: usize = 20;
@@ -21,7 +20,8 @@ const INSTANCES: usize = 50;
 #[command(after_help = "Examples:\n  \
     nexus describe app web\n  \
     nexus describe app/web\n  \
-    nexus describe host zone-a-1")]
+    nexus describe host zone-a-1\n  \
+    nexus describe cell zone-a-cell-1")]
 pub struct DescribeArgs {
     /// KIND NAME…, or KIND/NAME…
     #[arg(required = true, value_name = "KIND NAME")]
@@ -62,6 +62,11 @@ async fn describe(cloud: &Cloud, kind: &'static KindDescriptor, object: &Value) 
     }
     section(&mut out, "Status", &yaml(&status)?);
     section(&mut out, "Conditions", &conditions(object, now));
+    if kind.kind == "Cell" {
+        for (title, content) in cell::sections(cloud, object).await? {
+            section(&mut out, title, &content);
+        }
+    }
     if kind.kind == "App" {
         let urls = cloud.urls(object);
         section(&mut out, "Addresses", &urls.join("\n"));
@@ -167,7 +172,7 @@ pub async fn events_of(cloud: &Cloud, kind: &KindDescriptor, object: &Value) -> 
     Ok(found)
 }
 
-fn event_table(events: &[Value], now: Timestamp) -> String {
+pub fn event_table(events: &[Value], now: Timestamp) -> String {
     if events.is_empty() {
         return String::new();
     }

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use nexus_api::operations::{GatewayJoin, GatewayJoined, HostJoin, HostJoined, HostLeave, JoinRole, Nothing, TokenId};
+use nexus_api::operations::{GatewayJoin, GatewayJoined, HostJoin, HostJoined, JoinRole, Nothing, TokenId};
 use nexus_model::Name;
-use nexus_model::kind::Classes;
+use nexus_model::kind::{ANY_CELL, Classes};
 use serde_json::Value;
 
 use super::cloud::{Cloud, CloudArgs, text};
 use super::join::{self, Door, Home, JoinArgs, TokenArgs};
+use super::leave::{self, LeaveArgs, UncordonArgs};
 use super::output::{self, Format};
 use super::resource::new_name;
 use super::table::Printer;
@@ -26,7 +27,8 @@ const GATEWAY: &str = "gateway.toml";
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     nexus host token --zone zone-a\n  \
-    nexus host leave host-7")]
+    nexus host leave host-7\n  \
+    nexus host leave host-7 --force")]
 pub struct HostArgs {
     #[command(subcommand)]
     pub command: HostCommand,
@@ -38,8 +40,10 @@ pub enum HostCommand {
     Token(TokenArgs),
     /// Joins the region as a host, by a token: writes this machine's configuration
     Join(HostJoinArgs),
-    /// Takes a host out of the region; refused while instances run on it
+    /// Empties a host and takes it out of the region
     Leave(LeaveArgs),
+    /// Takes a host back into use that a `leave` which was broken off left cordoned
+    Uncordon(UncordonArgs),
 }
 
 #[derive(Debug, Args)]
@@ -72,27 +76,12 @@ fn class(text: &str) -> Result<(Name, u32), String> {
     Ok((class.parse().map_err(|e| format!("{class:?}: {e}"))?, count))
 }
 
-#[derive(Debug, Args)]
-pub struct LeaveArgs {
-    #[arg(value_parser = new_name)]
-    name: Name,
-    /// Also while instances run there; they are started on other hosts
-    #[arg(long)]
-    force: bool,
-    #[command(flatten)]
-    cloud: CloudArgs,
-}
-
 pub async fn run(command: HostCommand) -> anyhow::Result<()> {
     match command {
         HostCommand::Token(args) => join::token(JoinRole::Host, &args).await,
         HostCommand::Join(args) => join_host(&args).await,
-        HostCommand::Leave(args) => {
-            let cloud = Cloud::connect(&args.cloud)?;
-            let body = HostLeave { name: args.name.clone(), force: args.force };
-            let _: Value = join::run(&cloud, "host-leave", &body).await?;
-            output::text(&format!("host {} has left; stop its agent and its keeper on its machine", args.name))
-        }
+        HostCommand::Leave(args) => leave::run(&args).await,
+        HostCommand::Uncordon(args) => leave::uncordon(&args).await,
     }
 }
 
@@ -144,7 +133,11 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
     };
     let keeper_path = home.configure(KEEPER, &keeper)?;
     let agent_path = home.configure(AGENT, &agent)?;
-    output::text(&format!("host {name} is of cell {}; its instances live in {}/64", joined.cell, joined.prefix6))?;
+    let cell = match joined.cell.as_str() {
+        ANY_CELL => "joins a cell of its zone with room".to_owned(),
+        cell => format!("is of cell {cell}"),
+    };
+    output::text(&format!("host {name} {cell}; its instances live in {}/64", joined.prefix6))?;
     output::note(&format!(
         "Next:\n  nexus install --role keeper --config {}\n  nexus install --role agent --config {}",
         keeper_path.display(),

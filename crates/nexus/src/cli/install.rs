@@ -233,25 +233,9 @@ mod tests {
 
     use super::*;
 
-    const GATEWAY: &str = r#"
-name = "gateway-1"
-cluster_id = "home"
-region = "local"
-zone = "zone-a"
-http_listen = "0.0.0.0:80"
-admin_listen = "127.0.0.1:8100"
-servers = ["tcp:[fd00::1]:7440"]
-data_dir = "data"
-
-[tls]
-ca = "/etc/ca.pem"
-cert = "gateway.pem"
-key = "gateway.key"
-"#;
-
     fn gateway(dir: &Path) -> PathBuf {
         let path = dir.join("gateway.toml");
-        std::fs::write(&path, GATEWAY).unwrap();
+        std::fs::write(&path, crate::config::A_GATEWAY).unwrap();
         path
     }
 
@@ -275,7 +259,7 @@ key = "gateway.key"
         let dir = tempfile::tempdir().unwrap();
         let units = units(InstalledRole::Gateway, &gateway(dir.path()), Path::new("/bin/true")).unwrap();
         let [socket, service] = &units[..] else { panic!("{units:?}") };
-        assert!(socket.text.contains("ListenStream=0.0.0.0:80\n"), "{}", socket.text);
+        assert!(socket.text.contains("ListenStream=127.0.0.1:8000\n"), "{}", socket.text);
         assert!(service.text.contains("Requires=nexus-gateway.socket\n"), "{}", service.text);
         assert!(
             service.text.contains(&format!("ReadWritePaths={0} {0}/data\n", dir.path().display())),

@@ -1,7 +1,7 @@
 //! `nexus logs`: what an instance says, or all of an app's, each line under its instance's name.
 //!
 //! With `-f`, instances that come later are followed too, and a stream that breaks off is taken up again at its end:
-//! what was said in between may be missing, and standard error says so.
+//! what was said in between may be missing, and standard error says so. A global app is followed in all of its regions.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -91,10 +91,7 @@ pub async fn run(args: &LogsArgs) -> anyhow::Result<()> {
             }
             Ok(())
         }
-        Found::App(app) if args.follow && cloud.region_of(&app) == *kind::GLOBAL => {
-            Err(Fail::usage("a global app is followed in one region at a time: name it with --region").into())
-        }
-        Found::App(app) if args.follow => follow(&cloud, &app, args.tail).await,
+        Found::App(app) if args.follow => follow(&cloud, app, args.tail).await,
         Found::App(app) => {
             let instances = settle::instances_of(&cloud, &app).await?;
             if instances.is_empty() {
@@ -182,14 +179,18 @@ async fn once(cloud: &Cloud, region: &Name, name: &Name, tail: Option<u32>) -> a
     output::bytes(&prefixer.end())
 }
 
+/// An instance's region and name: those of a global app may have the same name in two regions.
+type At = (Name, Name);
+
 /// Follows one instance until its stream ends.
-async fn tail_one(cloud: &Cloud, name: Name, tail: Option<u32>) -> (Name, anyhow::Result<Result<(), ClientError>>) {
+async fn tail_one(cloud: &Cloud, at: At, tail: Option<u32>) -> (At, anyhow::Result<Result<(), ClientError>>) {
     let told = async {
-        let mut lines = match open(cloud, &cloud.target.region, &name, true, tail).await {
+        let (region, name) = &at;
+        let mut lines = match open(cloud, region, name, true, tail).await {
             Ok(lines) => lines,
             Err(e) => return Ok(Err(e)),
         };
-        let mut prefixer = Prefixer::new(&name);
+        let mut prefixer = Prefixer::new(name);
         while let Some(piece) = lines.next().await {
             match piece {
                 Ok(piece) => output::bytes(&prefixer.feed(&piece))?,
@@ -203,58 +204,80 @@ async fn tail_one(cloud: &Cloud, name: Name, tail: Option<u32>) -> (Name, anyhow
         Ok(Ok(()))
     };
     let told = told.await;
-    (name, told)
+    (at, told)
 }
 
-async fn follow(cloud: &Cloud, app: &Value, tail: Option<u32>) -> anyhow::Result<()> {
+/// The instances of an app, and the regions that can't be asked for theirs. Where a global app runs may change.
+async fn look_around(cloud: &Cloud, app: &mut Value) -> Result<(Vec<Value>, Vec<(Name, String)>), ClientError> {
+    if cloud.region_of(app) != *kind::GLOBAL {
+        return Ok((settle::instances_of(cloud, app).await?, Vec::new()));
+    }
+    let (project, name) = (text(app, "/metadata/project"), text(app, "/metadata/name"));
+    let path = format!("/v1/regions/{}/projects/{project}/apps/{name}", kind::GLOBAL);
+    if let Some(newer) = cloud.find(&path).await? {
+        *app = newer;
+    }
+    Ok(settle::shares_of(cloud, app).await)
+}
+
+async fn follow(cloud: &Cloud, mut app: Value, tail: Option<u32>) -> anyhow::Result<()> {
+    let mut unheard: BTreeSet<Name> = BTreeSet::new();
     let mut streams = FuturesUnordered::new();
-    let mut followed: BTreeSet<Name> = BTreeSet::new();
+    let mut followed: BTreeSet<At> = BTreeSet::new();
     // Instances whose stream was once open: they go on at their end instead of saying all again.
-    let mut heard: BTreeSet<Name> = BTreeSet::new();
-    let mut complained: BTreeSet<Name> = BTreeSet::new();
+    let mut heard: BTreeSet<At> = BTreeSet::new();
+    let mut complained: BTreeSet<At> = BTreeSet::new();
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = look.tick() => {
-                let instances = match settle::instances_of(cloud, app).await {
-                    Ok(instances) => instances,
+                let (instances, silent) = match look_around(cloud, &mut app).await {
+                    Ok(found) => found,
                     // What is followed goes on meanwhile.
                     Err(e) if e.exit() == Exit::Unavailable => continue,
                     Err(e) => return Err(e.into()),
                 };
-                let names: BTreeSet<Name> = instances.iter().map(name_of).collect::<Result<_, _>>()?;
-                heard.retain(|n| names.contains(n));
-                complained.retain(|n| names.contains(n));
-                for name in names {
-                    if followed.contains(&name) {
+                for (region, why) in &silent {
+                    if !unheard.contains(region) {
+                        output::note(&format!("region {region}: {why}"));
+                    }
+                }
+                unheard = silent.into_iter().map(|(region, _)| region).collect();
+                let at = |i: &Value| name_of(i).map(|name| (cloud.region_of(i), name));
+                let there: BTreeSet<At> = instances.iter().map(at).collect::<Result<_, _>>()?;
+                let gone = |at: &At| !there.contains(at) && !unheard.contains(&at.0);
+                heard.retain(|at| !gone(at));
+                complained.retain(|at| !gone(at));
+                for at in there {
+                    if followed.contains(&at) {
                         continue;
                     }
                     if followed.len() >= MAX_FOLLOWED {
-                        if complained.insert(name.clone()) {
-                            output::note(&format!("instance/{name}: not followed, {MAX_FOLLOWED} are already"));
+                        if complained.insert(at.clone()) {
+                            output::note(&format!("instance/{}: not followed, {MAX_FOLLOWED} are already", at.1));
                         }
                         continue;
                     }
-                    followed.insert(name.clone());
-                    let tail = if heard.contains(&name) { Some(0) } else { tail };
-                    streams.push(Box::pin(tail_one(cloud, name, tail)));
+                    followed.insert(at.clone());
+                    let tail = if heard.contains(&at) { Some(0) } else { tail };
+                    streams.push(Box::pin(tail_one(cloud, at, tail)));
                 }
             }
-            Some((name, told)) = streams.next(), if !streams.is_empty() => {
+            Some((at, told)) = streams.next(), if !streams.is_empty() => {
                 match told? {
-                    Ok(()) => drop(heard.insert(name.clone())),
+                    Ok(()) => drop(heard.insert(at.clone())),
                     Err(e) => {
                         if !matches!(e, ClientError::Refused(_)) {
-                            heard.insert(name.clone());
+                            heard.insert(at.clone());
                         }
-                        if complained.insert(name.clone()) {
-                            output::note(&format!("instance/{name}: {e}"));
+                        if complained.insert(at.clone()) {
+                            output::note(&format!("instance/{}: {e}", at.1));
                         }
                     }
                 }
                 // Taken up again at the next look, if it is still there.
-                followed.remove(&name);
+                followed.remove(&at);
             }
         }
     }

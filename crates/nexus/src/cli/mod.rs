@@ -4,6 +4,7 @@
 
 mod apply;
 mod backup;
+mod cell;
 mod cloud;
 mod debug;
 mod delete;
@@ -17,6 +18,7 @@ pub mod host;
 mod image;
 mod install;
 mod join;
+mod leave;
 mod logs;
 mod manifest;
 mod output;

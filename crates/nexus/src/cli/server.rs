@@ -19,10 +19,12 @@ use super::join::{self, Door, Home, JoinArgs, TokenArgs};
 use super::output::{self, Format};
 use super::resource::new_name;
 use super::table::Printer;
-use crate::config::{AuthorityFiles, BootstrapCell, GlobalConfig, Member, ServerConfig, TlsFiles};
+use crate::config::{
+    AuthorityFiles, BootstrapCell, CERTIFICATE_SECONDS, GlobalConfig, Member, ServerConfig, StoreConfig, TlsFiles,
+};
 use crate::context::Context;
 use crate::exit::Fail;
-use crate::role::server::authority::{CERT_LIFE, PublicNames};
+use crate::role::server::authority::PublicNames;
 
 const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const CONFIG: &str = "nexus.toml";
@@ -34,6 +36,7 @@ const CONFIG: &str = "nexus.toml";
     subcommand_required = false,
     after_help = "Examples:\n  \
     nexus server --config /var/lib/nexus-server/nexus.toml\n  \
+    nexus server --config nexus.toml --store etcd://10.0.0.11:2379,10.0.0.12:2379/nexus\n  \
     nexus server token --zone zone-b\n  \
     nexus server list\n  \
     nexus server replace server-c --with server-d"
@@ -42,8 +45,19 @@ pub struct ServerArgs {
     /// The server's configuration, in TOML
     #[arg(long, value_name = "FILE", required = true)]
     pub config: Option<PathBuf>,
+    #[command(flatten)]
+    pub store: StoreArgs,
     #[command(subcommand)]
     pub command: Option<ServerCommand>,
+}
+
+/// The metadata engine, if it is not the servers' own.
+#[derive(Debug, Args)]
+pub struct StoreArgs {
+    /// Keeps the metadata in an etcd cluster, like `[store]` of the configuration and instead of it:
+    /// etcd://[USER@]HOST:PORT,HOST:PORT/PREFIX, with TLS and a user ?ca=FILE&cert=FILE&key=FILE&password-file=FILE
+    #[arg(long = "store", value_name = "URL", value_parser = StoreConfig::from_url)]
+    pub url: Option<StoreConfig>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -92,12 +106,19 @@ pub struct InitArgs {
     /// Apps are reached at NAME.DOMAIN
     #[arg(long, value_name = "DOMAIN", default_value = nexus_model::plan::DEFAULT_DOMAIN)]
     domain: String,
+    #[command(flatten)]
+    store: StoreArgs,
+    /// How long certificates are good; they are renewed when two thirds of it are over [default: 90d]
+    #[arg(long, value_name = "TIME", value_parser = life)]
+    certificate_life: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
 pub struct ServerJoinArgs {
     #[command(flatten)]
     join: JoinArgs,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Where other servers, hosts and gateways reach this one, such as 10.0.0.4:7440
     #[arg(long, value_name = "IP:PORT")]
     wire: SocketAddr,
@@ -196,12 +217,38 @@ async fn list(args: &ListArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Where a server that joins keeps its metadata: where its fleet does. Files of the others are not its own.
+fn store_of(fleets: Option<StoreConfig>, given: Option<StoreConfig>) -> anyhow::Result<Option<StoreConfig>> {
+    match (fleets, given) {
+        (None, Some(_)) => {
+            Err(Fail::conflict("this fleet keeps its metadata in its servers: leave --store out").into())
+        }
+        (Some(fleets), None) if !fleets.needs_no_files() => Err(Fail::conflict(format!(
+            "this fleet keeps its metadata in etcd, {}: say with --store how this server gets in, and run the command again",
+            fleets.url
+        ))
+        .into()),
+        (fleets, given) => Ok(given.or(fleets)),
+    }
+}
+
 fn api_url(given: Option<&String>, listen: SocketAddr) -> String {
     given.map_or_else(|| format!("https://{listen}"), |url| url.trim_end_matches('/').to_owned())
 }
 
 fn tls(home: &Home, cert: &str) -> TlsFiles {
     TlsFiles { ca: home.path("tls/ca.pem"), cert: home.path(cert), key: home.path("tls/key.pem") }
+}
+
+fn authority_of(home: &Home, certificate_seconds: Option<u64>) -> AuthorityFiles {
+    AuthorityFiles { cert: home.path("tls/ca.pem"), key: home.path("tls/ca.key"), certificate_seconds }
+}
+
+/// How long certificates are to be good.
+fn life(text: &str) -> Result<Duration, String> {
+    let life = join::duration(text)?;
+    let (least, most) = (CERTIFICATE_SECONDS.start(), CERTIFICATE_SECONDS.end() / 86_400);
+    if CERTIFICATE_SECONDS.contains(&life.as_secs()) { Ok(life) } else { Err(format!("from {least}s to {most}d")) }
 }
 
 fn init(args: &InitArgs) -> anyhow::Result<()> {
@@ -218,8 +265,10 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
     let ca = CertificateAuthority::generate(&cluster, now, CA_LIFE).context("making the certificate authority")?;
     let (own, public) = (SpiffeId::server(&cluster, args.name.as_str())?, SpiffeId::api(&cluster, args.name.as_str())?);
     let request = CertRequest::from_pem(&home.key.request(&[own.clone(), public.clone()])?)?;
-    let cert = ca.sign(&request, &own, &[], &[], now, CERT_LIFE)?;
-    let api_cert = ca.sign(&request, &public, &names.dns, &names.ips, now, CERT_LIFE)?;
+    let authority = authority_of(&home, args.certificate_life.map(|life| life.as_secs()));
+    let life = authority.certificate_life();
+    let cert = ca.sign(&request, &own, &[], &[], now, life)?;
+    let api_cert = ca.sign(&request, &public, &names.dns, &names.ips, now, life)?;
     let pem = ca.to_pem();
     home.write("tls/ca.pem", &pem.cert)?;
     home.write("tls/ca.key", &pem.key)?;
@@ -236,7 +285,7 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
         zone,
         data_dir: home.folder("data")?,
         backup_dir: None,
-        store: None,
+        store: args.store.url.clone(),
         wire_listen: args.wire,
         api_tls_listen: args.api_listen,
         api_http_listen: None,
@@ -245,7 +294,7 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
         domain: args.domain.clone(),
         zones: args.zones.clone(),
         join: false,
-        authority: Some(AuthorityFiles { cert: home.path("tls/ca.pem"), key: home.path("tls/ca.key") }),
+        authority: Some(authority),
         tls: tls(&home, "tls/server.pem"),
         api_tls: tls(&home, "tls/api.pem"),
         cells: args
@@ -310,13 +359,16 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
     let authority = match &joined.authority_key {
         Some(key) => {
             home.write("tls/ca.key", key)?;
-            Some(AuthorityFiles { cert: home.path("tls/ca.pem"), key: home.path("tls/ca.key") })
+            let seconds = joined.config.get("certificate_seconds").cloned().unwrap_or(Value::Null);
+            Some(authority_of(&home, serde_json::from_value(seconds).context("how long certificates are good")?))
         }
         None => None,
     };
     let field = |name: &str| joined.config.get(name).cloned().unwrap_or(Value::Null);
     let tier: Option<Tier> = serde_json::from_value(field("tier")).context("the region's tier")?;
     let global: Option<GlobalConfig> = serde_json::from_value(field("global")).context("the global group")?;
+    let fleets = serde_json::from_value(field("store")).context("where the fleet keeps its metadata")?;
+    let store = store_of(fleets, args.store.url.clone())?;
     let cells: Option<Vec<BootstrapCell>> = serde_json::from_value(field("cells")).context("the region's cells")?;
     let config = ServerConfig {
         name: name.clone(),
@@ -326,7 +378,7 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         zone: joined.zone,
         data_dir: home.folder("data")?,
         backup_dir: None,
-        store: None,
+        store,
         wire_listen: args.wire,
         api_tls_listen: args.api_listen,
         api_http_listen: None,

@@ -60,7 +60,9 @@ pub async fn instances_of(cloud: &Cloud, app: &Value) -> Result<Vec<Value>, Clie
     let project = text(app, "/metadata/project").parse().ok();
     let region = cloud.region_of(app);
     if region == *GLOBAL {
-        return shares_of(cloud, app, project).await;
+        let (instances, silent) = shares_of(cloud, app).await;
+        silent.iter().for_each(|(region, why)| super::output::note(&format!("region {region}: {why}")));
+        return Ok(instances);
     }
     let listing = Listing { project, region: Some(region), ..Listing::default() };
     // The owner tells instances of this app from those of a former one of the same name.
@@ -71,20 +73,22 @@ pub async fn instances_of(cloud: &Cloud, app: &Value) -> Result<Vec<Value>, Clie
     Ok(cloud.list(kind, &listing, mine).await?.0)
 }
 
-/// The instances of a global app in all of its regions. A region that can't be asked must not hide the others'.
-async fn shares_of(cloud: &Cloud, app: &Value, project: Option<Name>) -> Result<Vec<Value>, ClientError> {
+/// The instances of a global app in all of its regions, and the regions that can't be asked, each with why: they must not
+/// hide the others'.
+pub async fn shares_of(cloud: &Cloud, app: &Value) -> (Vec<Value>, Vec<(Name, String)>) {
     let kind = kind::find("instances").expect("a kind");
+    let project: Option<Name> = text(app, "/metadata/project").parse().ok();
     let name = text(app, "/metadata/name");
     let regions = app["status"]["regions"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let mut all = Vec::new();
+    let (mut all, mut silent) = (Vec::new(), Vec::new());
     for region in regions.iter().filter_map(|r| text(r, "/region").parse::<Name>().ok()) {
         let listing = Listing { project: project.clone(), region: Some(region.clone()), ..Listing::default() };
         match cloud.list(kind, &listing, |i| text(i, "/spec/app") == name).await {
             Ok((mut instances, _)) => all.append(&mut instances),
-            Err(e) => super::output::note(&format!("region {region}: {e}")),
+            Err(e) => silent.push((region, e.to_string())),
         }
     }
-    Ok(all)
+    (all, silent)
 }
 
 /// Why an object has not settled, line by line: its own conditions and, for an app, those of its instances.

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use nexus_api::{Certificate, GroupStatus};
+use nexus_api::{Certificate, CertificateState, EtcdEndpoint, EtcdStatus, GroupStatus};
 use serde::{Deserialize, Serialize};
 
-use super::output::plain;
+use super::output::{plain, size};
 use crate::client::{Client, Parts};
 use crate::local::{self, Output};
 
@@ -79,14 +79,30 @@ fn show(status: &Status, output: Output) -> anyhow::Result<()> {
     if let Some(region) = more("region").as_str() {
         println!("region             {}", plain(region));
     }
+    let etcd: Option<EtcdStatus> = serde_json::from_value(more("etcd")).ok();
     for group in read::<GroupStatus>(more("groups")) {
-        println!("group              {}", group_line(&group));
+        println!("group              {}", group_line(&group, etcd.is_some()));
         if let Some(reason) = &group.pressure {
             println!("                   {}", plain(reason));
         }
     }
+    if let Some(etcd) = &etcd {
+        let answer = etcd.endpoints.iter().filter(|e| e.reachable).count();
+        println!("etcd               {answer} of {} endpoints answer", etcd.endpoints.len());
+        for endpoint in &etcd.endpoints {
+            println!("                   {}", endpoint_line(endpoint));
+        }
+        if !etcd.others.is_empty() {
+            println!("                   not seen: {}", plain(&etcd.others.join(", ")));
+        }
+    }
     for certificate in read::<Certificate>(more("certificates")) {
-        println!("certificate        {} until {}", plain(&certificate.name), certificate.not_after);
+        let state = match certificate.state {
+            CertificateState::Good => "",
+            CertificateState::Ending => ", not renewed",
+            CertificateState::Ended => ", ended",
+        };
+        println!("certificate        {} until {}{state}", plain(&certificate.name), certificate.not_after);
     }
     if let Some(message) = more("message").as_str() {
         println!("                   {}", plain(message));
@@ -100,9 +116,23 @@ fn read<T: serde::de::DeserializeOwned>(list: serde_json::Value) -> Vec<T> {
     items.into_iter().filter_map(|item| serde_json::from_value(item).ok()).collect()
 }
 
+/// A member of etcd in a line: who it is, how full it is, and what ails it.
+fn endpoint_line(endpoint: &EtcdEndpoint) -> String {
+    let mut parts = Vec::new();
+    if endpoint.reachable && !endpoint.version.is_empty() {
+        let role = if endpoint.leader { "leads" } else { "follows" };
+        parts.push(format!("{} {role}", endpoint.member));
+        parts.push(format!("version {}", endpoint.version));
+        let (all, used) = (size(endpoint.database_bytes), size(endpoint.database_bytes_in_use));
+        parts.push(format!("database {all}, {used} of it in use"));
+    }
+    parts.extend(endpoint.trouble.clone());
+    plain(&format!("{}: {}", endpoint.endpoint, parts.join(", ")))
+}
+
 /// A group of the metadata store in a line: who leads, how many vote and answer, how fast it commits, how complete the
-/// asked server's copy is, and whose clock is furthest off.
-fn group_line(group: &GroupStatus) -> String {
+/// asked server's copy is, and whose clock is furthest off. Where etcd keeps it, no server votes.
+fn group_line(group: &GroupStatus, etcd: bool) -> String {
     let name_of = |node: u64| {
         let member = group.members.iter().find(|m| m.node == node);
         member.and_then(|m| m.name.clone()).unwrap_or_else(|| format!("node {node}"))
@@ -112,7 +142,7 @@ fn group_line(group: &GroupStatus) -> String {
     let learners = group.members.len() - voters.len();
     let mut parts = vec![
         group.leader.map_or_else(|| "no leader".to_owned(), |node| format!("leader {}", name_of(node))),
-        format!("{answering} of {} voters answer", voters.len()),
+        format!("{answering} of {} {} answer", voters.len(), if etcd { "servers" } else { "voters" }),
     ];
     if learners > 0 {
         parts.push(format!("{learners} read along"));
@@ -197,9 +227,28 @@ mod tests {
             "group": "global", "leader": 1, "quorum": false, "commit_latency_ms": 1.5, "revision": 7, "stale_ms": 12_340,
             "members": [member(1, true, true, 0), member(101, true, false, -250), member(201, false, true, 3)],
         }, {"group": 5}]);
-        let lines: Vec<String> = read::<GroupStatus>(group).iter().map(group_line).collect();
+        let lines: Vec<String> = read::<GroupStatus>(group).iter().map(|g| group_line(g, false)).collect();
         let line = "global: leader s-1, 1 of 2 voters answer, 1 read along, no quorum, commits in 1.5 ms, copy complete up to \
                     12.3 s ago, clock of s-101 -250 ms off";
         assert_eq!(lines, [line]);
+    }
+
+    #[test]
+    fn a_member_of_etcd_is_told_in_a_line() {
+        let endpoint = EtcdEndpoint {
+            endpoint: "10.0.0.1:2379".into(),
+            reachable: true,
+            member: "m0".into(),
+            version: "3.4.23".into(),
+            leader: true,
+            database_bytes: 2048,
+            database_bytes_in_use: 1024,
+            trouble: None,
+        };
+        let (all, used) = (size(2048), size(1024));
+        let line = format!("10.0.0.1:2379: m0 leads, version 3.4.23, database {all}, {used} of it in use");
+        assert_eq!(endpoint_line(&endpoint), line);
+        let dead = EtcdEndpoint { reachable: false, trouble: Some("refused".into()), ..endpoint };
+        assert_eq!(endpoint_line(&dead), "10.0.0.1:2379: refused");
     }
 }

@@ -9,6 +9,7 @@ use nexus_store::offline::{Folder, OfflineError};
 
 use crate::config::{Config as _, ServerConfig};
 use crate::exit::Fail;
+use crate::role::server::engine;
 
 /// What a store's folder has and no other.
 const MARK: &str = "FORMAT";
@@ -54,6 +55,16 @@ pub fn below(path: &Path) -> anyhow::Result<Vec<PathBuf>> {
     found.sort();
     found.dedup();
     if found.is_empty() {
+        let folders = servers_of(path).unwrap_or_default().into_iter().map(|s| s.data_dir);
+        if let Some(url) = folders.chain([path.to_owned()]).find_map(|folder| engine::etcd_of(&folder)) {
+            return Err(Fail::conflict(format!(
+                "the metadata of {} is in etcd, {url}, whose own tools look after it: `etcdctl get --prefix` and \
+                 `etcdctl check` look inside, and after a lost quorum `etcd --force-new-cluster` or `etcdctl snapshot \
+                 restore` brings it back (`nexus backup restore` works too, into an etcd that runs)",
+                path.display()
+            ))
+            .into());
+        }
         let advice = "name a server's data folder, one of its stores, or a local cloud's folder";
         return Err(Fail::not_found(format!("{} holds no metadata store: {advice}", path.display())).into());
     }

@@ -163,6 +163,7 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
         let member = |s: &ServerPlan| Member { name: s.name.clone(), wire: s.wire.into(), api: s.api_url() };
         servers.iter().map(|s| (s.node_id, member(s))).collect()
     };
+    let store = plan.store.as_deref().map(StoreConfig::from_url).transpose().map_err(anyhow::Error::msg)?;
     let global = plan.apart.then(|| GlobalConfig { members: members(&plan.founding_voters()) });
     for region in &plan.regions {
         let servers = plan.servers_of(region);
@@ -176,7 +177,7 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 zone: server.zone.clone(),
                 data_dir: dir.data(server.name.as_str()),
                 backup_dir: None,
-                store: plan.store.clone().map(StoreConfig::plain),
+                store: store.clone(),
                 wire_listen: server.wire,
                 api_tls_listen: server.api_tls,
                 api_http_listen: Some(server.api_http),
@@ -185,7 +186,7 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 domain: DOMAIN.to_owned(),
                 zones: plan.zones.clone(),
                 join: false,
-                authority: Some(AuthorityFiles { cert: dir.ca(), key: dir.ca_key() }),
+                authority: Some(AuthorityFiles { cert: dir.ca(), key: dir.ca_key(), certificate_seconds: None }),
                 tls: tls(server.name.as_str()),
                 api_tls: tls(&format!("{}-api", server.name)),
                 cells: plan.cells().into_iter().map(|(name, zone)| BootstrapCell { name, zone }).collect(),

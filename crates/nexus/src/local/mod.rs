@@ -81,12 +81,18 @@ pub struct UpArgs {
     /// [default: 8000]
     #[arg(long, value_name = "PORT")]
     gateway_port_base: Option<u16>,
-    /// Keeps the metadata in an etcd cluster: etcd://HOST:PORT,HOST:PORT/PREFIX. Needs a nexus that is built with it
-    #[arg(long, value_name = "URL")]
+    /// Keeps the metadata in an etcd cluster: etcd://[USER@]HOST:PORT,HOST:PORT/PREFIX, with TLS and a user
+    /// ?ca=FILE&cert=FILE&key=FILE&password-file=FILE
+    #[arg(long, value_name = "URL", value_parser = store_url)]
     store: Option<String>,
     /// How many seconds to wait until all is ready
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
+}
+
+/// The text is kept as it is: it is what the cloud was made with.
+fn store_url(text: &str) -> Result<String, String> {
+    crate::config::StoreConfig::from_url(text).map(|_| text.to_owned())
 }
 
 impl UpArgs {

@@ -83,6 +83,8 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         keep,
     };
     let handle = AgentHandle::default();
+    let certificates = Certificates::new(vec![Kept { files: config.tls.clone(), identity }]);
+    let ends = certificates.clone();
     let daemon = nexus_agent::AgentConfig {
         name: config.name.clone(),
         host: HostSpec {
@@ -95,7 +97,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             runtimes: vec![Runtime::Container, Runtime::Function],
             capacity: config.capacity,
             classes: config.classes.clone(),
-            cordoned: false,
+            ..HostSpec::default()
         },
         servers: servers.clone(),
         data_dir: config.data_dir.clone(),
@@ -108,12 +110,12 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             let id: Option<SpiffeId> = caller.id.as_deref().and_then(|id| id.parse().ok());
             id.and_then(|id| id.role()) == Some(Role::Server)
         }),
+        certificate_ends: Arc::new(move || ends.first_end()),
         handle: handle.clone(),
     };
     let mut tasks = JoinSet::new();
     let (ready, metrics) = (handle.clone(), handle);
     let ready = move || if ready.is_ready() { Ok(()) } else { Err("no plan has been followed yet".to_owned()) };
-    let certificates = Certificates::new(vec![Kept { files: config.tls.clone(), identity }]);
     {
         let pool = nexus_wire::Pool::new(&env, renew_tls, nexus_wire::ClientOptions::default());
         let book = servers.clone();

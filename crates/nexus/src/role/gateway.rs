@@ -85,6 +85,9 @@ pub async fn run(config: GatewayConfig) -> anyhow::Result<()> {
         // As the source of tables last wrote it; what it learns later matters for the next renewal.
         let open = move || nexus_wire::ServerBook::open(&*disk, &dir, configured.clone()).all();
         let signer = Arc::new(WireSigner { pool, servers: Arc::new(open) });
+        let (told, on, by, end) = (certificates.clone(), env.clone(), signer.clone(), stop.clone());
+        let name = config.name.clone();
+        tasks.spawn(async move { told.tell(name, on, by, end).await });
         let (kept, env, stop) = (certificates.clone(), env.clone(), stop.clone());
         tasks.spawn(async move { kept.keep(env, signer, stop).await });
     }

@@ -12,11 +12,14 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use nexus_env::{Disk, Endpoint, Env, on_disk, write_atomic};
+use nexus_iam::ca::CLOCK_SKEW;
 use nexus_iam::{Identity, RequestKey, SpiffeId, at_millis};
-use nexus_model::plan::{RenewRequest, Renewed, method};
+use nexus_model::plan::{GatewayNote, RenewRequest, Renewed, method};
+use nexus_model::{Name, Timestamp};
 use nexus_wire::Pool;
 use tokio_util::sync::CancellationToken;
 
+use super::server::certificates::end_of;
 use crate::config::TlsFiles;
 
 /// Clocks jump, so the time left is looked at again this often.
@@ -25,6 +28,9 @@ const LOOK: Duration = Duration::from_secs(3600);
 const REST_FIRST: Duration = Duration::from_secs(30);
 const REST_LONGEST: Duration = Duration::from_secs(1800);
 const DEADLINE: Duration = Duration::from_secs(10);
+/// How often a gateway says when its certificate ends, for servers that came since.
+const TELL: Duration = Duration::from_secs(30);
+const TELL_LOOK: Duration = Duration::from_secs(5);
 
 /// Signs certificates anew.
 #[async_trait]
@@ -68,10 +74,11 @@ pub struct Certificates {
     failing: Arc<AtomicBool>,
 }
 
-/// When a certificate should be renewed: two thirds into its life.
+/// When a certificate should be renewed: two thirds into its life, which began when it was signed and not when it says.
 fn due(not_before: SystemTime, not_after: SystemTime) -> SystemTime {
-    let life = not_after.duration_since(not_before).unwrap_or_default();
-    not_before + life * 2 / 3
+    let signed = not_before + CLOCK_SKEW;
+    let life = not_after.duration_since(signed).unwrap_or_default();
+    not_after - life / 3
 }
 
 impl Certificates {
@@ -94,24 +101,66 @@ impl Certificates {
         out
     }
 
+    /// When the first of them ends.
+    pub fn first_end(&self) -> Option<Timestamp> {
+        self.kept.iter().map(|k| end_of(&k.identity)).min()
+    }
+
+    /// Tells every server of the region when a gateway's certificate ends: at once, now and then, and when that changed,
+    /// until `stop`. A server that can't be reached is told the next time.
+    pub async fn tell(&self, gateway: Name, env: Env, signer: Arc<WireSigner>, stop: CancellationToken) {
+        let mut told: Option<(Timestamp, Duration)> = None;
+        loop {
+            let (now, end) = (env.monotonic(), self.first_end());
+            let due = |(last, at): (Timestamp, Duration)| Some(last) != end || now.saturating_sub(at) >= TELL;
+            if let Some(end) = end.filter(|_| told.is_none_or(due)) {
+                let note = GatewayNote { gateway: gateway.clone(), certificate_ends: end };
+                let servers = signer.clone();
+                // Where the servers are stands on disk.
+                let endpoints = on_disk(&env.disk, move || (servers.servers)()).await.unwrap_or_default();
+                let calls = endpoints.iter().map(|at| {
+                    let client = signer.pool.get(at);
+                    let note = &note;
+                    async move { client.call::<_, ()>(method::GATEWAY_NOTE, note, DEADLINE).await.is_ok() }
+                });
+                let all = futures::future::join_all(calls);
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => return,
+                    answers = all => if !answers.is_empty() && answers.into_iter().all(|heard| heard) {
+                        told = Some((end, now));
+                    },
+                }
+            }
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(TELL_LOOK) => {}
+            }
+        }
+    }
+
     /// Every id with the end of its certificate, in seconds since 1970.
     fn ends(&self) -> Vec<(SpiffeId, u64)> {
-        let seconds = |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        self.kept.iter().map(|k| (k.identity.id(), seconds(k.identity.not_after()))).collect()
+        let seconds = |k: &Kept| u64::try_from(end_of(&k.identity).as_millis() / 1000).unwrap_or(0);
+        self.kept.iter().map(|k| (k.identity.id(), seconds(k))).collect()
     }
 
     /// Renews what is due, now and whenever it is, until `stop`.
     pub async fn keep(&self, env: Env, signer: Arc<dyn Signer>, stop: CancellationToken) {
         let mut failures = 0u32;
         loop {
-            let now = at_millis(env.now_millis());
             let mut next = LOOK;
             for kept in self.kept.iter() {
-                let at = due(kept.identity.not_before(), kept.identity.not_after());
-                match at.duration_since(now) {
-                    Ok(left) if !left.is_zero() => next = next.min(left),
+                let left = || {
+                    let at = due(kept.identity.not_before(), kept.identity.not_after());
+                    at.duration_since(at_millis(env.now_millis())).unwrap_or_default()
+                };
+                match left() {
+                    left if !left.is_zero() => next = next.min(left),
                     _ => match renew(kept, &env.disk, &*signer).await {
                         Ok(()) => {
+                            next = next.min(left());
                             tracing::info!(id = %kept.identity.id(), "renewed a certificate");
                             failures = 0;
                             self.failing.store(false, Ordering::Relaxed);
@@ -121,6 +170,9 @@ impl Certificates {
                                 tracing::warn!(id = %kept.identity.id(), reason, "a certificate can't be renewed yet");
                             }
                             let rest = REST_FIRST.saturating_mul(1 << failures.min(8)).min(REST_LONGEST);
+                            // Short lives leave little time; what has ended is no longer in a hurry.
+                            let end = kept.identity.not_after().duration_since(at_millis(env.now_millis()));
+                            let rest = end.map_or(rest, |end| rest.min(end / 3));
                             next = next.min(rest);
                             failures = failures.saturating_add(1);
                             self.failing.store(true, Ordering::Relaxed);
@@ -247,6 +299,9 @@ mod tests {
     #[test]
     fn a_young_certificate_is_left_alone() {
         let from = at_millis(1_000_000_000_000);
-        assert_eq!(due(from, from + 9 * DAY), from + 6 * DAY);
+        let signed = from + CLOCK_SKEW;
+        assert_eq!(due(from, signed + 9 * DAY), signed + 6 * DAY);
+        let short = Duration::from_secs(30);
+        assert_eq!(due(from, signed + short), signed + short * 2 / 3, "however short it is");
     }
 }

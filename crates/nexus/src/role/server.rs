@@ -4,7 +4,8 @@
 pub mod authority;
 pub mod backups;
 mod blobs;
-mod engine;
+pub mod certificates;
+pub mod engine;
 mod fleet;
 mod groups;
 mod hosts;
@@ -15,6 +16,7 @@ mod operations;
 mod remote;
 mod southbound;
 mod status;
+mod voters;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -33,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::authority::Authority;
 use self::blobs::ServerBlobs;
+use self::certificates::Expiry;
 use self::fleet::Fleet;
 use self::groups::{Gateways, Groups, Writers};
 use self::join::Joins;
@@ -98,8 +101,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     // Peers can't be heard before the stores stand, and a store waits for no peer while it opens.
     let groups = Groups::open(&config, &env, peers.clone()).await?;
     let contract: Arc<dyn Store> = groups.region.clone();
-    let stores = groups.by_id();
-    let backups: Arc<dyn operations::Backups> = Arc::new(backups::ServerBackups::new(&config, &env, stores.clone()));
+    let backups: Arc<dyn operations::Backups> = Arc::new(backups::ServerBackups::new(&config, &env, groups.clone()));
 
     let view = View::new(&config.domain).in_region(&config.region);
     let blobs = Arc::new(ServerBlobs::open(&config, fleet.clone(), view.clone(), pool.clone()).await?);
@@ -124,6 +126,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         let (blobs, stop) = (blobs.clone(), stop.clone());
         tasks.spawn(async move { blobs.replicate(stop).await });
     }
+    tasks.spawn(voters::keep(groups.global.clone(), view.clone(), env.clone(), stop.clone()));
     tasks.spawn(groups::join_global(config.clone(), groups.clone(), pool.clone(), stop.clone()));
     tasks.spawn(groups::tell_the_writer(
         config.clone(),
@@ -162,7 +165,13 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         writers.clone(),
         fleet.clone(),
         pool.clone(),
-        vec![("wire", identity.clone()), ("api", api_identity.clone())],
+        Expiry::new(
+            &config,
+            &env,
+            view.clone(),
+            fleet.clone(),
+            vec![("wire", identity.clone()), ("api", api_identity.clone())],
+        ),
     ));
     status.register(&metrics);
     let hash = std::fs::read_to_string(&config.token_hash)

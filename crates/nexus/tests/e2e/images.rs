@@ -53,6 +53,31 @@ pub fn nginx(dir: &Path) -> PathBuf {
     layout
 }
 
+/// Debian's static busybox, serving a page by HTTP: made in a moment, for tests that are not about what runs.
+#[allow(dead_code)] // Not every test program that has this file uses it.
+pub fn busybox(dir: &Path) -> PathBuf {
+    let (layout, bundle) = (dir.join("busybox"), dir.join("busybox-bundle"));
+    let image = format!("{}:latest", layout.display());
+    run(Command::new("umoci").args(["init", "--layout"]).arg(&layout));
+    run(Command::new("umoci").args(["new", "--image", &image]));
+    run(Command::new("umoci").args(["unpack", "--image", &image]).arg(&bundle));
+    let root = bundle.join("rootfs");
+    for dir in ["bin", "etc", "srv", "tmp"] {
+        std::fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    std::fs::copy("/bin/busybox", root.join("bin/busybox")).expect("Debian's busybox-static is installed");
+    std::fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
+    std::fs::write(root.join("srv/index.html"), PAGE).unwrap();
+    run(Command::new("umoci").args(["repack", "--image", &image]).arg(&bundle));
+    let mut config = Command::new("umoci");
+    config.args(["config", "--image", &image, "--config.cmd", "/bin/busybox"]);
+    for word in ["httpd", "-f", "-vv", "-p", "[::]:80", "-h", "/srv"] {
+        config.args(["--config.cmd", word]);
+    }
+    run(&mut config);
+    layout
+}
+
 /// The example function, built for wasm32-wasip2.
 pub fn hello_function(dir: &Path) -> PathBuf {
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/hello-function");

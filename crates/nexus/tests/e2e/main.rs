@@ -15,6 +15,9 @@ use cloud::Cloud;
 use load::Load;
 use serde_json::Value;
 
+/// Where the agents of a local cloud tell their metrics.
+const AGENT_METRICS: u16 = 7451;
+
 fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} is not a text")).to_owned()
 }
@@ -51,18 +54,16 @@ fn wait_page(cloud: &Cloud, gateway: u16, host: &str, path: &str, wanted: &str) 
 
 #[test]
 fn an_app_stays_up_while_everything_under_it_is_killed() {
-    everything_is_killed(&[]);
+    everything_is_killed(&[], |cloud| {
+        // Nothing can be written without a majority, and that is said.
+        let (code, error) = cloud.fails(&["apply", "-f", cloud.manifest("refused").to_str().unwrap()]);
+        assert_eq!(code, 5, "{error}");
+        assert!(error.contains("majority") || error.contains("leader"), "{error}");
+    });
 }
 
-/// The same with the other metadata engine: `cargo test -p nexus --features etcd --test e2e etcd`.
-#[cfg(feature = "etcd")]
-#[test]
-fn an_app_stays_up_while_everything_under_it_is_killed_with_its_metadata_in_etcd() {
-    let etcd = etcd::Etcd::start();
-    everything_is_killed(&["--store", &etcd.url()]);
-}
-
-fn everything_is_killed(args: &[&str]) {
+/// `alone` looks at the cloud while one server of three lives.
+fn everything_is_killed(args: &[&str], alone: fn(&Cloud)) {
     rustls::crypto::ring::default_provider().install_default().ok();
     let files = tempfile::tempdir().unwrap();
     let layout = images::nginx(files.path());
@@ -85,7 +86,7 @@ fn everything_is_killed(args: &[&str]) {
     load.check("a host was killed");
     the_leader_is_killed(&cloud);
     load.check("the leader was killed");
-    all_servers_are_killed(&cloud, &load);
+    all_servers_are_killed(&cloud, &load, alone);
     load.check("all servers were killed and started again");
     a_link_is_cut(&cloud);
     load.finish();
@@ -105,10 +106,46 @@ fn an_agent_is_killed(cloud: &Cloud) {
     let before = cloud.wait_ready("web", 3);
     let host = host_of(&before[0]);
     cloud.ok(&["local", "kill", &format!("agent@{host}")]);
-    // The agent is back when its host reports again; until the heartbeat it is at most suspect.
-    std::thread::sleep(Duration::from_secs(3));
+    // The new one counts from nothing. It is back when a server has taken a report that it made after it saw what runs.
+    let members = cloud.json(&["local", "list"]);
+    let address = members.as_array().unwrap().iter().find(|m| m["name"] == host.as_str()).map(|m| text(&m["address"]));
+    let metrics = format!("http://[{}]:{AGENT_METRICS}/metrics", address.expect("the host is listed"));
+    let count = |metric: &str| -> Result<u64, String> {
+        let (_, page) = get(&metrics, "localhost")?;
+        let value = page.lines().find_map(|line| line.strip_prefix(metric)?.trim().parse().ok());
+        value.ok_or_else(|| format!("no {metric} in {page}"))
+    };
+    let sent = || count("nexus_agent_reports_sent_total ");
+    let before_it = cloud.wait("the agent to see what runs", || match count("nexus_agent_instances_ready ")? {
+        0 => Err("nothing is ready".to_owned()),
+        _ => sent(),
+    });
+    cloud.wait("a server to take its report", || match sent()? {
+        // The one on its way may have been made before.
+        sent if sent >= before_it + 2 => Ok(()),
+        sent => Err(format!("{sent} reports")),
+    });
     let after = cloud.wait_ready("web", 3);
     assert_eq!(lives(&before), lives(&after), "an agent's death restarted a workload");
+}
+
+/// Waits until a lost host's instance has a successor.
+fn wait_elsewhere(cloud: &Cloud, host: &str) {
+    cloud.wait("the instance to run elsewhere", || {
+        let ready: Vec<Value> = cloud.instances("web").into_iter().filter(|i| i["status"]["ready"] == true).collect();
+        let elsewhere = ready.iter().all(|i| host_of(i) != host);
+        if ready.len() == 3 && elsewhere { Ok(()) } else { Err(format!("{ready:#?}")) }
+    });
+}
+
+/// Waits until a host is ready again and has stopped what was superseded.
+fn wait_back(cloud: &Cloud, host: &str) {
+    cloud.wait("the host to be back", || {
+        let hosts = cloud.list("hosts");
+        let back = hosts.iter().find(|h| h["metadata"]["name"] == host).unwrap();
+        let empty = back["status"]["reserved"]["instances"] == 0;
+        if back["status"]["state"] == "ready" && empty { Ok(()) } else { Err(back["status"].to_string()) }
+    });
 }
 
 fn a_host_is_killed(cloud: &Cloud) {
@@ -116,22 +153,13 @@ fn a_host_is_killed(cloud: &Cloud) {
     let host = host_of(&before[0]);
     let killed = Instant::now();
     cloud.ok(&["local", "kill", &host]);
-    cloud.wait("the instance to run elsewhere", || {
-        let ready: Vec<Value> = cloud.instances("web").into_iter().filter(|i| i["status"]["ready"] == true).collect();
-        let elsewhere = ready.iter().all(|i| host_of(i) != host);
-        if ready.len() == 3 && elsewhere { Ok(()) } else { Err(format!("{ready:#?}")) }
-    });
+    wait_elsewhere(cloud, &host);
     eprintln!("a host's instance ran elsewhere {:?} after its host's death", killed.elapsed());
     let hosts = cloud.list("hosts");
     let dead = hosts.iter().find(|h| h["metadata"]["name"] == host.as_str()).unwrap();
     assert_eq!(dead["status"]["state"], "dead");
     cloud.ok(&["local", "start", &host]);
-    cloud.wait("the host to be ready again", || {
-        let hosts = cloud.list("hosts");
-        let back = hosts.iter().find(|h| h["metadata"]["name"] == host.as_str()).unwrap();
-        let empty = back["status"]["reserved"]["instances"] == 0;
-        if back["status"]["state"] == "ready" && empty { Ok(()) } else { Err(back["status"].to_string()) }
-    });
+    wait_back(cloud, &host);
     cloud.wait_ready("web", 3);
 }
 
@@ -149,7 +177,7 @@ fn the_leader_is_killed(cloud: &Cloud) {
     assert_eq!(lives(&before), lives(&after), "a leader's death restarted a workload");
 }
 
-fn all_servers_are_killed(cloud: &Cloud, load: &Load) {
+fn all_servers_are_killed(cloud: &Cloud, load: &Load, alone: fn(&Cloud)) {
     cloud.wait("all servers to be reachable", || {
         let status = cloud.json(&["status"]);
         if status["status"] == "healthy" { Ok(()) } else { Err(status.to_string()) }
@@ -157,10 +185,7 @@ fn all_servers_are_killed(cloud: &Cloud, load: &Load) {
     let before = cloud.wait_ready("web", 3);
     cloud.ok(&["local", "kill", "server-a"]);
     cloud.ok(&["local", "kill", "server-b"]);
-    // Nothing can be written without a majority, and that is said.
-    let (code, error) = cloud.fails(&["apply", "-f", cloud.manifest("refused").to_str().unwrap()]);
-    assert_eq!(code, 5, "{error}");
-    assert!(error.contains("majority") || error.contains("leader"), "{error}");
+    alone(cloud);
     load.check("two servers were killed");
     cloud.ok(&["local", "kill", "server-c"]);
 
@@ -195,18 +220,10 @@ fn a_link_is_cut(cloud: &Cloud) {
     let host = host_of(&before[0]);
     cloud.ok(&["local", "cut", &host]);
     let cut = Instant::now();
-    cloud.wait("the instance to run elsewhere", || {
-        let ready: Vec<Value> = cloud.instances("web").into_iter().filter(|i| i["status"]["ready"] == true).collect();
-        if ready.len() == 3 && ready.iter().all(|i| host_of(i) != host) { Ok(()) } else { Err(format!("{ready:#?}")) }
-    });
+    wait_elsewhere(cloud, &host);
     std::thread::sleep(Duration::from_secs(60).saturating_sub(cut.elapsed()));
     cloud.ok(&["local", "heal", &host]);
-    cloud.wait("the healed host to stop what was superseded", || {
-        let hosts = cloud.list("hosts");
-        let back = hosts.iter().find(|h| h["metadata"]["name"] == host.as_str()).unwrap();
-        let empty = back["status"]["reserved"]["instances"] == 0;
-        if back["status"]["state"] == "ready" && empty { Ok(()) } else { Err(back["status"].to_string()) }
-    });
+    wait_back(cloud, &host);
     cloud.wait_ready("web", 3);
 }
 

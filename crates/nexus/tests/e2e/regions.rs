@@ -1,5 +1,6 @@
 //! Three regions under load: a region loses its instance, then the region that leads the global group is cut off from
-//! the others and comes back, and last a fourth region joins and leaves.
+//! the others and comes back, a fourth region joins and leaves, and last another joins and takes the place of one that
+//! leaves for good.
 
 use std::time::{Duration, Instant};
 
@@ -11,12 +12,14 @@ use crate::{get, images};
 
 const REGIONS: [&str; 3] = ["region-a", "region-b", "region-c"];
 const FOURTH: &str = "region-d";
+/// A name is not given twice.
+const FIFTH: &str = "region-e";
 /// An election and what follows it, on a machine that is busy with everything else in this test.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The number of a region.
 fn number(region: &str) -> u16 {
-    let position = REGIONS.iter().chain([&FOURTH]).position(|r| *r == region);
+    let position = REGIONS.iter().chain([&FOURTH, &FIFTH]).position(|r| *r == region);
     position.unwrap_or_else(|| panic!("{region} is no region")) as u16
 }
 
@@ -73,12 +76,30 @@ impl Cloud {
         });
     }
 
+    /// The global group, as a region's server sees it.
+    fn global_group(&self, region: &str) -> Result<Value, String> {
+        let status = self.json_at(region, &["status"])?;
+        let groups = status["groups"].as_array().cloned().unwrap_or_default();
+        groups.into_iter().find(|g| g["group"] == "global").ok_or_else(|| status.to_string())
+    }
+
+    /// Waits until exactly these regions vote in the global group, and these read along.
+    fn wait_votes(&self, voters: &[&str], learners: &[&str]) {
+        let nodes = |regions: &[&str]| regions.iter().map(|r| 100 * u64::from(number(r)) + 1).collect::<Vec<_>>();
+        self.wait(&format!("{voters:?} to vote and {learners:?} to read along"), || {
+            let group = self.global_group(REGIONS[0])?;
+            let members = group["members"].as_array().cloned().unwrap_or_default();
+            let of = |voter: bool| {
+                members.iter().filter(|m| m["voter"] == voter).filter_map(|m| m["node"].as_u64()).collect::<Vec<_>>()
+            };
+            if (of(true), of(false)) == (nodes(voters), nodes(learners)) { Ok(()) } else { Err(group.to_string()) }
+        });
+    }
+
     /// The region that leads the global group.
     fn global_leader(&self) -> &'static str {
         self.wait("a leader of the global group", || {
-            let status: Value = serde_json::from_str(&self.ok(&["status", "-o", "json"])).map_err(|e| e.to_string())?;
-            let groups = status["groups"].as_array().cloned().unwrap_or_default();
-            let global = groups.iter().find(|g| g["group"] == "global").ok_or_else(|| status.to_string())?;
+            let global = self.global_group(REGIONS[0])?;
             // Node ids tell the region.
             let leader = global["leader"].as_u64().ok_or_else(|| global.to_string())?;
             Ok(REGIONS[usize::try_from(leader / 100).unwrap()])
@@ -123,6 +144,7 @@ fn a_lost_region_stops_nobody_and_comes_back() {
     the_leading_region_is_cut_off(&cloud, &load);
     a_region_joins_and_leaves(&cloud, &load);
     load.finish();
+    a_region_takes_the_place_of_one_that_leaves_for_good(&cloud);
     cloud.down();
 }
 
@@ -226,6 +248,8 @@ fn the_leading_region_is_cut_off(cloud: &Cloud, load: &Load) {
 fn a_region_joins_and_leaves(cloud: &Cloud, load: &Load) {
     cloud.start(&["--regions", "4", "--tier", "region-d=edge", "--timeout", "120"]);
     cloud.wait_ready_in(FOURTH, "hello", 1);
+    cloud.wait_votes(&REGIONS, &[FOURTH]);
+    the_copy_says_how_old_it_is(cloud, FOURTH);
     let deploy = ["deploy", "solo", "--image", "hello", "--region", FOURTH, "--timeout", "60"];
     cloud.run_at("region-a", &deploy).unwrap();
     let (code, refused) = cloud.fails(&["region", "remove", FOURTH]);
@@ -240,4 +264,28 @@ fn a_region_joins_and_leaves(cloud: &Cloud, load: &Load) {
     assert_eq!(regions.len(), 3, "{regions:#?}");
     assert!(!cloud.ok(&["local", "list"]).contains(FOURTH));
     load.check("a region joined and left");
+}
+
+fn the_copy_says_how_old_it_is(cloud: &Cloud, region: &str) {
+    let token = std::fs::read_to_string(cloud.data_dir().join("token")).unwrap();
+    let url = format!("http://127.0.0.1:{}/v1/projects?consistency=stale", cloud.api_port + 10 + 20 * number(region));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let answer = runtime.block_on(reqwest::Client::new().get(url).bearer_auth(token.trim()).send()).unwrap();
+    let age = answer.headers().get("x-cnx-stale-ms").and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    assert!(age.is_some_and(|ms| ms < 60_000), "{answer:?}");
+    assert!(cloud.global_group(region).unwrap()["stale_ms"].is_u64());
+}
+
+fn a_region_takes_the_place_of_one_that_leaves_for_good(cloud: &Cloud) {
+    let [first, second, third] = REGIONS;
+    cloud.start(&["--regions", "4", "--timeout", "120"]);
+    cloud.wait_ready_in(FIFTH, "hello", 1);
+    // A fourth vote would help nobody.
+    cloud.wait_votes(&REGIONS, &[FIFTH]);
+    cloud.ok(&["region", "remove", third]);
+    cloud.wait_votes(&[first, second, FIFTH], &[]);
+    cloud.wait("a global write by way of the newcomer", || cloud.apply_at(FIFTH, "five", &project("five"), &[]));
+    let regions: Vec<String> =
+        cloud.list("regions").iter().map(|r| r["metadata"]["name"].as_str().unwrap_or_default().to_owned()).collect();
+    assert_eq!(regions, [first, second, FIFTH]);
 }

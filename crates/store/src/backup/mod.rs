@@ -162,19 +162,19 @@ impl Writer {
     /// Adds a running group as it is now. `current` asks a quorum first, so that everything that was acknowledged before
     /// is in it; without, it is what this member knows, which works without a leader.
     pub async fn add(&mut self, store: &EmbeddedStore, current: bool) -> Result<&GroupImage, BackupError> {
-        let view = store.backup_view(current).await?;
-        self.add_state(view).await
+        self.add_view(store.backup_view(current).await?).await
     }
 
     /// Adds what can be read of a stopped, perhaps damaged folder.
     pub async fn add_salvaged(&mut self, folder: &Folder) -> Result<Salvaged, BackupError> {
         let (state, said) = folder.saved();
         let facts = folder.facts();
-        self.add_state(View { state, group: facts.group, term: facts.term, generation: facts.generation }).await?;
+        self.add_view(View { state, group: facts.group, term: facts.term, generation: facts.generation }).await?;
         Ok(said)
     }
 
-    async fn add_state(&mut self, view: View) -> Result<&GroupImage, BackupError> {
+    /// Adds what a running store of any engine gave.
+    pub async fn add_view(&mut self, view: View) -> Result<&GroupImage, BackupError> {
         let View { state, group, term, generation } = view;
         if self.manifest.groups.iter().any(|g| g.group == group) {
             return Err(BackupError::Refused(format!("group {group} is in the backup already")));
@@ -227,12 +227,12 @@ impl Writer {
     }
 }
 
-/// What a running store gives for a backup.
-pub(crate) struct View {
-    pub state: State,
-    pub group: GroupId,
-    pub term: u64,
-    pub generation: u64,
+/// What a running store gives for a backup: all that it knows, at one revision.
+pub struct View {
+    pub(crate) state: State,
+    pub(crate) group: GroupId,
+    pub(crate) term: u64,
+    pub(crate) generation: u64,
 }
 
 async fn blocking<T: Send + 'static>(

@@ -56,6 +56,27 @@ pub struct Restore<'a> {
     pub revision: Revision,
 }
 
+/// A group at the point that is gone back to, moved past everything that its old cloud may have reached.
+pub(crate) struct Rolled {
+    pub state: State,
+    pub at: Revision,
+    /// Epochs go on behind it.
+    pub term: u64,
+}
+
+impl Restore<'_> {
+    pub(crate) fn done(&self, at: Revision, rolled: &State) -> Restored {
+        Restored {
+            group: self.group.clone(),
+            node: self.node,
+            generation: self.generation,
+            at,
+            revision: rolled.revision(),
+            keys: rolled.counters.live_keys,
+        }
+    }
+}
+
 /// What a restore wrote.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Restored {
@@ -145,11 +166,20 @@ impl Backup {
 
     /// Writes one member's folder. It must not exist or be empty.
     pub fn restore(&self, disk: &Arc<dyn Disk>, what: &Restore<'_>, dir: &Path) -> Result<Restored, BackupError> {
-        let (image, state) = self.image(what.group)?;
-        let at = self.resolve(what.group, Point::Revision(what.revision))?;
+        let Rolled { state: rolled, at, term } = self.rolled(what)?;
         if !what.members.get(&what.node).is_some_and(|_| what.members.values().any(|m| m.voter)) {
             return Err(BackupError::Refused(format!("node {} is not among the members, or none votes", what.node)));
         }
+        let plant =
+            Plant { node: what.node, group: what.group, generation: what.generation, members: what.members, term };
+        plant.write(disk, dir, &rolled)?;
+        Ok(what.done(at, &rolled))
+    }
+
+    /// A group as it is to go on.
+    pub(crate) fn rolled(&self, what: &Restore<'_>) -> Result<Rolled, BackupError> {
+        let (image, state) = self.image(what.group)?;
+        let at = self.resolve(what.group, Point::Revision(what.revision))?;
         if what.generation <= image.generation || what.generation > MAX_GENERATION {
             return Err(BackupError::Refused(format!(
                 "the generation must be between {} and {MAX_GENERATION}, not {}",
@@ -159,21 +189,7 @@ impl Backup {
         }
         let mut rolled = rewound(state, at.0);
         leap(&mut rolled, image.revision.0.max(what.generation * REVISIONS_PER_SECOND));
-        let plant = Plant {
-            node: what.node,
-            group: what.group,
-            generation: what.generation,
-            members: what.members,
-            term: image.term.saturating_add(TERM_GAP).max(what.generation),
-        };
-        plant.write(disk, dir, &rolled)?;
-        Ok(Restored {
-            group: what.group.clone(),
-            node: what.node,
-            generation: what.generation,
-            at,
-            revision: rolled.revision(),
-            keys: rolled.counters.live_keys,
-        })
+        let term = image.term.saturating_add(TERM_GAP).max(what.generation);
+        Ok(Rolled { state: rolled, at, term })
     }
 }

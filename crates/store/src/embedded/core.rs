@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nexus_env::{Env, File, on_disk, write_atomic};
-use openraft::raft::AppendEntriesResponse;
+use openraft::raft::{AppendEntriesResponse, SnapshotResponse};
 use openraft::{ServerState, Snapshot};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -251,6 +251,11 @@ impl Core {
     }
 
     async fn receive(&self, chunk: SnapshotChunk) -> std::io::Result<Response> {
+        // What has been applied here need not be sent: the leader only wants to know that it is there.
+        if chunk.offset == 0 && self.shared.read().counters.applied >= chunk.meta.last_log_id {
+            let vote = self.raft.server_metrics().borrow().vote;
+            return Ok(Response::SnapshotDone(SnapshotResponse::new(vote)));
+        }
         let mut slot = self.incoming.lock().await;
         if chunk.offset == 0 {
             if let Some(old) = slot.take() {
@@ -372,7 +377,7 @@ pub async fn follow_leadership(core: Arc<Core>, seen: watch::Sender<Leadership>)
 pub async fn save_snapshots(core: Arc<Core>) {
     loop {
         core.shared.snapshot_wake.notified().await;
-        if core.shared.snapshot_due() && core.raft.trigger().snapshot().await.is_err() {
+        if core.shared.snapshot_due(core.snapshots.is_sending()) && core.raft.trigger().snapshot().await.is_err() {
             return;
         }
         // While one is being written, every entry wakes this loop again.

@@ -99,7 +99,7 @@ impl Guard {
         self.lock().heard = Some(Instant::now());
     }
 
-    pub fn hears_leader(&self, lease: Duration) -> bool {
+    fn hears_leader(&self, lease: Duration) -> bool {
         self.lock().heard.is_some_and(|at| at.elapsed() < lease)
     }
 

@@ -9,15 +9,17 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use super::machine::Shared;
-use crate::error::WatchError;
-use crate::types::{WatchBatch, WatchEvent, prefix_end};
-use crate::watch::WatchSource;
+use crate::error::{StoreError, WatchError};
+use crate::types::{Revision, WatchBatch, WatchEvent, prefix_end};
+use crate::watch::{Watch, WatchSource};
 
 /// Batches that wait for one reader before it leaves the live feed.
 const QUEUE: usize = 256;
@@ -248,10 +250,29 @@ pub struct EmbeddedWatch {
 }
 
 impl EmbeddedWatch {
-    /// Watches `[start, end)` after a revision that has been reached and not been compacted (or it ends at once).
-    pub fn new(shared: Arc<Shared>, start: Bytes, end: Bytes, after: u64) -> Self {
+    /// Watches `[start, end)` after a revision. That may come from a member that is ahead of this one, so it is waited
+    /// for, up to `limit`.
+    pub async fn open(
+        shared: &Arc<Shared>,
+        (start, end): (Bytes, Bytes),
+        after: Revision,
+        limit: Duration,
+    ) -> Result<Watch, StoreError> {
+        if !end.is_empty() && start >= end {
+            return Err(StoreError::Invalid("the watched range is empty".into()));
+        }
+        if timeout(limit, shared.reached(|p| p.revision >= after.0)).await != Ok(true) {
+            let current = shared.read().revision();
+            return Err(StoreError::FutureRevision { asked: after, current });
+        }
+        let oldest = shared.read().oldest();
+        if after < oldest {
+            return Err(StoreError::Compacted { oldest });
+        }
         let (id, queue) = shared.hub.register(start, end);
-        Self { shared, id, queue, cursor: after, ready: VecDeque::new(), ended: false }
+        let shared = shared.clone();
+        let watch = Self { shared, id, queue, cursor: after.0, ready: VecDeque::new(), ended: false };
+        Ok(Watch::new(Box::new(watch)))
     }
 
     fn catch_up(&mut self) -> Result<(), WatchError> {

@@ -73,9 +73,17 @@ impl LeaseClock {
 pub async fn run(core: Arc<Core>) {
     let mut leadership = core.leadership.clone();
     loop {
-        core.shared.take_lease_changes();
-        if leadership.wait_for(|l| l.is_self).await.is_err() {
-            return;
+        // Whoever does not lead keeps no time, so what changes meanwhile is dropped.
+        loop {
+            core.shared.take_lease_changes();
+            tokio::select! {
+                biased;
+                leads = leadership.wait_for(|l| l.is_self) => match leads {
+                    Ok(_) => break,
+                    Err(_) => return,
+                },
+                () = core.shared.lease_wake.notified() => {}
+            }
         }
         let epoch = leadership.borrow_and_update().epoch;
         // Leases are armed from a state that has everything the former leader committed.

@@ -13,7 +13,8 @@ use tokio::sync::{Notify, watch};
 use super::hub::Hub;
 use super::mvcc::{LeaseChange, Retention, State};
 use super::raft::{
-    Applied, Batch, Entry, LogId, Membership, Outcome, SnapshotMeta, StorageError, TypeConfig, decode, machine_error,
+    Applied, Batch, Command, Entry, LogId, Membership, Outcome, SnapshotMeta, StorageError, TypeConfig, decode,
+    machine_error,
 };
 use super::snapshot::{SnapshotDir, SnapshotFile};
 
@@ -43,6 +44,8 @@ pub struct Shared {
     /// Payload bytes applied since the last snapshot began.
     unsaved_bytes: AtomicU64,
     pub snapshot_wake: Notify,
+    /// So many bytes of the log at least between two snapshots, as configured; and with what is known of the state's size.
+    save_at_least: u64,
     pub snapshot_after: AtomicU64,
     retention: Retention,
 }
@@ -57,6 +60,7 @@ impl Shared {
             lease_wake: Notify::new(),
             unsaved_bytes: AtomicU64::new(0),
             snapshot_wake: Notify::new(),
+            save_at_least: snapshot_after,
             snapshot_after: AtomicU64::new(snapshot_after),
             retention,
         };
@@ -112,7 +116,8 @@ impl Shared {
         self.position.subscribe().wait_for(far).await.is_ok()
     }
 
-    fn apply(&self, entry: Entry) -> Applied {
+    /// Applies an entry; refuses one that raises the feature level beyond what this release supports.
+    fn apply(&self, entry: Entry, supported: u32) -> Result<Applied, TooNew> {
         // Decoding happens before the lock is taken.
         let batch = match entry.payload {
             EntryPayload::Blank => Work::Nothing,
@@ -130,6 +135,13 @@ impl Shared {
                 }
             }
         };
+        if let Work::Batch(batch) = &batch {
+            let raised = batch
+                .commands
+                .iter()
+                .filter_map(|c| if let Command::Raise { level } = c { Some(*level) } else { None });
+            TooNew::check(raised.max().unwrap_or(1), supported)?;
+        }
         let mut state = self.write();
         state.counters.applied = Some(entry.log_id);
         let mut outcomes = Vec::new();
@@ -150,7 +162,7 @@ impl Shared {
         let position = Position::of(&state);
         drop(state);
         self.position.send_replace(position);
-        Applied(outcomes)
+        Ok(Applied(outcomes))
     }
 
     fn count_unsaved(&self, bytes: u64) {
@@ -162,8 +174,33 @@ impl Shared {
         }
     }
 
-    pub fn snapshot_due(&self) -> bool {
-        self.unsaved_bytes.load(Ordering::Relaxed) > self.snapshot_after.load(Ordering::Relaxed)
+    /// Whether the state should be saved. While a snapshot is being sent it may wait for twice as much of the log, but
+    /// not longer: the log takes memory, too.
+    pub fn snapshot_due(&self, sending: bool) -> bool {
+        let after = self.snapshot_after.load(Ordering::Relaxed);
+        self.unsaved_bytes.load(Ordering::Relaxed) > if sending { after.saturating_mul(2) } else { after }
+    }
+
+    /// Learns how large a snapshot is. Saving writes all of it, so it waits for twice as much of the log, as long as that
+    /// takes no more than four times what is configured, which has to be read again after a restart and is kept in memory
+    /// until then; for a large state it waits for a quarter.
+    pub fn note_snapshot(&self, bytes: u64) {
+        let more = (2 * bytes).min(4 * self.save_at_least).max(bytes / 4);
+        self.snapshot_after.store(more.max(self.save_at_least), Ordering::Relaxed);
+    }
+}
+
+/// The group's feature level has risen beyond this release: what comes now it may not be able to read.
+#[derive(Debug, thiserror::Error)]
+#[error("the group is at feature level {level}, this release supports {supported}: run the newer release")]
+struct TooNew {
+    level: u32,
+    supported: u32,
+}
+
+impl TooNew {
+    fn check(level: u32, supported: u32) -> Result<(), Self> {
+        if level > supported { Err(Self { level, supported }) } else { Ok(()) }
     }
 }
 
@@ -179,6 +216,8 @@ enum Work {
 pub struct Machine {
     pub shared: Arc<Shared>,
     pub snapshots: Arc<SnapshotDir>,
+    /// The highest feature level that this release reads.
+    pub supported: u32,
 }
 
 impl RaftStateMachine<TypeConfig> for Machine {
@@ -194,7 +233,8 @@ impl RaftStateMachine<TypeConfig> for Machine {
         I: IntoIterator<Item = Entry> + Send,
         I::IntoIter: Send,
     {
-        Ok(entries.into_iter().map(|entry| self.shared.apply(entry)).collect())
+        let applied = entries.into_iter().map(|entry| self.shared.apply(entry, self.supported));
+        applied.collect::<Result<_, _>>().map_err(machine_error)
     }
 
     async fn get_snapshot_builder(&mut self) -> Self {
@@ -213,8 +253,13 @@ impl RaftStateMachine<TypeConfig> for Machine {
             self.snapshots.failed(&e.to_string());
             machine_error(e)
         })?;
+        if let Err(e) = TooNew::check(state.feature_level(), self.supported) {
+            self.snapshots.failed(&e.to_string());
+            return Err(machine_error(e));
+        }
         tracing::info!(revision = state.counters.revision, "installed a snapshot from the leader");
         self.shared.unsaved_bytes.store(0, Ordering::Relaxed);
+        self.shared.note_snapshot(self.snapshots.bytes());
         self.shared.replace(state);
         Ok(())
     }
@@ -233,8 +278,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Machine {
             .await
             .map_err(machine_error)?
             .map_err(machine_error)?;
-        // A large state is saved less often, so that saving stays a small part of all writing.
-        self.shared.snapshot_after.fetch_max(file.len / 4, Ordering::Relaxed);
+        self.shared.note_snapshot(file.len);
         Ok(Snapshot { meta, snapshot: Box::new(file) })
     }
 }

@@ -1,4 +1,4 @@
-//! Who belongs to the group: adding, promoting, replacing and removing members while it runs.
+//! Who belongs to the group: adding, promoting, demoting, replacing and removing members while it runs.
 //!
 //! A new member opens an empty folder with `join` and waits. The leader adds it as a *learner*, which gets the log (by
 //! snapshot if it is long) and has no vote, so a slow one stops nobody. When it has caught up it is *promoted* to a voter. A
@@ -28,7 +28,6 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::core::Core;
 use super::eager::Eager;
-use super::guard::is_quorum;
 use super::raft::{Change, Command, Failure, Membership, Pong, Request, Response, Stranger};
 use crate::error::StoreError;
 use crate::types::{Member, MemberHealth};
@@ -140,6 +139,17 @@ impl Core {
                 self.yield_if_me(node).await?;
                 self.apply(ChangeMembers::RemoveVoters(BTreeSet::from([node])), deadline).await
             }
+            Change::Demote { node } if !voters.contains(&node) => Ok(()),
+            Change::Demote { node } => {
+                let mut after = voters;
+                after.remove(&node);
+                if after.is_empty() {
+                    return Err(refused(format!("member {node} is the last voter")));
+                }
+                self.check_quorum(&after).await?;
+                self.yield_if_me(node).await?;
+                self.change_voters(ChangeMembers::RemoveVoters(BTreeSet::from([node])), true, deadline).await
+            }
             Change::Swap { old, new } => {
                 let mut after = voters.clone();
                 after.insert(new);
@@ -199,8 +209,18 @@ impl Core {
     }
 
     async fn apply(&self, change: ChangeMembers<u64, BasicNode>, deadline: Instant) -> Result<(), Failure> {
+        self.change_voters(change, false, deadline).await
+    }
+
+    /// `keep`: whoever loses its vote stays as a learner.
+    async fn change_voters(
+        &self,
+        change: ChangeMembers<u64, BasicNode>,
+        keep: bool,
+        deadline: Instant,
+    ) -> Result<(), Failure> {
         loop {
-            let answer = timeout_at(deadline, self.raft.change_membership(change.clone(), false)).await;
+            let answer = timeout_at(deadline, self.raft.change_membership(change.clone(), keep)).await;
             match answer {
                 Ok(Ok(_)) => return Ok(()),
                 Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_)))) => return Err(Failure::NotLeader),
@@ -359,8 +379,9 @@ pub async fn tend(core: Arc<Core>) {
             && let Ok(_one) = core.changing.try_lock()
             && core.membership().membership().get_joint_config().len() > 1
         {
+            // Nobody knows any more whether those without a vote were to stay. Whoever wants them gone asks again.
             let finish = ChangeMembers::AddVoterIds(BTreeSet::new());
-            if let Err(e) = core.apply(finish, Instant::now() + STEP).await {
+            if let Err(e) = core.change_voters(finish, true, Instant::now() + STEP).await {
                 tracing::warn!(failure = ?e, "a half-done change of the membership is not finished yet");
             }
         }
@@ -489,6 +510,11 @@ impl super::EmbeddedStore {
         change(&self.core, Change::Promote { node }, STEP * 2).await
     }
 
+    /// Takes a voter's vote; it reads along from then on. A leader makes room first.
+    pub async fn demote(&self, node: u64) -> Result<(), StoreError> {
+        change(&self.core, Change::Demote { node }, STEP * 2).await
+    }
+
     /// Removes a member. Refused if too few of the remaining voters answer. A leader that is removed makes room first.
     pub async fn remove(&self, node: u64) -> Result<(), StoreError> {
         change(&self.core, Change::Remove { node }, STEP * 2).await
@@ -522,12 +548,5 @@ impl super::EmbeddedStore {
     /// Which generation of the group this member belongs to.
     pub fn generation(&self) -> u64 {
         self.core.link.generation.load(Ordering::SeqCst)
-    }
-
-    /// Whether the members that answer are enough for a majority, as this member sees it.
-    pub fn sees_quorum(&self) -> bool {
-        let membership = self.core.membership();
-        let answering = membership.voter_ids().filter(|v| self.core.is_fresh(*v)).collect();
-        is_quorum(&membership, &answering)
     }
 }

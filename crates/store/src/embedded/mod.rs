@@ -1,7 +1,7 @@
 //! The embedded engine: a replicated log inside the servers themselves.
 //!
 //! The parts, from the disk up: [`wal`] is the log's format, [`writer`] its group commit, [`log`] and [`machine`] what
-//! the consensus library sees, [`mvcc`] the state, [`snapshot`] its files, [`network`] and [`eager`] the way to other
+//! the consensus library sees, [`mvcc`] the state, [`snapshot`] its files, which [`pack`] helps to read, [`network`] and [`eager`] the way to other
 //! members, by the routes that [`reach`] knows. [`guard`] decides when to elect and [`membership`] who belongs. On top, [`propose`] batches changes, [`reads`] batches linearizable reads, [`leases`] keeps the leader's
 //! time and [`hub`] feeds watches. [`core`] ties them together.
 //!
@@ -18,6 +18,7 @@ pub(crate) mod machine;
 mod membership;
 pub(crate) mod mvcc;
 mod network;
+mod pack;
 mod peers;
 mod pressure;
 mod propose;
@@ -125,7 +126,7 @@ impl Config {
             heartbeat: Duration::from_millis(150),
             election_timeout: (Duration::from_millis(400), Duration::from_millis(700)),
             segment_bytes: 16 << 20,
-            snapshot_after_bytes: 32 << 20,
+            snapshot_after_bytes: 64 << 20,
             reserve_bytes: 128 << 20,
             memory_bytes: 2 << 30,
             retention: Retention::default(),
@@ -202,7 +203,9 @@ impl EmbeddedStore {
         );
         let log = LogStore::new(config.node, config.group.clone(), log, wal, eager.clone(), snapshots.clone());
         let shared = Arc::new(Shared::new(state, config.retention, config.snapshot_after_bytes));
-        let machine = Machine { shared: shared.clone(), snapshots: snapshots.clone() };
+        shared.note_snapshot(snapshots.bytes());
+        let supported = config.feature_level;
+        let machine = Machine { shared: shared.clone(), snapshots: snapshots.clone(), supported };
         let network = Network {
             link: link.clone(),
             guard: guard.clone(),
@@ -302,7 +305,7 @@ impl EmbeddedStore {
     }
 
     /// The state as it is now, for a backup. `current` asks a quorum first.
-    pub(crate) async fn backup_view(&self, current: bool) -> Result<crate::backup::View, StoreError> {
+    pub async fn backup_view(&self, current: bool) -> Result<crate::backup::View, StoreError> {
         if current {
             self.core.barrier(false).await.map_err(|f| self.failure(f))?;
         }
@@ -388,20 +391,7 @@ impl Store for EmbeddedStore {
         if self.core.closed_on_purpose() {
             return Err(StoreError::Closed);
         }
-        if !end.is_empty() && start >= end {
-            return Err(StoreError::Invalid("the watched range is empty".into()));
-        }
-        // The revision may come from a member that is ahead of this one.
-        let limit = self.core.config.request_timeout;
-        if timeout(limit, self.core.shared.reached(|p| p.revision >= after.0)).await != Ok(true) {
-            let current = self.core.shared.read().revision();
-            return Err(StoreError::FutureRevision { asked: after, current });
-        }
-        let oldest = self.core.shared.read().oldest();
-        if after < oldest {
-            return Err(StoreError::Compacted { oldest });
-        }
-        Ok(Watch::new(Box::new(EmbeddedWatch::new(self.core.shared.clone(), start, end, after.0))))
+        EmbeddedWatch::open(&self.core.shared, (start, end), after, self.core.config.request_timeout).await
     }
 
     async fn lease_grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
@@ -553,6 +543,10 @@ fn open_folder(config: &Config, env: &Env) -> Result<Found, StoreError> {
     }
     let generation = read_generation(&**disk, dir)?;
     let (snapshots, state) = SnapshotDir::open(disk.clone(), dir.clone())?;
+    if state.feature_level() > config.feature_level {
+        let (path, found, supported) = (dir.display().to_string(), state.feature_level(), config.feature_level);
+        return Err(StoreError::NewerFormat { path, found, supported });
+    }
     let recovered = wal::recover(&**disk, dir)?;
     Ok(Found { lock, recovered, snapshots, state, generation })
 }

@@ -49,7 +49,7 @@ impl Default for Retention {
     }
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Version {
     pub modified: u64,
     pub created: u64,
@@ -59,7 +59,7 @@ pub struct Version {
     pub value: Option<Bytes>,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Slot {
     pub newest: Version,
     /// Oldest first; `None` when there are none, as for most keys.
@@ -100,7 +100,7 @@ impl Version {
 }
 
 /// One revision of the history.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize)]
 pub struct Record {
     pub revision: u64,
     pub timestamp_ms: i64,
@@ -471,12 +471,14 @@ impl State {
 
     /// Rebuilds what a snapshot leaves out because the keys say it: which keys each lease holds, and how large all is.
     pub fn rebuild(&mut self) {
-        self.live_bytes = self.keys.iter().map(|(key, slot)| key.len() + slot.newest.cost()).sum();
-        let attached: Vec<_> =
-            self.keys.iter().filter(|(_, s)| s.newest.lease != 0).map(|(k, s)| (k.clone(), s.newest.lease)).collect();
-        for (key, lease) in attached {
-            if let Some(lease) = self.leases.get_mut(&lease) {
-                lease.keys.insert(key);
+        let Self { keys, leases, live_bytes, .. } = self;
+        *live_bytes = 0;
+        for (key, slot) in &*keys {
+            *live_bytes += key.len() + slot.newest.cost();
+            if slot.newest.lease != 0
+                && let Some(lease) = leases.get_mut(&slot.newest.lease)
+            {
+                lease.keys.insert(key.clone());
             }
         }
     }

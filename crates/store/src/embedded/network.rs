@@ -351,7 +351,13 @@ impl RaftNetwork<TypeConfig> for Peer {
         tokio::select! {
             biased;
             closed = &mut cancel => Err(closed.into()),
-            answer = self.stream(vote, snapshot) => answer,
+            answer = self.stream(vote, snapshot) => {
+                if answer.is_err() {
+                    // The library would try again at once.
+                    sleep(BACKOFF).await;
+                }
+                answer
+            }
         }
     }
 }
@@ -364,7 +370,10 @@ impl Peer {
     ) -> Result<SnapshotResponse<u64>, StreamingError<TypeConfig, Fatal<u64>>> {
         let local = |e: std::io::Error| StreamingError::Network(NetworkError::new(&e));
         let snapshots = self.snapshots.clone();
-        let source = (*snapshot.snapshot).clone();
+        let _sending = self.snapshots.sending();
+        // A newer one does as well: the library only learns that the peer has at least what it asked for.
+        let newest = self.snapshots.newest().await.filter(|(meta, _)| meta.last_log_id >= snapshot.meta.last_log_id);
+        let (meta, source) = newest.unwrap_or((snapshot.meta, *snapshot.snapshot));
         let len = source.len;
         let open = on_disk(self.snapshots.disk(), move || snapshots.open_file(&source)).await;
         let mut file = open.and_then(|f| f).map_err(local)?;
@@ -378,7 +387,7 @@ impl Peer {
             let (back, data) = read.await.and_then(|r| r).map_err(local)?;
             file = back;
             let done = offset + want as u64 == len;
-            let chunk = SnapshotChunk { vote, meta: snapshot.meta.clone(), offset, data: data.into(), done };
+            let chunk = SnapshotChunk { vote, meta: meta.clone(), offset, data: data.into(), done };
             let limit = if done { INSTALL_DEADLINE } else { CHUNK_DEADLINE };
             if !self.guard.may_lead(&vote) {
                 return Err(local(std::io::Error::other("this leader has given up")));
@@ -393,7 +402,6 @@ impl Peer {
                 Ok(other) => unexpected(&other),
                 Err(e) => NetworkError::new(&e),
             };
-            sleep(BACKOFF).await;
             return Err(StreamingError::Network(failure));
         }
     }

@@ -17,7 +17,7 @@ use std::time::Duration;
 use openraft::error::ClientWriteError;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::core::Core;
 use super::raft::{Batch, Command, Failure, Outcome, Proposal, Request, Response, encode};
@@ -28,8 +28,11 @@ pub const QUEUE: usize = 4_096;
 const BATCH_COMMANDS: usize = 512;
 /// Reached by one transaction of the largest size; what comes after it goes into the next entry.
 const BATCH_BYTES: usize = 1 << 20;
-/// Batches on their way at once. More would make them smaller, and each costs a sync.
+/// Batches on their way at once, at most. More would make them smaller, and each costs a sync.
 const IN_FLIGHT: usize = 3;
+/// How long the next batch grows while another is on its way. Where a round takes longer, as between regions, a few are on
+/// their way at once; where it is short, one larger entry costs less than several small ones.
+const GROWS: Duration = Duration::from_millis(10);
 /// Between tries when the leader can't be reached and nothing has changed.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -58,8 +61,12 @@ pub async fn run(core: Arc<Core>, mut queue: mpsc::Receiver<Pending>) {
                 None => return,
             },
         };
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        if !tasks.is_empty() && queue.len() < BATCH_COMMANDS {
+            // Either an end or a time is awaited, and both mean the same: go on.
+            let _ = timeout(GROWS, tasks.join_next()).await;
+        }
         while tasks.try_join_next().is_some() {}
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
         let mut bytes = first.command.bytes();
         let mut batch = vec![first];
         while batch.len() < BATCH_COMMANDS

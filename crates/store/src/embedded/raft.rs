@@ -168,6 +168,10 @@ pub enum Change {
         node: u64,
         endpoint: String,
     },
+    /// A voter reads along from now on.
+    Demote {
+        node: u64,
+    },
 }
 
 /// What a member says to a ping.

@@ -79,7 +79,7 @@ struct Inner {
 pub struct Reach {
     node: u64,
     inner: Mutex<Inner>,
-    /// Counts changes between up and down.
+    /// Counts changes between up and down, and failures of links that are down.
     changes: watch::Sender<u64>,
 }
 
@@ -98,18 +98,20 @@ impl Reach {
         if node == self.node {
             return;
         }
-        let changed = {
+        let news = {
             let mut inner = self.lock();
             let peer = inner.peers.entry(node).or_default();
-            let (before, known) = (peer.is_down(), peer.heard.is_some());
+            let (before, known, failed) = (peer.is_down(), peer.heard.is_some(), peer.failed);
             change(peer);
             let changed = peer.is_down() != before || peer.heard.is_some() != known;
+            // Calls that began after the failure before this one have been waiting to hear of it.
+            let again = peer.is_down() && peer.failed != failed;
             if changed {
                 inner.number += 1;
             }
-            changed
+            changed || again
         };
-        if changed {
+        if news {
             self.changes.send_modify(|n| *n += 1);
         }
     }
@@ -299,6 +301,21 @@ mod tests {
         reach.learn(vec![LinkState { node: 1, number: 500, reaches: vec![3] }]);
         let mine = reach.links().into_iter().find(|l| l.node == 1).unwrap();
         assert_eq!((mine.number, mine.reaches), (501, vec![2]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_began_while_its_link_failed_hears_of_the_next_failure() {
+        let reach = map(1, &[2], &[], &[]);
+        let ping = Instant::now() + Duration::from_secs(1);
+        let call = ping + Duration::from_millis(1);
+        let mut fails = std::pin::pin!(reach.fails_after(2, call));
+        let mut hears = async |patience| tokio::time::timeout(Duration::from_secs(patience), &mut fails).await.is_ok();
+        reach.failed(2, ping);
+        assert!(!hears(1).await, "what failed was sent before the call");
+        let number = reach.links()[0].number;
+        reach.failed(2, call + Duration::from_secs(1));
+        assert!(hears(60).await);
+        assert_eq!(reach.links()[0].number, number, "whom this member reaches is as before");
     }
 
     #[tokio::test]

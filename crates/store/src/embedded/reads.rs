@@ -66,7 +66,12 @@ async fn round(core: &Core, mut waiters: Vec<Waiter>) {
         let leader = now.leader.filter(|&l| now.is_self || l != core.config.node);
         let index = match leader {
             Some(_) if now.is_self => own_index(core, deadline).await,
-            Some(leader) => leaders_index(core, leader, deadline).await,
+            // Whoever is asked may be the leader that was lost: its successor is asked instead as soon as there is one.
+            Some(leader) => tokio::select! {
+                biased;
+                index = leaders_index(core, leader, deadline) => index,
+                _ = leadership.wait_for(|l| l.leader != Some(leader)) => Err(format!("member {leader} leads no more")),
+            },
             None => Err(trouble.clone()),
         };
         match index {

@@ -7,7 +7,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -15,7 +15,8 @@ use nexus_env::{Disk, File};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::mvcc::{Counters, Lease, Record, Slot, State};
+use super::mvcc::{Counters, Lease, Record, Slot, State, Version};
+use super::pack::Pack;
 use super::raft::{LogId, SnapshotMeta};
 use crate::error::StoreError;
 
@@ -24,6 +25,9 @@ pub const MAGIC: &[u8; 8] = b"NXSNAP\x00\x01";
 const PART_BYTES: usize = 512 * 1024;
 /// A length beyond this is damage, not data: the largest value is 1 MiB, and parts close soon after `PART_BYTES`.
 pub const MAX_PART: usize = 1 << 30;
+/// So much of a file is written before it is made durable piece by piece: a log that is synced meanwhile waits for one
+/// piece at most, not for all of it.
+const SYNC_BYTES: usize = 4 << 20;
 
 /// A complete snapshot file, or one that was received and not yet checked.
 #[derive(Debug, Clone)]
@@ -32,7 +36,7 @@ pub struct SnapshotFile {
     pub len: u64,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
 pub enum Part {
     Header(Box<(SnapshotMeta, Counters)>),
     Keys(Vec<(Bytes, Slot)>),
@@ -41,20 +45,111 @@ pub enum Part {
     End { keys: u64, records: u64 },
 }
 
+/// A [`Part`] as it lies in a file.
+#[derive(Deserialize)]
+enum StoredPart<'a> {
+    Header(Box<(SnapshotMeta, Counters)>),
+    Keys(#[serde(borrow)] Vec<(&'a [u8], StoredSlot<'a>)>),
+    History(#[serde(borrow)] Vec<StoredRecord<'a>>),
+    Leases(Vec<(u64, Lease)>),
+    End { keys: u64, records: u64 },
+}
+
+#[derive(Deserialize)]
+struct StoredSlot<'a> {
+    #[serde(borrow)]
+    newest: StoredVersion<'a>,
+    #[serde(borrow)]
+    older: Option<Vec<StoredVersion<'a>>>,
+}
+
+#[derive(Deserialize)]
+struct StoredVersion<'a> {
+    modified: u64,
+    created: u64,
+    lease: u64,
+    value: Option<&'a [u8]>,
+}
+
+#[derive(Deserialize)]
+struct StoredRecord<'a> {
+    revision: u64,
+    timestamp_ms: i64,
+    #[serde(borrow)]
+    keys: Vec<&'a [u8]>,
+    cost: usize,
+}
+
+/// Reads parts, and keeps what is in them in few allocations.
+#[derive(Default)]
+pub struct PartReader {
+    keys: Pack,
+    values: Pack,
+    /// Gone first, so apart from the rest.
+    past_keys: Pack,
+    past_values: Pack,
+}
+
+impl PartReader {
+    pub fn read(&mut self, payload: &[u8]) -> Result<Part, rmp_serde::decode::Error> {
+        Ok(match rmp_serde::from_slice(payload)? {
+            StoredPart::Header(parts) => Part::Header(parts),
+            StoredPart::Leases(leases) => Part::Leases(leases),
+            StoredPart::End { keys, records } => Part::End { keys, records },
+            StoredPart::Keys(keys) => {
+                Part::Keys(keys.into_iter().map(|(key, slot)| (self.keys.keep(key), self.slot(slot))).collect())
+            }
+            StoredPart::History(records) => Part::History(
+                records
+                    .into_iter()
+                    .map(|StoredRecord { revision, timestamp_ms, keys, cost }| {
+                        let keys = keys.into_iter().map(|key| self.past_keys.keep(key)).collect();
+                        Arc::new(Record { revision, timestamp_ms, keys, cost })
+                    })
+                    .collect(),
+            ),
+        })
+    }
+
+    fn slot(&mut self, slot: StoredSlot<'_>) -> Slot {
+        let past = &mut self.past_values;
+        let older = slot.older.map(|all| Arc::new(all.into_iter().map(|v| v.kept(past)).collect()));
+        Slot { newest: slot.newest.kept(&mut self.values), older }
+    }
+}
+
+impl StoredVersion<'_> {
+    fn kept(self, pack: &mut Pack) -> Version {
+        let Self { modified, created, lease, value } = self;
+        Version { modified, created, lease, value: value.map(|v| pack.keep(v)) }
+    }
+}
+
 struct PartWriter {
     file: Box<dyn File>,
     len: u64,
+    /// One part with its head; kept, because a fresh one for each part is mostly paging.
+    out: Vec<u8>,
+    unsynced: usize,
 }
 
 impl PartWriter {
     fn write(&mut self, part: &Part) -> io::Result<()> {
-        let payload = rmp_serde::to_vec(part).map_err(io::Error::other)?;
-        let mut out = Vec::with_capacity(payload.len() + 8);
-        out.extend_from_slice(&u32::try_from(payload.len()).map_err(io::Error::other)?.to_le_bytes());
-        out.extend_from_slice(&crc32c::crc32c(&payload).to_le_bytes());
-        out.extend_from_slice(&payload);
-        self.len += out.len() as u64;
-        self.file.append(&out)
+        const HEAD: usize = 8;
+        self.out.clear();
+        self.out.resize(HEAD, 0);
+        rmp_serde::encode::write(&mut self.out, part).map_err(io::Error::other)?;
+        let (head, payload) = self.out.split_at_mut(HEAD);
+        head[..4].copy_from_slice(&u32::try_from(payload.len()).map_err(io::Error::other)?.to_le_bytes());
+        head[4..].copy_from_slice(&crc32c::crc32c(payload).to_le_bytes());
+        self.len += self.out.len() as u64;
+        self.file.append(&self.out)?;
+        self.unsynced += self.out.len();
+        if self.unsynced >= SYNC_BYTES {
+            self.file.sync()?;
+            self.unsynced = 0;
+        }
+        Ok(())
     }
 }
 
@@ -66,6 +161,26 @@ pub struct SnapshotDir {
     count: AtomicU64,
     /// How far the newest snapshot reaches, or why one from the leader could not be installed.
     reach: watch::Sender<Result<Option<LogId>, String>>,
+    saving: watch::Sender<bool>,
+    sending: AtomicUsize,
+}
+
+/// Held while a snapshot is on its way to another member.
+pub struct Sending<'a>(&'a SnapshotDir);
+
+impl Drop for Sending<'_> {
+    fn drop(&mut self) {
+        self.0.sending.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Says that nothing is being saved any more, however saving ended.
+struct Saving<'a>(&'a watch::Sender<bool>);
+
+impl Drop for Saving<'_> {
+    fn drop(&mut self) {
+        self.0.send_replace(false);
+    }
 }
 
 impl SnapshotDir {
@@ -87,6 +202,8 @@ impl SnapshotDir {
             current: Mutex::new(None),
             count: AtomicU64::new(0),
             reach: watch::Sender::new(Ok(None)),
+            saving: watch::Sender::new(false),
+            sending: AtomicUsize::new(0),
         };
         let Some(newest) = names.pop() else { return Ok((this, State::default())) };
         let count = newest.trim_end_matches(".snap").rsplit('-').next().and_then(|n| n.parse().ok()).unwrap_or(0);
@@ -138,8 +255,28 @@ impl SnapshotDir {
         }
     }
 
+    /// The newest snapshot, to send it; one that is being saved is waited for. Sending an old one would be in vain: the
+    /// log behind it goes as soon as the newer one is there.
+    pub async fn newest(&self) -> Option<(SnapshotMeta, SnapshotFile)> {
+        // An error would mean that this very folder is gone.
+        drop(self.saving.subscribe().wait_for(|saving| !saving).await);
+        self.current()
+    }
+
+    pub fn sending(&self) -> Sending<'_> {
+        self.sending.fetch_add(1, Ordering::Relaxed);
+        Sending(self)
+    }
+
+    /// Whether another member is being sent a snapshot. A newer one would cost it the log that it needs after it.
+    pub fn is_sending(&self) -> bool {
+        self.sending.load(Ordering::Relaxed) > 0
+    }
+
     /// Writes the state to a new file and makes it the current snapshot.
     pub fn save(&self, state: &State) -> io::Result<(SnapshotMeta, SnapshotFile)> {
+        self.saving.send_replace(true);
+        let _saving = Saving(&self.saving);
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         let meta = meta_of(state, count);
         let path = self.name(&meta, count);
@@ -219,7 +356,7 @@ pub fn meta_of(state: &State, count: u64) -> SnapshotMeta {
 pub fn write(disk: &dyn Disk, path: &Path, meta: &SnapshotMeta, state: &State) -> io::Result<u64> {
     let file = disk.create(path)?;
     file.append(MAGIC)?;
-    let mut out = PartWriter { file, len: MAGIC.len() as u64 };
+    let mut out = PartWriter { file, len: MAGIC.len() as u64, out: Vec::new(), unsynced: 0 };
     out.write(&Part::Header(Box::new((meta.clone(), state.counters.clone()))))?;
     out.write(&Part::Leases(state.leases.iter().map(|(id, lease)| (*id, lease.clone())).collect()))?;
     let (mut part, mut bytes) = (Vec::new(), 0);
@@ -258,19 +395,21 @@ pub fn load(disk: &dyn Disk, path: &Path) -> Result<(SnapshotMeta, State, u64), 
         reason: reason.to_owned(),
     };
     let total = file.len().map_err(|e| StoreError::Storage(e.to_string()))?;
-    let read = |len: usize| -> Result<Vec<u8>, StoreError> {
+    let read = |buf: &mut Vec<u8>, len: usize| -> Result<(), StoreError> {
         if at.get() + len as u64 > total {
             return Err(corrupt("the snapshot ends too early"));
         }
-        let mut buf = vec![0; len];
-        file.read_exact_at(at.get(), &mut buf).map_err(|e| match e.kind() {
+        buf.resize(len, 0);
+        file.read_exact_at(at.get(), buf).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => corrupt("the snapshot ends too early"),
             _ => StoreError::Storage(e.to_string()),
         })?;
         at.set(at.get() + len as u64);
-        Ok(buf)
+        Ok(())
     };
-    let magic = read(MAGIC.len())?;
+    // One buffer for all parts; what is kept of them is copied out of it.
+    let (mut magic, mut head, mut payload) = (Vec::new(), Vec::new(), Vec::new());
+    read(&mut magic, MAGIC.len())?;
     if magic[..6] != MAGIC[..6] {
         return Err(corrupt("not a snapshot"));
     }
@@ -279,21 +418,22 @@ pub fn load(disk: &dyn Disk, path: &Path) -> Result<(SnapshotMeta, State, u64), 
         return Err(StoreError::NewerFormat { path: path.display().to_string(), found, supported: 1 });
     }
     let mut state = State::default();
+    let mut parts = PartReader::default();
     let mut header = None;
     let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
     loop {
-        let head = read(8)?;
+        read(&mut head, 8)?;
         let len = word(&head) as usize;
         if len > MAX_PART {
             return Err(corrupt("impossible length"));
         }
-        let payload = read(len)?;
+        read(&mut payload, len)?;
         if crc32c::crc32c(&payload) != word(&head[4..]) {
             return Err(corrupt("checksum mismatch"));
         }
-        match rmp_serde::from_slice::<Part>(&payload).map_err(|e| corrupt(&e.to_string()))? {
-            Part::Header(parts) => {
-                let (meta, counters) = *parts;
+        match parts.read(&payload).map_err(|e| corrupt(&e.to_string()))? {
+            Part::Header(said) => {
+                let (meta, counters) = *said;
                 state.counters = counters;
                 header = Some(meta);
             }

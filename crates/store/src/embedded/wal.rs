@@ -18,9 +18,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use nexus_env::Disk;
+use openraft::{BasicNode, EntryPayload, Membership};
+use serde::Deserialize;
 
-use super::raft::{Entry, LogId, Vote};
+use super::raft::{Entry, LogId, Proposal, Vote};
 use crate::error::StoreError;
 use crate::types::GroupId;
 
@@ -212,7 +215,7 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, StoreError> {
     for (i, &number) in numbers.iter().enumerate() {
         let is_last = i + 1 == numbers.len();
         let path = dir.join(segment_name(number));
-        let data = disk.read(&path).map_err(storage)?;
+        let data = Bytes::from(disk.read(&path).map_err(storage)?);
         let corrupt = |offset: usize, reason: String| StoreError::Corrupt {
             path: path.display().to_string(),
             offset: offset as u64,
@@ -244,7 +247,7 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, StoreError> {
         while at < data.len() {
             match frame_at(&data, at) {
                 Some((found, payload, end)) if sequence.is_none_or(|s| s == found) => {
-                    read_records(payload, &mut out.groups, &mut segment.last).map_err(|e| corrupt(at, e))?;
+                    read_records(&data, payload, &mut out.groups, &mut segment.last).map_err(|e| corrupt(at, e))?;
                     sequence = Some(found + 1);
                     at = end;
                 }
@@ -303,6 +306,7 @@ pub fn take_record<'a>(rest: &mut &'a [u8]) -> Result<(Kind, GroupId, &'a [u8]),
 }
 
 fn read_records(
+    segment: &Bytes,
     mut rest: &[u8],
     groups: &mut BTreeMap<GroupId, GroupLog>,
     last: &mut BTreeMap<GroupId, u64>,
@@ -312,7 +316,7 @@ fn read_records(
         let log = groups.entry(group.clone()).or_default();
         match kind {
             Kind::Entry => {
-                let entry: Entry = parse(body)?;
+                let entry = parse_entry(segment, body)?;
                 last.insert(group, entry.log_id.index);
                 log.entry(entry, body.len() as u64)?;
             }
@@ -323,6 +327,33 @@ fn read_records(
         }
     }
     Ok(())
+}
+
+/// An [`Entry`] as it lies in a segment.
+#[derive(Deserialize)]
+struct StoredEntry<'a> {
+    log_id: LogId,
+    #[serde(borrow)]
+    payload: StoredPayload<'a>,
+}
+
+#[derive(Deserialize)]
+enum StoredPayload<'a> {
+    Blank,
+    Normal(&'a [u8]),
+    Membership(Membership<u64, BasicNode>),
+}
+
+/// Reads an entry without copying its proposal: entries leave memory in the order of the log, so what a slice holds on to
+/// is a segment at most.
+fn parse_entry(segment: &Bytes, body: &[u8]) -> Result<Entry, String> {
+    let StoredEntry { log_id, payload } = rmp_serde::from_slice(body).map_err(|e| e.to_string())?;
+    let payload = match payload {
+        StoredPayload::Blank => EntryPayload::Blank,
+        StoredPayload::Normal(proposal) => EntryPayload::Normal(Proposal(segment.slice_ref(proposal))),
+        StoredPayload::Membership(membership) => EntryPayload::Membership(membership),
+    };
+    Ok(Entry { log_id, payload })
 }
 
 pub fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, String> {

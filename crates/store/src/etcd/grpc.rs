@@ -36,6 +36,18 @@ pub struct EtcdEndpoint {
     pub at: Endpoint,
 }
 
+impl std::fmt::Display for EtcdEndpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let at = self.at.to_string();
+        let address = at.strip_prefix("tcp:").unwrap_or(&at);
+        if address.starts_with(&*self.host) || address.starts_with(&format!("[{}]", self.host)) {
+            f.write_str(address)
+        } else {
+            write!(f, "{} at {address}", self.host)
+        }
+    }
+}
+
 /// A user of an etcd with authentication.
 #[derive(Clone)]
 pub struct Login {
@@ -198,7 +210,7 @@ impl Channel {
                     Ok(Err(why)) => why,
                     _ => "no connection in time".to_owned(),
                 };
-                Err(GrpcError::NotSent(format!("{}: {why}", endpoint.at)))
+                Err(GrpcError::NotSent(format!("{endpoint}: {why}")))
             }
         }
     }

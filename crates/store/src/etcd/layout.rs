@@ -6,7 +6,9 @@
 //! * `k/KEY`, each key, with the group's revisions in front of the value, which etcd can't know;
 //! * `l/LEASE`, one for each lease, attached to an etcd lease: when etcd removes it, the lease's time is over;
 //! * `m/leader`, who leads, attached to the leader's etcd lease;
-//! * `s/NODE`, each server of the group, with its endpoint.
+//! * `m/base`, the epoch behind which those of leaders go on, after the group was restored;
+//! * `s/NODE`, each server of the group, with its endpoint;
+//! * `a/NODE`, each server that is there, attached to an etcd lease of its own.
 //!
 //! A commit may hold several revisions of the group, as long as they touch different keys: etcd shows the key events of
 //! a commit in the order of its operations, and the journal says how many belong to each revision.
@@ -18,6 +20,8 @@ use crate::types::{GroupId, prefix_end};
 
 /// The version of everything that this file writes, and the newest that it reads.
 const VERSION: u8 = 1;
+/// Stands in the journal's place while a restore is under way.
+const RESTORING: u8 = 0;
 /// Version, creation, modification, lease.
 const HEADER: usize = 1 + 3 * 8;
 
@@ -34,7 +38,9 @@ pub enum Place {
     Key(Bytes),
     Lease(u64),
     Leader,
+    Base,
     Server(u64),
+    Present(u64),
     Unknown,
 }
 
@@ -63,35 +69,39 @@ impl Layout {
         self.key(&[b"k/", key])
     }
 
-    /// All keys of users.
-    pub fn all_data(&self) -> (Bytes, Bytes) {
-        let start = self.key(&[b"k/"]);
+    fn below(&self, part: &[u8]) -> (Bytes, Bytes) {
+        let start = self.key(&[part]);
         let end = prefix_end(&start);
         (start, end)
+    }
+
+    /// Everything that a restore replaces but the journal: keys, leases and servers.
+    pub fn contents(&self) -> [(Bytes, Bytes); 3] {
+        [b"k/", b"l/", b"s/"].map(|part| self.below(part))
     }
 
     pub fn lease(&self, id: u64) -> Bytes {
         self.key(&[b"l/", format!("{id:016x}").as_bytes()])
     }
 
-    pub fn all_leases(&self) -> (Bytes, Bytes) {
-        let start = self.key(&[b"l/"]);
-        let end = prefix_end(&start);
-        (start, end)
-    }
-
     pub fn leader(&self) -> Bytes {
         self.key(&[b"m/leader"])
+    }
+
+    pub fn base(&self) -> Bytes {
+        self.key(&[b"m/base"])
     }
 
     pub fn server(&self, node: u64) -> Bytes {
         self.key(&[b"s/", node.to_string().as_bytes()])
     }
 
-    pub fn all_servers(&self) -> (Bytes, Bytes) {
-        let start = self.key(&[b"s/"]);
-        let end = prefix_end(&start);
-        (start, end)
+    pub fn present(&self, node: u64) -> Bytes {
+        self.key(&[b"a/", node.to_string().as_bytes()])
+    }
+
+    pub fn all_present(&self) -> (Bytes, Bytes) {
+        self.below(b"a/")
     }
 
     pub fn place(&self, key: &Bytes) -> Place {
@@ -103,13 +113,17 @@ impl Layout {
             let id = std::str::from_utf8(rest).ok().and_then(|r| u64::from_str_radix(r, 16).ok());
             return id.map_or(Place::Unknown, Place::Lease);
         }
+        let node = |rest| std::str::from_utf8(rest).ok().and_then(|r| r.parse().ok());
         if let Some(rest) = rest.strip_prefix(b"s/") {
-            let node = std::str::from_utf8(rest).ok().and_then(|r| r.parse().ok());
-            return node.map_or(Place::Unknown, Place::Server);
+            return node(rest).map_or(Place::Unknown, Place::Server);
+        }
+        if let Some(rest) = rest.strip_prefix(b"a/") {
+            return node(rest).map_or(Place::Unknown, Place::Present);
         }
         match rest {
             b"j" => Place::Journal,
             b"m/leader" => Place::Leader,
+            b"m/base" => Place::Base,
             _ => Place::Unknown,
         }
     }
@@ -150,6 +164,7 @@ impl Stored {
 fn version(stored: &[u8]) -> Result<(), String> {
     match stored.first() {
         Some(&VERSION) => Ok(()),
+        Some(&RESTORING) => Err("a restore into this group has not finished: run it again".into()),
         Some(found) => Err(format!("format {found}; this release reads up to {VERSION}")),
         None => Err("an empty value".into()),
     }
@@ -200,6 +215,11 @@ impl Journal {
         self.revision.saturating_sub(self.steps.len() as u64)
     }
 
+    /// What stands there until a restore is done: no server takes it for a group.
+    pub fn restoring() -> Bytes {
+        Bytes::from_static(&[RESTORING])
+    }
+
     pub fn encode(&self) -> Bytes {
         let mut out = vec![VERSION];
         rmp_serde::encode::write(&mut out, self).expect("a journal is plain data");
@@ -239,7 +259,9 @@ mod tests {
         assert_eq!(layout.place(&layout.journal()), Place::Journal);
         assert_eq!(layout.place(&layout.leader()), Place::Leader);
         assert_eq!(layout.place(&layout.lease(77)), Place::Lease(77));
+        assert_eq!(layout.place(&layout.base()), Place::Base);
         assert_eq!(layout.place(&layout.server(101)), Place::Server(101));
+        assert_eq!(layout.place(&layout.present(101)), Place::Present(101));
         assert_eq!(layout.place(&layout.data(b"a/\xffb")), Place::Key(Bytes::from_static(b"a/\xffb")));
         assert_eq!(layout.place(&Bytes::from_static(b"/nexus/eu-10/j")), Place::Unknown);
     }
@@ -259,5 +281,6 @@ mod tests {
         };
         assert_eq!(journal.base(), 7);
         assert_eq!(Journal::decode(&journal.encode()), Ok(journal));
+        assert!(Journal::decode(&Journal::restoring()).is_err_and(|e| e.contains("restore")));
     }
 }

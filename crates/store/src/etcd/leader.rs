@@ -1,7 +1,8 @@
 //! Who leads the group: the server that put the leader's mark, for as long as its etcd lease lives.
 //!
 //! The mark is put only where there is none, and etcd removes it when the lease has not been kept alive. The epoch is
-//! etcd's revision at which the mark came into being, so every change of leader has a greater one. A leader counts its
+//! etcd's revision at which the mark came into being (behind that of the restored group, if it was restored), so every
+//! change of leader has a greater one. A leader counts its
 //! own time from before it asked for each extension, and steps down a little before etcd would let another one in.
 //! That is not what fences it: the writer's transactions compare what its predecessor left, as on every engine.
 
@@ -30,7 +31,7 @@ pub async fn run(core: Arc<Core>) {
         let epoch = core.leadership.borrow().epoch;
         match now {
             Some((mark, since)) => {
-                let epoch = u64::try_from(since).unwrap_or(0);
+                let epoch = core.mirror.epoch(since);
                 // This server's mark of an earlier life names nobody who could serve.
                 let leader = (mark.node != core.config.node).then_some(mark.node);
                 tell(&core, Leadership { leader, epoch, is_self: false });
@@ -43,8 +44,10 @@ pub async fn run(core: Arc<Core>) {
                 if let Err(error) = campaign(&core).await {
                     tracing::debug!(%error, "campaigning failed; trying again");
                 }
-                // Whoever won is seen by the watch.
-                let _ = timeout(PAUSE, seen.changed()).await;
+                // Whoever won is seen by the watch. When nobody can tell any more, there is nothing to wait for.
+                if let Ok(Err(_)) = timeout(PAUSE, seen.changed()).await {
+                    return;
+                }
             }
         }
     }
@@ -83,21 +86,21 @@ async fn lead(core: &Core, lease: i64, asked: Instant, ttl: Duration) -> Result<
     if !answer.succeeded {
         return Ok(());
     }
-    let epoch = answer.header.map_or(0, |h| h.revision);
+    let created = answer.header.map_or(0, |h| h.revision);
     let mut seen = core.mirror.leader.subscribe();
     // When the watch shows the mark, it has shown everything that former leaders committed.
-    if timeout_at(until, seen.wait_for(|l| l.is_some_and(|(_, e)| e >= epoch))).await.is_err() {
+    if timeout_at(until, seen.wait_for(|l| l.is_some_and(|(_, at)| at >= created))).await.is_err() {
         return Err(GrpcError::Lost("the watch lags behind".into()));
     }
     // A part of the time is left to clocks that run apart and to answers on their way.
     let span = ttl * 4 / 5;
     let mut valid = asked + span;
-    let won = Leadership { leader: Some(core.config.node), epoch: u64::try_from(epoch).unwrap_or(0), is_self: true };
-    tell(core, won);
+    let epoch = core.mirror.epoch(created);
+    tell(core, Leadership { leader: Some(core.config.node), epoch, is_self: true });
     core.lease_wake();
     tracing::info!(group = %core.config.group, epoch, "this server leads the group");
     let (beat, mut due) = (ttl / 5, Instant::now());
-    let ours = |l: &Option<(LeaderMark, i64)>| l.is_some_and(|(_, e)| e == epoch);
+    let ours = |l: &Option<(LeaderMark, i64)>| l.is_some_and(|(_, at)| at == created);
     loop {
         tokio::select! {
             biased;

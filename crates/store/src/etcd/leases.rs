@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::Core;
 use super::grpc::GrpcError;
 use super::leader;
+use super::mirror::number;
 use super::propose::{Change, refusal};
 use super::proto::{RangeRequest, RangeResponse};
 use crate::error::StoreError;
@@ -48,8 +49,7 @@ async fn mark(core: &Core, id: LeaseId, until: Instant) -> Result<Option<Duratio
     let request = RangeRequest { key: core.mirror.layout.lease(id.0), ..RangeRequest::default() };
     let found: RangeResponse = core.channel.call("/etcdserverpb.KV/Range", &request, until).await?;
     let Some(kv) = found.kvs.first() else { return Ok(None) };
-    let ttl_ms = std::str::from_utf8(&kv.value).ok().and_then(|t| t.parse().ok()).unwrap_or(1_000);
-    Ok(Some(Duration::from_millis(ttl_ms)))
+    Ok(Some(Duration::from_millis(number(&kv.value).unwrap_or(1_000))))
 }
 
 pub async fn keep_alive(core: &Core, id: LeaseId) -> Result<Duration, StoreError> {

@@ -6,6 +6,7 @@
 //! history, or a change that no journal announces means: load again.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,8 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::grpc::{Channel, GrpcError, code};
 use super::layout::{Extra, Journal, Layout, LeaderMark, Place, Stored};
 use super::proto::{
-    Event, EventType, KeyValue, RangeRequest, RangeResponse, WatchCreateRequest, WatchRequest, WatchResponse,
-    watch_request,
+    Empty, Event, EventType, KeyValue, RangeRequest, RangeResponse, WatchCreateRequest, WatchRequest, WatchResponse,
 };
 use crate::embedded::Retention;
 use crate::embedded::machine::Shared;
@@ -35,6 +35,8 @@ const PAGE_KEYS: i64 = 8_192;
 const SILENCE: Duration = Duration::from_secs(3);
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 const CALL: Duration = Duration::from_secs(10);
+/// Of a lease of which only its keys are left.
+const ORPHAN_TTL_MS: u64 = 1_000;
 
 /// Why the copy can't go on by watching.
 #[derive(Debug)]
@@ -51,6 +53,7 @@ impl From<GrpcError> for Gap {
     }
 }
 
+#[derive(Default)]
 struct Inner {
     /// etcd's revision of the newest commit that was applied; 0 before the first.
     journal: i64,
@@ -61,6 +64,8 @@ struct Inner {
     alive: BTreeSet<u64>,
     /// The servers of the group, with their endpoints.
     servers: BTreeMap<u64, String>,
+    /// Those whose mark lives.
+    present: BTreeSet<u64>,
     /// Counts loads: what was committed between two of them is not known one by one.
     generation: u64,
 }
@@ -74,6 +79,8 @@ pub struct Mirror {
     position: watch::Sender<i64>,
     /// Who leads, and since which etcd revision.
     pub leader: watch::Sender<Option<(LeaderMark, i64)>>,
+    /// Epochs of the group go on behind it.
+    base: AtomicU64,
     /// A lease's time may be over.
     pub lease_wake: Notify,
 }
@@ -87,21 +94,14 @@ pub struct Base {
 
 impl Mirror {
     pub fn new(layout: Layout, retention: Retention) -> Self {
-        let inner = Inner {
-            journal: 0,
-            seen: 0,
-            commits: VecDeque::new(),
-            alive: BTreeSet::new(),
-            servers: BTreeMap::new(),
-            generation: 0,
-        };
         Self {
             shared: Arc::new(Shared::new(State::default(), retention, u64::MAX)),
             layout,
             retention,
-            inner: Mutex::new(inner),
+            inner: Mutex::default(),
             position: watch::Sender::new(0),
             leader: watch::Sender::new(None),
+            base: AtomicU64::new(0),
             lease_wake: Notify::new(),
         }
     }
@@ -137,8 +137,15 @@ impl Mirror {
         state.leases.keys().filter(|id| !inner.alive.contains(id)).map(|id| LeaseId(*id)).collect()
     }
 
-    pub fn servers(&self) -> BTreeMap<u64, String> {
-        self.lock().servers.clone()
+    /// The servers of the group, each with whether its mark lives.
+    pub fn servers(&self) -> BTreeMap<u64, (String, bool)> {
+        let inner = self.lock();
+        inner.servers.iter().map(|(node, at)| (*node, (at.clone(), inner.present.contains(node)))).collect()
+    }
+
+    /// The epoch of a leader whose mark came into being at an etcd revision.
+    pub fn epoch(&self, created: i64) -> u64 {
+        self.base.load(Ordering::Relaxed).saturating_add(u64::try_from(created).unwrap_or(0))
     }
 
     /// The newest etcd revision that this copy has seen.
@@ -162,12 +169,17 @@ impl Mirror {
         self.position.send_if_modified(|p| std::mem::replace(p, journal.max(*p)) < journal);
     }
 
+    /// The other way round.
+    pub fn created(&self, epoch: u64) -> i64 {
+        i64::try_from(epoch.saturating_sub(self.base.load(Ordering::Relaxed))).unwrap_or(0)
+    }
+
     /// Applies what one etcd revision changed.
     fn apply(&self, revision: i64, events: Vec<Event>) -> Result<(), String> {
         let mut commit = None;
         let mut keys: Vec<(Bytes, Option<Bytes>)> = Vec::new();
         let mut leases = Vec::new();
-        let mut servers = Vec::new();
+        let (mut servers, mut present) = (Vec::new(), Vec::new());
         for event in events {
             let Some(kv) = event.kv else { continue };
             let put = event.r#type == EventType::Put as i32;
@@ -180,11 +192,20 @@ impl Mirror {
                     let mark = put.then(|| LeaderMark::decode(&kv.value)).flatten();
                     self.leader.send_replace(mark.map(|mark| (mark, kv.create_revision)));
                 }
+                Place::Base => return Err("the group was restored".into()),
                 Place::Server(node) => servers.push((node, put.then(|| lossy(&kv.value)))),
+                Place::Present(node) => present.push((node, put)),
                 Place::Unknown => {}
             }
         }
         let mut inner = self.lock();
+        for (node, put) in present {
+            if put {
+                inner.present.insert(node)
+            } else {
+                inner.present.remove(&node)
+            };
+        }
         for (node, endpoint) in servers {
             match endpoint {
                 Some(endpoint) => drop(inner.servers.insert(node, endpoint)),
@@ -225,69 +246,56 @@ impl Mirror {
 
     /// Loads the group as it is now.
     pub async fn load(&self, channel: &Channel) -> Result<(), String> {
-        let until = || Instant::now() + CALL;
-        let text = |e: GrpcError| e.to_string();
-        let one = RangeRequest { key: self.layout.journal(), ..RangeRequest::default() };
-        let journal: RangeResponse = channel.call("/etcdserverpb.KV/Range", &one, until()).await.map_err(text)?;
-        let at = journal.header.as_ref().map_or(0, |h| h.revision);
         let mut state = State::default();
-        let mut commits = VecDeque::new();
-        let mut position = 0;
-        if let Some(kv) = journal.kvs.first() {
-            let commit = Journal::decode(&kv.value)?;
-            position = kv.mod_revision;
-            state.counters.revision = commit.revision;
-            state.counters.timestamp_ms = commit.timestamp_ms;
-            // What came before is not known here.
-            state.counters.oldest = commit.revision;
-            commits.push_back(commit.id);
-        }
-        let (start, end) = self.layout.all_leases();
-        let mut alive = BTreeSet::new();
-        pages(channel, start, end, at, |kv| {
-            let Place::Lease(id) = self.layout.place(&kv.key) else { return Ok(()) };
-            let ttl_ms = std::str::from_utf8(&kv.value).ok().and_then(|t| t.parse().ok()).unwrap_or(1_000);
-            state.leases.insert(id, Lease { ttl_ms, keys: OrdSet::new() });
-            alive.insert(id);
-            Ok(())
-        })
-        .await?;
-        let (start, end) = self.layout.all_servers();
-        let mut servers = BTreeMap::new();
-        pages(channel, start, end, at, |kv| {
-            let Place::Server(node) = self.layout.place(&kv.key) else { return Ok(()) };
-            servers.insert(node, lossy(&kv.value));
-            Ok(())
-        })
-        .await?;
-        let (start, end) = self.layout.all_data();
-        let mut orphans = BTreeSet::new();
-        pages(channel, start, end, at, |kv| {
-            let Place::Key(key) = self.layout.place(&kv.key) else { return Ok(()) };
-            let Stored { created, modified, lease, value } = Stored::decode(&kv.value)?;
-            if lease != 0 && !state.leases.contains_key(&lease) {
-                orphans.insert(lease);
+        let mut inner = Inner::default();
+        let (mut leader, mut base) = (None, 0);
+        let mut leased = BTreeSet::new();
+        inner.seen = pages(channel, self.layout.all(), |kv| {
+            match self.layout.place(&kv.key) {
+                Place::Journal => {
+                    let commit = Journal::decode(&kv.value)?;
+                    inner.journal = kv.mod_revision;
+                    state.counters.revision = commit.revision;
+                    state.counters.timestamp_ms = commit.timestamp_ms;
+                    // What came before is not known here.
+                    state.counters.oldest = commit.revision;
+                    inner.commits.push_back(commit.id);
+                }
+                Place::Key(key) => {
+                    let Stored { created, modified, lease, value } = Stored::decode(&kv.value)?;
+                    leased.insert(lease);
+                    let newest = Version { modified, created, lease, value: Some(value) };
+                    state.keys.insert(key, Slot { newest, older: None });
+                    state.counters.live_keys += 1;
+                }
+                Place::Lease(id) => {
+                    let ttl_ms = number(&kv.value).unwrap_or(ORPHAN_TTL_MS);
+                    state.leases.insert(id, Lease { ttl_ms, keys: OrdSet::new() });
+                    inner.alive.insert(id);
+                }
+                Place::Leader => leader = LeaderMark::decode(&kv.value).map(|mark| (mark, kv.create_revision)),
+                Place::Base => base = number(&kv.value).ok_or("the epoch's base is no number")?,
+                Place::Server(node) => drop(inner.servers.insert(node, lossy(&kv.value))),
+                Place::Present(node) => drop(inner.present.insert(node)),
+                Place::Unknown => {}
             }
-            let newest = Version { modified, created, lease, value: Some(value) };
-            state.keys.insert(key, Slot { newest, older: None });
-            state.counters.live_keys += 1;
             Ok(())
         })
         .await?;
         // Their time is over and their keys still there: someone has to end them.
-        for lease in orphans {
-            state.leases.insert(lease, Lease { ttl_ms: 1_000, keys: OrdSet::new() });
+        for lease in leased.into_iter().filter(|id| *id != 0) {
+            let orphan = || Lease { ttl_ms: ORPHAN_TTL_MS, keys: OrdSet::new() };
+            state.leases.entry(lease).or_insert_with(orphan);
         }
         state.rebuild();
-        let one = RangeRequest { key: self.layout.leader(), revision: at, ..RangeRequest::default() };
-        let leader: RangeResponse = channel.call("/etcdserverpb.KV/Range", &one, until()).await.map_err(text)?;
-        let leader = leader.kvs.first().and_then(|kv| Some((LeaderMark::decode(&kv.value)?, kv.create_revision)));
+        let position = inner.journal;
         {
-            let mut inner = self.lock();
-            let generation = inner.generation + 1;
-            *inner = Inner { journal: position, seen: at, commits, alive, servers, generation };
+            let mut held = self.lock();
+            inner.generation = held.generation + 1;
+            *held = inner;
             self.shared.load(state);
         }
+        self.base.store(base, Ordering::Relaxed);
         self.leader.send_replace(leader);
         self.position.send_replace(position);
         self.lease_wake.notify_one();
@@ -330,13 +338,12 @@ impl Mirror {
     async fn follow_on(&self, stream: &mut super::grpc::Duplex) -> Result<std::convert::Infallible, Gap> {
         let (key, range_end) = self.layout.all();
         let create = WatchCreateRequest { key, range_end, start_revision: self.seen() + 1 };
-        stream.send(&WatchRequest { request: Some(watch_request::Request::Create(create)) })?;
+        stream.send(&WatchRequest { create: Some(create), ..WatchRequest::default() })?;
         loop {
             let response: Option<WatchResponse> = match timeout(SILENCE, stream.next()).await {
                 Ok(response) => response?,
                 Err(_) => {
-                    let progress = watch_request::Request::Progress(super::proto::Empty {});
-                    stream.send(&WatchRequest { request: Some(progress) })?;
+                    stream.send(&WatchRequest { progress: Some(Empty {}), ..WatchRequest::default() })?;
                     stream.next_within(SILENCE).await?
                 }
             };
@@ -366,6 +373,11 @@ impl Mirror {
 
 fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A number that is written out as text.
+pub fn number(text: &[u8]) -> Option<u64> {
+    std::str::from_utf8(text).ok()?.parse().ok()
 }
 
 fn note(inner: &mut Inner, journal: i64, commit: &Journal) {
@@ -424,16 +436,14 @@ fn replay(
     Ok(changes)
 }
 
-/// Reads a range at one etcd revision, page by page.
+/// Reads a range at one etcd revision, page by page; answers which.
 async fn pages(
     channel: &Channel,
-    start: Bytes,
-    end: Bytes,
-    at: i64,
+    (start, end): (Bytes, Bytes),
     mut take: impl FnMut(KeyValue) -> Result<(), String>,
-) -> Result<(), String> {
+) -> Result<i64, String> {
     let mut next = start;
-    let mut limit = 64;
+    let (mut limit, mut at) = (64, 0);
     loop {
         let request =
             RangeRequest { key: next, range_end: end.clone(), limit, revision: at, ..RangeRequest::default() };
@@ -445,7 +455,10 @@ async fn pages(
             }
             Err(e) => return Err(e.to_string()),
         };
-        let Some(last) = page.kvs.last() else { return Ok(()) };
+        if at == 0 {
+            at = page.header.as_ref().map_or(0, |h| h.revision);
+        }
+        let Some(last) = page.kvs.last() else { return Ok(at) };
         let mut after = last.key.to_vec();
         after.push(0);
         next = after.into();
@@ -455,7 +468,7 @@ async fn pages(
             take(kv)?;
         }
         if !page.more {
-            return Ok(());
+            return Ok(at);
         }
         limit = if bytes > PAGE_BYTES { (limit / 2).max(16) } else { (limit * 2).min(PAGE_KEYS) };
     }

@@ -3,18 +3,22 @@
 //! etcd gives durability, order and time to leases; every server keeps a copy of the group in memory, from which it
 //! reads, watches and decides. [`grpc`] and [`proto`] speak to etcd, [`layout`] says what is where, [`mirror`] is the
 //! copy, [`propose`] commits changes, [`reads`] makes reads linearizable, [`leases`] ends what ran out, [`leader`] says
-//! who leads. ADR 0006 tells why it is built so.
+//! who leads and [`presence`] who is there, [`health`] asks how etcd is, [`restore`] writes a backup into it. ADR 0006
+//! tells why it is built so.
 //!
 //! Architecture invariant: a change is acknowledged when etcd has committed it, and only then shown to anyone.
 
 pub mod grpc;
+mod health;
 mod layout;
 mod leader;
 mod leases;
 mod mirror;
+mod presence;
 mod propose;
 pub mod proto;
 mod reads;
+mod restore;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,8 +32,11 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
 
 pub use self::grpc::{EtcdEndpoint, Login};
+pub use self::health::{EndpointHealth, EtcdHealth};
+pub use self::restore::restore;
 
-use self::grpc::{Channel, GrpcError};
+use self::grpc::{Channel, GrpcError, code};
+use self::health::Probes;
 use self::layout::Layout;
 use self::mirror::Mirror;
 use self::propose::{Change, Pending, refusal};
@@ -39,18 +46,16 @@ use self::proto::{
 use self::reads::Waiter;
 use crate::embedded::Retention;
 use crate::embedded::hub::EmbeddedWatch;
-use crate::embedded::raft::Outcome;
+use crate::embedded::raft::{Membership, Outcome};
 use crate::error::StoreError;
 use crate::types::{
-    Consistency, GroupId, Leadership, LeaseId, MAX_TXN_OPERATIONS, Member, Pressure, RangeRequest, RangeResponse,
-    Revision, StoreStatus, Txn, TxnOutcome,
+    Consistency, GroupId, Leadership, LeaseId, MAX_TXN_OPERATIONS, Member, MemberHealth, Pressure, RangeRequest,
+    RangeResponse, Revision, StoreStatus, Txn, TxnOutcome,
 };
-use crate::{Store, Watch};
+use crate::{Store, Watch, backup};
 
 /// Keys up to which a read is done under the state's lock; larger ones work on a snapshot beside it.
 const SMALL_READ: usize = 256;
-/// How long opening waits for etcd to answer.
-const OPEN_LIMIT: Duration = Duration::from_secs(15);
 /// How often idle watches are told how far the group is.
 const ANNOUNCE: Duration = Duration::from_secs(10);
 /// How often the leader has etcd forget old history.
@@ -71,6 +76,8 @@ pub struct Config {
     pub prefix: String,
     pub tls: Option<Arc<tokio_rustls::rustls::ClientConfig>>,
     pub login: Option<Login>,
+    /// After how long opening gives up on an etcd that does not answer.
+    pub open_timeout: Duration,
     /// How long any one request may take.
     pub request_timeout: Duration,
     /// How long a leader that is silent stays the leader. etcd's own minimum is about two seconds.
@@ -91,6 +98,7 @@ impl Config {
             prefix: "/nexus".into(),
             tls: None,
             login: None,
+            open_timeout: Duration::from_secs(15),
             request_timeout: Duration::from_secs(5),
             election_ttl: Duration::from_secs(2),
             retention: Retention::default(),
@@ -99,11 +107,57 @@ impl Config {
     }
 }
 
+impl Config {
+    fn channel(&self, env: &Env) -> Channel {
+        Channel::new(env.clone(), self.endpoints.clone(), self.tls.clone(), self.login.clone())
+    }
+
+    /// A failure in words that name what an operator can change.
+    fn explain(&self, error: &GrpcError) -> String {
+        let user = self.login.as_ref().map(|l| &*l.user);
+        let said = error.to_string();
+        let advice = match (error, user) {
+            (GrpcError::Status { code: code::PERMISSION_DENIED, .. }, Some(user)) => format!(
+                "the user {user} needs a role that may read and write below {prefix}/: `etcdctl role grant-permission \
+                 ROLE --prefix=true readwrite {prefix}/`, `etcdctl user grant-role {user} ROLE`",
+                prefix = self.prefix.trim_end_matches('/')
+            ),
+            (GrpcError::Status { message, .. }, Some(user)) if message.contains("authentication failed") => {
+                format!("it does not know the user {user} with this password")
+            }
+            (GrpcError::Status { message, .. }, Some(_)) if message.contains("authentication is not enabled") => {
+                "leave the user and the password out, or let it have users: `etcdctl auth enable`".to_owned()
+            }
+            (GrpcError::Status { code: code::PERMISSION_DENIED, .. }, None) => {
+                "it wants a user and a password, or a role for the user that this certificate names".to_owned()
+            }
+            (GrpcError::Status { message, .. }, None) if message.contains("user name is empty") => {
+                "it wants a user and a password".to_owned()
+            }
+            (_, _) if said.contains("UnknownIssuer") || said.contains("BadSignature") => {
+                "its certificate is of another authority than the one that is trusted".to_owned()
+            }
+            (_, _) if said.contains("invalid peer certificate") => {
+                "its certificate does not fit: see its names and its time".to_owned()
+            }
+            (_, _) if said.contains("CertificateRequired") || said.contains("BadCertificate") => {
+                "it wants a certificate of its own authority from its clients".to_owned()
+            }
+            (_, _) if said.contains("corrupt message") || said.contains("handshake eof") => {
+                "if it does not speak TLS there, leave the authority out".to_owned()
+            }
+            _ => return said,
+        };
+        format!("{said}: {advice}")
+    }
+}
+
 /// What the engine's tasks share.
 pub struct Core {
     config: Config,
     env: Env,
     channel: Channel,
+    probes: Probes,
     mirror: Mirror,
     /// Operations that etcd takes in one transaction.
     max_ops: usize,
@@ -184,10 +238,10 @@ impl EtcdStore {
         if config.endpoints.is_empty() {
             return Err(StoreError::Invalid("no etcd endpoint is given".into()));
         }
-        let channel = Channel::new(env.clone(), config.endpoints.clone(), config.tls.clone(), config.login.clone());
+        let channel = config.channel(&env);
         let mirror = Mirror::new(Layout::new(&config.prefix, &config.group), config.retention);
-        let deadline = Instant::now() + OPEN_LIMIT;
-        let max_ops = operations(&channel, &mirror, deadline).await?;
+        let deadline = Instant::now() + config.open_timeout;
+        let max_ops = operations(&config, &channel, &mirror.layout, deadline).await?;
         while let Err(error) = mirror.load(&channel).await {
             if Instant::now() >= deadline {
                 return Err(StoreError::Unavailable { reason: format!("the group can't be read from etcd: {error}") });
@@ -200,7 +254,7 @@ impl EtcdStore {
             lease: 0,
         };
         let told: Result<proto::Empty, _> = channel.call("/etcdserverpb.KV/Put", &server, deadline).await;
-        told.map_err(|e| StoreError::Unavailable { reason: format!("etcd can't be written to: {e}") })?;
+        told.map_err(|e| StoreError::Unavailable { reason: config.explain(&e) })?;
         tracing::info!(
             node = config.node, group = %config.group, revision = mirror.shared.read().counters.revision, max_ops,
             "opened the metadata store in etcd"
@@ -208,6 +262,7 @@ impl EtcdStore {
         let (proposals, proposal_queue) = mpsc::channel(propose::QUEUE);
         let (readers, reader_queue) = mpsc::channel(reads::QUEUE);
         let core = Arc::new(Core {
+            probes: Probes::new(&config, &env),
             config,
             env,
             channel,
@@ -229,6 +284,7 @@ impl EtcdStore {
         tasks.spawn(reads::run(core.clone(), reader_queue));
         tasks.spawn(leases::run(core.clone()));
         tasks.spawn(leader::run(core.clone()));
+        tasks.spawn(presence::run(core.clone()));
         tasks.spawn(announce(core.clone()));
         tasks.spawn(forget_history(core.clone()));
         Ok(Self { core, tasks: Mutex::new(tasks) })
@@ -243,8 +299,49 @@ impl EtcdStore {
         let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         tasks.shutdown().await;
         self.hand_over().await;
+        presence::leave(core).await;
         core.leadership.send_replace(Leadership { leader: None, is_self: false, ..led });
         core.channel.close();
+        core.probes.close();
+    }
+
+    /// Every server that has entered itself, with whether it is there. None has a vote, and all have what etcd has.
+    pub fn members_health(&self) -> Vec<MemberHealth> {
+        let servers = self.core.mirror.servers().into_iter();
+        let health = |(node, (endpoint, reachable))| MemberHealth {
+            node,
+            endpoint,
+            voter: true,
+            reachable,
+            matched: None,
+            lag_entries: 0,
+            clock_skew_ms: None,
+            feature_level: 1,
+        };
+        servers.map(health).collect()
+    }
+
+    /// How the etcd cluster itself is.
+    pub async fn etcd_health(&self) -> EtcdHealth {
+        self.core.probes.ask(&self.core.config).await
+    }
+
+    /// Everything that this server knows, for a backup. With `current`, everything that was acknowledged before is in it;
+    /// without, no etcd is needed.
+    pub async fn backup_view(&self, current: bool) -> Result<backup::View, StoreError> {
+        if current {
+            self.core.barrier().await?;
+        }
+        let mut state = self.core.mirror.shared.read().clone();
+        let servers = self.core.mirror.servers();
+        // As the embedded engine has it, so that either can go on from here.
+        let nodes = servers.iter().map(|(node, (at, _))| (*node, openraft::BasicNode::new(at)));
+        let nodes: std::collections::BTreeMap<_, _> = nodes.collect();
+        let voters = vec![servers.keys().copied().collect()];
+        state.counters.membership = Membership::new(None, openraft::Membership::new(voters, nodes));
+        state.counters.last_lease = state.leases.keys().next_back().copied().unwrap_or(0);
+        let (group, term) = (self.core.config.group.clone(), self.core.leadership.borrow().epoch);
+        Ok(backup::View { state, group, term, generation: 1 })
     }
 
     /// Forgets a server that is gone for good.
@@ -265,7 +362,7 @@ impl EtcdStore {
         }
         let key = core.mirror.layout.leader();
         let resign = TxnRequest {
-            compare: vec![Compare::created(key.clone(), i64::try_from(led.epoch).unwrap_or(0))],
+            compare: vec![Compare::created(key.clone(), core.mirror.created(led.epoch))],
             success: vec![proto::RequestOp::delete(key)],
             failure: Vec::new(),
         };
@@ -289,25 +386,32 @@ impl Drop for EtcdStore {
         self.core.closed.store(true, Ordering::Relaxed);
         self.core.mirror.shared.hub.close();
         self.core.channel.close();
+        self.core.probes.close();
     }
 }
 
 /// Finds out how many operations etcd takes at once. One transaction of the contract and the journal must fit.
-async fn operations(channel: &Channel, mirror: &Mirror, deadline: Instant) -> Result<usize, StoreError> {
-    let key = mirror.layout.journal();
+async fn operations(
+    config: &Config,
+    channel: &Channel,
+    layout: &Layout,
+    deadline: Instant,
+) -> Result<usize, StoreError> {
+    let key = layout.journal();
     let mut wanted = OPERATIONS.into_iter();
     let mut next = wanted.next();
     while let Some(count) = next {
         let look = EtcdRange { key: key.clone(), keys_only: true, ..EtcdRange::default() };
         let reads = (0..count).map(|_| proto::RequestOp::range(look.clone())).collect();
         let request = TxnRequest { compare: Vec::new(), success: reads, failure: Vec::new() };
-        let until = deadline.min(Instant::now() + Duration::from_secs(5));
+        // The last try has its time too, so that its failure is etcd's and not that of haste.
+        let until = Instant::now() + Duration::from_secs(5);
         match channel.call::<_, proto::Empty>("/etcdserverpb.KV/Txn", &request, until).await {
             Ok(_) => return Ok(count),
             Err(GrpcError::Status { message, .. }) if message.contains("too many operations") => next = wanted.next(),
             Err(error) if error.is_passing() && Instant::now() < deadline => sleep(Duration::from_millis(200)).await,
             Err(error) => {
-                return Err(StoreError::Unavailable { reason: format!("etcd can't be asked: {error}") });
+                return Err(StoreError::Unavailable { reason: config.explain(&error) });
             }
         }
     }
@@ -346,7 +450,7 @@ async fn forget_history(core: Arc<Core>) {
         match core.channel.call::<_, proto::Empty>("/etcdserverpb.KV/Compact", &request, until).await {
             Ok(_) => tracing::debug!(revision, "etcd forgot old history"),
             // Another group's leader was further.
-            Err(GrpcError::Status { code: grpc::code::OUT_OF_RANGE, .. }) => {}
+            Err(GrpcError::Status { code: code::OUT_OF_RANGE, .. }) => {}
             Err(error) => tracing::warn!(%error, revision, "etcd could not be compacted"),
         }
     }
@@ -362,6 +466,11 @@ impl Store for EtcdStore {
         }
     }
 
+    /// Batches are transactions of etcd, of which several are on their way, and a refused one is tried again.
+    fn keeps_order(&self) -> bool {
+        false
+    }
+
     async fn range(&self, request: RangeRequest) -> Result<RangeResponse, StoreError> {
         match request.consistency {
             Consistency::Linearizable => self.core.barrier().await?,
@@ -375,21 +484,8 @@ impl Store for EtcdStore {
         if self.core.is_closed() {
             return Err(StoreError::Closed);
         }
-        if !end.is_empty() && start >= end {
-            return Err(StoreError::Invalid("the watched range is empty".into()));
-        }
-        let shared = &self.core.mirror.shared;
-        // The revision may come from a server whose copy is ahead of this one.
-        let until = Instant::now() + self.core.config.request_timeout;
-        if timeout_at(until, shared.reached(|p| p.revision >= after.0)).await != Ok(true) {
-            let current = shared.read().revision();
-            return Err(StoreError::FutureRevision { asked: after, current });
-        }
-        let oldest = shared.read().oldest();
-        if after < oldest {
-            return Err(StoreError::Compacted { oldest });
-        }
-        Ok(Watch::new(Box::new(EmbeddedWatch::new(shared.clone(), start, end, after.0))))
+        let limit = self.core.config.request_timeout;
+        EmbeddedWatch::open(&self.core.mirror.shared, (start, end), after, limit).await
     }
 
     async fn lease_grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
@@ -439,11 +535,11 @@ impl Store for EtcdStore {
     async fn status(&self) -> StoreStatus {
         let core = &self.core;
         let leadership = *core.leadership.borrow();
-        let member = |endpoint| Member { endpoint, voter: true };
         let full = core.full.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let shared = &core.mirror.shared;
         let watchers = shared.hub.watchers() as u64;
-        let members = core.mirror.servers().into_iter().map(|(id, endpoint)| (id, member(endpoint))).collect();
+        let members = core.mirror.servers().into_iter();
+        let members = members.map(|(id, (endpoint, _))| (id, Member { endpoint, voter: true })).collect();
         let state = shared.read();
         StoreStatus {
             node: core.config.node,

@@ -313,12 +313,9 @@ pub fn refusal(core: &Core, error: &GrpcError) -> StoreError {
         GrpcError::Status { code: code::INVALID_ARGUMENT, message } if message.contains("too large") => {
             StoreError::Invalid(format!("{message}: start etcd with --max-request-bytes=4194304"))
         }
-        GrpcError::Status { code: code::UNAUTHENTICATED | code::PERMISSION_DENIED, message } => {
-            StoreError::Unavailable { reason: format!("etcd refuses this server's user: {message}") }
-        }
         GrpcError::Status { message, .. } if message.contains("no leader") => {
             StoreError::NoLeader { reason: message.clone() }
         }
-        other => StoreError::Unavailable { reason: other.to_string() },
+        other => StoreError::Unavailable { reason: core.config.explain(other) },
     }
 }

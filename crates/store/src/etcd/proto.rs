@@ -76,35 +76,32 @@ pub struct DeleteRangeRequest {
     pub range_end: Bytes,
 }
 
+/// One operation of a transaction: exactly one of the fields.
 #[derive(Clone, PartialEq, Message)]
 pub struct RequestOp {
-    #[prost(oneof = "request_op::Request", tags = "1, 2, 3")]
-    pub request: Option<request_op::Request>,
-}
-
-pub mod request_op {
-    #[derive(Clone, PartialEq, prost::Oneof)]
-    pub enum Request {
-        #[prost(message, tag = "1")]
-        Range(super::RangeRequest),
-        #[prost(message, tag = "2")]
-        Put(super::PutRequest),
-        #[prost(message, tag = "3")]
-        Delete(super::DeleteRangeRequest),
-    }
+    #[prost(message, optional, tag = "1")]
+    pub range: Option<RangeRequest>,
+    #[prost(message, optional, tag = "2")]
+    pub put: Option<PutRequest>,
+    #[prost(message, optional, tag = "3")]
+    pub delete: Option<DeleteRangeRequest>,
 }
 
 impl RequestOp {
     pub fn range(request: RangeRequest) -> Self {
-        Self { request: Some(request_op::Request::Range(request)) }
+        Self { range: Some(request), ..Self::default() }
     }
 
     pub fn put(key: Bytes, value: Bytes, lease: i64) -> Self {
-        Self { request: Some(request_op::Request::Put(PutRequest { key, value, lease })) }
+        Self { put: Some(PutRequest { key, value, lease }), ..Self::default() }
     }
 
     pub fn delete(key: Bytes) -> Self {
-        Self { request: Some(request_op::Request::Delete(DeleteRangeRequest { key, range_end: Bytes::new() })) }
+        Self::delete_range((key, Bytes::new()))
+    }
+
+    pub fn delete_range((key, range_end): (Bytes, Bytes)) -> Self {
+        Self { delete: Some(DeleteRangeRequest { key, range_end }), ..Self::default() }
     }
 }
 
@@ -123,38 +120,28 @@ pub enum CompareTarget {
     Mod = 2,
 }
 
-/// A condition of equality (`result` 0), the only one used here.
+/// A condition of equality (`result` 0), the only one used here: on exactly one of the last two fields.
 #[derive(Clone, PartialEq, Message)]
 pub struct Compare {
     #[prost(enumeration = "CompareTarget", tag = "2")]
     pub target: i32,
     #[prost(bytes = "bytes", tag = "3")]
     pub key: Bytes,
-    #[prost(oneof = "compare::Wanted", tags = "4, 5, 6")]
-    pub wanted: Option<compare::Wanted>,
-}
-
-pub mod compare {
-    #[derive(Clone, PartialEq, prost::Oneof)]
-    pub enum Wanted {
-        #[prost(int64, tag = "4")]
-        Version(i64),
-        #[prost(int64, tag = "5")]
-        Create(i64),
-        #[prost(int64, tag = "6")]
-        Mod(i64),
-    }
+    #[prost(int64, optional, tag = "5")]
+    pub create_revision: Option<i64>,
+    #[prost(int64, optional, tag = "6")]
+    pub mod_revision: Option<i64>,
 }
 
 impl Compare {
     /// The key was last changed at exactly this revision; 0 means that it does not exist.
     pub fn modified(key: Bytes, revision: i64) -> Self {
-        Self { target: CompareTarget::Mod as i32, key, wanted: Some(compare::Wanted::Mod(revision)) }
+        Self { target: CompareTarget::Mod as i32, key, create_revision: None, mod_revision: Some(revision) }
     }
 
     /// The key came into being at exactly this revision; 0 means that it does not exist.
     pub fn created(key: Bytes, revision: i64) -> Self {
-        Self { target: CompareTarget::Create as i32, key, wanted: Some(compare::Wanted::Create(revision)) }
+        Self { target: CompareTarget::Create as i32, key, create_revision: Some(revision), mod_revision: None }
     }
 }
 
@@ -188,20 +175,13 @@ pub struct CompactionRequest {
 #[derive(Clone, PartialEq, Message)]
 pub struct Empty {}
 
+/// Begins a watch, or asks one for a sign of life: exactly one of the fields.
 #[derive(Clone, PartialEq, Message)]
 pub struct WatchRequest {
-    #[prost(oneof = "watch_request::Request", tags = "1, 3")]
-    pub request: Option<watch_request::Request>,
-}
-
-pub mod watch_request {
-    #[derive(Clone, PartialEq, prost::Oneof)]
-    pub enum Request {
-        #[prost(message, tag = "1")]
-        Create(super::WatchCreateRequest),
-        #[prost(message, tag = "3")]
-        Progress(super::Empty),
-    }
+    #[prost(message, optional, tag = "1")]
+    pub create: Option<WatchCreateRequest>,
+    #[prost(message, optional, tag = "3")]
+    pub progress: Option<Empty>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -295,4 +275,63 @@ pub struct AuthenticateRequest {
 pub struct AuthenticateResponse {
     #[prost(string, tag = "2")]
     pub token: String,
+}
+
+/// What one member says of itself.
+#[derive(Clone, PartialEq, Message)]
+pub struct StatusResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: Option<ResponseHeader>,
+    #[prost(string, tag = "2")]
+    pub version: String,
+    #[prost(int64, tag = "3")]
+    pub db_size: i64,
+    #[prost(uint64, tag = "4")]
+    pub leader: u64,
+    /// Alarms among them.
+    #[prost(string, repeated, tag = "8")]
+    pub errors: Vec<String>,
+    #[prost(int64, tag = "9")]
+    pub db_size_in_use: i64,
+    #[prost(bool, tag = "10")]
+    pub is_learner: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Member {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    #[prost(string, tag = "2")]
+    pub name: String,
+    #[prost(string, repeated, tag = "4")]
+    pub client_urls: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct MemberListResponse {
+    #[prost(message, repeated, tag = "2")]
+    pub members: Vec<Member>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Field numbers and types as in etcd's `rpc.proto`: a condition on 0 must be on the wire, because etcd reads a
+    /// missing one as another.
+    #[test]
+    fn a_condition_of_absence_is_written_out() {
+        let created = Compare::created(Bytes::from_static(b"k"), 0).encode_to_vec();
+        assert_eq!(created, [0x10, 1, 0x1a, 1, b'k', 0x28, 0]);
+        let modified = Compare::modified(Bytes::from_static(b"k"), 7).encode_to_vec();
+        assert_eq!(modified, [0x10, 2, 0x1a, 1, b'k', 0x30, 7]);
+    }
+
+    #[test]
+    fn an_operation_has_one_kind() {
+        assert_eq!(RequestOp::delete(Bytes::from_static(b"k")).encode_to_vec(), [0x1a, 3, 0x0a, 1, b'k']);
+        assert_eq!(RequestOp::put(Bytes::from_static(b"k"), Bytes::new(), 0).encode_to_vec(), [0x12, 3, 0x0a, 1, b'k']);
+        let progress = WatchRequest { progress: Some(Empty {}), ..WatchRequest::default() };
+        assert_eq!(progress.encode_to_vec(), [0x1a, 0]);
+    }
 }

@@ -9,7 +9,7 @@ use nexus_env::Disk;
 use super::{Finding, OfflineError, Severity, disk_error};
 use crate::embedded::mvcc::State;
 use crate::embedded::raft::{Entry, LogId, SnapshotMeta, Vote};
-use crate::embedded::snapshot::{MAGIC, MAX_PART, Part};
+use crate::embedded::snapshot::{MAGIC, MAX_PART, Part, PartReader};
 use crate::embedded::wal::{self, Kind, SEGMENT_HEADER};
 use crate::types::GroupId;
 
@@ -172,7 +172,7 @@ fn part_at(data: &[u8], at: usize) -> Option<(Part, usize)> {
     if crc32c::crc32c(payload) != word(at + 4)? {
         return None;
     }
-    Some((rmp_serde::from_slice(payload).ok()?, start + len))
+    Some((PartReader::default().read(payload).ok()?, start + len))
 }
 
 /// The next place behind a damaged part where a sound one begins.

@@ -1,4 +1,5 @@
 //! A real etcd cluster on loopback, in a folder of its own, ended with the last handle.
+#![allow(dead_code)] // Each test binary uses its own part.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -20,14 +21,17 @@ pub const PASSWORD: &str = "correct horse";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     pub members: usize,
-    /// TLS in front of clients, who must show a certificate and log in.
-    pub secure: bool,
+    /// TLS in front of clients, who must show a certificate.
+    pub tls: bool,
+    /// Whoever comes must log in.
+    pub users: bool,
     pub max_ops: usize,
 }
 
 impl Shape {
-    pub const ONE: Self = Self { members: 1, secure: false, max_ops: 1_024 };
-    pub const THREE_SECURE: Self = Self { members: 3, secure: true, max_ops: 256 };
+    pub const ONE: Self = Self { members: 1, tls: false, users: false, max_ops: 1_024 };
+    pub const ONE_SECURE: Self = Self { tls: true, users: true, ..Self::ONE };
+    pub const THREE_SECURE: Self = Self { members: 3, max_ops: 256, ..Self::ONE_SECURE };
 }
 
 pub struct Etcd {
@@ -49,12 +53,12 @@ impl Etcd {
         let ports = (0..shape.members).map(|_| (free_port(), free_port())).collect();
         let children = Mutex::new((0..shape.members).map(|_| None).collect());
         let etcd = Self { dir, shape, ports, children };
-        if shape.secure {
+        if shape.tls {
             etcd.certificates();
         }
         (0..shape.members).for_each(|m| etcd.boot(m));
         etcd.wait();
-        if shape.secure {
+        if shape.users {
             etcd.ctl(&["user", "add", "root:another", "--interactive=false"]);
             etcd.ctl(&["user", "grant-role", "root", "root"]);
             etcd.ctl(&["role", "add", "nexus"]);
@@ -70,13 +74,17 @@ impl Etcd {
         self.dir.path().join(name)
     }
 
-    fn certificates(&self) {
+    fn authority(&self, name: &str) -> rcgen::Issuer<'static, rcgen::KeyPair> {
         let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let ca_key = rcgen::KeyPair::generate().unwrap();
-        let ca = params.self_signed(&ca_key).unwrap();
-        let issuer = rcgen::Issuer::new(params, ca_key);
-        std::fs::write(self.file("ca.pem"), ca.pem()).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        std::fs::write(self.file(name), params.self_signed(&key).unwrap().pem()).unwrap();
+        rcgen::Issuer::new(params, key)
+    }
+
+    fn certificates(&self) {
+        self.authority("other-ca.pem");
+        let issuer = self.authority("ca.pem");
         for name in ["server", "client"] {
             let key = rcgen::KeyPair::generate().unwrap();
             let params = rcgen::CertificateParams::new(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
@@ -87,7 +95,7 @@ impl Etcd {
     }
 
     fn scheme(&self) -> &'static str {
-        if self.shape.secure { "https" } else { "http" }
+        if self.shape.tls { "https" } else { "http" }
     }
 
     /// Starts a member, anew or again.
@@ -111,7 +119,7 @@ impl Etcd {
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
-        if self.shape.secure {
+        if self.shape.tls {
             command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(self.file("ca.pem"));
             command.arg("--cert-file").arg(self.file("server.pem")).arg("--key-file").arg(self.file("server.key"));
         }
@@ -132,7 +140,7 @@ impl Etcd {
         let endpoints: Vec<String> =
             self.ports.iter().map(|(p, _)| format!("{}://127.0.0.1:{p}", self.scheme())).collect();
         command.env("ETCDCTL_API", "3").arg("--endpoints").arg(endpoints.join(","));
-        if self.shape.secure {
+        if self.shape.tls {
             command.arg("--cacert").arg(self.file("ca.pem"));
             command.arg("--cert").arg(self.file("client.pem")).arg("--key").arg(self.file("client.key"));
         }
@@ -161,37 +169,61 @@ impl Etcd {
         self.ports.iter().map(|(p, _)| EtcdEndpoint { host: "localhost".into(), at: at(*p) }).collect()
     }
 
+    /// The cluster as the command line takes it: with the user's own prefix, and files for what the shape asks of clients.
+    pub fn url(&self) -> String {
+        let hosts: Vec<String> = self.ports.iter().map(|(p, _)| format!("127.0.0.1:{p}")).collect();
+        let (mut user, mut options) = (String::new(), Vec::new());
+        let mut file = |option: &str, name: &str| options.push(format!("{option}={}", self.file(name).display()));
+        if self.shape.tls {
+            file("ca", "ca.pem");
+            file("cert", "client.pem");
+            file("key", "client.key");
+        }
+        if self.shape.users {
+            user = format!("{USER}@");
+            std::fs::write(self.file("password"), format!("{PASSWORD}\n")).unwrap();
+            file("password-file", "password");
+        }
+        format!("etcd://{user}{}/nexus?{}", hosts.join(","), options.join("&"))
+    }
+
     pub fn config(&self, node: u64, group: &str) -> Config {
         let mut config = Config::new(node, GroupId::new(group).unwrap(), self.endpoints());
         config.endpoint = format!("server-{node}");
-        if self.shape.secure {
-            config.tls = Some(tls(self.dir.path()));
+        if self.shape.tls {
+            config.tls = Some(self.tls(&self.file("ca.pem"), true));
+        }
+        if self.shape.users {
             config.login = Some(Login { user: USER.into(), password: PASSWORD.into() });
         }
         config
     }
 
+    /// How clients speak TLS who trust an authority, with this cluster's certificate for clients or none.
+    pub fn tls(&self, ca: &Path, certificate: bool) -> Arc<rustls::ClientConfig> {
+        use rustls::pki_types::pem::PemObject as _;
+        use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(ca).unwrap()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots);
+        let mut config = if certificate {
+            let cert = CertificateDer::from_pem_file(self.file("client.pem")).unwrap();
+            let key = PrivateKeyDer::from_pem_file(self.file("client.key")).unwrap();
+            builder.with_client_auth_cert(vec![cert], key).unwrap()
+        } else {
+            builder.with_no_client_auth()
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Arc::new(config)
+    }
+
     pub async fn open(&self, node: u64, group: &str) -> Arc<EtcdStore> {
         Arc::new(EtcdStore::open(self.config(node, group), Env::real()).await.unwrap())
     }
-}
-
-fn tls(dir: &Path) -> Arc<rustls::ClientConfig> {
-    use rustls::pki_types::pem::PemObject as _;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(dir.join("ca.pem")).unwrap()).unwrap();
-    let cert = CertificateDer::from_pem_file(dir.join("client.pem")).unwrap();
-    let key = PrivateKeyDer::from_pem_file(dir.join("client.key")).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_client_auth_cert(vec![cert], key)
-        .unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Arc::new(config)
 }
 
 impl Drop for Etcd {

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // Each test binary uses its own part.
 
 pub mod contract;
+pub mod load;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -123,6 +124,11 @@ impl Cluster {
 
     pub fn ids(&self) -> Vec<u64> {
         self.disks.keys().copied().collect()
+    }
+
+    /// All founders but one.
+    pub fn others(&self, than: u64) -> Vec<u64> {
+        self.disks.keys().copied().filter(|n| *n != than).collect()
     }
 
     pub async fn boot(&self, node: u64) -> Result<Arc<EmbeddedStore>, StoreError> {
@@ -269,6 +275,11 @@ pub async fn until<T>(what: &str, mut found: impl AsyncFnMut() -> Option<T>) -> 
         assert!(tokio::time::Instant::now() < deadline, "waited in vain for {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Waits until a member says why it has stopped.
+pub async fn failure(store: &dyn Store) -> String {
+    until("a failure", async || store.status().await.failure).await
 }
 
 /// A seed from the environment to replay, or a fresh one; printed either way.

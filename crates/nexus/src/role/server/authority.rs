@@ -18,11 +18,10 @@ use nexus_model::{ApiError, Code};
 
 use crate::config::{AuthorityFiles, ServerConfig};
 
-/// How long what is signed here is good.
-pub const CERT_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
-
 pub struct Authority {
     ca: CertificateAuthority,
+    /// How long what is signed here is good.
+    life: Duration,
     env: Env,
 }
 
@@ -84,7 +83,7 @@ impl Authority {
             ca.trust_domain(),
             config.cluster_id
         );
-        Ok(Some(Arc::new(Self { ca, env: env.clone() })))
+        Ok(Some(Arc::new(Self { ca, life: files.certificate_life(), env: env.clone() })))
     }
 
     pub fn cert_pem(&self) -> &str {
@@ -103,7 +102,7 @@ impl Authority {
     /// Signs for one id. Names are for the ids under `api/` alone.
     pub fn sign(&self, request: &CertRequest, id: &SpiffeId, names: &PublicNames) -> Result<String, ApiError> {
         let now = at_millis(self.env.now_millis());
-        let signed = self.ca.sign(request, id, &names.dns, &names.ips, now, CERT_LIFE).map_err(|e| failed(&e))?;
+        let signed = self.ca.sign(request, id, &names.dns, &names.ips, now, self.life).map_err(|e| failed(&e))?;
         Ok(signed.cert_chain_pem)
     }
 
@@ -157,7 +156,8 @@ mod tests {
     fn authority() -> Authority {
         let env = Env::real();
         let now = at_millis(env.now_millis());
-        Authority { ca: CertificateAuthority::generate("home", now, 10 * CERT_LIFE).unwrap(), env }
+        let life = crate::config::CERTIFICATE_LIFE;
+        Authority { ca: CertificateAuthority::generate("home", now, 10 * life).unwrap(), life, env }
     }
 
     #[test]

@@ -2,7 +2,6 @@
 //!
 //! One at a time. A backup that has begun is finished even if whoever asked for it does not wait.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,14 +9,13 @@ use async_trait::async_trait;
 use nexus_api::operations::read;
 use nexus_env::{Env, on_disk};
 use nexus_model::{ApiError, Code, Timestamp};
-use nexus_store::GroupId;
 use nexus_store::backup::{self, BackupError, Listed, Manifest, Writer};
-use nexus_store::embedded::EmbeddedStore;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, oneshot};
 use tokio::task::JoinSet;
 
+use super::groups::Groups;
 use super::operations::{Backups, from_store};
 use crate::config::ServerConfig;
 
@@ -44,20 +42,20 @@ pub struct ServerBackups {
     server: String,
     cluster_id: String,
     dir: PathBuf,
-    stores: BTreeMap<GroupId, Arc<EmbeddedStore>>,
+    groups: Groups,
     /// Held while a backup is written; with the task that writes it.
     running: Arc<Mutex<()>>,
     tasks: std::sync::Mutex<JoinSet<()>>,
 }
 
 impl ServerBackups {
-    pub fn new(config: &ServerConfig, env: &Env, stores: BTreeMap<GroupId, Arc<EmbeddedStore>>) -> Self {
+    pub fn new(config: &ServerConfig, env: &Env, groups: Groups) -> Self {
         Self {
             env: env.clone(),
             server: config.name.to_string(),
             cluster_id: config.cluster_id.clone(),
             dir: config.backup_dir(),
-            stores,
+            groups,
             running: Arc::default(),
             tasks: std::sync::Mutex::default(),
         }
@@ -117,12 +115,12 @@ impl Backups for ServerBackups {
         let now = self.env.now_millis();
         let name = asked.name.unwrap_or_else(|| name_of(now));
         let (disk, dir, cluster) = (self.env.disk.clone(), self.dir.clone(), self.cluster_id.clone());
-        let (stores, server) = (self.stores.clone(), self.server.clone());
+        let (groups, server) = (self.groups.clone(), self.server.clone());
         let (reply, made) = oneshot::channel();
         let work = async move {
             let mut writer = Writer::begin(disk.clone(), dir.clone(), &name, &cluster, now).await?;
-            for store in stores.values() {
-                writer.add(store, !asked.stale).await?;
+            for engine in [&groups.global, &groups.region] {
+                writer.add_view(engine.backup_view(!asked.stale).await?).await?;
             }
             let manifest = writer.finish().await?;
             let mut answer = described(&manifest);

@@ -1,17 +1,22 @@
 //! Which engine keeps a group's metadata: the embedded one, or, where `nexus.toml` says so, an etcd cluster.
 //!
-//! To whoever reads and writes there is no difference. What only one of them has (members that are added and removed,
-//! backups) is asked of [`Engine`], which answers for the other as far as it makes sense: in etcd every server that
-//! has been started takes part, and there is nothing to be voted on.
+//! To whoever reads and writes there is no difference. What only one of them has (members that are added and removed, a
+//! cluster beside the servers) is asked of [`Engine`], which answers for the other as far as it makes sense: in etcd every
+//! server that has been started takes part, and there is nothing to be voted on.
+//!
+//! What a server's folder was made for stays: whoever configures the other engine is told, instead of finding an empty
+//! cloud.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-#[cfg(feature = "etcd")]
 use anyhow::Context as _;
 use async_trait::async_trait;
 use bytes::Bytes;
+use nexus_api::EtcdStatus;
 use nexus_env::Env;
+use nexus_store::backup::{self, Backup, Restore, Restored};
 use nexus_store::embedded::{self, EmbeddedStore, Peers};
 use nexus_store::{
     Leadership, LeaseId, MemberHealth, RangeRequest, RangeResponse, Revision, Store, StoreError, StoreStatus, Txn,
@@ -20,6 +25,26 @@ use nexus_store::{
 use tokio::sync::watch;
 
 use crate::config::ServerConfig;
+
+/// In the folder of the stores, says that they are in etcd, and where.
+const MARK: &str = "ETCD";
+
+/// Which etcd keeps what a server with this data folder knows, if one does.
+pub fn etcd_of(data_dir: &Path) -> Option<String> {
+    std::fs::read_to_string(mark(data_dir)).ok().map(|text| text.trim().to_owned())
+}
+
+fn mark(data_dir: &Path) -> PathBuf {
+    data_dir.join("store").join(MARK)
+}
+
+/// From now on the stores are in the folder itself.
+pub fn leave_etcd(data_dir: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(mark(data_dir)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
 
 /// This server's part of one group.
 pub enum Engine {
@@ -36,8 +61,25 @@ impl Engine {
         env: &Env,
         peers: Arc<dyn Peers>,
     ) -> anyhow::Result<Self> {
-        if config.store.is_some() {
-            return etcd(config, own, env).await;
+        if let Some(store) = &config.store {
+            if own.dir.join("FORMAT").exists() {
+                anyhow::bail!(
+                    "group {} is in {}, but `store` asks for etcd: move it there with `nexus backup create` and `nexus \
+                     backup restore`, or leave `store` out",
+                    own.group,
+                    own.dir.display()
+                );
+            }
+            let engine = etcd(config, own, env).await?;
+            let mark = mark(&config.data_dir);
+            std::fs::write(&mark, format!("{}\n", store.url)).with_context(|| format!("writing {}", mark.display()))?;
+            return Ok(engine);
+        }
+        if let Some(url) = etcd_of(&config.data_dir) {
+            anyhow::bail!(
+                "this server's metadata is in etcd, {url}, but nothing says how to get there: configure `store`, or move \
+                 it with `nexus backup restore`"
+            );
         }
         Ok(Self::Embedded(Arc::new(EmbeddedStore::open(own, env.clone(), peers).await?)))
     }
@@ -96,6 +138,14 @@ impl Engine {
         }
     }
 
+    pub async fn demote(&self, node: u64) -> Result<(), StoreError> {
+        match self {
+            Self::Embedded(store) => store.demote(node).await,
+            #[cfg(feature = "etcd")]
+            Self::Etcd(_) => Ok(()),
+        }
+    }
+
     pub async fn remove(&self, node: u64) -> Result<(), StoreError> {
         match self {
             Self::Embedded(store) => store.remove(node).await,
@@ -107,9 +157,39 @@ impl Engine {
     pub async fn members_health(&self) -> Result<Vec<MemberHealth>, StoreError> {
         match self {
             Self::Embedded(store) => store.members_health().await,
-            // How etcd's own members are, etcd's operator sees.
             #[cfg(feature = "etcd")]
-            Self::Etcd(_) => Ok(Vec::new()),
+            Self::Etcd(store) => Ok(store.members_health()),
+        }
+    }
+
+    /// How the etcd cluster is, if one keeps the group.
+    pub async fn etcd_status(&self) -> Option<EtcdStatus> {
+        match self {
+            Self::Embedded(_) => None,
+            #[cfg(feature = "etcd")]
+            Self::Etcd(store) => {
+                let health = store.etcd_health().await;
+                let endpoints = health.endpoints.into_iter().map(|e| nexus_api::EtcdEndpoint {
+                    endpoint: e.endpoint,
+                    reachable: e.reachable,
+                    member: e.name,
+                    version: e.version,
+                    leader: e.leader,
+                    database_bytes: e.db_bytes,
+                    database_bytes_in_use: e.db_bytes_in_use,
+                    trouble: e.trouble,
+                });
+                Some(EtcdStatus { endpoints: endpoints.collect(), others: health.others })
+            }
+        }
+    }
+
+    /// What the group holds, for a backup; `current` asks a majority (or etcd) first.
+    pub async fn backup_view(&self, current: bool) -> Result<backup::View, StoreError> {
+        match self {
+            Self::Embedded(store) => store.backup_view(current).await,
+            #[cfg(feature = "etcd")]
+            Self::Etcd(store) => store.backup_view(current).await,
         }
     }
 }
@@ -118,6 +198,10 @@ impl Engine {
 impl Store for Engine {
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
         self.store().txn(txn).await
+    }
+
+    fn keeps_order(&self) -> bool {
+        self.store().keeps_order()
     }
 
     async fn range(&self, request: RangeRequest) -> Result<RangeResponse, StoreError> {
@@ -154,13 +238,36 @@ impl Store for Engine {
 }
 
 #[cfg(not(feature = "etcd"))]
+const WITHOUT: &str = "`store` asks for etcd, which this nexus was built without: build it with the feature `etcd`, which \
+                       is on unless --no-default-features says otherwise";
+
+#[cfg(not(feature = "etcd"))]
 async fn etcd(_: &ServerConfig, _: embedded::Config, _: &Env) -> anyhow::Result<Engine> {
-    anyhow::bail!("`store` asks for etcd, which this nexus was built without: build it with `--features etcd`")
+    anyhow::bail!(WITHOUT)
 }
 
 #[cfg(feature = "etcd")]
 async fn etcd(config: &ServerConfig, own: embedded::Config, env: &Env) -> anyhow::Result<Engine> {
-    use nexus_store::etcd::{Config, EtcdEndpoint, EtcdStore, Login};
+    let etcd = way_to_etcd(config, own.group).await?;
+    Ok(Engine::Etcd(nexus_store::etcd::EtcdStore::open(etcd, env.clone()).await?))
+}
+
+/// Writes a group of a backup into the etcd of a server that is stopped, like all others of the group.
+#[cfg(not(feature = "etcd"))]
+pub async fn restore(_: &ServerConfig, _: &Backup, _: &Restore<'_>) -> anyhow::Result<Restored> {
+    anyhow::bail!(WITHOUT)
+}
+
+/// Writes a group of a backup into the etcd of a server that is stopped, like all others of the group.
+#[cfg(feature = "etcd")]
+pub async fn restore(config: &ServerConfig, backup: &Backup, what: &Restore<'_>) -> anyhow::Result<Restored> {
+    let etcd = way_to_etcd(config, what.group.clone()).await?;
+    Ok(nexus_store::etcd::restore(backup, what, &etcd, &Env::real()).await?)
+}
+
+#[cfg(feature = "etcd")]
+async fn way_to_etcd(config: &ServerConfig, group: nexus_store::GroupId) -> anyhow::Result<nexus_store::etcd::Config> {
+    use nexus_store::etcd::{Config, EtcdEndpoint, Login};
     let store = config.store.as_ref().context("`store` is not configured")?;
     let (hosts, prefix) = store.parts().map_err(|why| anyhow::anyhow!("`store.url`: {why}"))?;
     let mut endpoints = Vec::new();
@@ -169,9 +276,9 @@ async fn etcd(config: &ServerConfig, own: embedded::Config, env: &Env) -> anyhow
         let name = host.rsplit_once(':').map_or(&*host, |(name, _)| name).trim_matches(['[', ']']).to_owned();
         endpoints.extend(found.map(|at| EtcdEndpoint { host: name.clone(), at: at.into() }));
     }
-    let mut etcd = Config::new(own.node, own.group, endpoints);
+    let mut etcd = Config::new(config.node_id, group, endpoints);
     etcd.prefix = prefix;
-    etcd.endpoint = config.members.get(&own.node).map(|m| m.wire.to_string()).unwrap_or_default();
+    etcd.endpoint = config.members.get(&config.node_id).map(|m| m.wire.to_string()).unwrap_or_default();
     if !store.compact {
         etcd.compact_after = None;
     }
@@ -183,7 +290,7 @@ async fn etcd(config: &ServerConfig, own: embedded::Config, env: &Env) -> anyhow
         let password = std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
         etcd.login = Some(Login { user: user.clone(), password: password.trim_end().to_owned() });
     }
-    Ok(Engine::Etcd(EtcdStore::open(etcd, env.clone()).await?))
+    Ok(etcd)
 }
 
 /// Etcd's members are checked against an authority of their own, by the names that the URL gives them.

@@ -6,12 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nexus_api::operations::ServerEntry;
 use nexus_env::Endpoint;
-use nexus_model::{Name, key};
+use nexus_model::plan::GatewayNote;
+use nexus_model::{Name, Timestamp, key};
 use nexus_store::{Compare, KeyValue, Op, RangeRequest, Store, StoreError, Txn, WatchEvent};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -78,7 +79,15 @@ pub struct Fleet {
     /// What the configuration says, for as long as the records don't know better.
     founders: Arc<Vec<ServerEntry>>,
     known: watch::Sender<Arc<Known>>,
+    /// What gateways said of themselves: when their certificate ends, and when this was said by the monotonic clock.
+    /// Gateways have no records, and are forgotten with the process.
+    gateways: Arc<Mutex<BTreeMap<Name, (Timestamp, Duration)>>>,
 }
+
+/// A gateway that has said nothing for so long is none any more.
+const SILENT: Duration = Duration::from_secs(24 * 3600);
+/// So many gateways are remembered; the longest silent one goes first.
+const GATEWAYS: usize = 1_000;
 
 /// A record with the revision that it was last changed at.
 #[derive(Debug, Clone)]
@@ -150,7 +159,25 @@ impl Fleet {
             wire: m.wire.to_string(),
             api: m.api.clone(),
         });
-        Self { founders: Arc::new(founders.collect()), known: watch::Sender::default() }
+        Self { founders: Arc::new(founders.collect()), known: watch::Sender::default(), gateways: Arc::default() }
+    }
+
+    /// Takes in what a gateway says of itself.
+    pub fn heard_gateway(&self, note: GatewayNote, now: Duration) {
+        let mut gateways = self.gateways.lock().unwrap_or_else(PoisonError::into_inner);
+        gateways.insert(note.gateway, (note.certificate_ends, now));
+        if gateways.len() > GATEWAYS
+            && let Some(oldest) = gateways.iter().min_by_key(|(_, (_, at))| *at).map(|(name, _)| name.clone())
+        {
+            gateways.remove(&oldest);
+        }
+    }
+
+    /// The gateways that have been heard within a day, each with the end of its certificate.
+    pub fn gateways(&self, now: Duration) -> Vec<(Name, Timestamp)> {
+        let mut gateways = self.gateways.lock().unwrap_or_else(PoisonError::into_inner);
+        gateways.retain(|_, (_, at)| now.saturating_sub(*at) < SILENT);
+        gateways.iter().map(|(name, (end, _))| (name.clone(), *end)).collect()
     }
 
     pub fn known(&self) -> Arc<Known> {

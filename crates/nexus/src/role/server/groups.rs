@@ -1,8 +1,8 @@
 //! The groups of the metadata store that a server belongs to, `global` and its region's, and the ways between them: to
 //! the server that leads `global`, and to the region's own.
 //!
-//! A server of a core region may be a founding voter of `global`; any other asks the voters to let it in. It reads along
-//! without a vote unless its region is a core one and there is room among the voters.
+//! A server of a core region may be a founding voter of `global`; any other asks the voters to let it in. It reads along;
+//! whether it votes is for [`super::voters`] to say.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ use nexus_control::core::Bootstrap;
 use nexus_control::intent::{Accepted, Intent};
 use nexus_control::region::{self, Forward, ForwardError, Region, ReportError, Upward};
 use nexus_env::{Endpoint, Env};
-use nexus_model::kind::{GLOBAL, RegionServer, Tier};
+use nexus_model::kind::{GLOBAL, RegionServer};
 use nexus_model::plan::{RegionSummary, ServerNote, method};
 use nexus_store::embedded::{self, EmbeddedStore, Peers};
 use nexus_store::{GroupId, Store};
@@ -35,8 +35,6 @@ const NOTE_DEADLINE: Duration = Duration::from_secs(2);
 const JOIN_EVERY: Duration = Duration::from_secs(2);
 /// A newcomer may have much to read before it has caught up.
 const JOIN_DEADLINE: Duration = Duration::from_secs(120);
-/// `global` has at most so many voters; further servers read along.
-pub const GLOBAL_VOTERS: usize = 9;
 
 /// This server's members of the groups.
 #[derive(Clone)]
@@ -72,7 +70,7 @@ impl Groups {
         Ok(Self { region_id, region: Arc::new(region), global: Arc::new(global) })
     }
 
-    /// What other servers may call, and backups are made of: the groups of the embedded engine.
+    /// What other servers may call: the groups of the embedded engine.
     pub fn by_id(&self) -> BTreeMap<GroupId, Arc<EmbeddedStore>> {
         let engines = [(self.region_id.clone(), &self.region), (global_id(), &self.global)];
         engines.into_iter().filter_map(|(group, engine)| Some((group, engine.embedded()?))).collect()
@@ -267,7 +265,6 @@ pub async fn tell_the_writer(
 pub struct GlobalJoin {
     pub node: u64,
     pub wire: String,
-    pub tier: Tier,
 }
 
 /// Asks until this server is a member of `global`. Founders are from the start; one that joined by a token is let in by its
@@ -277,7 +274,7 @@ pub async fn join_global(config: ServerConfig, groups: Groups, pool: Arc<Pool>, 
         return;
     }
     let Some(own) = config.members.get(&config.node_id) else { return };
-    let asked = GlobalJoin { node: config.node_id, wire: own.wire.to_string(), tier: config.tier };
+    let asked = GlobalJoin { node: config.node_id, wire: own.wire.to_string() };
     let mut said = String::new();
     loop {
         for member in config.global_members().values() {
@@ -318,17 +315,11 @@ async fn let_in(global: &Engine, asked: GlobalJoin) -> Result<(), Refusal> {
     match members.get(&asked.node) {
         Some(member) if member.endpoint != asked.wire => {
             let why = format!("node {} is {} in the global group", asked.node, member.endpoint);
-            return Err(Refusal::new(code::FORBIDDEN, why));
+            Err(Refusal::new(code::FORBIDDEN, why))
         }
-        Some(_) => {}
-        None => global.add_learner(asked.node, asked.wire).await.map_err(failed)?,
+        Some(_) => Ok(()),
+        None => global.add_learner(asked.node, asked.wire).await.map_err(failed),
     }
-    let voters = members.values().filter(|m| m.voter).count();
-    let votes = members.get(&asked.node).is_some_and(|m| m.voter);
-    if asked.tier == Tier::Core && !votes && voters < GLOBAL_VOTERS {
-        global.promote(asked.node).await.map_err(failed)?;
-    }
-    Ok(())
 }
 
 fn not_led(error: ReportError) -> Refusal {

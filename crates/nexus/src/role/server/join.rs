@@ -16,7 +16,8 @@ use nexus_api::operations::{
 use nexus_control::view::View;
 use nexus_env::{Endpoint, Env, RngExt as _};
 use nexus_iam::{CertRequest, SpiffeId, TokenHash, TokenSecret};
-use nexus_model::{ApiError, Code, Digest, FieldError, Name, Timestamp, key};
+use nexus_model::kind::{ANY_CELL, Cell};
+use nexus_model::{ApiError, Code, Digest, FieldError, Name, Object, Timestamp, key};
 use nexus_store::{Compare, Op, Revision, Store, Txn};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -434,10 +435,13 @@ impl Joins {
     fn shared_config(&self) -> serde_json::Map<String, Value> {
         let mut out = serde_json::Map::new();
         let all = serde_json::to_value(&self.config).expect("a configuration is plain data");
-        for field in ["tier", "global", "cells"] {
+        for field in ["tier", "global", "cells", "store"] {
             if let Some(value) = all.get(field).filter(|v| !v.is_null()) {
                 out.insert(field.to_owned(), value.clone());
             }
+        }
+        if let Some(seconds) = self.config.authority.as_ref().and_then(|a| a.certificate_seconds) {
+            out.insert("certificate_seconds".to_owned(), seconds.into());
         }
         out
     }
@@ -548,7 +552,8 @@ impl Joins {
         wires.chain([own]).filter_map(v4).collect()
     }
 
-    /// The cell that a host joins: the one asked for, or the one of its zone with the most room.
+    /// The cell that a host joins: the one asked for, or the one of its zone with the most room. When none has any, the
+    /// region's writer finds or makes one when the host first reports.
     fn cell(&self, record: &TokenRecord, asked: Option<&Name>, zone: &Name) -> Result<Name, ApiError> {
         let wanted = match (&record.cell, asked) {
             (Some(bound), Some(asked)) if bound != asked => {
@@ -558,27 +563,27 @@ impl Joins {
             (None, None) => None,
         };
         self.view.read(|world| {
-            let count = |cell: &Name| world.hosts.live.values().filter(|h| h.spec.cell == *cell).count();
-            let room = |cell: &Name| {
-                let max = world.cells.get(None, cell).map_or(0, |c| c.spec.max_hosts as usize);
-                max.saturating_sub(count(cell))
-            };
             if let Some(cell) = wanted {
                 if world.cells.get(None, &cell).is_none() {
                     return Err(invalid("cell", format!("there is no cell {cell}")));
                 }
                 return Ok(cell);
             }
-            // A cell has no zone of its own: it is of the zone in which its hosts are, or for which it was made.
-            let made = |cell: &Name| self.config.cells.iter().any(|c| c.name == *cell && c.zone == *zone);
-            let lives = |cell: &Name| world.hosts.live.values().any(|h| h.spec.cell == *cell && h.spec.zone == *zone);
-            let cells = || world.cells.live.keys().map(|(_, name)| name).filter(|c| room(c) > 0);
-            let near = cells().filter(|c| made(c) || lives(c)).max_by_key(|c| room(c));
-            let empty = || cells().filter(|c| count(c) == 0).max_by_key(|c| room(c));
-            near.or_else(empty).cloned().ok_or_else(|| {
-                let detail = format!("no cell of zone {zone} has room: make another with `nexus apply`");
-                ApiError::new(Code::Conflict, detail)
-            })
+            let hosts = |cell: &Name| world.hosts.live.values().filter(|h| h.spec.cell == *cell).count();
+            // A cell without a zone is of the one in which its hosts are, or for which it was made.
+            let is_here = |cell: &Object<Cell>| {
+                let name = &cell.metadata.name;
+                let made = || self.config.cells.iter().any(|c| c.name == *name && c.zone == *zone);
+                let lives = || world.hosts.live.values().any(|h| h.spec.cell == *name && h.spec.zone == *zone);
+                cell.spec.zone.as_ref().map_or_else(|| made() || lives(), |z| z == zone)
+            };
+            let here = world.cells.live.values().filter(|cell| is_here(cell));
+            let room = here.map(|cell| {
+                let name = cell.metadata.name.clone();
+                ((cell.spec.max_hosts as usize).saturating_sub(hosts(&name)), name)
+            });
+            let roomiest = room.filter(|(room, _)| *room > 0).max_by_key(|(room, _)| *room);
+            Ok(roomiest.map_or_else(|| ANY_CELL.parse().expect("a well-formed name"), |(_, name)| name))
         })
     }
 

@@ -49,7 +49,8 @@ impl World {
         let store = Arc::new(store);
         put::<Zone>(&store, "zone-a", ZoneSpec::default()).await;
         put::<Zone>(&store, "zone-b", ZoneSpec::default()).await;
-        put::<Cell>(&store, "zone-a-cell-1", CellSpec::default()).await;
+        let cell = CellSpec { zone: Some(name("zone-a")), ..CellSpec::default() };
+        put::<Cell>(&store, "zone-a-cell-1", cell).await;
 
         let clock = Arc::new(ManualClock::at(START));
         let env = Env::real().with_clock(clock.clone());
@@ -239,6 +240,10 @@ async fn two_hosts_never_share_a_prefix() {
     let four: BTreeSet<_> = joined.iter().map(|j| j.prefix4).collect();
     assert_eq!((six.len(), four.len()), (4, 4), "{joined:#?}");
     assert!(joined.iter().all(|j| j.cell.as_str() == "zone-a-cell-1"));
+    let token = w.token(JoinRole::Host, Some("zone-b")).await;
+    let elsewhere = HostJoin { zone: None, ..host(&token, "host-b", "10.0.2.1:7450") };
+    let other = w.joins.host(elsewhere).await.unwrap();
+    assert_eq!(other["cell"], kind::ANY_CELL, "a zone without a cell that has room is left to the writer");
 
     let token = w.token(JoinRole::Host, Some("zone-a")).await;
     let twice = w.joins.host(host(&token, "host-0", "10.0.1.9:7450")).await.unwrap_err();

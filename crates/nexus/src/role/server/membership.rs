@@ -1,8 +1,8 @@
 //! Keeps the store's groups in step with the records of who has joined.
 //!
 //! A record says what is wanted; this loop, wherever the region's leader is, makes it true and can be killed at any
-//! step: a server that has joined is added as a learner of every group, caught up, promoted, and only then called a member. A
-//! member that the region's group no longer knows was removed, and its record goes. Each server writes its own record
+//! step: a server that has joined is added as a learner of every group, caught up, promoted in the region's, and only then
+//! called a member (who votes in `global` is for [`super::voters`]). A member that the region's group no longer knows was removed, and its record goes. Each server writes its own record
 //! at its first start, so that founders need no ceremony.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nexus_api::operations::ServerEntry;
-use nexus_model::kind::Tier;
 use nexus_model::plan::{ServerList, method};
 use nexus_model::{ApiError, Code, Name};
 use nexus_store::{Store, StoreError};
@@ -26,8 +25,6 @@ use crate::config::ServerConfig;
 
 /// How often the leader compares.
 const ROUND: Duration = Duration::from_secs(1);
-/// The global group has at most so many voters; further servers read along.
-const GLOBAL_VOTERS: usize = 9;
 const ASK: Duration = Duration::from_secs(2);
 
 /// What a member of a group is like, as the group's leader sees it.
@@ -37,8 +34,8 @@ pub struct Health {
     pub endpoint: String,
     pub voter: bool,
     pub reachable: bool,
-    /// Entries that it has not stored yet.
-    pub lag_entries: u64,
+    /// Entries that it has not stored yet. Not known where etcd has them.
+    pub lag_entries: Option<u64>,
     pub clock_skew_ms: Option<i64>,
 }
 
@@ -209,9 +206,8 @@ impl Membership {
                 Some(false) => {}
                 None => group.add_learner(entry.node, entry.wire.clone()).await.map_err(|e| e.to_string())?,
             }
-            let voters = members.values().filter(|voter| **voter).count();
-            let votes = i == 0 || (self.config.tier == Tier::Core && voters < GLOBAL_VOTERS);
-            if votes {
+            // Who votes on what all regions share is decided for all of them: see `voters`.
+            if i == 0 {
                 group.promote(entry.node).await.map_err(|e| e.to_string())?;
             }
         }
@@ -269,7 +265,7 @@ impl Membership {
                 "name": entry.name, "node": entry.node, "zone": entry.zone, "wire": entry.wire, "api": entry.api,
                 "state": state, "leader": leader == Some(entry.node),
                 "voter": h.is_some_and(|h| h.voter), "reachable": h.is_some_and(|h| h.reachable),
-                "lagEntries": h.map(|h| h.lag_entries), "clockSkewMs": h.and_then(|h| h.clock_skew_ms),
+                "lagEntries": h.and_then(|h| h.lag_entries), "clockSkewMs": h.and_then(|h| h.clock_skew_ms),
                 "trouble": self.trouble(entry.node),
             })
         });
@@ -321,7 +317,7 @@ impl Group for Engine {
                 endpoint: m.endpoint,
                 voter: m.voter,
                 reachable: m.reachable,
-                lag_entries: m.lag_entries,
+                lag_entries: self.embedded().is_some().then_some(m.lag_entries),
                 clock_skew_ms: m.clock_skew_ms,
             })
             .collect())

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use nexus_api::Operations;
 use nexus_api::operations::{
-    GatewayJoin, HostJoin, HostLeave, JoinRole, Named, Nothing, RegionRemove, Replace, ServerJoin, TokenId,
+    GatewayJoin, HostJoin, HostLeave, HostLeft, JoinRole, Named, Nothing, RegionRemove, Replace, ServerJoin, TokenId,
     TokenRequest, read,
 };
 use nexus_control::intent::{Change, Intent, Target, Writer};
@@ -25,6 +25,8 @@ const TAKE_IN: Duration = Duration::from_secs(50);
 /// How long a host that left may seem alive: until its silence is noticed, with time to spare.
 const SILENCE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(200);
+/// So many of the instances that a host takes with it are named.
+const LOST: usize = 100;
 
 /// The two operations on backups, which have a room of their own.
 #[async_trait]
@@ -42,13 +44,11 @@ pub struct ServerOperations {
 
 /// A store's error as an operator reads it.
 pub fn from_store(error: StoreError) -> ApiError {
-    let code = match &error {
-        StoreError::NoLeader { .. } | StoreError::Unavailable { .. } | StoreError::Closed => Code::Unavailable,
-        StoreError::Unknown { .. } => Code::Timeout,
-        StoreError::Invalid(_) | StoreError::Membership(_) => Code::Conflict,
-        _ => Code::Internal,
-    };
-    ApiError::new(code, error.to_string())
+    match error {
+        // What is wrong with the wish, not with the store.
+        StoreError::Invalid(_) | StoreError::Membership(_) => ApiError::new(Code::Conflict, error.to_string()),
+        other => nexus_api::from_store(other),
+    }
 }
 
 fn answer<T: serde::Serialize>(value: &T) -> Value {
@@ -165,13 +165,18 @@ impl ServerOperations {
             let lives = |i: &&nexus_model::Object<nexus_model::kind::Instance>| {
                 i.metadata.deleting.is_none() && i.status.phase != InstancePhase::Stopping
             };
-            world.instances_on(&name).filter(lives).map(|i| i.metadata.name.to_string()).collect()
+            let project = |i: &nexus_model::Object<nexus_model::kind::Instance>| i.metadata.project.clone();
+            let named = |i: &nexus_model::Object<nexus_model::kind::Instance>| match project(i) {
+                Some(project) => format!("{project}/{}", i.metadata.name),
+                None => i.metadata.name.to_string(),
+            };
+            world.instances_on(&name).filter(lives).map(named).collect()
         });
         if !running.is_empty() && !force {
             let some = running.iter().take(3).cloned().collect::<Vec<_>>().join(", ");
             let detail = format!(
-                "{} instances run on host {name} ({some}): cordon it and move them away, or use --force, and they are \
-                 started on other hosts",
+                "{} instances run on host {name} ({some}): drain it (`spec.draining`) until it is empty, as `nexus host \
+                 leave` does, or force it, and they are started on other hosts",
                 running.len()
             );
             return Err(ApiError::new(Code::Conflict, detail));
@@ -198,7 +203,8 @@ impl ServerOperations {
         if object.is_some() {
             self.delete_host(&name).await?;
         }
-        Ok(json!({"left": name, "instances": running.len()}))
+        let (instances, lost) = (running.len(), running.into_iter().take(LOST).collect());
+        Ok(answer(&HostLeft { left: name, instances, lost }))
     }
 
     async fn delete_host(&self, name: &Name) -> Result<(), ApiError> {

@@ -12,7 +12,7 @@ use nexus_control::view::View;
 use nexus_env::{Endpoint, Env};
 use nexus_iam::{Role, SpiffeId, tls};
 use nexus_model::plan::{
-    BlobRequest, HostReport, PlanRequest, RenewRequest, ReportAck, ServerList, TableRequest, method,
+    BlobRequest, GatewayNote, HostReport, PlanRequest, RenewRequest, ReportAck, ServerList, TableRequest, method,
 };
 use nexus_model::{ApiError, Name};
 use nexus_store::embedded::{PeerRef, Peers};
@@ -134,7 +134,7 @@ fn allowed(caller: &Caller, called: &str) -> bool {
     let Some((role, _)) = role_of(caller) else { return false };
     match called {
         method::REPORT | method::PLAN => role == Role::Agent,
-        method::TABLE => role == Role::Gateway,
+        method::TABLE | method::GATEWAY_NOTE => role == Role::Gateway,
         method::BLOB_GET => matches!(role, Role::Agent | Role::Server),
         method::SERVERS | method::RENEW => matches!(role, Role::Agent | Role::Gateway | Role::Server),
         _ => role == Role::Server,
@@ -250,7 +250,7 @@ pub fn server(
             }
         });
     let (get, put, has) = (blobs.clone(), blobs.clone(), blobs.clone());
-    groups::methods(fleet_methods(builder, fleet, authority), groups, writers)
+    groups::methods(fleet_methods(builder, env, fleet, authority), groups, writers)
         .bytes_stream(method::BLOB_GET, move |_, request: BlobRequest| {
             let blobs = get.clone();
             async move { blobs.read(request.digest).await }
@@ -265,10 +265,20 @@ pub fn server(
         })
 }
 
-/// Where all servers are, and certificates with a later end.
-fn fleet_methods(builder: ServerBuilder, fleet: &Fleet, authority: Option<Arc<Authority>>) -> ServerBuilder {
-    let (list, renew) = (fleet.clone(), fleet.clone());
+/// Where all servers are, and certificates: with a later end, and when gateways' end.
+fn fleet_methods(builder: ServerBuilder, env: &Env, fleet: &Fleet, authority: Option<Arc<Authority>>) -> ServerBuilder {
+    let (list, renew, noted, env) = (fleet.clone(), fleet.clone(), fleet.clone(), env.clone());
     builder
+        .unary(method::GATEWAY_NOTE, move |caller, note: GatewayNote| {
+            let own = role_of(&caller).is_some_and(|(_, name)| note.gateway == *name.as_str());
+            let heard = if own {
+                noted.heard_gateway(note, env.monotonic());
+                Ok(())
+            } else {
+                Err(Refusal::new(code::FORBIDDEN, format!("this certificate is not gateway {}'s", note.gateway)))
+            };
+            async move { heard }
+        })
         .unary(method::SERVERS, move |_, (): ()| {
             let servers = list.wires();
             async move { Ok(ServerList { servers }) }

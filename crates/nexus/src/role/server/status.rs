@@ -8,16 +8,15 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nexus_api::{
-    Certificate, ClusterHealth, ClusterStatus, GroupMember, GroupStatus, ServerStatus, StatusSource, Topology,
+    ClusterHealth, ClusterStatus, EtcdStatus, GroupMember, GroupStatus, ServerStatus, StatusSource, Topology,
 };
 use nexus_control::region::Counters;
 use nexus_control::view::View;
 use nexus_env::Env;
-use nexus_iam::tls::Identity;
 use nexus_model::kind::{GLOBAL, HostState};
 use nexus_model::object::ConditionStatus;
 use nexus_model::plan::{BlobRequest, method};
-use nexus_model::{Condition, Digest, Timestamp, key};
+use nexus_model::{Condition, Digest, key};
 use nexus_store::{Pressure, RangeRequest, Store, StoreStatus};
 use nexus_wire::Pool;
 use prometheus_client::collector::Collector;
@@ -26,6 +25,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
+use super::certificates::Expiry;
 use super::engine::Engine;
 use super::fleet::Fleet;
 use super::groups::{Groups, Writers};
@@ -40,8 +40,6 @@ const LOOK: Duration = Duration::from_secs(1);
 const QUORUM_FOR: Duration = Duration::from_secs(4);
 /// A clock that is further off than this is trouble.
 const SKEW: i64 = 1_000;
-/// A certificate that ends within this time is trouble: it should have been renewed long ago.
-const EXPIRES: Duration = Duration::from_secs(3 * 24 * 3600);
 
 /// One group, as last looked at.
 struct Watched {
@@ -99,7 +97,7 @@ impl Watched {
                 name: names.get(node).cloned(),
                 voter: member.voter,
                 reachable: h.is_some_and(|h| h.reachable),
-                lag_entries: h.map(|h| h.lag_entries),
+                lag_entries: h.and_then(|h| h.lag_entries),
                 clock_skew_ms: h.and_then(|h| h.clock_skew_ms),
             }
         });
@@ -125,9 +123,10 @@ pub struct Status {
     writers: Arc<Writers>,
     fleet: Fleet,
     pool: Arc<Pool>,
-    /// What each is for, and the certificate, which is renewed in place.
-    identities: Vec<(&'static str, Identity)>,
+    expiry: Expiry,
     reachable: Mutex<BTreeMap<u64, bool>>,
+    /// Where both groups are, if not in the servers.
+    etcd: Mutex<Option<EtcdStatus>>,
 }
 
 /// Figures that metrics show and that only an `await` can read.
@@ -182,7 +181,7 @@ impl Status {
         writers: Arc<Writers>,
         fleet: Fleet,
         pool: Arc<Pool>,
-        identities: Vec<(&'static str, Identity)>,
+        expiry: Expiry,
     ) -> Self {
         Self {
             config: config.clone(),
@@ -193,18 +192,18 @@ impl Status {
             writers,
             fleet,
             pool,
-            identities,
+            expiry,
             reachable: Mutex::default(),
+            etcd: Mutex::default(),
         }
     }
 
     pub fn register(&self, registry: &Mutex<Registry>) {
         let collector = ServerMetrics {
-            env: self.env.clone(),
             writers: self.writers.clone(),
             region: self.region.clone(),
             global: self.global.clone(),
-            identities: self.identities.clone(),
+            expiry: self.expiry.clone(),
         };
         registry.lock().unwrap_or_else(PoisonError::into_inner).register_collector(Box::new(collector));
     }
@@ -219,7 +218,7 @@ impl Status {
         };
         let asks = async {
             loop {
-                futures::join!(self.ask_peers(), self.region.ask(), self.global.ask());
+                futures::join!(self.ask_peers(), self.ask_etcd(), self.region.ask(), self.global.ask());
                 tokio::time::sleep(ASK).await;
             }
         };
@@ -229,6 +228,11 @@ impl Status {
             () = looks => {}
             () = asks => {}
         }
+    }
+
+    async fn ask_etcd(&self) {
+        let status = self.region.store.etcd_status().await;
+        *self.etcd.lock().unwrap_or_else(PoisonError::into_inner) = status;
     }
 
     async fn ask_peers(&self) {
@@ -254,14 +258,6 @@ impl Status {
         names
     }
 
-    fn certificates(&self) -> Vec<Certificate> {
-        let of = |(name, identity): &(&str, Identity)| Certificate {
-            name: (*name).to_owned(),
-            not_after: Timestamp::from_millis(millis(identity)),
-        };
-        self.identities.iter().map(of).collect()
-    }
-
     /// Which other regions don't report to the global group.
     fn silent_regions(&self) -> Option<String> {
         let silent: Vec<String> = self.view.read(|world| {
@@ -274,8 +270,27 @@ impl Status {
         (!silent.is_empty()).then(|| format!("regions that can't be heard: {regions}; see `nexus get regions`"))
     }
 
+    /// Why nothing can be written, if so.
+    fn outage(&self, region: &GroupStatus, etcd: Option<&EtcdStatus>, down: usize, servers: usize) -> Option<String> {
+        if self.region.store.embedded().is_some() {
+            let lost = region.leader.is_none() || down * 2 >= servers;
+            return lost.then(|| format!("no majority of the {servers} servers is reachable: nothing can be written"));
+        }
+        // With etcd, one server is enough.
+        if !region.quorum {
+            let endpoints = etcd.iter().flat_map(|e| &e.endpoints);
+            let why: Vec<&str> = endpoints.filter_map(|e| e.trouble.as_deref()).collect();
+            return Some(format!("etcd does not take writes, so nothing can be written: {}", why.join("; ")));
+        }
+        None
+    }
+
     /// What is not as it should be although everything works, first things first.
-    fn troubles(&self, groups: &[GroupStatus]) -> Option<String> {
+    fn troubles(&self, groups: &[GroupStatus], etcd: Option<&EtcdStatus>) -> Option<String> {
+        let ill = etcd.iter().flat_map(|e| &e.endpoints).find_map(|e| Some((&e.endpoint, e.trouble.as_ref()?)));
+        if let Some((endpoint, trouble)) = ill {
+            return Some(format!("etcd at {endpoint}: {trouble}"));
+        }
         for group in groups {
             let name = &group.group;
             if let Some(reason) = &group.pressure {
@@ -288,21 +303,8 @@ impl Status {
                 return Some(format!("the clock of {who} is {ms} ms off the leader's: see its time service"));
             }
         }
-        let now = self.env.now_millis();
-        let ending = self.identities.iter().find(|(_, identity)| {
-            millis(identity).saturating_sub(now) < i64::try_from(EXPIRES.as_millis()).unwrap_or(i64::MAX)
-        });
-        ending.map(|(name, identity)| {
-            let until = Timestamp::from_millis(millis(identity));
-            format!("the {name} certificate of {} ends at {until} and was not renewed", self.config.name)
-        })
+        self.expiry.trouble()
     }
-}
-
-/// When a certificate ends, in milliseconds since 1970.
-fn millis(identity: &Identity) -> i64 {
-    let since = identity.not_after().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 #[async_trait]
@@ -335,8 +337,9 @@ impl StatusSource for Status {
             Some(format!("{n} stored values can't be read and are passed over, {first} among them: `nexus debug store get {first}`"))
         });
         let down: Vec<&str> = servers.iter().filter(|s| !s.reachable).map(|s| s.name.as_str()).collect();
-        let (status, message) = if store.leader.is_none() || down.len() * 2 >= servers.len() {
-            let message = format!("no majority of the {} servers is reachable: nothing can be written", servers.len());
+        let etcd = self.etcd.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let outage = self.outage(&groups[0], etcd.as_ref(), down.len(), servers.len());
+        let (status, message) = if let Some(message) = outage {
             (ClusterHealth::Unavailable, Some(message))
         } else if !down.is_empty() {
             (ClusterHealth::Degraded, Some(format!("not reachable: {}", down.join(", "))))
@@ -355,7 +358,7 @@ impl StatusSource for Status {
             (ClusterHealth::Degraded, Some(format!("{} of {all} hosts are not ready", all - ready)))
         } else if let Some(silent) = self.silent_regions() {
             (ClusterHealth::Degraded, Some(silent))
-        } else if let Some(trouble) = self.troubles(&groups) {
+        } else if let Some(trouble) = self.troubles(&groups, etcd.as_ref()) {
             (ClusterHealth::Degraded, Some(trouble))
         } else {
             (ClusterHealth::Healthy, None)
@@ -372,9 +375,15 @@ impl StatusSource for Status {
             revision: Some(store.applied.0),
             servers,
             groups,
-            certificates: self.certificates(),
+            etcd,
+            certificates: self.expiry.all(),
             message,
         }
+    }
+
+    fn stale_ms(&self, global: bool) -> u64 {
+        let watched = if global { &self.global } else { &self.region };
+        u64::try_from(watched.stale(&self.env).as_millis()).unwrap_or(u64::MAX)
     }
 
     async fn ready(&self) -> Result<(), String> {
@@ -388,6 +397,7 @@ impl StatusSource for Status {
             Some(_) if *self.view.revision().borrow() > 0 && fleet => Ok(()),
             Some(_) if fleet => Err("the log has not been read yet".to_owned()),
             Some(_) => Err("the global group has not been read yet".to_owned()),
+            None if self.region.store.embedded().is_none() => Err("no server leads: etcd is needed".to_owned()),
             None => Err("no server leads: a majority is needed".to_owned()),
         }
     }
@@ -395,11 +405,10 @@ impl StatusSource for Status {
 
 /// Reads counters when metrics are asked for.
 struct ServerMetrics {
-    env: Env,
     writers: Arc<Writers>,
     region: Arc<Watched>,
     global: Arc<Watched>,
-    identities: Vec<(&'static str, Identity)>,
+    expiry: Expiry,
 }
 
 impl std::fmt::Debug for ServerMetrics {
@@ -459,10 +468,7 @@ impl Collector for ServerMetrics {
         let read = |value: &AtomicU64| i64::try_from(value.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
         let mut all: Vec<(String, &str, i64)> =
             figures.iter().map(|(name, help, value)| ((*name).to_owned(), *help, read(value))).collect();
-        for (name, identity) in &self.identities {
-            let left = (millis(identity) - self.env.now_millis()) / 1000;
-            all.push((format!("nexus_certificate_{name}_seconds_left"), "Until this server's certificate ends", left));
-        }
+        all.extend(self.expiry.metrics());
         for (name, help, value) in all {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(&name, help, None, gauge.metric_type())?)?;
