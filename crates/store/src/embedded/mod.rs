@@ -101,7 +101,7 @@ pub struct Config {
     /// round trip between members.
     pub election_timeout: (Duration, Duration),
     pub segment_bytes: u64,
-    /// The state is saved and the log cut after this much of it (or a quarter of the state, if that is more).
+    /// The state is saved and the log cut after this much of it, or more if the state is large.
     pub snapshot_after_bytes: u64,
     /// The store is full when the disk has less than this left beside room for a snapshot, while the log can still be
     /// written. Growth is refused from half of it on.
