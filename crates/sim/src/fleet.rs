@@ -6,7 +6,7 @@
 //! cut off must go on deciding for its own, and every region must answer global reads from its own copy all the time.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use nexus_control::intent::{Change, Writer};
@@ -24,7 +24,7 @@ use crate::mutant::Mutant;
 use crate::nemesis::{FAULTS_LAST, Nemesis, around, between};
 use crate::recorder::Recorder;
 use crate::region::name;
-use crate::run::{end, serves_again, settle, start};
+use crate::run::{end, end_load, serves_again, settle, start};
 use crate::server::{Server, endpoint};
 use crate::site::{Group, Site};
 use crate::trace::Trace;
@@ -93,10 +93,7 @@ pub async fn world(seed: u64, mutant: Option<Mutant>, trace: &Trace) {
     torment(&world, &Dice::new(seed, "torment"), &known).await;
     nemesis.make_good();
     all_serve(&world, "last").await;
-    stop.store(true, Ordering::SeqCst);
-    if timeout(Duration::from_secs(90), async { while load.join_next().await.is_some() {} }).await.is_err() {
-        trace.violation("every request ends in time", "the load did not end");
-    }
+    end_load(&stop, load, Duration::from_secs(90), trace).await;
     judge::converges(&world, || fleet_difference(&world, &grounds, &known.get())).await;
     for recorder in &recorders {
         settle(&world, recorder).await;

@@ -182,10 +182,7 @@ async fn store_world(
     }
     serves_again(&world, Group::Own, "probe").await;
     sleep(Duration::from_millis(500)).await;
-    stop.store(true, Ordering::SeqCst);
-    if timeout(Duration::from_secs(20), async { while load.join_next().await.is_some() {} }).await.is_err() {
-        trace.violation("every request ends in time", "the load did not end");
-    }
+    end_load(&stop, load, Duration::from_secs(20), trace).await;
     if spares > 0 {
         members::agree(&world).await;
     }
@@ -210,11 +207,7 @@ async fn partial_world(seed: u64, mutant: Option<Mutant>, trace: &Trace) {
         Plan { seed, sites: Site::alone(5), spares: 0, with_region: false, snapshot_after: 60_000, skew_ms: 0, mutant };
     let world = World::new(&plan, trace.clone());
     let mut standing = start(&world);
-    let recorder = Recorder::new(Group::Own, &world.nodes);
-    for node in &world.nodes {
-        let dice = Dice::new(seed, &format!("recorder {node}"));
-        standing.spawn(recorder.clone().follow(world.clone(), *node, dice));
-    }
+    let recorder = record(&world, seed, &mut standing);
     let (calls, stop) = (Calls::default(), Arc::new(AtomicBool::new(false)));
     serves_again(&world, Group::Own, "first").await;
     let mut load = JoinSet::new();
@@ -233,10 +226,7 @@ async fn partial_world(seed: u64, mutant: Option<Mutant>, trace: &Trace) {
     partial::torment(&world, &Dice::new(seed, "partial")).await;
     world.net.heal_all();
     serves_again(&world, Group::Own, "probe").await;
-    stop.store(true, Ordering::SeqCst);
-    if timeout(Duration::from_secs(20), async { while load.join_next().await.is_some() {} }).await.is_err() {
-        trace.violation("every request ends in time", "the load did not end");
-    }
+    end_load(&stop, load, Duration::from_secs(20), trace).await;
     settle(&world, &recorder).await;
     for (property, detail) in check(&calls.all(), &recorder.log(), PREFIX.as_bytes()) {
         trace.violation(property, detail);
@@ -258,11 +248,7 @@ async fn region_world(seed: u64, servers: u64, mutant: Option<Mutant>, trace: &T
     };
     let world = World::new(&plan, trace.clone());
     let mut standing = start(&world);
-    let recorder = Recorder::new(Group::Own, &world.nodes);
-    for node in &world.nodes {
-        let dice = Dice::new(seed, &format!("recorder {node}"));
-        standing.spawn(recorder.clone().follow(world.clone(), *node, dice));
-    }
+    let recorder = record(&world, seed, &mut standing);
     let ground = Ground::lay(&world, &world.sites[0], &mut standing);
     let (known, stop) = (Known::default(), Arc::new(AtomicBool::new(false)));
     let way = Way::of_region(&world.nodes);
@@ -288,10 +274,7 @@ async fn region_world(seed: u64, servers: u64, mutant: Option<Mutant>, trace: &T
     };
     nemesis.run(Instant::now() + 2 * FAULTS_LAST).await;
     serves_again(&world, Group::Own, "probe").await;
-    stop.store(true, Ordering::SeqCst);
-    if timeout(Duration::from_secs(60), async { while load.join_next().await.is_some() {} }).await.is_err() {
-        trace.violation("every request ends in time", "the load did not end");
-    }
+    end_load(&stop, load, Duration::from_secs(60), trace).await;
     judge::converges(&world, || judge::difference(&world, &ground, &known.all())).await;
     settle(&world, &recorder).await;
     judge::history(&recorder.log(), trace);
@@ -301,6 +284,24 @@ async fn region_world(seed: u64, servers: u64, mutant: Option<Mutant>, trace: &T
     }
     trace.add("revisions", recorder.newest());
     end(&world, standing).await;
+}
+
+/// Records what the region's own group does, as each of its servers tells it.
+fn record(world: &Arc<World>, seed: u64, standing: &mut JoinSet<()>) -> Recorder {
+    let recorder = Recorder::new(Group::Own, &world.nodes);
+    for node in &world.nodes {
+        let dice = Dice::new(seed, &format!("recorder {node}"));
+        standing.spawn(recorder.clone().follow(world.clone(), *node, dice));
+    }
+    recorder
+}
+
+/// Asks the load to end, which it does when what it has begun is answered.
+pub async fn end_load(stop: &AtomicBool, mut load: JoinSet<()>, limit: Duration, trace: &Trace) {
+    stop.store(true, Ordering::SeqCst);
+    if timeout(limit, async { while load.join_next().await.is_some() {} }).await.is_err() {
+        trace.violation("every request ends in time", "the load did not end");
+    }
 }
 
 /// Starts everybody.
