@@ -88,14 +88,21 @@ const RETRY_LAST: Duration = Duration::from_secs(60);
 /// So many of a cell's objects that are set aside are named in its status.
 const NAMED: usize = 10;
 
+/// A fault that tests plant in an object's steps.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Planted {
+    Panics,
+    /// Each step asks for another.
+    Restless,
+}
+
 /// Objects whose reconciler panicked, each with its failures in a row and the time of its next try.
 #[derive(Debug, Default)]
 struct Quarantine {
     held: BTreeMap<Dirty, Duration>,
     failures: BTreeMap<Dirty, u32>,
-    planted: BTreeSet<Dirty>,
-    /// For tests: what is never done.
-    restless: BTreeSet<Dirty>,
+    planted: BTreeMap<Dirty, Planted>,
 }
 
 impl Quarantine {
@@ -126,10 +133,6 @@ impl Quarantine {
         if !self.failures.is_empty() {
             self.failures.remove(item);
         }
-    }
-
-    fn planted(&self, item: &Dirty) -> bool {
-        self.planted.contains(item)
     }
 }
 
@@ -380,17 +383,17 @@ impl Core {
             if self.quarantine.holds(&next) {
                 continue;
             }
-            let faulty = self.quarantine.planted(&next);
+            let planted = self.quarantine.planted.get(&next).copied();
             let stepped = guarded(|| {
                 let mut step = self.step(at);
-                assert!(!faulty, "a planted fault");
+                assert!(planted != Some(Planted::Panics), "a planted fault");
                 rules::reconcile(&mut step, &next);
                 step.finish()
             });
             match stepped {
                 Ok(ops) => {
                     self.quarantine.recovered(&next);
-                    if self.quarantine.restless.contains(&next) {
+                    if planted == Some(Planted::Restless) {
                         self.dirty.insert(next);
                     }
                     self.absorb(ops);
@@ -465,25 +468,15 @@ impl Core {
         self.quarantine.held.len()
     }
 
-    /// Lets every step for `item` panic, or no longer: for tests and the simulator.
+    /// Plants a fault in every step for `item`, or takes it out: for tests and the simulator.
     #[doc(hidden)]
-    pub fn plant_fault(&mut self, item: Dirty, panics: bool) {
-        if panics {
-            self.quarantine.planted.insert(item.clone());
-            self.dirty.insert(item);
-        } else {
-            self.quarantine.planted.remove(&item);
-        }
-    }
-
-    /// Lets `item` ask for another step after each one, or no longer: for tests and the simulator.
-    #[doc(hidden)]
-    pub fn plant_restless(&mut self, item: Dirty, restless: bool) {
-        if restless {
-            self.quarantine.restless.insert(item.clone());
-            self.dirty.insert(item);
-        } else {
-            self.quarantine.restless.remove(&item);
+    pub fn plant(&mut self, item: Dirty, fault: Option<Planted>) {
+        match fault {
+            Some(fault) => {
+                self.quarantine.planted.insert(item.clone(), fault);
+                self.dirty.insert(item);
+            }
+            None => drop(self.quarantine.planted.remove(&item)),
         }
     }
 

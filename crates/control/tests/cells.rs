@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::{create, image, intent, name, web};
 use nexus_control::cells::{Cells, DEAD_AFTER};
-use nexus_control::core::{Bootstrap, Core, Moment};
+use nexus_control::core::{Bootstrap, Core, Moment, Planted};
 use nexus_control::intent::{Accepted, Change, Intent};
 use nexus_control::step::Dirty;
 use nexus_control::world::World;
@@ -249,7 +249,7 @@ fn an_object_whose_reconciler_panics_is_set_aside_and_everything_else_goes_on() 
     town.pass(Duration::from_secs(1));
     let poisoned = Dirty::App((Some(name("default")), name("poisoned")));
     let before = town.told("default", "Quarantined").len();
-    town.with(|core, _| core.plant_fault(poisoned.clone(), true));
+    town.with(|core, _| core.plant(poisoned.clone(), Some(Planted::Panics)));
     town.scale("default", "poisoned", 4);
     assert_eq!(town.core.quarantined(), 1);
     assert_eq!(town.told("default", "Quarantined").len(), before + 1);
@@ -283,7 +283,7 @@ fn an_object_whose_reconciler_panics_is_set_aside_and_everything_else_goes_on() 
     let tries: u32 = count.sum();
     assert!((3..=6).contains(&tries), "{tries} tries in some 12 seconds");
 
-    town.core.plant_fault(poisoned, false);
+    town.core.plant(poisoned, None);
     town.pass(Duration::from_secs(20));
     assert_eq!(town.core.quarantined(), 0);
     assert_eq!(town.get_app("default", "poisoned").status.ready_replicas, 4);
@@ -296,7 +296,7 @@ fn an_object_that_is_never_done_starves_nobody() {
     town.app("default", "another", 1);
     // It comes before all others in every order there is.
     let restless = Dirty::App((Some(name("aaa")), name("aaa")));
-    town.core.plant_restless(restless.clone(), true);
+    town.core.plant(restless.clone(), Some(Planted::Restless));
     town.app("default", "shop", 3);
     let (now, monotonic) = town.moment();
     let more = town.core.reconcile(Moment { now, monotonic, rng: &town.rng });
@@ -304,7 +304,7 @@ fn an_object_that_is_never_done_starves_nobody() {
     town.commit();
     assert_eq!(town.get_app("default", "shop").status.replicas, 3);
     assert!(town.core.world.instances.live.values().all(|i| i.status.host.is_some()));
-    town.core.plant_restless(restless, false);
+    town.core.plant(restless, None);
     town.pass(Duration::from_secs(1));
     assert_eq!(town.get_app("default", "shop").status.ready_replicas, 3);
 }
