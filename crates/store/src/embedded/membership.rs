@@ -129,27 +129,9 @@ impl Core {
             Change::Remove { node } if !voters.contains(&node) => {
                 self.apply(ChangeMembers::RemoveNodes(BTreeSet::from([node])), deadline).await
             }
-            Change::Remove { node } => {
-                let mut after = voters;
-                after.remove(&node);
-                if after.is_empty() {
-                    return Err(refused(format!("member {node} is the last voter")));
-                }
-                self.check_quorum(&after).await?;
-                self.yield_if_me(node).await?;
-                self.apply(ChangeMembers::RemoveVoters(BTreeSet::from([node])), deadline).await
-            }
+            Change::Remove { node } => self.take_vote(voters, node, false, deadline).await,
             Change::Demote { node } if !voters.contains(&node) => Ok(()),
-            Change::Demote { node } => {
-                let mut after = voters;
-                after.remove(&node);
-                if after.is_empty() {
-                    return Err(refused(format!("member {node} is the last voter")));
-                }
-                self.check_quorum(&after).await?;
-                self.yield_if_me(node).await?;
-                self.change_voters(ChangeMembers::RemoveVoters(BTreeSet::from([node])), true, deadline).await
-            }
+            Change::Demote { node } => self.take_vote(voters, node, true, deadline).await,
             Change::Swap { old, new } => {
                 let mut after = voters.clone();
                 after.insert(new);
@@ -206,6 +188,23 @@ impl Core {
         } else {
             Err(Failure::Unavailable("no other member can lead now".into()))
         }
+    }
+
+    /// Takes a voter's vote; with `keep` it stays as a learner.
+    async fn take_vote(
+        self: &Arc<Self>,
+        mut voters: BTreeSet<u64>,
+        node: u64,
+        keep: bool,
+        deadline: Instant,
+    ) -> Result<(), Failure> {
+        voters.remove(&node);
+        if voters.is_empty() {
+            return Err(refused(format!("member {node} is the last voter")));
+        }
+        self.check_quorum(&voters).await?;
+        self.yield_if_me(node).await?;
+        self.change_voters(ChangeMembers::RemoveVoters(BTreeSet::from([node])), keep, deadline).await
     }
 
     async fn apply(&self, change: ChangeMembers<u64, BasicNode>, deadline: Instant) -> Result<(), Failure> {
