@@ -131,6 +131,7 @@ impl Instance {
         // What ends a connection early is the client's doing, or the cut that `Answer` makes: nothing to report.
         let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
         tokio::select! {
+            biased;
             _ = connection.as_mut() => return,
             () = self.drain.cancelled() => {}
         }

@@ -210,6 +210,23 @@ struct Target {
     dir: PathBuf,
 }
 
+impl Target {
+    fn restore<'a>(
+        &'a self,
+        members: &'a Members,
+        points: &BTreeMap<GroupId, Revision>,
+        generation: u64,
+    ) -> Restore<'a> {
+        Restore {
+            group: &self.group,
+            node: self.node,
+            members: &members[&self.group],
+            generation,
+            revision: points[&self.group],
+        }
+    }
+}
+
 /// The members of a group of a cloud, from a server's configuration. Votes as in the backup, where it knows the node.
 fn members_of(config: &ServerConfig, group: &GroupId, backed: &BTreeMap<u64, Member>) -> BTreeMap<u64, Member> {
     let of = if group.as_str() == "global" { config.global_members() } else { &config.members };
@@ -393,13 +410,7 @@ fn write(
         output::note(&format!("writing {} of {}: {}", i + 1, targets.len(), target.dir.display()));
         let fresh = sibling(&target.dir, ".restoring");
         disk.remove_dir_all(&fresh)?;
-        let what = Restore {
-            group: &target.group,
-            node: target.node,
-            members: &members[&target.group],
-            generation,
-            revision: points[&target.group],
-        };
+        let what = target.restore(members, points, generation);
         done.push(backup.restore(disk, &what, &fresh)?);
     }
     for target in targets {
@@ -430,13 +441,7 @@ async fn write_to_etcd(
             continue;
         }
         let server = servers.iter().find(|s| s.node_id == target.node).context("a target is of one of the servers")?;
-        let what = Restore {
-            group: &target.group,
-            node: target.node,
-            members: &members[&target.group],
-            generation,
-            revision: points[&target.group],
-        };
+        let what = target.restore(members, points, generation);
         output::note(&format!("writing group {} to etcd", target.group));
         done.push(engine::restore(server, backup, &what).await.map_err(|e| match e.downcast_ref() {
             Some(BackupError::Refused(why)) => Fail::conflict(why).into(),

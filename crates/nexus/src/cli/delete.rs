@@ -134,6 +134,7 @@ async fn delete(cloud: &Cloud, args: &DeleteArgs, one: &Doomed) -> anyhow::Resul
         progress.say(&format!("{}: being torn down", one.title));
     }
     let answer = tokio::select! {
+        biased;
         answer = cloud.delete(&one.path, wait) => answer,
         _ = tokio::signal::ctrl_c(), if args.wait => {
             let message = "interrupted: the delete goes on if it was committed";

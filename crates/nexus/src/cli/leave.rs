@@ -117,6 +117,7 @@ async fn drain(cloud: &Cloud, name: &Name, timeout: Option<Duration>) -> anyhow:
     };
     let mut progress = Progress::new();
     let ended = tokio::select! {
+        biased;
         empty = until_empty(cloud, name, &mut progress) => empty.map(|()| Ended::Empty)?,
         _ = interrupt.recv() => Ended::Interrupted,
         () = out_of_time => Ended::OutOfTime,

@@ -231,6 +231,7 @@ async fn follow(cloud: &Cloud, mut app: Value, tail: Option<u32>) -> anyhow::Res
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            biased;
             _ = look.tick() => {
                 let (instances, silent) = match look_around(cloud, &mut app).await {
                     Ok(found) => found,

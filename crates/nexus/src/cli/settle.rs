@@ -161,6 +161,7 @@ pub async fn wait(
         }
     };
     let ended = tokio::select! {
+        biased;
         ended = waiting => Some(ended),
         () = tokio::time::sleep(timeout) => None,
         _ = tokio::signal::ctrl_c() => {

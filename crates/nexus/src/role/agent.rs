@@ -130,6 +130,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let running = nexus_agent::run(daemon, env, engines, stop.clone());
     tokio::pin!(running);
     tokio::select! {
+        biased;
         ended = &mut running => ended?,
         () = stopped() => {
             stop.cancel();

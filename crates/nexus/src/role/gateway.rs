@@ -118,6 +118,7 @@ pub async fn run(config: GatewayConfig) -> anyhow::Result<()> {
     };
     tokio::pin!(serving);
     tokio::select! {
+        biased;
         () = &mut serving => {}
         () = stopped() => {
             stop.cancel();

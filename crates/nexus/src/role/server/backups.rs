@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use nexus_api::operations::read;
+use nexus_api::operations::{Nothing, read};
 use nexus_env::{Env, on_disk};
 use nexus_model::{ApiError, Code, Timestamp};
 use nexus_store::backup::{self, BackupError, Listed, Manifest, Writer};
@@ -32,10 +32,6 @@ struct Create {
     #[serde(default)]
     stale: bool,
 }
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Nothing {}
 
 pub struct ServerBackups {
     env: Env,
