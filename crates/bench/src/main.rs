@@ -8,6 +8,7 @@ mod http;
 mod load;
 mod local;
 mod placement;
+mod policy;
 mod process;
 mod regions;
 mod report;
@@ -26,6 +27,7 @@ struct Bench {
 
 const BENCHES: &[Bench] = &[
     Bench { name: "placement", about: "decisions of one cell with 50,000 hosts, on one core", run: placement::run },
+    Bench { name: "policy", about: "who may do what: decisions with 100 policies, 10,000 entities", run: policy::run },
     Bench {
         name: "function",
         about: "components: deployed to first answer, a fresh instance per request",
@@ -42,6 +44,10 @@ const BENCHES: &[Bench] = &[
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    // What the code under measure warns of belongs to the figures.
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     if let Err(e) = run(&arguments) {
         eprintln!("error: {e:#}");
         std::process::exit(1);

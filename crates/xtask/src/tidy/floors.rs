@@ -13,6 +13,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("wire", 2),
     ("iam", 2),
     ("placement", 2),
+    ("audit", 2),
     ("compute", 3),
     ("network", 3),
     ("volume", 3),
