@@ -15,7 +15,7 @@ use anyhow::{Context as _, bail};
 use async_trait::async_trait;
 use bytes::Bytes as Message;
 use nexus_control::core::Bootstrap;
-use nexus_control::intent::{Accepted, Change, Intent, Target, Writer as _};
+use nexus_control::intent::{Accepted, Change, Intent, Passed, Target, Writer as _};
 use nexus_control::region::{Config, Forward, ForwardError, Region};
 use nexus_control::view::View;
 use nexus_env::Env;
@@ -66,6 +66,10 @@ impl Peers for Alone {
 impl Forward for Alone {
     async fn forward(&self, node: u64, _: &Intent, _: Duration) -> Result<Accepted, ForwardError> {
         Err(ForwardError::NotTaken(format!("there is no {node}")))
+    }
+
+    async fn pass(&self, via: u64, _: &Passed, _: Duration) -> Result<Accepted, ForwardError> {
+        Err(ForwardError::NotTaken(format!("there is no {via}")))
     }
 }
 

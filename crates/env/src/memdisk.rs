@@ -50,6 +50,8 @@ struct Node {
     synced: usize,
     /// Durable bytes beyond `synced` that an unsynced truncation cut off.
     cut_off: Vec<u8>,
+    /// Up to here the file has durable zeros behind its end.
+    reserved: usize,
     /// Open handles: a removed file lives on for those who have it open.
     handles: usize,
 }
@@ -94,6 +96,20 @@ fn missing(path: &Path) -> io::Error {
     io::Error::new(io::ErrorKind::NotFound, format!("{} does not exist", path.display()))
 }
 
+impl Node {
+    /// What the file takes of the disk.
+    fn room(&self) -> usize {
+        self.data.len().max(self.reserved)
+    }
+
+    /// From now on the zeros behind the end are like any other content.
+    fn fill(&mut self) {
+        let room = self.room();
+        self.data.resize(room, 0);
+        self.reserved = 0;
+    }
+}
+
 impl State {
     fn strike(&mut self, op: DiskOp, path: &Path) -> io::Result<()> {
         let text = path.to_string_lossy();
@@ -108,7 +124,7 @@ impl State {
     }
 
     fn used(&self) -> u64 {
-        self.nodes.values().map(|n| n.data.len() as u64).sum()
+        self.nodes.values().map(|n| n.room() as u64).sum()
     }
 
     fn change(&mut self, dir: &Path, set: Vec<(PathBuf, Option<Inode>)>) {
@@ -253,6 +269,7 @@ impl MemDisk {
                 tear(&mut node.data, node.synced, &self.rng);
             }
             node.cut_off.clear();
+            node.fill();
             node.synced = node.data.len();
         }
     }
@@ -293,6 +310,9 @@ impl MemDisk {
         let mut s = self.state();
         let inode = *s.names.get(path).ok_or_else(|| missing(path))?;
         let node = s.nodes.get_mut(&inode).expect("a name has a node");
+        if offset as usize >= node.data.len() {
+            node.fill();
+        }
         *node.data.get_mut(offset as usize).ok_or(io::ErrorKind::UnexpectedEof)? ^= 1;
         Ok(())
     }
@@ -352,8 +372,10 @@ impl File for MemFile {
     fn append(&self, data: &[u8]) -> io::Result<()> {
         self.with(DiskOp::Append, |s| {
             let room = s.capacity.map_or(u64::MAX, |c| c.saturating_sub(s.used()));
+            let node = s.nodes.entry(self.inode).or_default();
+            let room = room.saturating_add((node.room() - node.data.len()) as u64);
             let fits = data.len().min(usize::try_from(room).unwrap_or(usize::MAX));
-            s.nodes.entry(self.inode).or_default().data.extend_from_slice(&data[..fits]);
+            node.data.extend_from_slice(&data[..fits]);
             if fits < data.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
         })
     }
@@ -396,6 +418,7 @@ impl File for MemFile {
                 node.synced = len;
             }
             node.data.resize(len, 0);
+            node.reserved = 0;
             Ok(())
         })
     }
@@ -432,6 +455,7 @@ impl Disk for MemDisk {
         let mut s = self.powered()?;
         s.strike(DiskOp::Open, path)?;
         let inode = *s.names.get(path).ok_or_else(|| missing(path))?;
+        s.nodes.entry(inode).or_default().fill();
         Ok(self.handle(&mut s, path, inode))
     }
 
@@ -448,7 +472,7 @@ impl Disk for MemDisk {
                 let node = s.nodes.entry(inode).or_default();
                 let mut cut = node.data[..node.synced].to_vec();
                 cut.append(&mut node.cut_off);
-                *node = Node { data: Vec::new(), synced: 0, cut_off: cut, handles: node.handles };
+                *node = Node { cut_off: cut, handles: node.handles, ..Node::default() };
                 inode
             }
             None => {
@@ -462,11 +486,30 @@ impl Disk for MemDisk {
         Ok(self.handle(&mut s, path, inode))
     }
 
+    fn create_reserved(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn File>> {
+        let file = self.create(path)?;
+        let mut s = self.powered()?;
+        s.strike(DiskOp::Append, path)?;
+        if s.capacity.is_some_and(|c| s.used().saturating_add(bytes) > c) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let inode = *s.names.get(path).ok_or_else(|| missing(path))?;
+        let node = s.nodes.entry(inode).or_default();
+        node.reserved = usize::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // What an earlier file of that name held is overwritten for good.
+        node.cut_off.clear();
+        drop(s);
+        Ok(file)
+    }
+
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         let mut s = self.powered()?;
         s.strike(DiskOp::Read, path)?;
         let inode = s.names.get(path).ok_or_else(|| missing(path))?;
-        Ok(s.nodes.get(inode).map(|n| n.data.clone()).unwrap_or_default())
+        let Some(node) = s.nodes.get(inode) else { return Ok(Vec::new()) };
+        let mut data = node.data.clone();
+        data.resize(node.room(), 0);
+        Ok(data)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -512,7 +555,7 @@ impl Disk for MemDisk {
         let files = s.names.iter().filter(|(p, _)| p.parent() == Some(dir)).map(|(p, inode)| DirEntry {
             name: name(p),
             is_dir: false,
-            len: s.nodes.get(inode).map_or(0, |n| n.data.len() as u64),
+            len: s.nodes.get(inode).map_or(0, |n| n.room() as u64),
         });
         let dirs = s.dirs.iter().filter(|p| p.parent() == Some(dir));
         let mut out: Vec<_> = files.chain(dirs.map(|p| DirEntry { name: name(p), is_dir: true, len: 0 })).collect();
@@ -603,6 +646,29 @@ mod tests {
             lost += usize::from(after.len() < 4000 || after[1000..] != [8; 3000]);
         }
         assert!(lost > 150, "crashes must hurt: {lost}");
+    }
+
+    #[test]
+    fn reserved_room_is_there_at_once_and_ends_in_zeros_after_a_crash() {
+        for seed in 0..50 {
+            let (disk, dir) = disk(seed);
+            let path = dir.join("f");
+            disk.set_capacity(Some(100));
+            assert!(disk.create_reserved(&path, 101).is_err(), "no room");
+            let file = disk.create_reserved(&path, 100).unwrap();
+            disk.sync_dir(&dir).unwrap();
+            file.append(b"durable").unwrap();
+            file.sync().unwrap();
+            file.append(b"perhaps").unwrap();
+            assert_eq!((file.len().unwrap(), disk.read(&path).unwrap().len()), (14, 100));
+            disk.crash();
+            let found = disk.read(&path).unwrap();
+            assert_eq!((&found[..7], found.len()), (&b"durable"[..], 100), "seed {seed}");
+            assert!(found[14..].iter().all(|b| *b == 0), "seed {seed}");
+            let file = disk.open(&path).unwrap();
+            assert_eq!(file.len().unwrap(), 100, "opened anew, the zeros are content");
+            assert!(file.append(b"more").is_err(), "and the disk is full");
+        }
     }
 
     #[test]

@@ -31,9 +31,9 @@ pub enum StoreError {
     /// This node's disk failed or is full. Nothing was committed by this call.
     #[error("storage failed: {0}")]
     Storage(String),
-    /// The leader's disk or memory is nearly full, so nothing may grow. Nothing was committed. Deletes and compaction
-    /// still go through; it clears by itself once there is room.
-    #[error("the metadata store is nearly full, growth is refused: {0}")]
+    /// There is hardly any room, so nothing may grow. Nothing was committed. The embedded engine still takes deletes and
+    /// compaction, etcd nothing; the reason says what to do. It clears by itself once there is room.
+    #[error("the metadata store is full, growth is refused: {0}")]
     Full(String),
     /// The membership can't be changed like this; the reason says what to do first.
     #[error("the membership was not changed: {0}")]

@@ -49,7 +49,9 @@ pub trait Store: Send + Sync {
     async fn watch(&self, start: Bytes, end: Bytes, after: Revision) -> Result<Watch, StoreError>;
 
     /// A lease that ends `ttl` after its last keep-alive, by the leader's clock, and takes its keys with it. A new
-    /// leader starts every lease anew, so a lease may last longer than asked, never shorter.
+    /// leader starts every lease anew, so a lease may last longer than asked, never shorter by that clock. Clocks differ in
+    /// speed: whoever counts on a lease measures from before it asked, by its own monotonic clock, and relies on nine tenths
+    /// of the time. That is safe as long as no clock is more than 5 % too fast or too slow.
     async fn lease_grant(&self, ttl: Duration) -> Result<LeaseId, StoreError>;
 
     /// Starts the lease's time anew; answers its time to live.
@@ -62,6 +64,11 @@ pub trait Store: Send + Sync {
     async fn compact(&self, before: Revision) -> Result<(), StoreError>;
 
     async fn status(&self) -> StoreStatus;
+
+    /// Through which other members, in order, messages to a member go now. Empty: directly, or no way is known.
+    fn way_to(&self, _node: u64) -> Vec<u64> {
+        Vec::new()
+    }
 
     /// Who leads, as this node sees it.
     fn leadership(&self) -> tokio::sync::watch::Receiver<Leadership>;

@@ -25,7 +25,8 @@ use nexus_store::backup::{Backup, BackupError, Restore, Writer};
 use nexus_store::embedded::{self, EmbeddedStore, PeerRef, Peers};
 use nexus_store::etcd::{Config, EtcdEndpoint, EtcdStore, Login};
 use nexus_store::{
-    Compare, GroupId, KeyValue, LeaseId, Member, Op, PeerError, RangeRequest, Revision, Store, StoreError, Txn,
+    Compare, GroupId, KeyValue, LeaseId, Member, Op, PeerError, Pressure, RangeRequest, Revision, Store, StoreError,
+    Txn,
 };
 
 /// Keeps the cluster while a case runs, and closes the case's stores.
@@ -359,6 +360,82 @@ async fn a_key_changed_behind_our_back_and_a_compacted_history_are_survived() {
     let mut watch = store.watch("".into(), "".into(), Revision(2)).await.unwrap();
     assert_eq!(watch.next().await.unwrap().unwrap().revision, Revision(3));
     store.shutdown().await;
+}
+
+/// Writes large values over and over until etcd has no room; answers the first value that was refused, and why.
+async fn fill(store: &EtcdStore) -> (u64, StoreError) {
+    for n in 0.. {
+        let mut value = format!("{n} ").into_bytes();
+        value.resize(256 << 10, b'.');
+        match store.txn(Txn::put("k", value)).await {
+            Ok(_) => {}
+            Err(e) if e.is_unknown() || e.is_retryable() => {}
+            Err(e) => return (n, e),
+        }
+    }
+    unreachable!("etcd's quota ends it")
+}
+
+/// Several groups fill one etcd at once, so that it finds some changes to be too much only when it applies them. What was
+/// refused was not done; reads and leaderships go on; and when an operator has made room, writes do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_without_room_refuses_with_the_remedy_and_takes_writes_again_when_it_has_some() {
+    let etcd = start(Shape { quota: 48 << 20, ..Shape::ONE }).await;
+    let mut stores = Vec::new();
+    for i in 0..6 {
+        let config = Config { compact_after: Some(Duration::from_secs(1)), ..etcd.config(1, &format!("g{i}")) };
+        stores.push(Arc::new(EtcdStore::open(config, Env::real()).await.unwrap()));
+    }
+    for store in &stores {
+        leader(std::slice::from_ref(store)).await;
+    }
+    let mut filling = tokio::task::JoinSet::new();
+    for store in stores.clone() {
+        filling.spawn(async move {
+            let (refused, error) = fill(&store).await;
+            (store, refused, error)
+        });
+    }
+    for (store, refused, error) in filling.join_all().await {
+        assert!(matches!(&error, StoreError::Full(why) if why.contains("etcdctl alarm disarm")), "{error:?}");
+        let status = store.status().await;
+        assert!(matches!(&status.pressure, Pressure::Full(why) if why.contains("defragment")), "{status:?}");
+        let kv = store.range(RangeRequest::get("k")).await.unwrap().kvs.remove(0);
+        let shown: u64 = std::str::from_utf8(&kv.value).unwrap().split(' ').next().unwrap().parse().unwrap();
+        assert!(shown < refused, "{} was refused as not done, and is there", refused);
+        // Not even what makes room is taken: etcd wants its operator.
+        let delete = store.txn(Txn::new(vec![], vec![Op::delete("k")])).await;
+        assert!(matches!(delete, Err(StoreError::Full(_))), "{delete:?}");
+        let lease = store.lease_grant(Duration::from_secs(60)).await;
+        assert!(matches!(lease, Err(StoreError::Full(_))), "{lease:?}");
+    }
+    let trouble = stores[0].etcd_health().await.endpoints[0].trouble.clone();
+    assert!(trouble.as_ref().is_some_and(|t| t.contains("out of space")), "{trouble:?}");
+
+    // The leaders have history forgotten also now; the rest is the operator's.
+    until("history to be forgotten", async || {
+        let health = stores[0].etcd_health().await;
+        (health.endpoints[0].db_bytes_in_use < 16 << 20).then_some(())
+    })
+    .await;
+    assert!(stores.iter().all(|s| s.leadership().borrow().is_self), "somebody lost its leadership");
+    etcd.ctl(&["defrag"]);
+    etcd.ctl(&["alarm", "disarm"]);
+    for store in &stores {
+        // Without a write: whoever decides what is written has none sent while it is full.
+        until("the room to be noticed", async || {
+            // A request that was on its way may have found the old size, and have given the alarm once more.
+            if !store.etcd_health().await.has_room() {
+                etcd.ctl(&["alarm", "disarm"]);
+            }
+            (store.status().await.pressure == Pressure::None).then_some(())
+        })
+        .await;
+        store.txn(Txn::new(vec![], vec![Op::delete("k"), Op::put("room", "1")])).await.unwrap();
+    }
+    for store in stores {
+        store.shutdown().await;
+    }
 }
 
 /// For a member that is alone.

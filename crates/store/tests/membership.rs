@@ -288,3 +288,43 @@ async fn a_member_of_an_older_release_stops_before_it_reads_what_it_cannot() {
     until("the level again", async || (back.status().await.feature_level == 2).then_some(())).await;
     cluster.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_group_whose_founder_is_lost_before_its_first_entry_says_who_was_to_begin_it() {
+    let cluster = Arc::new(Cluster::unbegun(3, seed(), Duration::from_millis(4)));
+    for node in [2, 3] {
+        cluster.boot(node).await.unwrap();
+    }
+    let two = cluster.node(2);
+    for error in [
+        two.txn(Txn::put("k", "v")).await.unwrap_err(),
+        two.range(RangeRequest::get("k")).await.unwrap_err(),
+        two.remove(3).await.unwrap_err(),
+    ] {
+        let StoreError::NoLeader { reason } = &error else { panic!("{error:?}") };
+        assert!(reason.contains("never begun") && reason.contains("member 1 at mem:1"), "{reason}");
+        assert!(reason.contains("take it out of the founding members"), "{reason}");
+        assert!(error.is_retryable());
+    }
+    // A member that waits to be taken in says that instead.
+    let waiting = cluster.join(4).await.unwrap();
+    assert!(waiting.unbegun().is_some_and(|why| why.contains("waits to be added")));
+
+    // What it advises helps: without the lost one, the next begins the group.
+    for node in [2, 3] {
+        cluster.end(node).await;
+    }
+    let cluster = Arc::new(Arc::into_inner(cluster).unwrap().without(1));
+    for node in [2, 3] {
+        cluster.boot(node).await.unwrap();
+    }
+    cluster.leader().await;
+    let (two, three) = (cluster.node(2), cluster.node(3));
+    two.txn(Txn::put("k", "v")).await.unwrap();
+    assert_eq!(voters(&cluster, 3).await, [2, 3]);
+    // A group that has begun and has lost its majority is not mistaken for one that never did.
+    cluster.kill(2).await;
+    let error = three.txn(Txn::put("k", "w")).await.unwrap_err();
+    assert!(!error.to_string().contains("never begun") && three.unbegun().is_none(), "{error:?}");
+    cluster.stop().await;
+}

@@ -302,9 +302,10 @@ async fn a_gap_in_the_log_ends_what_can_be_saved() {
     let (disk, _) = folder().await;
     let names = disk.list(Path::new(DIR)).unwrap();
     let logs: Vec<_> = names.iter().filter(|e| e.name.ends_with(".log")).collect();
-    // The middle of the last segment: valid frames stand behind it.
-    let last = logs.last().unwrap();
-    disk.flip_bit(&Path::new(DIR).join(&last.name), last.len / 2).unwrap();
+    // The middle of what is written in the last segment: valid frames stand behind it.
+    let last = Path::new(DIR).join(&logs.last().unwrap().name);
+    let written = disk.read(&last).unwrap().iter().rposition(|b| *b != 0).unwrap();
+    disk.flip_bit(&last, written as u64 / 2).unwrap();
     let folder = open(&disk).unwrap();
     assert!(!folder.verify().is_sound());
     let said = salvage(&door(&disk), &folder, Path::new("/saved")).unwrap();

@@ -121,6 +121,10 @@ impl Disk for CountingDisk {
     fn create(&self, path: &Path) -> io::Result<Box<dyn File>> {
         Ok(self.counted(self.inner.create(path)?))
     }
+    fn create_reserved(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn File>> {
+        self.syncs.fetch_add(1, Ordering::Relaxed);
+        Ok(self.counted(self.inner.create_reserved(path, bytes)?))
+    }
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         self.inner.read(path)
     }

@@ -131,7 +131,7 @@ impl Core {
         // A leader that was replaced without knowing must not say that a lease lives.
         self.barrier_within(limit, true).await?;
         let ttl = self.shared.read().leases.get(&id.0).map(|l| Duration::from_millis(l.ttl_ms));
-        Ok(ttl.filter(|ttl| self.leases.renew(id, *ttl)))
+        Ok(ttl.filter(|ttl| self.leases.renew(id, self.env.monotonic() + *ttl)))
     }
 
     /// Answers another member.

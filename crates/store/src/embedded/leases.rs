@@ -1,14 +1,14 @@
 //! The leader's clock over leases.
 //!
-//! Only the leader measures time; that a lease is over is a committed command, so every member sees it end at the same
-//! revision. A new leader starts every lease anew. A lease whose end has been proposed can't be kept alive any more, so
-//! nobody is told that it lives while its end is on the way.
+//! Only the leader measures time, by the monotonic clock of its environment; that a lease is over is a committed command, so
+//! every member sees it end at the same revision. A new leader starts every lease anew. A lease whose end has been proposed
+//! can't be kept alive any more, so nobody is told that it lives while its end is on the way.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::sleep;
 
 use super::core::Core;
 use super::mvcc::LeaseChange;
@@ -23,14 +23,15 @@ const RETRY: Duration = Duration::from_millis(500);
 #[derive(Default)]
 struct Inner {
     ticking: bool,
-    due: BTreeMap<LeaseId, Instant>,
+    /// By the leader's monotonic clock.
+    due: BTreeMap<LeaseId, Duration>,
     /// Due times in order.
-    order: BTreeSet<(Instant, LeaseId)>,
+    order: BTreeSet<(Duration, LeaseId)>,
     ending: BTreeSet<LeaseId>,
 }
 
 impl Inner {
-    fn set(&mut self, id: LeaseId, due: Instant) {
+    fn set(&mut self, id: LeaseId, due: Duration) {
         if let Some(old) = self.due.insert(id, due) {
             self.order.remove(&(old, id));
         }
@@ -55,15 +56,15 @@ impl LeaseClock {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a lease's time anew; `false` if it is ending.
-    pub fn renew(&self, id: LeaseId, ttl: Duration) -> bool {
+    /// Starts a lease's time anew, up to `due`; `false` if it is ending.
+    pub fn renew(&self, id: LeaseId, due: Duration) -> bool {
         let mut inner = self.lock();
         if inner.ending.contains(&id) {
             return false;
         }
         // Before this leader has armed its clock there is nothing to renew: arming gives the full time anyway.
         if inner.ticking {
-            inner.set(id, Instant::now() + ttl);
+            inner.set(id, due);
         }
         true
     }
@@ -97,7 +98,8 @@ pub async fn run(core: Arc<Core>) {
             let next = core.leases.lock().order.first().map(|(due, _)| *due);
             let wait = async {
                 match next {
-                    Some(due) => sleep_until(due).await,
+                    // If the timer is quicker than the clock that counts, nothing is due yet and the rest is waited for.
+                    Some(due) => sleep(due.saturating_sub(core.env.monotonic())).await,
                     None => std::future::pending().await,
                 }
             };
@@ -121,7 +123,7 @@ pub async fn run(core: Arc<Core>) {
 }
 
 fn arm(core: &Core) {
-    let now = Instant::now();
+    let now = core.env.monotonic();
     let leases: Vec<_> = core.shared.read().leases.iter().map(|(id, l)| (LeaseId(*id), l.ttl_ms)).collect();
     let mut inner = core.leases.lock();
     *inner = Inner { ticking: true, ..Inner::default() };
@@ -131,7 +133,7 @@ fn arm(core: &Core) {
 }
 
 fn take_changes(core: &Core) {
-    let now = Instant::now();
+    let now = core.env.monotonic();
     for change in core.shared.take_lease_changes() {
         match change {
             LeaseChange::Granted(id) => {
@@ -150,7 +152,7 @@ fn take_changes(core: &Core) {
 }
 
 async fn end_due(core: &Core) {
-    let now = Instant::now();
+    let now = core.env.monotonic();
     let ids: Vec<LeaseId> = {
         let mut inner = core.leases.lock();
         let ids: Vec<_> =

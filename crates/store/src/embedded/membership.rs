@@ -66,6 +66,29 @@ impl Core {
         all.into_iter().map(|(id, endpoint)| (id, Member { endpoint, voter: voters.contains(&id) })).collect()
     }
 
+    /// Why nobody leads yet, if this member has not heard of the group's first entry: who begins it and what to do if
+    /// that one is gone. A member whose folder was emptied can't tell; that is said too.
+    pub fn unbegun(&self) -> Option<String> {
+        if self.membership().nodes().next().is_some() {
+            return None;
+        }
+        let Some((first, endpoint)) = self.config.members.first_key_value() else {
+            return Some("this member waits to be added to the group: its leader has not called yet".into());
+        };
+        Some(format!(
+            "the group was never begun, as far as this member knows: member {first} at {endpoint} begins it when it \
+             starts, and has not been heard. Start that one. If it is gone for good and every other member says the \
+             same, take it out of the founding members that each is configured with and start them again: then the \
+             next one begins the group"
+        ))
+    }
+
+    /// What is said when nobody leads.
+    pub fn leaderless(&self) -> StoreError {
+        let reason = self.unbegun().unwrap_or_else(|| "no leader was elected in time".into());
+        StoreError::NoLeader { reason }
+    }
+
     fn is_fresh(&self, node: u64) -> bool {
         let limit = self.timing.silence + self.timing.ping_every;
         node == self.config.node || self.link.reach.last_answer(node).is_some_and(|at| at.elapsed() < limit)
@@ -132,6 +155,12 @@ impl Core {
             Change::Remove { node } => self.take_vote(voters, node, false, deadline).await,
             Change::Demote { node } if !voters.contains(&node) => Ok(()),
             Change::Demote { node } => self.take_vote(voters, node, true, deadline).await,
+            // Whoever takes a learner's place is one. The leader says what the old one is: others may not know yet.
+            Change::Swap { old, new }
+                if endpoint_of(old).is_some() && !voters.contains(&old) && !voters.contains(&new) =>
+            {
+                self.apply(ChangeMembers::RemoveNodes(BTreeSet::from([old])), deadline).await
+            }
             Change::Swap { old, new } => {
                 let mut after = voters.clone();
                 after.insert(new);
@@ -405,9 +434,9 @@ pub async fn tend(core: Arc<Core>) {
     }
 }
 
-fn failure(failure: Failure) -> StoreError {
+fn failure(core: &Core, failure: Failure) -> StoreError {
     match failure {
-        Failure::NotLeader => StoreError::NoLeader { reason: "no leader was elected in time".into() },
+        Failure::NotLeader => core.leaderless(),
         Failure::Refused(reason) => StoreError::Membership(reason),
         Failure::Unknown(reason) => StoreError::Unknown { reason },
         Failure::Stopped(reason) => StoreError::Storage(reason),
@@ -429,7 +458,7 @@ async fn lead(core: &Arc<Core>, limit: Duration, request: Request) -> Result<Res
         let now = *core.leadership.borrow();
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(failure(trouble));
+            return Err(failure(core, trouble));
         }
         let answer = match (now.leader, &request) {
             (_, Request::Change(change)) if now.is_self => {
@@ -446,7 +475,7 @@ async fn lead(core: &Arc<Core>, limit: Duration, request: Request) -> Result<Res
             _ => Response::Failed(Failure::NotLeader),
         };
         match answer {
-            Response::Failed(e @ (Failure::Refused(_) | Failure::Fenced(_))) => return Err(failure(e)),
+            Response::Failed(e @ (Failure::Refused(_) | Failure::Fenced(_))) => return Err(failure(core, e)),
             Response::Failed(e) => trouble = e,
             response => return Ok(response),
         }
@@ -529,9 +558,8 @@ impl super::EmbeddedStore {
         if old == new {
             return Err(StoreError::Membership("a member can't replace itself: the new one needs a new number".into()));
         }
-        let learner = members.get(&old).is_some_and(|m| !m.voter);
         self.add_learner(new, endpoint).await?;
-        if learner { self.remove(old).await } else { change(&self.core, Change::Swap { old, new }, STEP * 2).await }
+        change(&self.core, Change::Swap { old, new }, STEP * 2).await
     }
 
     /// How the members do, as the leader sees it.
@@ -542,6 +570,11 @@ impl super::EmbeddedStore {
     /// Lets another member lead, if this one does: before it is shut down, so that nobody has to wait for a timeout.
     pub async fn hand_over(&self) -> bool {
         self.core.hand_over(None).await
+    }
+
+    /// Why nobody leads, if the group was never begun as far as this member knows, with what to do.
+    pub fn unbegun(&self) -> Option<String> {
+        self.core.unbegun()
     }
 
     /// Which generation of the group this member belongs to.

@@ -57,7 +57,7 @@ use self::network::{Network, PeerLink};
 use self::peers::Roster;
 pub use self::peers::{PeerRef, Peers};
 use self::raft::{Command, Failure, Outcome, Raft, Request, Response};
-use self::reach::Reach;
+use self::reach::{Reach, Route};
 use self::snapshot::SnapshotDir;
 use crate::error::{PeerError, StoreError};
 use crate::types::{
@@ -125,7 +125,7 @@ impl Config {
             leader_wait: Duration::from_millis(2_500),
             heartbeat: Duration::from_millis(150),
             election_timeout: (Duration::from_millis(400), Duration::from_millis(700)),
-            segment_bytes: 16 << 20,
+            segment_bytes: 8 << 20,
             snapshot_after_bytes: 64 << 20,
             reserve_bytes: 128 << 20,
             memory_bytes: 2 << 30,
@@ -318,7 +318,7 @@ impl EmbeddedStore {
 
     fn failure(&self, failure: Failure) -> StoreError {
         match failure {
-            Failure::NotLeader => StoreError::NoLeader { reason: "no leader was elected in time".into() },
+            Failure::NotLeader => self.core.leaderless(),
             Failure::Unavailable(reason) | Failure::Astray(reason) => StoreError::Unavailable { reason },
             Failure::Refused(reason) => StoreError::Membership(reason),
             Failure::Fenced(current) => StoreError::Storage(format!("the group is at generation {current} already")),
@@ -479,6 +479,13 @@ impl Store for EmbeddedStore {
 
     fn keeps_order(&self) -> bool {
         true
+    }
+
+    fn way_to(&self, node: u64) -> Vec<u64> {
+        match self.core.link.reach.route(node) {
+            Route::Via(hops) => hops,
+            Route::Direct | Route::None => Vec::new(),
+        }
     }
 
     fn leadership(&self) -> watch::Receiver<Leadership> {

@@ -76,7 +76,8 @@ pub fn of(core: &Core, state: &State) -> Pressure {
     let reserve = reserve(core);
     let disk = core.gauges.free().filter(|free| *free < reserve.saturating_mul(2)).map(|free| {
         let reason = format!(
-            "the disk of {} has {} left, of which {} are kept back for the log and its snapshots: free some space",
+            "the disk of {} has {} left, of which {} are kept back for the log and its snapshots: free some space, or delete \
+             what is not needed",
             core.config.dir.display(),
             mib(free),
             mib(reserve),

@@ -33,6 +33,10 @@ const IN_FLIGHT: usize = 3;
 /// How long the next batch grows while another is on its way. Where a round takes longer, as between regions, a few are on
 /// their way at once; where it is short, one larger entry costs less than several small ones.
 const GROWS: Duration = Duration::from_millis(10);
+/// After a large batch, how long the next one waits for those who were just answered and ask again.
+const RETURNS: Duration = Duration::from_millis(1);
+/// A batch is large if it answers so many.
+const LARGE: usize = 12;
 /// Between tries when the leader can't be reached and nothing has changed.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -62,8 +66,13 @@ pub async fn run(core: Arc<Core>, mut queue: mpsc::Receiver<Pending>) {
             },
         };
         if !tasks.is_empty() && queue.len() < BATCH_COMMANDS {
-            // Either an end or a time is awaited, and both mean the same: go on.
-            let _ = timeout(GROWS, tasks.join_next()).await;
+            let ended = timeout(GROWS, tasks.join_next()).await;
+            if let Ok(Some(Ok(answered))) = ended
+                && (LARGE..BATCH_COMMANDS).contains(&answered)
+                && queue.len() < answered
+            {
+                sleep(RETURNS).await;
+            }
         }
         while tasks.try_join_next().is_some() {}
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
@@ -89,8 +98,10 @@ pub async fn run(core: Arc<Core>, mut queue: mpsc::Receiver<Pending>) {
         let (done, next) = oneshot::channel();
         let turn = Turn { before: std::mem::replace(&mut before, next), done };
         tasks.spawn(async move {
+            let commands = batch.len();
             carry(&core, batch, turn).await;
             drop(permit);
+            commands
         });
     }
 }

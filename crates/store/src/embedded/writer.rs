@@ -13,10 +13,12 @@ use std::time::Duration;
 use nexus_env::{Disk, Env, File, on_disk};
 use openraft::storage::LogFlushed;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::raft::TypeConfig;
-use super::wal::{Kind, Recovered, SEGMENT_HEADER, Segment, push_frame, push_record, segment_header, segment_name};
+use super::wal::{
+    Kind, Recovered, SEGMENT_HEADER, SPARE_NAME, Segment, push_frame, push_record, segment_header, segment_name,
+};
 use crate::error::StoreError;
 use crate::types::GroupId;
 
@@ -100,6 +102,10 @@ struct Writer {
     gauges: Arc<Gauges>,
     sealed: Vec<Segment>,
     active: Option<(Segment, Box<dyn File>)>,
+    /// Whether the active segment has room that was written in advance.
+    has_room: bool,
+    /// The segment to come.
+    spare: Option<Box<dyn File>>,
     next_number: u64,
     sequence: u64,
     /// What every new segment begins with: the newest vote and purge position of each group.
@@ -142,6 +148,8 @@ pub fn start(
         gauges: gauges.clone(),
         sealed,
         active,
+        has_room: false,
+        spare: None,
         next_number,
         sequence: recovered.next_sequence,
         standing,
@@ -160,7 +168,18 @@ pub fn to_body<T: serde::Serialize>(value: &T) -> Vec<u8> {
 
 async fn run(mut writer: Writer, mut queue: mpsc::Receiver<Job>) {
     let mut failed: Option<String> = None;
+    let mut preparing: JoinSet<Option<Box<dyn File>>> = JoinSet::new();
+    // What can't be prepared is tried again with the next segment.
+    let mut prepared_for = None;
     while let Some(first) = queue.recv().await {
+        if let Some(Ok(spare)) = preparing.try_join_next() {
+            writer.spare = spare;
+        }
+        // One at a time: a second would take the name from the first, and with it what the first is to hold.
+        if preparing.is_empty() && prepared_for != Some(writer.next_number) && writer.wants_spare() {
+            prepared_for = Some(writer.next_number);
+            preparing.spawn(prepare(writer.disk.clone(), writer.dir.join(SPARE_NAME), writer.segment_bytes));
+        }
         let mut jobs = vec![first];
         let size = |job: &Job| job.records.iter().map(|r| r.body.len()).sum::<usize>();
         let mut bytes = size(&jobs[0]);
@@ -205,12 +224,32 @@ async fn run(mut writer: Writer, mut queue: mpsc::Receiver<Job>) {
             Err(_) => return,
         }
     }
+    // Whoever opens the folder next must not meet it.
+    while preparing.join_next().await.is_some() {}
     if failed.is_none() {
         // A clean end notes how far was committed, so that the next start knows it without a leader.
         let disk = writer.disk.clone();
         let last = on_disk(&disk, move || writer.commit(&[])).await;
         if let Ok(Err(e)) = last {
             tracing::warn!(error = %e, "the last commit position was not written");
+        }
+    }
+}
+
+/// Makes the segment to come. Without one the log goes on all the same, only slower.
+async fn prepare(disk: Arc<dyn Disk>, path: PathBuf, bytes: u64) -> Option<Box<dyn File>> {
+    let (on, at) = (disk.clone(), path.clone());
+    let made = on_disk(&disk, move || {
+        on.create_reserved(&at, bytes).inspect_err(|_| {
+            // Half of a file is of no use, and a full disk needs the room.
+            let _ = on.remove_file(&at);
+        })
+    });
+    match made.await {
+        Ok(Ok(file)) => Some(file),
+        Ok(Err(e)) | Err(e) => {
+            tracing::debug!(error = %e, path = %path.display(), "no room for the log was prepared");
+            None
         }
     }
 }
@@ -231,7 +270,8 @@ impl Writer {
         }
         let mut payload = Vec::with_capacity(1024);
         let mut out = Vec::new();
-        let full = self.active.as_ref().is_none_or(|(s, _)| s.len >= self.segment_bytes);
+        let better = self.spare.is_some() && !self.has_room;
+        let full = better || self.active.as_ref().is_none_or(|(s, _)| s.len >= self.segment_bytes);
         if full {
             out = self.roll()?;
             for ((group, kind), body) in &self.standing {
@@ -272,11 +312,24 @@ impl Writer {
         Ok(())
     }
 
+    /// Whether the next segment should be made: while this one is filled, or soon because it has no room of its own.
+    fn wants_spare(&self) -> bool {
+        let half = |(s, _): &(Segment, _)| s.len >= self.segment_bytes / 2;
+        self.spare.is_none() && (!self.has_room || self.active.as_ref().is_none_or(half))
+    }
+
     /// Makes a new active segment; answers its header, which goes out with the first frame.
     fn roll(&mut self) -> io::Result<Vec<u8>> {
         let number = self.next_number;
         let path = self.dir.join(segment_name(number));
-        let file = self.disk.create(&path)?;
+        self.has_room = self.spare.is_some();
+        let file = match self.spare.take() {
+            Some(spare) => {
+                self.disk.rename(&self.dir.join(SPARE_NAME), &path)?;
+                spare
+            }
+            None => self.disk.create(&path)?,
+        };
         self.next_number += 1;
         let segment = Segment { number, path, len: 0, last: BTreeMap::new() };
         if let Some((old, _)) = self.active.replace((segment, file)) {

@@ -108,6 +108,11 @@ impl GrpcError {
         }
     }
 
+    /// etcd has no room.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Status { code: code::RESOURCE_EXHAUSTED, message } if message.contains("space exceeded"))
+    }
+
     /// True if another try, perhaps at another endpoint, may do better.
     pub fn is_passing(&self) -> bool {
         match self {

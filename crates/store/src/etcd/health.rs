@@ -11,6 +11,8 @@ use super::grpc::{Channel, GrpcError};
 use super::proto::{Empty, MemberListResponse, StatusResponse};
 
 const ASK: Duration = Duration::from_secs(2);
+const OUT_OF_SPACE: &str =
+    "out of space: compact and defragment it, or raise its quota, and then `etcdctl alarm disarm`";
 
 /// One endpoint of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +39,14 @@ pub struct EtcdHealth {
     pub endpoints: Vec<EndpointHealth>,
     /// Members that no endpoint that answered leads to.
     pub others: Vec<String>,
+}
+
+impl EtcdHealth {
+    /// Some member says that it is well, and none that it is full: the alarm is the whole cluster's.
+    pub fn has_room(&self) -> bool {
+        let full = self.endpoints.iter().any(|e| e.trouble.as_deref() == Some(OUT_OF_SPACE));
+        !full && self.endpoints.iter().any(|e| e.reachable && e.trouble.is_none())
+    }
 }
 
 /// A connection to each endpoint, made when it is first asked.
@@ -112,7 +122,7 @@ fn told(endpoint: String, name: String, id: u64, status: &StatusResponse) -> End
     let bytes = |n: i64| u64::try_from(n).unwrap_or(0);
     let alarm = |kind: &str| status.errors.iter().any(|e| e.contains(kind));
     let trouble = if alarm("NOSPACE") {
-        Some("out of space: compact and defragment it, then `etcdctl alarm disarm`; or raise its quota".to_owned())
+        Some(OUT_OF_SPACE.to_owned())
     } else if alarm("CORRUPT") {
         Some("its data is corrupt: see `etcdctl alarm list`, and replace this member".to_owned())
     } else if status.leader == 0 {

@@ -58,6 +58,8 @@ use crate::{Store, Watch, backup};
 const SMALL_READ: usize = 256;
 /// How often idle watches are told how far the group is.
 const ANNOUNCE: Duration = Duration::from_secs(10);
+/// How often an etcd that was full is asked whether it still is.
+const ROOM: Duration = Duration::from_secs(2);
 /// How often the leader has etcd forget old history.
 const COMPACT: Duration = Duration::from_secs(60);
 /// What etcd is asked to allow in one transaction, the most first.
@@ -286,6 +288,7 @@ impl EtcdStore {
         tasks.spawn(leader::run(core.clone()));
         tasks.spawn(presence::run(core.clone()));
         tasks.spawn(announce(core.clone()));
+        tasks.spawn(notice_room(core.clone()));
         tasks.spawn(forget_history(core.clone()));
         Ok(Self { core, tasks: Mutex::new(tasks) })
     }
@@ -419,6 +422,18 @@ async fn operations(
     Err(StoreError::Invalid(format!(
         "etcd takes fewer than {least} operations in a transaction: start it with --max-txn-ops=1024"
     )))
+}
+
+/// Notices that etcd has room again, whether or not anything is written: while none is thought to be there, nobody may try.
+async fn notice_room(core: Arc<Core>) {
+    loop {
+        sleep(ROOM).await;
+        let full = core.full.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        if full && core.probes.ask(&core.config).await.has_room() {
+            tracing::info!(group = %core.config.group, "etcd has room again");
+            core.set_full(None);
+        }
+    }
 }
 
 async fn announce(core: Arc<Core>) {

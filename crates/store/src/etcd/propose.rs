@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep};
 use super::Core;
 use super::grpc::{GrpcError, code};
 use super::layout::{Extra, Journal, Step, Stored};
-use super::proto::{Compare, RangeRequest, RequestOp, TxnRequest, TxnResponse};
+use super::proto::{Compare, RangeRequest, RangeResponse, RequestOp, TxnRequest, TxnResponse};
 use crate::embedded::mvcc::{Effects, Lease, State};
 use crate::embedded::raft::{Batch, Command, Outcome};
 use crate::error::StoreError;
@@ -183,6 +183,40 @@ enum Sent {
     Failed(StoreError),
 }
 
+impl Sent {
+    /// What became of a commit that etcd answered with "no room". It looks twice, before it proposes a change and as it
+    /// applies one, and what it finds to be too much only then has been done all the same. The journal tells.
+    async fn from_full(
+        core: &Core,
+        (journal, generation): (i64, u64),
+        id: Option<u128>,
+        error: &GrpcError,
+        deadline: Instant,
+    ) -> Self {
+        let full = refusal(core, error);
+        let key = core.mirror.layout.journal();
+        let look = RangeRequest { key, keys_only: true, ..RangeRequest::default() };
+        let unknown = |reason: String| Self::Failed(StoreError::Unknown { reason });
+        let found: Result<RangeResponse, GrpcError> =
+            core.channel.call("/etcdserverpb.KV/Range", &look, deadline).await;
+        let newest = match found {
+            Ok(found) => found.kvs.first().map_or(0, |kv| kv.mod_revision),
+            Err(lost) => return unknown(format!("{full}; {lost}")),
+        };
+        if newest == journal {
+            return Self::Failed(full);
+        }
+        if !core.mirror.reached(newest, deadline).await {
+            return unknown(format!("{full}; this server's copy lags behind etcd"));
+        }
+        match id.map(|id| core.mirror.knows_commit(id, generation)) {
+            None | Some(Some(false)) => Self::Failed(full),
+            Some(Some(true)) => Self::Committed,
+            Some(None) => unknown(format!("{full}; its history since then is lost")),
+        }
+    }
+}
+
 /// Sees some of the first that wait through to an answer.
 async fn commit(core: &Core, waiting: &mut VecDeque<Pending>) {
     loop {
@@ -289,6 +323,9 @@ async fn send(
                 }
                 GrpcError::Lost("this server's copy lags behind etcd".into())
             }
+            Err(error) if error.is_full() => {
+                return Ok((Sent::from_full(core, (journal, generation), id, &error, deadline).await, None));
+            }
             Err(error) => error,
         };
         perhaps |= id.is_some() && !error.nothing_happened();
@@ -305,8 +342,11 @@ async fn send(
 /// What a failure means of which nothing came.
 pub fn refusal(core: &Core, error: &GrpcError) -> StoreError {
     match error {
-        GrpcError::Status { code: code::RESOURCE_EXHAUSTED, message } if message.contains("space exceeded") => {
-            let reason = format!("etcd says `{message}`: compact and defragment it, or raise its quota");
+        GrpcError::Status { message, .. } if error.is_full() => {
+            let reason = format!(
+                "etcd says `{message}` and takes no change, not even a delete: compact and defragment it, or raise its \
+                 quota, and then `etcdctl alarm disarm`"
+            );
             core.set_full(Some(reason.clone()));
             StoreError::Full(reason)
         }

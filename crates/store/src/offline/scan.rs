@@ -256,6 +256,10 @@ fn frames(
     let mut at = SEGMENT_HEADER.min(data.len());
     while at < data.len() {
         let Some((found, payload, end)) = wal::frame_at(data, at) else {
+            if is_last && wal::zeros_from(data) <= at {
+                // Room that was made in advance.
+                return;
+            }
             let later = wal::later_frame(data, at + 1, sequence.unwrap_or(0));
             let until = later.unwrap_or(data.len());
             let torn = is_last && later.is_none();

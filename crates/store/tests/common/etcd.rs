@@ -26,10 +26,12 @@ pub struct Shape {
     /// Whoever comes must log in.
     pub users: bool,
     pub max_ops: usize,
+    /// Bytes that its database may take; 0 for as many as etcd takes by itself.
+    pub quota: usize,
 }
 
 impl Shape {
-    pub const ONE: Self = Self { members: 1, tls: false, users: false, max_ops: 1_024 };
+    pub const ONE: Self = Self { members: 1, tls: false, users: false, max_ops: 1_024, quota: 0 };
     pub const ONE_SECURE: Self = Self { tls: true, users: true, ..Self::ONE };
     pub const THREE_SECURE: Self = Self { members: 3, max_ops: 256, ..Self::ONE_SECURE };
 }
@@ -115,6 +117,7 @@ impl Etcd {
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &peers.collect::<Vec<_>>().join(",")])
             .args(["--max-txn-ops", &self.shape.max_ops.to_string()])
+            .args(["--quota-backend-bytes", &self.shape.quota.to_string()])
             .args(["--logger", "zap", "--log-level", "warn"])
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())

@@ -104,22 +104,36 @@ impl Cluster {
     }
 
     pub async fn start_with(size: u64, seed: u64, adjust: fn(&mut Config)) -> Self {
-        Self::start_on(Wires::default(), size, seed, adjust).await
+        Self::made(Wires::default(), size, seed, adjust).started().await
     }
 
     /// In virtual time, with cables on which messages take up to `latency`.
     pub async fn start_virtual(size: u64, seed: u64, latency: Duration) -> Self {
-        let wires = Wires { latency: Mutex::new(Some((SeededRng::new(seed), latency))), ..Wires::default() };
-        Self::start_on(wires, size, seed, |_| {}).await
+        Self::unbegun(size, seed, latency).started().await
     }
 
-    async fn start_on(wires: Wires, size: u64, seed: u64, adjust: fn(&mut Config)) -> Self {
-        let disks = (1..=size).map(|n| (n, MemDisk::new(seed.wrapping_mul(31).wrapping_add(n)))).collect();
-        let cluster = Self { wires: Arc::new(wires), disks, adjust, joined: Mutex::default(), seed };
-        for node in 1..=size {
-            cluster.boot(node).await.unwrap();
+    async fn started(self) -> Self {
+        for node in self.ids() {
+            self.boot(node).await.unwrap();
         }
-        cluster
+        self
+    }
+
+    /// In virtual time too, with nobody started yet.
+    pub fn unbegun(size: u64, seed: u64, latency: Duration) -> Self {
+        let wires = Wires { latency: Mutex::new(Some((SeededRng::new(seed), latency))), ..Wires::default() };
+        Self::made(wires, size, seed, |_| {})
+    }
+
+    fn made(wires: Wires, size: u64, seed: u64, adjust: fn(&mut Config)) -> Self {
+        let disks = (1..=size).map(|n| (n, MemDisk::new(seed.wrapping_mul(31).wrapping_add(n)))).collect();
+        Self { wires: Arc::new(wires), disks, adjust, joined: Mutex::default(), seed }
+    }
+
+    /// The same with a founding member taken out of everybody's configuration.
+    pub fn without(mut self, node: u64) -> Self {
+        self.disks.remove(&node);
+        self
     }
 
     pub fn ids(&self) -> Vec<u64> {
@@ -214,6 +228,10 @@ struct Prompt(Arc<dyn Disk>);
 impl Disk for Prompt {
     fn create(&self, path: &Path) -> io::Result<Box<dyn File>> {
         self.0.create(path)
+    }
+
+    fn create_reserved(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn File>> {
+        self.0.create_reserved(path, bytes)
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn File>> {
