@@ -9,7 +9,6 @@ use axum::response::Response;
 use http::HeaderValue;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::request::Parts;
-use nexus_model::kind::{Capacity, Classes};
 use nexus_model::{ApiError, Name};
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
@@ -173,10 +172,6 @@ pub struct ServerJoin {
     pub wire: String,
     /// Where users reach its API, such as `https://10.0.0.4:8443`.
     pub api: String,
-    /// More names and addresses for the certificate that users see.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 16))]
-    pub api_names: Vec<String>,
     /// PKCS #10, in PEM, for the ids `server/<name>` and `api/<name>` of the cluster's trust domain.
     pub csr: String,
 }
@@ -227,15 +222,8 @@ pub struct HostJoin {
     pub zone: Option<Name>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cell: Option<Name>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rack: Option<Name>,
-    /// Where servers reach the agent, such as `10.0.0.21:7450`.
+    /// Where servers reach the agent, such as `10.0.0.21:7450`. What it offers its agent says by itself.
     pub address: String,
-    /// What the host offers.
-    #[serde(default)]
-    pub capacity: Capacity,
-    #[serde(default)]
-    pub classes: Classes,
     /// PKCS #10, in PEM, for the id `agent/<name>`.
     pub csr: String,
 }

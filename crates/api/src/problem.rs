@@ -62,8 +62,8 @@ pub fn from_store(error: StoreError) -> ApiError {
         StoreError::Full(reason) => ApiError::new(
             Code::Overloaded,
             format!(
-                "the metadata store is nearly full, only deletes are taken: {reason}. Delete what is not needed or give \
-                 the servers more room, and send the request again; it clears by itself"
+                "the metadata store is full and nothing may grow: {reason}. It clears by itself when there is room: send \
+                 the request again then"
             ),
         ),
         StoreError::FutureRevision { asked, current } => ApiError::new(
@@ -98,9 +98,9 @@ mod tests {
 
     #[test]
     fn a_full_store_is_told_as_what_passes_and_what_helps() {
-        let error = from_store(StoreError::Full("12 MiB are free on its disk".into()));
+        let error = from_store(StoreError::Full("12 MiB are free on its disk: free some space".into()));
         assert_eq!((error.code, error.status), (Code::Overloaded, 429));
-        assert!(error.detail.contains("12 MiB") && error.detail.contains("Delete what is not needed"), "{error}");
+        assert!(error.detail.contains("12 MiB") && error.detail.contains("free some space"), "{error}");
         let response = Refusal::from(error).into_response(&"req-1".parse().expect("a well-formed id"));
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
         assert!(response.headers().contains_key(RETRY_AFTER));

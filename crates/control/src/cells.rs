@@ -71,8 +71,9 @@ impl Cells {
         }
     }
 
-    /// Takes in a heartbeat that came at `now`. Answers the host's epoch.
-    pub fn hear(&mut self, step: &mut Step<'_>, report: &HostReport, now: Duration) -> Result<u64, String> {
+    /// Takes in a heartbeat that came at `now`. Answers the host's epoch, and whether the rest of the report is to be taken in
+    /// by another step.
+    pub fn hear(&mut self, step: &mut Step<'_>, report: &HostReport, now: Duration) -> Result<(u64, bool), String> {
         host::join(step, report)?;
         let load = (report.load.clamp(0.0, 1.0) * 1000.0) as u16;
         let heard = self.heard.entry(report.host.clone()).or_insert(Heard { at: now, load: 0 });
@@ -91,17 +92,21 @@ impl Cells {
         if step.world.settled.get(&report.host) != Some(&fingerprint) && self.observe(step, report) {
             step.world.settled.insert(report.host.clone(), fingerprint);
         }
-        Ok(epoch)
+        // Nothing is left over if the step became long with the last of it; then the next finds nothing to do.
+        Ok((epoch, step.is_long()))
     }
 
-    /// Takes in what a host says of its instances. True if that was no news and stays none until a row of an instance
-    /// there changes.
+    /// Takes in what a host says of its instances, as much as fits in a step. True if that was no news and stays none until a
+    /// row of an instance there changes.
     fn observe(&self, step: &mut Step<'_>, report: &HostReport) -> bool {
         let mut settled = true;
         let mine: Vec<_> = step.world.on_host.get(&report.host).into_iter().flatten().copied().collect();
         let mut all: Vec<&InstanceReport> = report.instances.iter().collect();
         all.sort_by_key(|told| told.uid);
         for uid in mine {
+            if step.is_long() {
+                return false;
+            }
             let Some(i) = step.world.instance(uid) else { continue };
             let told = all.binary_search_by_key(&uid, |told| told.uid).ok().map(|at| all[at]);
             if i.metadata.deleting.is_none() {
@@ -136,8 +141,8 @@ impl Cells {
         self.judged = now;
     }
 
-    /// Judges the hosts of one cell.
-    pub fn judge(&mut self, step: &mut Step<'_>, cell: &Name, now: Duration) {
+    /// Judges the hosts of one cell, as many as fit in a step. True if more are left for another.
+    pub fn judge(&mut self, step: &mut Step<'_>, cell: &Name, now: Duration) -> bool {
         let scheduler = step.world.scheduler.as_ref().expect("only the writer judges");
         let known = scheduler.hosts_in(cell).filter_map(|name| step.world.host(name));
         let hosts: Vec<(Name, HostState)> = known.map(|h| (h.metadata.name.clone(), h.status.state)).collect();
@@ -150,6 +155,9 @@ impl Cells {
         let vanished = silent.iter().filter(|(_, _, silence)| *silence >= DEAD_AFTER).count();
         let brake = vanished > (living.count() / 5).max(1);
         for (name, state, silence) in silent {
+            if step.is_long() {
+                return true;
+            }
             let seconds = silence.as_secs_f32();
             if silence >= DEAD_AFTER && !brake {
                 host::set_state(step, name, HostState::Dead, &format!("silent for {seconds:.1} s"));
@@ -158,6 +166,7 @@ impl Cells {
             }
         }
         self.tell(step, cell, hosts.len(), brake, now);
+        false
     }
 
     fn tell(&mut self, step: &mut Step<'_>, name: &Name, hosts: usize, brake: bool, now: Duration) {

@@ -35,8 +35,7 @@ const STEPS_PER_ROUND: usize = 2_000;
 /// Calls of [`Core::check_on`] for one whole recount.
 const SLICES: usize = 60;
 
-/// Transactions after which a round ends likewise: all of them must be durable before the store's deadline, and nobody is
-/// answered before.
+/// Transactions after which a round ends likewise: nobody is answered before all of them are durable.
 const PACKS_PER_ROUND: usize = 32;
 
 /// What a group starts with.
@@ -62,6 +61,11 @@ impl Pack {
         let new = ops.keys().filter(|k| !self.ops.contains_key(*k)).count();
         let bytes: usize = ops.iter().map(|(k, v)| k.len() + v.as_ref().map_or(0, Bytes::len)).sum();
         self.ops.len() + new <= MAX_OPS && self.bytes + bytes <= MAX_BYTES
+    }
+
+    /// Bytes of its keys and values.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     fn add(&mut self, ops: Ops) {
@@ -328,18 +332,24 @@ impl Core {
 
     /// Takes in a host's report; answers the host's epoch, or why it can't join.
     pub fn report(&mut self, report: &HostReport, at: Moment<'_>) -> Result<u64, String> {
-        let heard = guarded(|| {
-            // Both fields are borrowed apart, because the cells look at the world through the step.
-            let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
-            let answer = self.cells.hear(&mut step, report, at.monotonic);
-            (answer, step.finish())
-        });
-        let (answer, ops) = heard.map_err(|why| {
-            tracing::error!(host = %report.host, panic = why, "taking in a host's report panicked");
-            "a defect of the control plane: its log says more".to_owned()
-        })?;
-        self.absorb(ops);
-        answer
+        // A host may have news of hundreds of instances at once: more than one transaction takes.
+        loop {
+            let heard = guarded(|| {
+                // Both fields are borrowed apart, because the cells look at the world through the step.
+                let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
+                let answer = self.cells.hear(&mut step, report, at.monotonic);
+                (answer, step.finish())
+            });
+            let (answer, ops) = heard.map_err(|why| {
+                tracing::error!(host = %report.host, panic = why, "taking in a host's report panicked");
+                "a defect of the control plane: its log says more".to_owned()
+            })?;
+            self.absorb(ops);
+            let (epoch, more) = answer?;
+            if !more {
+                return Ok(epoch);
+            }
+        }
     }
 
     /// Judges hosts. Called a few times a second.
@@ -352,14 +362,22 @@ impl Core {
         let cells: Vec<Name> = self.world.cells.live.keys().map(|(_, name)| name.clone()).collect();
         // Each by itself: a cell that can't be judged must not keep the others from it.
         for cell in cells {
-            let judged = guarded(|| {
-                let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
-                self.cells.judge(&mut step, &cell, at.monotonic);
-                step.finish()
-            });
-            match judged {
-                Ok(ops) => self.absorb(ops),
-                Err(why) => tracing::error!(%cell, panic = why, "judging a cell's hosts panicked"),
+            loop {
+                let judged = guarded(|| {
+                    let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
+                    let more = self.cells.judge(&mut step, &cell, at.monotonic);
+                    (more, step.finish())
+                });
+                match judged {
+                    Ok((more, ops)) => {
+                        self.absorb(ops);
+                        if more {
+                            continue;
+                        }
+                    }
+                    Err(why) => tracing::error!(%cell, panic = why, "judging a cell's hosts panicked"),
+                }
+                break;
             }
         }
     }

@@ -54,6 +54,20 @@ pub struct Intent {
     pub dry_run: bool,
 }
 
+/// An intent on its way to a writer that the sender can't reach by itself. The way is in it and only gets shorter, so it
+/// can't go round; and nobody on it sends it twice.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Passed {
+    /// The server whose writer it is for.
+    pub to: u64,
+    /// Those who still have to pass it on, in order.
+    pub hops: Vec<u64>,
+    /// How long the receiver may take.
+    pub budget_ms: u64,
+    pub intent: Intent,
+}
+
 /// The writer's answer to an intent that it took.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -11,6 +11,7 @@
 //! Architecture invariant: nothing here starts a process, touches a link or opens a socket.
 
 pub mod cells;
+mod chain;
 pub mod core;
 pub mod decide;
 pub mod fleet;

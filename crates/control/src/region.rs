@@ -1,9 +1,8 @@
 //! The writer's loop, and the door to it.
 //!
 //! A server that the store makes leader claims `sys/writer`, loads the region's state at that revision, and from then on
-//! decides: it takes all inputs that wait, decides them in order, commits what changed, and answers. Each transaction
-//! compares `sys/writer` with what the one before left there and moves it on, so a writer that has lost its right, or one
-//! whose earlier transaction did not commit, commits nothing more. When a commit's outcome is not known, the writer drops
+//! decides: it takes all inputs that wait, decides them in order, commits what changed, and answers. Its transactions are a
+//! [chain](crate::chain) that breaks when the right is lost. A writer that can't learn what became of a transaction drops
 //! its state and, if it still leads, claims and loads anew.
 //!
 //! The same loop writes the group that all regions share. A region of a fleet follows this server's own copy of that group
@@ -15,21 +14,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
-use futures::stream::FuturesOrdered;
-use futures::{FutureExt, StreamExt};
+use futures::FutureExt;
 use nexus_env::{Env, RngExt};
 use nexus_model::kind::{RegionServer, Tier};
 use nexus_model::plan::{HostReport, RegionSummary, ServerNote};
 use nexus_model::{ApiError, Code, Timestamp, key};
-use nexus_store::{Compare, Leadership, Op, Pressure, RangeRequest, Revision, Store, StoreError, Txn, TxnOutcome};
-use tokio::sync::{oneshot, watch};
+use nexus_store::{Leadership, Pressure, RangeRequest, Revision, Store, StoreError};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::cells::Cells;
+use crate::chain::Chain;
 use crate::core::{Bootstrap, Core, Moment, Pack};
 use crate::inbox::{Inbox, Input, IntentReply, ReportReply};
-use crate::intent::{Accepted, Change, Intent, Writer};
+use crate::intent::{Accepted, Change, Intent, Passed, Writer};
 use crate::link::Link;
 use crate::view::load;
 use crate::world::{Part, World};
@@ -51,6 +49,10 @@ const NO_LEADER: Duration = Duration::from_secs(3);
 const LAST_WORDS: Duration = Duration::from_millis(250);
 /// How long a refused request waits for what the global group has promised meanwhile.
 const CATCH_UP: Duration = Duration::from_secs(2);
+/// Other servers' intents that are passed on at once; more are refused, and their senders try again.
+const PASSING: usize = 256;
+/// Servers that an intent may still have to pass when it comes to one. The store's routes are no longer.
+const MOST_HOPS: usize = 3;
 /// How often old keys are forgotten.
 const HOUSEKEEPING: Duration = Duration::from_secs(15);
 
@@ -69,6 +71,9 @@ pub enum ForwardError {
 #[async_trait]
 pub trait Forward: Send + Sync {
     async fn forward(&self, node: u64, intent: &Intent, deadline: Duration) -> Result<Accepted, ForwardError>;
+
+    /// Hands an intent to a server that is to pass it on: see [`Region::pass_on`].
+    async fn pass(&self, via: u64, passed: &Passed, deadline: Duration) -> Result<Accepted, ForwardError>;
 }
 
 /// The way to the writer of the group that all regions share.
@@ -126,7 +131,7 @@ pub struct Counters {
     /// 1 while this server's writer decides.
     pub leading: AtomicU64,
     /// Times that this server's writer began to decide, with its state loaded anew. Grows with a change of the leader, and
-    /// when a commit's outcome was not known.
+    /// when a commit's outcome could not be learnt.
     pub beginnings: AtomicU64,
     /// Milliseconds since this leader's copy of the global group was known to be complete.
     pub fleet_stale_ms: AtomicU64,
@@ -149,6 +154,8 @@ pub struct Region {
     forward: Arc<dyn Forward>,
     leadership: watch::Receiver<Leadership>,
     inbox: Inbox,
+    /// Places for other servers' intents that this one passes on.
+    passing: Semaphore,
     /// The revision of the global group that this server's writer has taken in, while it leads.
     adopted: watch::Sender<u64>,
     pub counters: Counters,
@@ -164,6 +171,7 @@ impl Region {
             forward,
             leadership,
             inbox: Inbox::default(),
+            passing: Semaphore::new(PASSING),
             adopted: watch::Sender::default(),
             counters: Counters::default(),
         }
@@ -214,6 +222,35 @@ impl Region {
         }
     }
 
+    /// Passes an intent on to the writer that it is for, or to the next server on the way there. What is not known of it then
+    /// is left to whoever sent it: nobody on the way tries twice.
+    pub async fn pass_on(&self, mut passed: Passed) -> Result<Accepted, ForwardError> {
+        let Ok(_place) = self.passing.try_acquire() else {
+            return Err(ForwardError::NotTaken("too many intents are being passed on".into()));
+        };
+        if passed.hops.len() > MOST_HOPS {
+            return Err(ForwardError::NotTaken("the way is too long".into()));
+        }
+        let left = Duration::from_millis(passed.budget_ms).min(DEADLINE);
+        if passed.hops.is_empty() {
+            return self.forward.forward(passed.to, &passed.intent, left).await;
+        }
+        let next = passed.hops.remove(0);
+        passed.budget_ms = budget(left);
+        self.forward.pass(next, &passed, left).await
+    }
+
+    /// Sends an intent to the server that leads, past a link that is down if the store knows a way.
+    async fn send(&self, leader: u64, intent: &Intent, left: Duration) -> Result<Accepted, ForwardError> {
+        let mut hops = self.store.way_to(leader);
+        if hops.is_empty() {
+            return self.forward.forward(leader, intent, left).await;
+        }
+        let first = hops.remove(0);
+        let passed = Passed { to: leader, hops, budget_ms: budget(left), intent: intent.clone() };
+        self.forward.pass(first, &passed, left).await
+    }
+
     async fn try_here(&self, intent: Intent) -> Result<Accepted, Undecided> {
         let knew = *self.adopted.borrow();
         match self.decide_here(intent.clone()).await {
@@ -251,7 +288,7 @@ impl Region {
         if intent.change != Change::Delete
             && let Pressure::Full(reason) = self.store.status().await.pressure
         {
-            let detail = format!("the metadata store is nearly full, only deletes are taken: {reason}");
+            let detail = format!("the metadata store is full and nothing may grow: {reason}");
             return Err(Undecided::Decided(ApiError::new(Code::Overloaded, detail)));
         }
         let (reply, answer) = oneshot::channel();
@@ -387,7 +424,7 @@ impl Region {
             }
             more = core.reconcile(self.moment());
             self.counters.rounds.fetch_add(1, Ordering::Relaxed);
-            match self.commit(&mut core, &mut chain).await {
+            match self.commit(epoch, &mut core, &mut chain).await {
                 Ok(at) => newest = newest.max(at.0),
                 Err(error) => {
                     for (reply, _) in answers {
@@ -453,69 +490,27 @@ impl Region {
         self.counters.active_hosts.store(active, Ordering::Relaxed);
     }
 
-    /// Takes over `sys/writer`: from that revision on, no other writer can commit.
+    /// Takes over `sys/writer`.
     async fn claim(&self, epoch: u64) -> Result<(Chain, Revision), StoreError> {
-        let old = self.store.range(RangeRequest::get(key::WRITER)).await?;
-        let was = old.kvs.first().map_or(Revision(0), |kv| kv.mod_revision);
         let nonce: [u8; 8] = self.env.rng.bytes();
-        let chain = Chain { epoch, node: self.config.node, nonce: u64::from_le_bytes(nonce), next: 0 };
-        let txn = Txn::new(
-            vec![Compare::mod_revision(key::WRITER, was)],
-            vec![Op::put(key::WRITER, chain.value()), Op::put(key::FORMAT, "1")],
-        );
-        match self.store.txn(txn).await? {
-            TxnOutcome::Committed { revision } => Ok((chain, revision)),
-            TxnOutcome::CompareFailed { .. } => {
-                Err(StoreError::Unavailable { reason: "another server claimed the writer's right".into() })
-            }
-        }
+        Chain::claim(&*self.store, epoch, self.config.node, u64::from_le_bytes(nonce)).await
     }
 
     /// Commits what was decided; answers the newest revision that it made, 0 if it made none.
-    async fn commit(&self, core: &mut Core, chain: &mut Chain) -> Result<Revision, StoreError> {
+    async fn commit(&self, epoch: u64, core: &mut Core, chain: &mut Chain) -> Result<Revision, StoreError> {
         let mut newest = Revision(0);
         let packs: Vec<Pack> = core.take_packs();
-        // Each pack's compare names the one before: an engine that may swap them gets the next when the last is done.
-        let together = if self.store.keeps_order() { usize::MAX } else { 1 };
-        let mut rest = packs.iter();
-        let mut begin = |chain: &mut Chain| {
-            rest.next().map(|pack| {
-                let before = chain.value();
-                chain.next += 1;
-                let mut ops: Vec<Op> = pack
-                    .ops
-                    .iter()
-                    .map(|(key, value)| match value {
-                        Some(value) => Op::put(key.clone(), value.clone()),
-                        None => Op::delete(key.clone()),
-                    })
-                    .collect();
-                ops.push(Op::put(key::WRITER, chain.value()));
-                self.store.txn(Txn::new(vec![Compare::value(key::WRITER, before)], ops))
-            })
+        let leads = || {
+            let now = *self.leadership.borrow();
+            now.is_self && now.epoch == epoch
         };
-        let mut flight = FuturesOrdered::new();
-        let mut done = packs.iter();
-        loop {
-            while flight.len() < together
-                && let Some(txn) = begin(chain)
-            {
-                flight.push_back(txn);
-            }
-            let Some(outcome) = flight.next().await else { break };
-            let pack = done.next().expect("an outcome per pack");
-            match outcome? {
-                TxnOutcome::Committed { revision } => {
-                    self.counters.commits.fetch_add(1, Ordering::Relaxed);
-                    self.counters.operations.fetch_add(pack.ops.len() as u64, Ordering::Relaxed);
-                    core.committed(pack, revision.0);
-                    newest = revision;
-                }
-                TxnOutcome::CompareFailed { .. } => {
-                    return Err(StoreError::Unavailable { reason: "another server has become the writer".into() });
-                }
-            }
-        }
+        let committed = |pack: &Pack, revision: Revision| {
+            self.counters.commits.fetch_add(1, Ordering::Relaxed);
+            self.counters.operations.fetch_add(pack.ops.len() as u64, Ordering::Relaxed);
+            core.committed(pack, revision.0);
+            newest = revision;
+        };
+        chain.commit(&*self.store, &packs, leads, committed).await?;
         Ok(newest)
     }
 }
@@ -543,20 +538,6 @@ fn may_be_early(intent: &Intent, error: &ApiError) -> bool {
     error.code == Code::QuotaExceeded || project.is_some_and(|p| *error == ApiError::not_found("Project", p.as_str()))
 }
 
-/// The value of `sys/writer`, which each transaction moves on by one.
-struct Chain {
-    epoch: u64,
-    node: u64,
-    nonce: u64,
-    next: u64,
-}
-
-impl Chain {
-    fn value(&self) -> Bytes {
-        format!("epoch={} node={} claim={:016x} next={}", self.epoch, self.node, self.nonce, self.next).into()
-    }
-}
-
 fn turn_away(input: Input, leader: Option<u64>) {
     match input {
         Input::Intent(_, reply) => {
@@ -567,6 +548,11 @@ fn turn_away(input: Input, leader: Option<u64>) {
         }
         Input::Note(_) => {}
     }
+}
+
+/// What a server is given of the time that is left to its caller: a little less, so that its answer finds someone waiting.
+fn budget(left: Duration) -> u64 {
+    u64::try_from(left.as_millis()).unwrap_or(u64::MAX) / 10 * 9
 }
 
 fn unknown(why: &str) -> ApiError {
@@ -603,7 +589,7 @@ impl Writer for Region {
                 Some(node) => {
                     let forwarded = tokio::select! {
                         biased;
-                        forwarded = self.forward.forward(node, &intent, left) => forwarded,
+                        forwarded = self.send(node, &intent, left) => forwarded,
                         () = succeeded(leadership.clone(), node) => {
                             Err(ForwardError::Unknown("another server leads before the one that was asked has answered".into()))
                         }

@@ -37,6 +37,10 @@ pub enum Dirty {
 /// Store operations by key: `None` deletes.
 pub type Ops = IndexMap<String, Option<Bytes>>;
 
+/// Operations after which a step that goes over many objects leaves the rest to another step: with what one more object
+/// adds, it still fits in a transaction.
+const ENOUGH: usize = 60;
+
 type Undo = Box<dyn FnOnce(&mut World) + Send>;
 
 pub struct Step<'a> {
@@ -66,6 +70,11 @@ impl<'a> Step<'a> {
     pub fn finish(mut self) -> Ops {
         self.undo.clear();
         std::mem::take(&mut self.ops)
+    }
+
+    /// Whether what else there is to do should be left to another step.
+    pub fn is_long(&self) -> bool {
+        self.ops.len() >= ENOUGH
     }
 
     /// The region whose group this is, or `global`.

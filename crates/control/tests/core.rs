@@ -457,3 +457,38 @@ fn a_host_whose_reports_wait_for_the_writer_is_not_silent() {
     lab.pass(DEAD_AFTER + Duration::from_secs(1));
     assert_eq!(lab.core.world.host(&waits).unwrap().status.state, HostState::Dead);
 }
+
+#[test]
+fn what_befalls_everything_on_a_host_or_in_a_cell_at_once_fits_in_transactions() {
+    // `Lab::with` looks at the size of each.
+    let mut lab = Lab::new(1);
+    lab.create::<Image>("web", image("one")).unwrap();
+    let resources =
+        Resources { cpu: MilliCpu(20), memory: Bytes(16 << 20), scratch: Bytes(1 << 20), ..Resources::default() };
+    lab.create::<App>("crowd", AppSpec { resources, ..web(240) }).unwrap();
+    lab.pass(Duration::from_secs(2));
+    let host = name("zone-a-1");
+    assert_eq!(lab.core.world.instances_on(&host).filter(|i| i.status.ready).count(), 80);
+    // All of them end at once, and then the host loses them all.
+    let mut report = lab.report(&host);
+    for i in &mut report.instances {
+        (i.phase, i.ready, i.restarts) = (InstancePhase::BackOff, false, 1);
+        i.message = "exit code 1".into();
+    }
+    lab.with(|core, at| core.report(&report, at)).unwrap();
+    let of = |lab: &Lab, phase| lab.core.world.instances_on(&host).filter(|i| i.status.phase == phase).count();
+    assert_eq!(of(&lab, InstancePhase::BackOff), 80);
+    lab.pass(Duration::from_secs(1));
+    assert_eq!(of(&lab, InstancePhase::Running), 80);
+
+    // A hundred more hosts of one cell join, and fall silent together.
+    let capacity = Capacity { cpu: MilliCpu(2000), memory: Bytes(2 << 30), scratch: Bytes(10 << 30), instances: 100 };
+    for n in 100..200 {
+        let spec = common::host("zone-a", "cell-a", n, capacity);
+        let report = common::report(&name(&format!("late-{n}")), spec, lab.revision, []);
+        lab.with(|core, at| core.report(&report, at)).unwrap();
+    }
+    lab.pass(Duration::from_secs(3));
+    let suspect = |h: &&Object<Host>| h.status.state == HostState::Suspect;
+    assert_eq!(lab.core.world.hosts.live.values().filter(suspect).count(), 100);
+}

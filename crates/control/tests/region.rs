@@ -1,4 +1,4 @@
-//! The writer's loop over three real stores in one process: intents from any server, a leader that dies, retries.
+//! The writer's loop over three real stores in one process: intents from any server, a leader that dies, retries, detours.
 
 mod common;
 
@@ -8,8 +8,8 @@ use std::sync::Arc;
 use common::net::{End, LONG, Net, Running, env, submit};
 use common::{create, image, intent, name, web};
 use nexus_control::core::Bootstrap;
-use nexus_control::intent::{Change, Intent, Writer};
-use nexus_control::region::{Config, Region};
+use nexus_control::intent::{Change, Intent, Passed, Writer};
+use nexus_control::region::{Config, ForwardError, Region};
 use nexus_control::view::View;
 use nexus_control::world::World;
 use nexus_model::Code;
@@ -149,6 +149,52 @@ async fn a_batch_larger_than_one_transaction_is_committed_whole() {
     submit(&region, intent("apps", Some("default"), "wide", Change::Patch { patch })).await.unwrap();
     submit(&region, create::<Image>(Some("default"), "web", image("web"))).await.unwrap();
     servers[&1].running.shows("200 instances that wait for hosts", |w| w.instances.live.len() == 200).await;
+    for (_, server) in servers {
+        server.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_a_link_to_the_leader_has_its_intents_passed_on_and_decided_once() {
+    let net = Arc::new(Net::default());
+    let servers = three(&net).await;
+    submit(&servers[&1].region, app("before", None)).await.unwrap();
+    let leader = servers[&1].store.status().await.leader.unwrap();
+    let mut others = servers.keys().copied().filter(|n| *n != leader);
+    let (cut_off, between) = (others.next().unwrap(), others.next().unwrap());
+    net.severed.lock().unwrap().insert((leader.min(cut_off), leader.max(cut_off)));
+    let (store, region) = (&servers[&cut_off].store, &servers[&cut_off].region);
+    let knows = async {
+        while store.way_to(leader) != [between] {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    timeout(LONG, knows).await.expect("the way past the link is found");
+
+    // Each is sent once: without a key, one that was sent twice would find its name taken.
+    for n in 0..10 {
+        assert!(region.submit(app(&format!("app-{n}"), None)).await.unwrap().created);
+    }
+    let passed = std::mem::take(&mut *net.passed.lock().unwrap());
+    assert_eq!(passed.len(), 10);
+    assert!(passed.iter().all(|(via, p)| (*via, p.to, p.hops.len()) == (between, leader, 0)));
+
+    // A lost answer: with a key it is asked for again, without one nobody may.
+    *net.lose_one_answer.lock().unwrap() = true;
+    let keyed = region.submit(app("keyed", Some("k"))).await.unwrap();
+    assert!(keyed.replayed, "the first answer again");
+    *net.lose_one_answer.lock().unwrap() = true;
+    let bare = region.submit(app("bare", None)).await.unwrap_err();
+    assert!(bare.code == Code::Timeout && bare.detail.contains("may have been committed"), "{bare:?}");
+    assert_eq!(net.passed.lock().unwrap().len(), 3);
+    servers[&between].running.shows("each app once", |w| w.apps.live.len() == 13).await;
+
+    // Whoever can't pass it on says that nothing was done, and a way that is too long is not gone.
+    let lost = Passed { to: 9, hops: Vec::new(), budget_ms: 1_000, intent: app("lost", None) };
+    for passed in [Passed { hops: vec![1, 2, 3, 1], ..lost.clone() }, lost] {
+        let refused = servers[&between].region.pass_on(passed).await.unwrap_err();
+        assert!(matches!(refused, ForwardError::NotTaken(_)), "{refused:?}");
+    }
     for (_, server) in servers {
         server.end().await;
     }

@@ -26,6 +26,11 @@ pub mod method {
     pub const SUBMIT: &str = "writer.submit";
     /// The same, for the writer of the global group.
     pub const SUBMIT_GLOBAL: &str = "writer.submit-global";
+    /// Server to server: an intent that is to be passed on to the region's writer, past a link that is down. A release that
+    /// does not know it refuses, and nothing has been done.
+    pub const PASS: &str = "writer.pass";
+    /// The same, for the writer of the global group.
+    pub const PASS_GLOBAL: &str = "writer.pass-global";
     /// A region's leading server to the one that leads the global group: [`super::RegionSummary`].
     pub const SUMMARY: &str = "region.summary";
     /// Server to the leading server of its region, every second: [`super::ServerNote`].

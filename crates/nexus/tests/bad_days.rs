@@ -4,12 +4,14 @@
 //! Every block that begins with ```` ```sh run ```` is run as it stands there. After some sections the test looks whether
 //! the cloud really is what the guide promises.
 
+#[path = "e2e/guide.rs"]
+mod guide;
 #[allow(dead_code)] // The end-to-end tests use the rest.
 #[path = "e2e/images.rs"]
 mod images;
 
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -112,41 +114,13 @@ impl Drop for Cloud {
     }
 }
 
-/// The headings of the guide with the blocks below each.
-fn sections(text: &str) -> Vec<(String, Vec<String>)> {
-    let mut found: Vec<(String, Vec<String>)> = vec![(String::new(), Vec::new())];
-    let mut block: Option<String> = None;
-    for line in text.lines() {
-        match &mut block {
-            Some(script) if line == "```" => {
-                found.last_mut().unwrap().1.push(std::mem::take(script));
-                block = None;
-            }
-            Some(script) => {
-                script.push_str(line);
-                script.push('\n');
-            }
-            None if line == "```sh run" => block = Some(String::new()),
-            None => {
-                if let Some(heading) = line.strip_prefix("## ") {
-                    found.push((heading.to_owned(), Vec::new()));
-                }
-            }
-        }
-    }
-    assert!(block.is_none(), "a block without an end");
-    found
-}
-
 /// Runs a guide's blocks, and `after` each of its sections what looks whether it came out as the guide promises.
 fn follow(guide: &str, at_least: usize, cloud: &Cloud, mut after: impl FnMut(&str)) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/guide").join(guide);
-    let sections = sections(&std::fs::read_to_string(path).unwrap());
-    assert!(sections.iter().map(|(_, blocks)| blocks.len()).sum::<usize>() >= at_least);
-    for (heading, blocks) in sections {
-        for block in blocks {
-            println!("{heading}: {block}");
-            cloud.ok(&block);
+    for (heading, blocks) in guide::sections(guide, at_least) {
+        for guide::Block { place, script } in blocks {
+            assert_eq!(place, None, "this test has one machine");
+            println!("{heading}: {script}");
+            cloud.ok(&script);
         }
         after(&heading);
     }

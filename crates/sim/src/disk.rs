@@ -104,6 +104,10 @@ impl Disk for SimDisk {
         Ok(self.file(path, self.on()?.create(path)?))
     }
 
+    fn create_reserved(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn File>> {
+        Ok(self.file(path, self.on()?.create_reserved(path, bytes)?))
+    }
+
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         self.on()?.read(path)
     }

@@ -1,5 +1,5 @@
 //! A world of several regions: each has servers with a group of its own, hosts, a gateway, and all servers are members of the
-//! group that all regions share.
+//! group that all regions share. In most of them a region joins and another leaves while faults go on.
 //!
 //! Beside faults drawn by lot there is one that is aimed: when everything is well, one region is cut off or lost, or two are cut
 //! apart, and nothing else. Then global writes must resume wherever a majority of the core regions is in reach, a region that is
@@ -20,12 +20,13 @@ use crate::chance::Dice;
 use crate::fleet_judge::fleet_difference;
 use crate::fleet_users::{FleetUser, Known};
 use crate::judge::{self, Ground};
+use crate::moves::{self, Moves};
 use crate::mutant::Mutant;
 use crate::nemesis::{FAULTS_LAST, Nemesis, around, between};
 use crate::recorder::Recorder;
 use crate::region::name;
 use crate::run::{end, end_load, serves_again, settle, start};
-use crate::server::{Server, endpoint};
+use crate::server::Server;
 use crate::site::{Group, Site};
 use crate::trace::Trace;
 use crate::users::{PROJECT, Way, import_image, intent};
@@ -37,6 +38,8 @@ const BEGINS_WITHIN: Duration = Duration::from_secs(40);
 const RESUMES_WITHIN: Duration = Duration::from_secs(8);
 const NO_PAUSE_OVER: Duration = Duration::from_secs(5);
 const HELD: Duration = Duration::from_secs(9);
+/// After the faults: each step of an operator has a limit of its own.
+const MOVES_WITHIN: Duration = Duration::from_secs(600);
 const GLOBAL_WRITES: &str = "global writes resume while a majority of core regions reach one another";
 const OWN_WRITES: &str = "a region that is cut off goes on deciding for its own";
 const LOCAL_READS: &str = "any region answers global reads from its own copy, and never goes back";
@@ -54,7 +57,7 @@ pub async fn world(seed: u64, mutant: Option<Mutant>, trace: &Trace) {
     };
     let world = World::new(&plan, trace.clone());
     let mut standing = start(&world);
-    standing.spawn(join_global(world.clone()));
+    standing.spawn(moves::let_in_the_others(world.clone()));
     let mut recorders = vec![Recorder::new(Group::Global, &world.nodes)];
     recorders.extend(world.sites.iter().map(|site| Recorder::new(Group::Own, &site.nodes)));
     for recorder in &recorders {
@@ -88,7 +91,15 @@ pub async fn world(seed: u64, mutant: Option<Mutant>, trace: &Trace) {
         hosts: grounds.iter().flat_map(|g| g.hosts.clone()).collect(),
         gateways: grounds.iter().flat_map(|g| g.gateways.clone()).collect(),
     };
-    nemesis.run(Instant::now() + FAULTS_LAST).await;
+    let (mut moving, mut span) = (JoinSet::new(), FAULTS_LAST);
+    if let Some(moves) = Moves::of(&world, Dice::new(seed, "moves"), &known) {
+        moving.spawn(moves.run());
+        span = span * 3 / 2;
+    }
+    nemesis.run(Instant::now() + span).await;
+    if timeout(MOVES_WITHIN, moving.join_next()).await.is_err() {
+        trace.violation("operators' work gets done", "regions did not come and go in time");
+    }
     all_serve(&world, "probe").await;
     torment(&world, &Dice::new(seed, "torment"), &known).await;
     nemesis.make_good();
@@ -111,35 +122,16 @@ async fn all_serve(world: &Arc<World>, name: &str) {
     serves_again(world, Group::Global, name).await;
 }
 
-/// Lets those who don't vote into the group that all regions share.
-async fn join_global(world: Arc<World>) {
-    let voters = world.voters();
-    for node in world.nodes.iter().copied().filter(|node| !voters.contains(node)) {
-        let mut turn = 0;
-        loop {
-            turn += 1;
-            let door = world.server(voters[turn % voters.len()]).and_then(|s| s.global.clone());
-            if let Some(door) = door
-                && let Ok(Ok(())) = timeout(Duration::from_secs(20), door.store.add_learner(node, endpoint(node))).await
-            {
-                break;
-            }
-            sleep(Duration::from_millis(300)).await;
-        }
-        world.trace.count("servers that read along");
-    }
-}
-
 /// Waits until every region knows the fleet and has what users take for granted.
 async fn begins(world: &Arc<World>, dice: &Dice) {
     import_image(world, dice, &name(PROJECT), &Way::of_global(world)).await;
     let knows = || {
-        world.nodes.iter().all(|node| {
-            let Some(server) = world.server(*node) else { return false };
+        world.present().into_iter().all(|node| {
+            let Some(server) = world.server(node) else { return false };
             let Some(part) = &server.part else { return false };
             part.view.read(|w| {
                 let fleet = w.fleet();
-                fleet.regions.live.len() == world.sites.len()
+                fleet.regions.live.len() == world.regions().len()
                     && fleet.projects.get(None, &name(PROJECT)).is_some()
                     && fleet.images.get(Some(&name(PROJECT)), &name("web")).is_some()
             })
@@ -195,12 +187,12 @@ async fn reads(world: Arc<World>, node: u64) {
 /// Cuts off or takes away a region, or cuts two apart, and watches who goes on.
 async fn torment(world: &Arc<World>, dice: &Dice, known: &Known) {
     let leader = world.leader().map(|node| world.site(node).clone());
-    let core: Vec<Site> = world.sites.iter().filter(|site| site.voter().is_some()).cloned().collect();
-    let any = dice.pick(&world.sites).expect("a fleet has regions").clone();
+    let core: Vec<Site> = world.regions().into_iter().filter(|site| site.voter().is_some()).cloned().collect();
+    let any = (*dice.pick(&world.regions()).expect("a fleet has regions")).clone();
     let shape = world.seed / 6 % 4;
     let struck = if shape == 2 { leader.unwrap_or(any) } else { any };
     let fault = |what: &str| world.trace.fault(&format!("fleet shape: {what}"), format_args!("{}", struck.name));
-    let mut able: Vec<u64> = world.nodes.iter().copied().filter(|node| !struck.nodes.contains(node)).collect();
+    let mut able: Vec<u64> = world.present().into_iter().filter(|node| !struck.nodes.contains(node)).collect();
     let mut alone = None;
     match shape {
         0 | 2 => {
@@ -221,7 +213,7 @@ async fn torment(world: &Arc<World>, dice: &Dice, known: &Known) {
             let others: Vec<&Site> = core.iter().filter(|site| site.name != struck.name).collect();
             let other = dice.pick(&others).expect("there are three core regions");
             between(&struck, other).into_iter().for_each(|(from, to)| world.net.cut(from, to));
-            able.clone_from(&world.nodes);
+            able = world.present();
         }
     }
     let mut watched = JoinSet::new();

@@ -17,7 +17,7 @@ use crate::world::World;
 /// How many replicas of a global app each region runs: evenly, the first by name take what is left over, and whoever runs
 /// it runs at least one.
 fn shares(world: &World, wide: &Wide) -> BTreeMap<Name, u32> {
-    let all: BTreeSet<Name> = world.sites.iter().map(|site| site.name.clone()).collect();
+    let all: BTreeSet<Name> = world.regions().iter().map(|site| site.name.clone()).collect();
     let mine: Vec<Name> = all.into_iter().filter(|n| wide.regions.is_empty() || wide.regions.contains(n)).collect();
     let (count, total) = (mine.len() as u32, wide.replicas);
     let of = |i: usize| (total / count + u32::from((i as u32) < total % count)).max(u32::from(total > 0));
@@ -91,7 +91,7 @@ fn wrong_fleet(world: &World, w: &Rows, known: &Wishes) -> Option<String> {
     };
     let regions: BTreeSet<Name> =
         fleet.regions.live.values().filter(|r| ready(r)).map(|r| r.metadata.name.clone()).collect();
-    if regions != world.sites.iter().map(|site| site.name.clone()).collect() {
+    if regions != world.regions().iter().map(|site| site.name.clone()).collect() {
         return Some(format!("regions {regions:?} as ready"));
     }
     for app in fleet.apps.live.values() {
@@ -116,7 +116,8 @@ fn wrong_fleet(world: &World, w: &Rows, known: &Wishes) -> Option<String> {
 pub fn fleet_difference(world: &World, grounds: &[Ground], known: &Wishes) -> Option<String> {
     let mut total = Use::default();
     let mut ready: BTreeMap<Name, u32> = BTreeMap::new();
-    for ground in grounds {
+    let here: BTreeSet<&Name> = world.regions().iter().map(|site| &site.name).collect();
+    for ground in grounds.iter().filter(|ground| here.contains(&ground.site.name)) {
         let region = &ground.site.name;
         if let Some(trouble) = difference(world, ground, &wanted(world, known, region)) {
             return Some(format!("region {region}: {trouble}"));
@@ -139,8 +140,8 @@ pub fn fleet_difference(world: &World, grounds: &[Ground], known: &Wishes) -> Op
             }
         }
     }
-    for node in &world.nodes {
-        let Some(server) = world.server(*node) else { return Some(format!("server {node} is down")) };
+    for node in world.present() {
+        let Some(server) = world.server(node) else { return Some(format!("server {node} is down")) };
         let Some(part) = &server.part else { continue };
         let trouble = part.view.read(|w| {
             let fleet = w.fleet();

@@ -31,6 +31,8 @@ pub struct Wishes {
     pub wide: BTreeMap<Name, Wide>,
     /// By region and name.
     pub own: BTreeMap<(Name, Name), u32>,
+    /// Requests to a region that are not answered yet.
+    asked: BTreeMap<Name, u64>,
 }
 
 /// What users know to be there in [`PROJECT`]. Clones share it.
@@ -40,6 +42,31 @@ pub struct Known(Arc<Mutex<Wishes>>);
 impl Known {
     pub fn get(&self) -> MutexGuard<'_, Wishes> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A user turns to a region, until what is answered is dropped.
+    fn turn_to(&self, region: &Name) -> Turned {
+        *self.get().asked.entry(region.clone()).or_default() += 1;
+        Turned { known: self.clone(), region: region.clone() }
+    }
+
+    /// Whether somebody still waits for a region.
+    pub fn is_asked(&self, region: &Name) -> bool {
+        self.get().asked.get(region).is_some_and(|n| *n > 0)
+    }
+}
+
+/// Somebody waits for a region while this is held.
+struct Turned {
+    known: Known,
+    region: Name,
+}
+
+impl Drop for Turned {
+    fn drop(&mut self) {
+        if let Some(n) = self.known.get().asked.get_mut(&self.region) {
+            *n -= 1;
+        }
     }
 }
 
@@ -75,7 +102,7 @@ impl FleetUser {
     }
 
     fn site(&self) -> &Site {
-        self.dice.pick(&self.world.sites).expect("a fleet has regions")
+        self.dice.pick(&self.world.regions()).expect("a fleet has regions")
     }
 
     async fn ask(
@@ -113,6 +140,7 @@ impl FleetUser {
     /// An app of one region comes, changes or goes.
     async fn region_turn(&self, turn: u64) {
         let site = self.site().clone();
+        let _turned = self.known.turn_to(&site.name);
         let (project, which) = (name(PROJECT), name(&format!("app-{}-{}", self.id, self.dice.below(2))));
         let place = (site.name.clone(), which.clone());
         let was = self.known.get().own.get(&place).copied();
@@ -138,8 +166,8 @@ impl FleetUser {
         if self.dice.chance(600) {
             return Vec::new();
         }
-        let all = self.world.sites.iter().map(|site| site.name.clone());
-        all.filter(|_| self.dice.chance(500)).collect()
+        let all: Vec<Name> = self.world.regions().iter().map(|site| site.name.clone()).collect();
+        all.into_iter().filter(|_| self.dice.chance(500)).collect()
     }
 
     /// A global app comes, changes or goes.
@@ -189,6 +217,7 @@ impl FleetUser {
         let _ = self.ask("apps", Some(own), &which, change, &self.global(), &format!("{turn}-wide")).await;
         // What one region is promised, the next request to another can rely on, unless that one says that it is cut off.
         let (site, which) = (self.site().clone(), name("inner"));
+        let _turned = self.known.turn_to(&site.name);
         let change = app(&which, own, 1);
         let way = Way::of_region(&site.nodes);
         let _ = self.ask("apps", Some(own), &which, change, &way, &format!("{turn}-inner")).await;

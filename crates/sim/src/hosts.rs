@@ -15,7 +15,7 @@ use nexus_store::PeerError;
 use tokio::time::{sleep, timeout};
 
 use crate::chance::Dice;
-use crate::clock::BASE_MS;
+use crate::clock::{BASE_MS, Rate};
 use crate::fence::Present;
 use crate::mutant::Mutant;
 use crate::region::name;
@@ -72,6 +72,7 @@ pub struct Host {
     dice: Dice,
     /// Milliseconds that the host's clock is off.
     skew_ms: i64,
+    rate: Rate,
     state: Mutex<State>,
 }
 
@@ -104,7 +105,18 @@ pub fn hosts(world: &Arc<World>, site: &Site) -> Vec<Arc<Host>> {
             let state = Mutex::new(State { up: true, ..State::default() });
             let servers = site.nodes.clone();
             let skew_ms = i64::try_from(dice.below(2 * SKEW_MS)).unwrap_or(0) - SKEW_MS as i64;
-            all.push(Arc::new(Host { world: world.clone(), place, name: host, servers, spec, dice, skew_ms, state }));
+            let rate = Rate::draw(&dice, world.drift_ppm);
+            all.push(Arc::new(Host {
+                world: world.clone(),
+                place,
+                name: host,
+                servers,
+                spec,
+                dice,
+                skew_ms,
+                rate,
+                state,
+            }));
         }
     }
     all
@@ -115,8 +127,9 @@ impl Host {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// By its own clock.
     fn now(&self) -> Duration {
-        self.world.trace.now()
+        self.rate.counts(self.world.trace.now())
     }
 
     /// The machine loses power: what ran is gone, the plan on its disk is not.
@@ -171,7 +184,7 @@ impl Host {
         let mut server = self.dice.below(self.servers.len() as u64) as usize;
         let mut leader = None;
         loop {
-            sleep(STEP).await;
+            sleep(self.rate.lasts(STEP)).await;
             let active = {
                 let state = self.state();
                 state.up && !state.agent_down

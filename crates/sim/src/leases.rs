@@ -1,5 +1,5 @@
-//! Holders of locks: each tries to put a key under a lease, and believes that it holds the lock from the answer until the
-//! lease's time after its last keep-alive was asked for. No two beliefs may overlap.
+//! Holders of locks: each tries to put a key under a lease, and believes that it holds the lock from the answer until nine
+//! tenths of the lease's time after its last keep-alive was asked for, by its own clock. No two beliefs may overlap.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,12 +9,14 @@ use nexus_store::{Compare, Op, Store, StoreError, Txn, TxnOutcome};
 use tokio::time::{sleep, timeout};
 
 use crate::chance::Dice;
+use crate::clock::Rate;
+use crate::mutant::Mutant;
 use crate::world::World;
 
 const TTL: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(6);
 
-/// A time in which somebody was sure to hold a lock.
+/// A time in which somebody was sure to hold a lock, as nobody's clock counts it.
 #[derive(Debug, Clone)]
 pub struct Belief {
     pub lock: u64,
@@ -63,21 +65,28 @@ pub struct Holder {
 }
 
 impl Holder {
+    /// How long a lease may be counted on: no clock is more than 5 % too fast or too slow.
+    fn trusted(&self, ttl: Duration) -> Duration {
+        if self.world.stage.mutant == Some(Mutant::TrustedClock) { ttl } else { ttl * 9 / 10 }
+    }
+
     pub async fn run(self) {
         let mut turn = 0;
+        let rate = Rate::draw(&self.dice, self.world.drift_ppm);
         while !self.stop.load(Ordering::SeqCst) {
             turn += 1;
-            self.hold(turn).await;
-            sleep(self.dice.millis(50, 600)).await;
+            self.hold(turn, rate).await;
+            sleep(self.dice.millis(20, 250)).await;
         }
     }
 
-    async fn hold(&self, turn: u64) {
+    async fn hold(&self, turn: u64, rate: Rate) {
         let trace = &self.world.trace;
+        let now = || rate.counts(trace.now());
         let lock = self.dice.below(self.locks);
         let node = *self.dice.pick(&self.world.nodes).expect("a world has servers");
         let Some(server) = self.world.server(node) else { return };
-        let granted_at = trace.now();
+        let granted_at = now();
         let Ok(Ok(lease)) = timeout(PATIENCE, server.door.lease_grant(TTL)).await else { return };
         if !server.life.is_on() {
             return;
@@ -90,26 +99,26 @@ impl Holder {
             return;
         }
         let holder = format!("holder {} at server {node}, turn {turn}", self.id);
-        let from = trace.now();
-        let mut to = granted_at + TTL;
+        let from = now();
+        let mut to = granted_at + self.trusted(TTL);
         trace.count("locks taken");
         trace.note(format_args!("{holder} takes lock {lock} by lease {lease}"));
-        let leave_at = from + self.dice.millis(500, 8_000);
-        while trace.now() < leave_at && trace.now() < to && server.life.is_on() && !self.stop.load(Ordering::SeqCst) {
+        let leave_at = from + self.dice.millis(300, 4_000);
+        while now() < leave_at && now() < to && server.life.is_on() && !self.stop.load(Ordering::SeqCst) {
             sleep(self.dice.millis(200, 900)).await;
-            if trace.now() >= to || !server.life.is_on() {
+            if now() >= to || !server.life.is_on() {
                 break;
             }
-            let asked = trace.now();
-            let answer = timeout(to - asked, server.door.lease_keep_alive(lease)).await;
+            let asked = now();
+            let answer = timeout(rate.lasts(to - asked), server.door.lease_keep_alive(lease)).await;
             match answer {
-                Ok(Ok(ttl)) if server.life.is_on() && trace.now() < to => to = asked + ttl,
+                Ok(Ok(ttl)) if server.life.is_on() && now() < to => to = asked + self.trusted(ttl),
                 Ok(Err(StoreError::LeaseNotFound(_))) => {
                     // The lease must not end before its time.
-                    if server.life.is_on() && trace.now() < to {
+                    if server.life.is_on() && now() < to {
                         trace.violation(
                             "a lease lasts as long as was said",
-                            format_args!("{holder}: lease {lease} is over at {:?}, before {to:?}", trace.now()),
+                            format_args!("{holder}: lease {lease} is over at {:?}, before {to:?}", now()),
                         );
                     }
                     break;
@@ -117,10 +126,15 @@ impl Holder {
                 _ => {}
             }
         }
+        if now() < to && server.life.is_on() && self.dice.chance(400) {
+            // It is held up and keeps nothing alive, but goes on with what it has the lock for, as long as it may.
+            sleep(rate.lasts(to - now())).await;
+            trace.count("locks held to the end");
+        }
         // It stops believing before it gives the lock up.
-        let end = to.min(trace.now());
-        let until = if trace.now() < to && server.life.is_on() { end } else { to };
-        self.beliefs.push(Belief { lock, holder, from, to: until });
+        let end = to.min(now());
+        let until = if now() < to && server.life.is_on() { end } else { to };
+        self.beliefs.push(Belief { lock, holder, from: rate.lasts(from), to: rate.lasts(until) });
         if server.life.is_on() && self.dice.chance(600) {
             let _ = timeout(PATIENCE, server.door.lease_revoke(lease)).await;
         }

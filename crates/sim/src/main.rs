@@ -29,6 +29,7 @@ mod judge;
 mod leases;
 mod life;
 mod members;
+mod moves;
 mod mutant;
 mod nemesis;
 mod net;

@@ -17,7 +17,9 @@ use nexus_store::{
 use tokio::sync::watch;
 
 use crate::chance::Dice;
+use crate::clock;
 use crate::life::{Life, Step};
+use crate::run;
 use crate::site::Group;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +40,12 @@ pub enum Mutant {
     HastyHost,
     /// Servers feed gateways the first table that they made.
     StuckTable,
+    /// Now and then a server's copy of the group that all regions share skips a revision.
+    SkippedGlobal,
+    /// Servers say that they can read what the newest release anywhere can.
+    EarlyLevel,
+    /// Holders of leases count on the whole time of a lease, as if all clocks went at one speed.
+    TrustedClock,
 }
 
 impl Mutant {
@@ -50,6 +58,9 @@ impl Mutant {
         Self::NoRelay,
         Self::HastyHost,
         Self::StuckTable,
+        Self::SkippedGlobal,
+        Self::EarlyLevel,
+        Self::TrustedClock,
     ];
 
     pub fn name(self) -> &'static str {
@@ -62,11 +73,27 @@ impl Mutant {
             Self::NoRelay => "no-relay",
             Self::HastyHost => "hasty-host",
             Self::StuckTable => "stuck-table",
+            Self::SkippedGlobal => "skipped-global",
+            Self::EarlyLevel => "early-level",
+            Self::TrustedClock => "trusted-clock",
         }
     }
 
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|m| m.name() == name)
+    }
+
+    /// Whether a seed's world has what the bug is in.
+    pub fn is_in(self, seed: u64) -> bool {
+        let world = run::seed_kind(seed).name();
+        match self {
+            Self::SkippedGlobal => world == "fleet",
+            Self::EarlyLevel => world == "releases",
+            Self::TrustedClock => {
+                matches!(world, "store" | "members" | "releases") && clock::drift_ppm(seed) == clock::WORST_PPM
+            }
+            _ => true,
+        }
     }
 }
 
@@ -77,13 +104,21 @@ pub struct Door {
     life: Arc<Life>,
     dice: Dice,
     group: Group,
+    /// The view and the region's writer follow the group through it.
+    is_copy: bool,
     /// Times to live of leases that were granted here, for the bug that needs them.
     granted: Mutex<BTreeMap<LeaseId, Duration>>,
 }
 
 impl Door {
     pub fn new(store: Arc<EmbeddedStore>, life: Arc<Life>, dice: Dice, group: Group) -> Self {
-        Self { store, life, dice, group, granted: Mutex::new(BTreeMap::new()) }
+        Self { store, life, dice, group, is_copy: false, granted: Mutex::new(BTreeMap::new()) }
+    }
+
+    /// The same for what keeps a copy of the group.
+    pub fn copied(&self) -> Self {
+        let Self { store, life, dice, group, .. } = self;
+        Self { is_copy: true, ..Self::new(store.clone(), life.clone(), dice.clone(), *group) }
     }
 
     fn has(&self, mutant: Mutant) -> bool {
@@ -146,6 +181,10 @@ impl Store for Door {
         self.store.keeps_order()
     }
 
+    fn way_to(&self, node: u64) -> Vec<u64> {
+        self.store.way_to(node)
+    }
+
     async fn range(&self, mut request: RangeRequest) -> Result<RangeResponse, StoreError> {
         if self.has(Mutant::StaleLeaseRead) && self.store.leadership().borrow().leader.is_some() {
             request.consistency = Consistency::Stale;
@@ -155,7 +194,7 @@ impl Store for Door {
 
     async fn watch(&self, start: Bytes, end: Bytes, after: Revision) -> Result<Watch, StoreError> {
         let watch = self.store.watch(start, end, after).await?;
-        if self.has(Mutant::WatchGap) {
+        if self.has(Mutant::WatchGap) || self.is_copy && self.has(Mutant::SkippedGlobal) {
             return Ok(Watch::new(Box::new(Gap { watch, dice: self.dice.clone() })));
         }
         Ok(watch)

@@ -51,6 +51,8 @@ impl Nemesis {
         if self.world.is_fleet() {
             let step = Step::FLEET[(turn % Step::FLEET.len() as u64) as usize];
             self.world.stage.arm(step, 0);
+            let kinds = FLEET_MESSAGES.len() as u64;
+            self.world.net.doom(FLEET_MESSAGES[(turn % kinds) as usize], turn / kinds % 2 == 1, 4);
             self.unseat(&mut later);
         }
         while Instant::now() < end {
@@ -92,7 +94,7 @@ impl Nemesis {
     }
 
     fn node(&self) -> u64 {
-        *self.dice.pick(&self.world.nodes).expect("a world has servers")
+        *self.dice.pick(&self.world.present()).expect("a world has servers")
     }
 
     /// The messages that this world is about.
@@ -107,7 +109,7 @@ impl Nemesis {
     }
 
     fn others(&self, node: u64) -> Vec<u64> {
-        self.world.nodes.iter().copied().filter(|n| *n != node).collect()
+        self.world.present().into_iter().filter(|n| *n != node).collect()
     }
 
     fn strike(&self, later: &mut JoinSet<()>) {
@@ -299,7 +301,8 @@ impl Nemesis {
 
     /// A whole region is struck.
     fn strike_region(&self, later: &mut JoinSet<()>) {
-        let site = self.dice.pick(&self.world.sites).expect("a fleet has regions");
+        let regions = self.world.regions();
+        let site = *self.dice.pick(&regions).expect("a fleet has regions");
         let span = self.dice.millis(1_000, 7_000);
         match self.dice.below(4) {
             0 => self.cut_for("region cut off", around(&self.world, site, true, true), span, later),
@@ -308,9 +311,8 @@ impl Nemesis {
                 self.cut_for("region cut off one way", around(&self.world, site, out, !out), span, later);
             }
             2 => {
-                let Some(other) = self.dice.pick(&self.world.sites).filter(|other| other.name != site.name) else {
-                    return;
-                };
+                let other = self.dice.pick(&regions).filter(|other| other.name != site.name);
+                let Some(other) = other else { return };
                 self.cut_for("two regions cut apart", between(site, other), span, later);
             }
             _ => {
@@ -332,7 +334,7 @@ impl Nemesis {
     fn unseat(&self, later: &mut JoinSet<()>) {
         let world = &self.world;
         let leader = if world.is_fleet() && self.dice.chance(300) {
-            let site = self.dice.pick(&world.sites).expect("a fleet has regions");
+            let site = *self.dice.pick(&world.regions()).expect("a fleet has regions");
             world.leader_of(Group::Own, &site.nodes)
         } else {
             world.leader()

@@ -69,11 +69,12 @@ fn child(seed: u64, mutant: Option<Mutant>) -> anyhow::Result<Outcome> {
     serde_json::from_str(line).context("reading a child's result")
 }
 
-/// Runs seeds on all processors and hands over each outcome; stops early when `take` says so.
+/// Runs the seeds that are wanted on all processors and hands over each outcome; stops early when `take` says so.
 fn each(
     from: u64,
     seeds: u64,
     mutant: Option<Mutant>,
+    wanted: impl Fn(u64) -> bool + Sync,
     mut take: impl FnMut(Outcome) -> anyhow::Result<bool>,
 ) -> anyhow::Result<()> {
     let next = AtomicU64::new(from);
@@ -82,12 +83,15 @@ fn each(
     std::thread::scope(|scope| {
         let (outcomes, inbox) = mpsc::sync_channel(workers);
         for _ in 0..workers {
-            let (next, stop, outcomes) = (&next, &stop, outcomes.clone());
+            let (next, stop, wanted, outcomes) = (&next, &stop, &wanted, outcomes.clone());
             scope.spawn(move || {
                 loop {
                     let seed = next.fetch_add(1, Ordering::SeqCst);
                     if seed >= from + seeds || stop.load(Ordering::SeqCst) {
                         return;
+                    }
+                    if !wanted(seed) {
+                        continue;
                     }
                     if outcomes.send(child(seed, mutant)).is_err() {
                         return;
@@ -130,10 +134,11 @@ fn print_failure(outcome: &Outcome, mutant: Option<Mutant>) {
 /// Runs seeds without a planted bug. True if none failed and every fault struck.
 pub fn run_all(from: u64, seeds: u64, repeat: bool) -> anyhow::Result<bool> {
     let started = Instant::now();
+    let all = |_: u64| true;
     let mut totals: BTreeMap<String, u64> = BTreeMap::new();
     let (mut ran, mut failed, mut seconds) = (0u64, Vec::new(), 0.0);
     let mut hashes = BTreeMap::new();
-    each(from, seeds, None, |outcome| {
+    each(from, seeds, None, all, |outcome| {
         ran += 1;
         seconds += outcome.virtual_seconds;
         for (what, n) in &outcome.counters {
@@ -149,7 +154,7 @@ pub fn run_all(from: u64, seeds: u64, repeat: bool) -> anyhow::Result<bool> {
     let mut differ = Vec::new();
     if repeat {
         // The same seed must do the same again, or no failure could be replayed.
-        each(from, seeds, None, |outcome| {
+        each(from, seeds, None, all, |outcome| {
             if hashes.get(&outcome.seed) != Some(&outcome.hash) {
                 differ.push(outcome.seed);
             }
@@ -179,22 +184,28 @@ pub fn run_all(from: u64, seeds: u64, repeat: bool) -> anyhow::Result<bool> {
     Ok(good)
 }
 
-/// Runs seeds with a planted bug until one finds it. True if one did.
+/// Runs the seeds of worlds that have what a planted bug is in, until one finds it. True if one did.
 pub fn hunt(mutant: Mutant, from: u64, seeds: u64) -> anyhow::Result<bool> {
     let mut found = None;
     let mut ran = 0;
-    each(from, seeds, Some(mutant), |outcome| {
-        ran += 1;
-        if outcome.violations.is_empty() {
-            return Ok(true);
-        }
-        print_failure(&outcome, Some(mutant));
-        found = Some(outcome.seed);
-        Ok(false)
-    })?;
+    each(
+        from,
+        seeds,
+        Some(mutant),
+        |seed| mutant.is_in(seed),
+        |outcome| {
+            ran += 1;
+            if outcome.violations.is_empty() {
+                return Ok(true);
+            }
+            print_failure(&outcome, Some(mutant));
+            found = Some(outcome.seed);
+            Ok(false)
+        },
+    )?;
     match found {
         Some(seed) => println!("sim: {} found by seed {seed}, after {ran} seeds", mutant.name()),
-        None => println!("sim: {} NOT found in {ran} seeds", mutant.name()),
+        None => println!("sim: {} NOT found in {ran} of {seeds} seeds", mutant.name()),
     }
     Ok(found.is_some())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nexus_control::core::Bootstrap;
-use nexus_control::intent::{Accepted, Intent};
+use nexus_control::intent::{Accepted, Intent, Passed};
 use nexus_control::region::{Config, Fleet, Forward, ForwardError, Region, Upward};
 use nexus_control::view::View;
 use nexus_env::Env;
@@ -61,13 +61,35 @@ impl Forward for Wire {
         let kind = if self.group == Group::Global { "submit to global" } else { "submit" };
         let exchange = self.net.exchange(self.life.node, node, kind, false, handle);
         match tokio::time::timeout(deadline, exchange).await {
-            Err(_) => Err(ForwardError::Unknown("no answer in time".into())),
-            Ok(Err(PeerError::Unreachable(why))) => Err(ForwardError::NotTaken(why)),
-            Ok(Err(PeerError::Lost(why))) => Err(ForwardError::Unknown(why)),
             Ok(Ok(None)) => Err(ForwardError::NotTaken("it does not lead".into())),
             Ok(Ok(Some(Ok(accepted)))) => Ok(accepted),
             Ok(Ok(Some(Err(error)))) => Err(ForwardError::Answered(error)),
+            Ok(Err(error)) => Err(unanswered(error)),
+            Err(_) => Err(ForwardError::Unknown("no answer in time".into())),
         }
+    }
+
+    async fn pass(&self, via: u64, passed: &Passed, deadline: Duration) -> Result<Accepted, ForwardError> {
+        let (world, passed, group) = (self.world.clone(), passed.clone(), self.group);
+        let handle = move || {
+            let server = world.upgrade()?.server(via)?;
+            let writer = server.part.as_ref()?.writer(group)?.clone();
+            let passed = passed.clone();
+            as_servers(&server, async move { writer.pass_on(passed).await })
+        };
+        let exchange = self.net.exchange(self.life.node, via, "intent by a detour", false, handle);
+        match tokio::time::timeout(deadline, exchange).await {
+            Ok(Ok(passed)) => passed,
+            Ok(Err(error)) => Err(unanswered(error)),
+            Err(_) => Err(ForwardError::Unknown("no answer in time".into())),
+        }
+    }
+}
+
+fn unanswered(error: PeerError) -> ForwardError {
+    match error {
+        PeerError::Unreachable(why) => ForwardError::NotTaken(why),
+        PeerError::Lost(why) => ForwardError::Unknown(why),
     }
 }
 
@@ -128,12 +150,13 @@ impl Part {
         let mut view = View::new("localhost");
         let (mut writer, mut fleet) = (None, None);
         if let Some(global) = global {
+            let copy = Arc::new(global.copied());
             let domain = "localhost".into();
             let bootstrap = Bootstrap { region: name(GLOBAL), domain, zones: Vec::new(), cells: Vec::new() };
             let region =
                 Arc::new(Region::new(config(bootstrap, None), env.clone(), global.clone(), wire(Group::Global)));
             view = view.in_region(&site.name);
-            let (follows, store, stopped) = (view.clone(), global.clone() as Arc<dyn Store>, stop.clone());
+            let (follows, store, stopped) = (view.clone(), copy.clone() as Arc<dyn Store>, stop.clone());
             tasks.spawn(async move { follows.follow_global(store, stopped).await });
             let (runs, stopped) = (region.clone(), stop.clone());
             tasks.spawn(async move { runs.run(stopped).await });
@@ -141,7 +164,7 @@ impl Part {
                 world: Arc::downgrade(world),
                 net: world.net.clone(),
                 life: life.clone(),
-                store: global.clone(),
+                store: global,
                 global: region.clone(),
             };
             let servers = site.nodes.iter().map(|node| RegionServer {
@@ -152,7 +175,7 @@ impl Part {
                 api: format!("https://server-{node}:8443"),
             });
             let servers = servers.collect();
-            fleet = Some(Fleet { store: global, upward: Arc::new(uplink), tier: site.tier, servers });
+            fleet = Some(Fleet { store: copy, upward: Arc::new(uplink), tier: site.tier, servers });
             writer = Some(region);
         }
         let bootstrap = Bootstrap {

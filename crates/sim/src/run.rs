@@ -24,10 +24,13 @@ use crate::site::{Group, Site};
 use crate::trace::{Trace, Violation};
 use crate::users::{self, Known, User, Way};
 use crate::world::{Plan, World};
-use crate::{fleet, partial, region};
+use crate::{clock, fleet, partial, region};
 
 /// Once nothing is broken any more, every server serves within this.
 const RECOVERS_WITHIN: Duration = Duration::from_secs(20);
+
+/// Where clocks run far apart, locks go from hand to hand so long when nothing else goes on.
+const HANDS_OVER: Duration = Duration::from_secs(30);
 
 /// What a seed came to.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -74,7 +77,7 @@ pub fn run(seed: u64, mutant: Option<Mutant>, verbose: bool) -> Outcome {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Kind {
+pub enum Kind {
     Store { servers: u64 },
     Region { servers: u64 },
     Fleet,
@@ -84,7 +87,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Store { .. } => "store",
             Self::Region { .. } => "region",
@@ -97,7 +100,7 @@ impl Kind {
 }
 
 /// Which world a seed is about.
-fn seed_kind(seed: u64) -> Kind {
+pub fn seed_kind(seed: u64) -> Kind {
     match seed % 6 {
         0 => Kind::Region { servers: 3 },
         1 => Kind::Store { servers: 5 },
@@ -152,6 +155,7 @@ async fn store_world(
         };
         load.spawn(client.run());
     }
+    let (mut holders, let_go) = (JoinSet::new(), Arc::new(AtomicBool::new(false)));
     for id in 0..3 {
         let holder = Holder {
             world: world.clone(),
@@ -159,9 +163,9 @@ async fn store_world(
             locks: 1,
             dice: Dice::new(seed, &format!("holder {id}")),
             beliefs: beliefs.clone(),
-            stop: stop.clone(),
+            stop: let_go.clone(),
         };
-        load.spawn(holder.run());
+        holders.spawn(holder.run());
     }
     let nemesis = Nemesis::of_servers(&world, (100, 1_400));
     sleep(Duration::from_secs(2)).await;
@@ -183,6 +187,11 @@ async fn store_world(
     serves_again(&world, Group::Own, "probe").await;
     sleep(Duration::from_millis(500)).await;
     end_load(&stop, load, Duration::from_secs(20), trace).await;
+    if world.drift_ppm == clock::WORST_PPM {
+        // Without faults only time ends leases, so that it shows whether their holders count alike.
+        sleep(HANDS_OVER).await;
+    }
+    end_load(&let_go, holders, Duration::from_secs(20), trace).await;
     if spares > 0 {
         members::agree(&world).await;
     }

@@ -188,6 +188,17 @@ async fn open(
     config.request_timeout = Duration::from_secs(3);
     config.retention = Retention::default();
     config.feature_level = machine.release.load(Ordering::SeqCst);
+    if world.stage.mutant == Some(Mutant::EarlyLevel) {
+        let newest = world.machines.values().map(|m| m.newest_release.load(Ordering::SeqCst)).max();
+        config.feature_level = newest.unwrap_or(config.feature_level);
+    }
+    // All timers are the runtime's, which goes at one speed; what they wait for is derived from these.
+    let rate = machine.clock.rate;
+    let (shortest, longest) = config.election_timeout;
+    config.election_timeout = (rate.lasts(shortest), rate.lasts(longest));
+    for span in [&mut config.heartbeat, &mut config.leader_wait, &mut config.request_timeout] {
+        *span = rate.lasts(*span);
+    }
     Ok(Arc::new(EmbeddedStore::open(config, env.clone(), wire).await?))
 }
 

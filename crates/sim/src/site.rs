@@ -25,16 +25,20 @@ pub struct Site {
     pub nodes: Vec<u64>,
     pub zones: &'static [&'static str],
     pub hosts_per_zone: usize,
+    /// It is no part of the fleet at first.
+    pub joins_later: bool,
 }
 
 impl Site {
     /// One region that belongs to no fleet.
     pub fn alone(servers: u64) -> Vec<Self> {
         let nodes = (1..=servers).collect();
-        vec![Self { name: name("local"), tier: Tier::Core, nodes, zones: &["a", "b", "c"], hosts_per_zone: 2 }]
+        let zones = &["a", "b", "c"];
+        vec![Self { name: name("local"), tier: Tier::Core, nodes, zones, hosts_per_zone: 2, joins_later: false }]
     }
 
-    /// Three core regions. One of them has three servers, or there is a fourth region, at the edge, that only reads along.
+    /// Three core regions. One of them has three servers, or there is a fourth region, at the edge, that only reads along. In
+    /// two of three worlds another region joins later, now and then one that is at the edge.
     pub fn fleet(turn: u64) -> Vec<Self> {
         let site = |region: &str, tier: Tier, nodes: &[u64]| Self {
             name: name(region),
@@ -42,12 +46,18 @@ impl Site {
             nodes: nodes.to_vec(),
             zones: &["a"],
             hosts_per_zone: 2,
+            joins_later: false,
         };
         let mut sites = vec![site("eu", Tier::Core, &[1]), site("sa", Tier::Core, &[2]), site("us", Tier::Core, &[3])];
         if turn.is_multiple_of(2) {
             sites.push(site("xs", Tier::Edge, &[4]));
         } else {
             sites[0].nodes.extend([4, 5]);
+        }
+        if !turn.is_multiple_of(3) {
+            let tier = if turn.is_multiple_of(5) { Tier::Edge } else { Tier::Core };
+            let node = sites.iter().flat_map(|site| &site.nodes).max().map_or(1, |last| last + 1);
+            sites.push(Self { joins_later: true, ..site("ap", tier, &[node]) });
         }
         sites
     }

@@ -1,16 +1,17 @@
 //! The machines, which servers run on them now, and the supervisor that starts again what ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nexus_env::MemDisk;
+use nexus_model::Name;
 use nexus_store::StoreError;
 use tokio::time::{Instant, sleep};
 
 use crate::chance::Dice;
-use crate::clock::SimClock;
+use crate::clock::{self, Rate, SimClock, WORST_PPM};
 use crate::fence::Fence;
 use crate::life::{Life, Stage};
 use crate::mutant::Mutant;
@@ -78,6 +79,10 @@ pub struct World {
     pub with_region: bool,
     /// What runs where, and what must not any more.
     pub fence: Fence,
+    /// Millionths that any clock may be too fast or too slow.
+    pub drift_ppm: u64,
+    /// Regions that are no part of the fleet: not yet, or no more.
+    apart: Mutex<BTreeSet<Name>>,
     dice: Dice,
 }
 
@@ -100,6 +105,11 @@ impl World {
         let mut founders: Vec<u64> = plan.sites.iter().flat_map(|site| site.nodes.clone()).collect();
         founders.sort_unstable();
         let servers = founders.len() as u64;
+        let late: Vec<&Site> = plan.sites.iter().filter(|site| site.joins_later).collect();
+        let comes_later = |node: u64| node > servers || late.iter().any(|site| site.nodes.contains(&node));
+        let apart = late.iter().map(|site| site.name.clone()).collect();
+        let drift = Dice::new(plan.seed, "drift");
+        let drift_ppm = clock::drift_ppm(plan.seed);
         let nodes: Vec<u64> = (1..=servers + plan.spares).collect();
         let machines = nodes.iter().map(|node| {
             let disk = MemDisk::new(dice.u64());
@@ -109,12 +119,12 @@ impl World {
                 i64::try_from(dice.below(2 * plan.skew_ms + 1)).unwrap_or(0) - i64::try_from(plan.skew_ms).unwrap_or(0);
             let machine = Machine {
                 disk,
-                clock: Arc::new(SimClock::new(off)),
+                clock: Arc::new(SimClock::new(off, Rate::draw(&drift, drift_ppm))),
                 slow_ms: Arc::default(),
                 release: AtomicU32::new(1),
                 newest_release: AtomicU32::new(1),
                 lives: AtomicU64::new(0),
-                state: Mutex::new(MachineState { absent: *node > servers, ..MachineState::default() }),
+                state: Mutex::new(MachineState { absent: comes_later(*node), ..MachineState::default() }),
             };
             (*node, machine)
         });
@@ -122,6 +132,8 @@ impl World {
         if plan.skew_ms > 0 {
             trace.fault("clock skew", format_args!("up to {} ms", plan.skew_ms));
         }
+        let far = drift_ppm == WORST_PPM;
+        trace.fault(if far { "clocks run far apart" } else { "clocks run apart" }, format_args!("{drift_ppm} ppm"));
         Arc::new(Self {
             seed: plan.seed,
             stage: Arc::new(Stage::new(trace.clone(), plan.mutant)),
@@ -134,6 +146,8 @@ impl World {
             machines,
             snapshot_after: plan.snapshot_after,
             with_region: plan.with_region,
+            drift_ppm,
+            apart: Mutex::new(apart),
             dice,
         })
     }
@@ -159,7 +173,26 @@ impl World {
 
     /// Those who vote in the group that all regions share, from the beginning.
     pub fn voters(&self) -> Vec<u64> {
-        self.sites.iter().filter_map(Site::voter).collect()
+        self.sites.iter().filter(|site| !site.joins_later).filter_map(Site::voter).collect()
+    }
+
+    fn apart(&self) -> MutexGuard<'_, BTreeSet<Name>> {
+        self.apart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A region becomes part of the fleet, or is none any more.
+    pub fn set_apart(&self, region: &Name, is_apart: bool) {
+        if is_apart {
+            self.apart().insert(region.clone());
+        } else {
+            self.apart().remove(region);
+        }
+    }
+
+    /// The regions that are part of the fleet now.
+    pub fn regions(&self) -> Vec<&Site> {
+        let apart = self.apart();
+        self.sites.iter().filter(|site| !apart.contains(&site.name)).collect()
     }
 
     /// The server that thinks it leads, if one does: the global group in a fleet, else the only group.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nexus_control::intent::{Accepted, Intent, Writer};
+use nexus_control::intent::{Accepted, Intent, Passed, Writer};
 use nexus_control::region::{Forward, ForwardError, Region};
 use nexus_control::view::View;
 use nexus_control::world::World;
@@ -27,8 +27,14 @@ pub struct Net {
     pub stores: Mutex<BTreeMap<u64, Weak<EmbeddedStore>>>,
     pub writers: Mutex<BTreeMap<u64, Weak<Region>>>,
     pub cut: Mutex<BTreeSet<u64>>,
+    /// Links that are down, the lower end first.
+    pub severed: Mutex<BTreeSet<(u64, u64)>>,
     /// What is sent to these, or by them, is lost without a sign.
     pub silent: Mutex<BTreeSet<u64>>,
+    /// What was handed to servers that were to pass it on.
+    pub passed: Mutex<Vec<(u64, Passed)>>,
+    /// The next answer that was passed back is lost.
+    pub lose_one_answer: Mutex<bool>,
 }
 
 /// One server's end of it.
@@ -49,7 +55,9 @@ impl End {
 
     pub fn reach<T>(&self, to: u64, all: &Mutex<BTreeMap<u64, Weak<T>>>) -> Option<Arc<T>> {
         let cut = self.net.cut.lock().unwrap();
-        if self.node != to && (cut.contains(&self.node) || cut.contains(&to)) {
+        let link = (self.node.min(to), self.node.max(to));
+        let severed = self.net.severed.lock().unwrap().contains(&link);
+        if self.node != to && (severed || cut.contains(&self.node) || cut.contains(&to)) {
             return None;
         }
         all.lock().unwrap().get(&to).and_then(Weak::upgrade)
@@ -104,6 +112,19 @@ impl Forward for End {
             Some(Err(error)) => Err(ForwardError::Answered(error)),
             None => Err(ForwardError::NotTaken("not the leader".into())),
         }
+    }
+
+    async fn pass(&self, via: u64, passed: &Passed, _: Duration) -> Result<Accepted, ForwardError> {
+        self.travel(via).await;
+        let Some(writer) = self.reach(via, &self.net.writers) else {
+            return Err(ForwardError::NotTaken(format!("{via} is dead or cut off")));
+        };
+        self.net.passed.lock().unwrap().push((via, passed.clone()));
+        let answer = writer.pass_on(passed.clone()).await;
+        if std::mem::take(&mut *self.net.lose_one_answer.lock().unwrap()) {
+            return Err(ForwardError::Unknown("the answer was lost".into()));
+        }
+        answer
     }
 }
 

@@ -227,8 +227,14 @@ impl Target {
     }
 }
 
-/// The members of a group of a cloud, from a server's configuration. Votes as in the backup, where it knows the node.
+/// The members of a group of a cloud. A server that the backup knows, where it is, goes back into the membership that was:
+/// servers that joined one after another know different ones from their configurations, and a group must have one. Else
+/// they are from the server's configuration; votes as in the backup, where it knows the node.
 fn members_of(config: &ServerConfig, group: &GroupId, backed: &BTreeMap<u64, Member>) -> BTreeMap<u64, Member> {
+    let own = config.members.get(&config.node_id).map(|m| m.wire.to_string());
+    if own.is_some() && backed.get(&config.node_id).map(|m| &m.endpoint) == own.as_ref() {
+        return backed.clone();
+    }
     let of = if group.as_str() == "global" { config.global_members() } else { &config.members };
     let known = |node: &u64| backed.get(node).is_none_or(|m| m.voter);
     let mut members: BTreeMap<u64, Member> =

@@ -101,10 +101,7 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
         name: name.clone(),
         zone: args.join.zone.clone(),
         cell: args.cell.clone(),
-        rack: args.rack.clone(),
         address: args.wire.to_string(),
-        capacity,
-        classes: classes.clone(),
         csr: home.key.request(&[door.id(&["agent", name.as_str()])?])?,
     };
     let joined: HostJoined = door.join(JoinRole::Host, &body).await?;

@@ -195,14 +195,7 @@ async fn list(args: &ListArgs) -> anyhow::Result<()> {
             number("node"),
             text(i, "/zone").to_owned(),
             text(i, "/state").to_owned(),
-            if i["leader"] == true {
-                "leader"
-            } else if i["voter"] == true {
-                "voter"
-            } else {
-                "learner"
-            }
-            .to_owned(),
+            role(i).to_owned(),
             flag(i, "reachable"),
             number("lagEntries"),
             text(i, "/wire").to_owned(),
@@ -215,6 +208,16 @@ async fn list(args: &ListArgs) -> anyhow::Result<()> {
         output::note(&format!("{}: {}", text(item, "/name"), text(item, "/trouble")));
     }
     Ok(())
+}
+
+/// What a server is in its region's group. Where etcd keeps the metadata, nobody votes: those that don't lead follow.
+fn role(item: &Value) -> &'static str {
+    match (item["leader"] == true, item["voter"].as_bool()) {
+        (true, _) => "leader",
+        (false, Some(true)) => "voter",
+        (false, Some(false)) => "learner",
+        (false, None) => "follower",
+    }
 }
 
 /// Where a server that joins keeps its metadata: where its fleet does. Files of the others are not its own.
@@ -340,7 +343,6 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         zone: args.join.zone.clone(),
         wire: args.wire.to_string(),
         api: api_url(args.api_url.as_ref(), args.api_listen),
-        api_names: Vec::new(),
         csr: home.key.request(&ids)?,
     };
     let joined: ServerJoined = door.join(JoinRole::Server, &body).await?;

@@ -4,8 +4,11 @@
 mod cloud;
 #[cfg(feature = "etcd")]
 mod etcd;
+mod guide;
 mod images;
 mod load;
+#[allow(dead_code)] // Other test programs use the rest.
+mod process;
 mod regions;
 
 use std::collections::BTreeSet;

@@ -1,19 +1,26 @@
 //! Three regions under load: a region loses its instance, then the region that leads the global group is cut off from
 //! the others and comes back, a fourth region joins and leaves, and last another joins and takes the place of one that
-//! leaves for good.
+//! leaves for good. On the way the commands of `docs/guide/regions.md` are run, each where the cloud is as the guide has it,
+//! and the logs of an app of all regions are followed.
 
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::cloud::Cloud;
 use crate::load::Load;
-use crate::{get, images};
+use crate::process::Process;
+use crate::{get, guide, images};
 
 const REGIONS: [&str; 3] = ["region-a", "region-b", "region-c"];
 const FOURTH: &str = "region-d";
 /// A name is not given twice.
 const FIFTH: &str = "region-e";
+/// The section of the guide whose commands run when a region joins.
+const COMES_AND_GOES: &str = "Regions come and go";
 /// An election and what follows it, on a machine that is busy with everything else in this test.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -74,6 +81,22 @@ impl Cloud {
                 other => Err(format!("{other:?}")),
             }
         });
+    }
+
+    /// Runs a block of the guide, on this cloud's ports instead of those of one that has the machine to itself.
+    fn guided(&self, script: &str) {
+        let mut script = script.to_owned();
+        for port in [8000, 8001, 8010, 8011, 8020, 8021, 8100] {
+            let own = format!("127.0.0.1:{}", self.gateway_port + port - 8000);
+            script = script.replace(&format!("127.0.0.1:{port}"), &own);
+        }
+        let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap_or_default());
+        let mut command = Command::new("timeout");
+        command.args(["240", "sh", "-euc", &script]).env("PATH", path).stdin(Stdio::null());
+        command.env("NEXUS_CONFIG", self.path("context.json")).env("HOME", self.path(""));
+        command.env_remove("CNX_URL").env_remove("CNX_TOKEN").current_dir(self.path(""));
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{script}\n{output:?}");
     }
 
     /// The global group, as a region's server sees it.
@@ -139,6 +162,7 @@ fn a_lost_region_stops_nobody_and_comes_back() {
     }
     let gateways: Vec<String> = REGIONS.iter().flat_map(|r| (0..2).map(|n| cloud.region_gateway(r, n))).collect();
     gateways_know_each_other(&cloud);
+    the_guide_does_what_it_says(&cloud);
     let load = Load::start(gateways, "hello.localhost");
     a_region_without_instances_is_served_by_the_nearest(&cloud, &load);
     the_leading_region_is_cut_off(&cloud, &load);
@@ -158,6 +182,83 @@ fn gateways_know_each_other(cloud: &Cloud) {
                 if heard.count() == 2 { Ok(()) } else { Err(text) }
             });
         }
+    }
+}
+
+/// Runs the guide's commands up to where it loses a region; that one comes back. Its first one finds the cloud as it is.
+fn the_guide_does_what_it_says(cloud: &Cloud) {
+    // The guide's cloud is the machine's own; here, `nexus` means this one, whatever it is told.
+    let (bin, real, data) = (cloud.path("bin"), env!("CARGO_BIN_EXE_nexus"), cloud.data_dir());
+    std::fs::create_dir(&bin).unwrap();
+    let own = format!("case $1 in up|down|local) set -- \"$@\" --data-dir '{}' ;; esac", data.display());
+    std::fs::write(bin.join("nexus"), format!("#!/bin/sh -eu\n{own}\nexec {real} \"$@\"\n")).unwrap();
+    std::fs::set_permissions(bin.join("nexus"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let page = images::busybox(&cloud.path(""));
+    std::fs::write(cloud.path("project.yaml"), project("during-the-guide")).unwrap();
+    let mut logs = None;
+    for (heading, blocks) in guide::sections("regions.md", 5) {
+        for guide::Block { place, script } in blocks.iter().filter(|_| heading != COMES_AND_GOES) {
+            assert_eq!(*place, None, "this test has one machine");
+            println!("{heading}: {script}");
+            cloud.guided(&script.replace("./nginx.tar", page.to_str().unwrap()));
+        }
+        match heading.as_str() {
+            "An app in all of them" => logs = Some(an_app_is_followed_in_all_regions(cloud)),
+            "Losing a region" => {
+                for region in REGIONS {
+                    cloud.wait(&format!("{region} to know what was done without region-c"), || {
+                        cloud.json_at(region, &["get", "project", "during-the-guide"]).map(drop)
+                    });
+                }
+            }
+            _ => {}
+        }
+    }
+    let (mut logs, said) = logs.expect("the guide deploys an app");
+    new_instances_are_followed(cloud, &said);
+    assert!(logs.0.try_wait().unwrap().is_none(), "it follows until it is told to stop");
+    cloud.ok(&["delete", "app", "web", "--region", "global"]);
+    for region in REGIONS {
+        cloud.wait_ready_in(region, "web", 0);
+    }
+}
+
+/// The names of an app's instances in a region.
+fn instances_in(cloud: &Cloud, region: &str, app: &str) -> Result<Vec<String>, String> {
+    let list = cloud.json_at(region, &["get", "instances", "--region", region])?;
+    let all = list["items"].as_array().cloned().unwrap_or_default();
+    let mine = all.iter().filter(|i| i["spec"]["app"] == app);
+    Ok(mine.filter_map(|i| Some(i["metadata"]["name"].as_str()?.to_owned())).collect())
+}
+
+/// Each request makes the instance that answers write a line, which must arrive under its name, from every region. Answers
+/// what goes on following, and where it writes.
+fn an_app_is_followed_in_all_regions(cloud: &Cloud) -> (Process, PathBuf) {
+    let path = cloud.path("followed.log");
+    let logs = Process::start(cloud.command(&["logs", "web", "-f", "--tail", "0", "--region", "global"]), path.clone());
+    for region in REGIONS {
+        cloud.wait_ready_in(region, "web", 2);
+        everybody_is_heard(cloud, region, 2, &path);
+    }
+    (logs, path)
+}
+
+fn everybody_is_heard(cloud: &Cloud, region: &str, replicas: usize, said: &Path) {
+    cloud.wait(&format!("the lines of {replicas} instances of {region}"), || {
+        get(&cloud.region_gateway(region, 0), "web.localhost")?;
+        let names = instances_in(cloud, region, "web")?;
+        let text = std::fs::read_to_string(said).map_err(|e| e.to_string())?;
+        let heard =
+            |name: &String| text.lines().any(|l| l.starts_with(&format!("{name}  ")) && l.contains("response:200"));
+        if names.len() == replicas && names.iter().all(heard) { Ok(()) } else { Err(format!("{names:?}: {text}")) }
+    });
+}
+
+/// Instances that come later are followed too, also in a region that was away meanwhile.
+fn new_instances_are_followed(cloud: &Cloud, said: &Path) {
+    cloud.ok(&["scale", "web", "--region", "global", "--replicas", "9", "--timeout", "90"]);
+    for region in REGIONS {
+        everybody_is_heard(cloud, region, 3, said);
     }
 }
 
@@ -278,11 +379,16 @@ fn the_copy_says_how_old_it_is(cloud: &Cloud, region: &str) {
 
 fn a_region_takes_the_place_of_one_that_leaves_for_good(cloud: &Cloud) {
     let [first, second, third] = REGIONS;
-    cloud.start(&["--regions", "4", "--timeout", "120"]);
+    let guide = guide::sections("regions.md", 5);
+    let block = &guide.iter().find(|(heading, _)| heading == COMES_AND_GOES).expect("the guide's section").1[0];
+    let Some((join, leave)) = block.script.split_once('\n') else { panic!("{}", block.script) };
+    cloud.guided(&join.replace("--regions 4", "--regions 4 --timeout 120"));
     cloud.wait_ready_in(FIFTH, "hello", 1);
     // A fourth vote would help nobody.
     cloud.wait_votes(&REGIONS, &[FIFTH]);
-    cloud.ok(&["region", "remove", third]);
+    // The guide lets the newcomer go, this test another.
+    assert!(leave.contains(FOURTH), "{leave}");
+    cloud.guided(&leave.replace(FOURTH, third));
     cloud.wait_votes(&[first, second, FIFTH], &[]);
     cloud.wait("a global write by way of the newcomer", || cloud.apply_at(FIFTH, "five", &project("five"), &[]));
     let regions: Vec<String> =

@@ -65,9 +65,10 @@ impl Engine {
             if own.dir.join("FORMAT").exists() {
                 anyhow::bail!(
                     "group {} is in {}, but `store` asks for etcd: move it there with `nexus backup create` and `nexus \
-                     backup restore`, or leave `store` out",
+                     backup restore`, or leave `store` out. If another server has done that, move {} out of the way",
                     own.group,
-                    own.dir.display()
+                    own.dir.display(),
+                    config.data_dir.join("store").display()
                 );
             }
             let engine = etcd(config, own, env).await?;
@@ -202,6 +203,10 @@ impl Store for Engine {
 
     fn keeps_order(&self) -> bool {
         self.store().keeps_order()
+    }
+
+    fn way_to(&self, node: u64) -> Vec<u64> {
+        self.store().way_to(node)
     }
 
     async fn range(&self, request: RangeRequest) -> Result<RangeResponse, StoreError> {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use async_trait::async_trait;
 use nexus_control::core::Bootstrap;
-use nexus_control::intent::{Accepted, Intent};
+use nexus_control::intent::{Accepted, Intent, Passed};
 use nexus_control::region::{self, Forward, ForwardError, Region, ReportError, Upward};
 use nexus_env::{Endpoint, Env};
 use nexus_model::kind::{GLOBAL, RegionServer};
@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::engine::Engine;
 use super::fleet::Fleet;
-use super::southbound::{forward, submitted};
+use super::southbound::{forward, pass, passed_on, submitted};
 use crate::config::ServerConfig;
 
 /// How often a server says what it is, and which gateways it feeds.
@@ -108,6 +108,11 @@ impl Forward for GlobalWire {
     async fn forward(&self, node: u64, intent: &Intent, deadline: Duration) -> Result<Accepted, ForwardError> {
         let endpoint = self.endpoint(node).await.map_err(ForwardError::NotTaken)?;
         forward(&self.pool.get(&endpoint), method::SUBMIT_GLOBAL, intent, deadline).await
+    }
+
+    async fn pass(&self, via: u64, passed: &Passed, deadline: Duration) -> Result<Accepted, ForwardError> {
+        let endpoint = self.endpoint(via).await.map_err(ForwardError::NotTaken)?;
+        pass(&self.pool.get(&endpoint), method::PASS_GLOBAL, passed, deadline).await
     }
 }
 
@@ -333,7 +338,16 @@ fn not_led(error: ReportError) -> Refusal {
 /// The methods that groups and regions need.
 pub fn methods(builder: ServerBuilder, groups: &Groups, writers: &Arc<Writers>) -> ServerBuilder {
     let (submit, hear, note, global) = (writers.clone(), writers.clone(), writers.clone(), groups.global.clone());
+    let (pass_region, pass_global) = (writers.clone(), writers.clone());
     builder
+        .unary(method::PASS, move |_, passed: String| {
+            let writers = pass_region.clone();
+            async move { passed_on(&writers.region, &passed).await }
+        })
+        .unary(method::PASS_GLOBAL, move |_, passed: String| {
+            let writers = pass_global.clone();
+            async move { passed_on(&writers.global, &passed).await }
+        })
         .unary(method::SUBMIT_GLOBAL, move |_, intent: String| {
             let writers = submit.clone();
             async move { submitted(&writers.global, &intent).await?.ok_or_else(|| Refusal::not_leader(None)) }

@@ -361,8 +361,7 @@ impl Joins {
         let zone = self.zone(&record, asked.zone.as_ref())?;
         let wire: Endpoint = parsed("wire", &asked.wire)?;
         reachable("wire", wire.tcp())?;
-        let names =
-            PublicNames::of(asked.name.as_str(), &asked.api, &asked.api_names).map_err(|e| invalid("api", e))?;
+        let names = PublicNames::of(asked.name.as_str(), &asked.api, &[]).map_err(|e| invalid("api", e))?;
         let authority = self.authority()?;
         for _ in 0..TRIES {
             let servers = fleet::list::<ServerRecord>(&*self.store, key::FLEET_SERVERS, false).await;

@@ -122,7 +122,6 @@ fn server(token: &str, who: &str, csr: String) -> ServerJoin {
         zone: None,
         wire: format!("10.0.0.{}:7440", 10 + who.len()),
         api: "https://10.0.0.9:8443".to_owned(),
-        api_names: Vec::new(),
         csr,
     }
 }
@@ -134,10 +133,7 @@ fn host(token: &str, who: &str, address: &str) -> HostJoin {
         name: name(who),
         zone: Some(name("zone-a")),
         cell: None,
-        rack: None,
         address: address.to_owned(),
-        capacity: kind::Capacity::default(),
-        classes: kind::Classes::default(),
         csr: csr(&key, &[&format!("agent/{who}")]),
     }
 }

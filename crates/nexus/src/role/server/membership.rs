@@ -258,13 +258,15 @@ impl Membership {
         let records = fleet::list::<ServerRecord>(&*self.store, nexus_model::key::FLEET_SERVERS, false).await;
         let health = self.region().health().await.map_err(from_store)?;
         let leader = self.store.status().await.leader;
+        // With etcd, no server has a vote.
+        let votes = |voter: bool| self.config.store.is_none().then_some(voter);
         let items = records.map_err(from_store)?.into_iter().map(|(_, r)| {
             let (entry, state) = (r.value.entry, r.value.state);
             let h = health.iter().find(|h| h.node == entry.node);
             json!({
                 "name": entry.name, "node": entry.node, "zone": entry.zone, "wire": entry.wire, "api": entry.api,
                 "state": state, "leader": leader == Some(entry.node),
-                "voter": h.is_some_and(|h| h.voter), "reachable": h.is_some_and(|h| h.reachable),
+                "voter": votes(h.is_some_and(|h| h.voter)), "reachable": h.is_some_and(|h| h.reachable),
                 "lagEntries": h.and_then(|h| h.lag_entries), "clockSkewMs": h.and_then(|h| h.clock_skew_ms),
                 "trouble": self.trouble(entry.node),
             })
@@ -276,7 +278,7 @@ impl Membership {
             if !items.iter().any(|i| i["node"] == h.node) {
                 let name = known.get(&h.node).map_or_else(|| format!("node {}", h.node), |e| e.name.to_string());
                 items.push(json!({
-                    "name": name, "node": h.node, "wire": h.endpoint, "state": "unrecorded", "voter": h.voter,
+                    "name": name, "node": h.node, "wire": h.endpoint, "state": "unrecorded", "voter": votes(h.voter),
                     "reachable": h.reachable, "leader": leader == Some(h.node), "lagEntries": h.lag_entries,
                     "clockSkewMs": h.clock_skew_ms,
                 }));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
-use nexus_control::intent::{Accepted, Intent};
+use nexus_control::intent::{Accepted, Intent, Passed};
 use nexus_control::region::{Forward, ForwardError, Region, ReportError};
 use nexus_control::view::View;
 use nexus_env::{Endpoint, Env};
@@ -84,6 +84,8 @@ pub enum Answer {
     /// As JSON: objects are open-ended, and JSON is what they are stored as.
     Accepted(String),
     Refused(ApiError),
+    /// It was passed on, and perhaps taken. Only in answer to what is to be passed on.
+    Unknown(String),
 }
 
 #[async_trait]
@@ -92,6 +94,12 @@ impl Forward for PeerWire {
         let unknown = || ForwardError::NotTaken(format!("node {node} is not a member"));
         let endpoint = self.endpoint(node).ok_or_else(unknown)?;
         forward(&self.pool.get(&endpoint), method::SUBMIT, intent, deadline).await
+    }
+
+    async fn pass(&self, via: u64, passed: &Passed, deadline: Duration) -> Result<Accepted, ForwardError> {
+        let unknown = || ForwardError::NotTaken(format!("node {via} is not a member"));
+        let endpoint = self.endpoint(via).ok_or_else(unknown)?;
+        pass(&self.pool.get(&endpoint), method::PASS, passed, deadline).await
     }
 }
 
@@ -102,15 +110,42 @@ pub async fn forward(
     intent: &Intent,
     deadline: Duration,
 ) -> Result<Accepted, ForwardError> {
-    let client = client.for_request(intent.request_id.as_str());
     let text = serde_json::to_string(intent).expect("intents are plain data");
+    ask(client.for_request(intent.request_id.as_str()), to, text, deadline).await
+}
+
+/// Sends an intent to a server that is to pass it on.
+pub async fn pass(
+    client: &Client,
+    to: &'static str,
+    passed: &Passed,
+    deadline: Duration,
+) -> Result<Accepted, ForwardError> {
+    let text = serde_json::to_string(passed).expect("intents are plain data");
+    ask(client.for_request(passed.intent.request_id.as_str()), to, text, deadline).await
+}
+
+async fn ask(client: Client, to: &'static str, text: String, deadline: Duration) -> Result<Accepted, ForwardError> {
     match client.call::<_, Answer>(to, &text, deadline).await {
         Ok(Answer::Accepted(text)) => {
             serde_json::from_str(&text).map_err(|e| ForwardError::Unknown(format!("the leader's answer: {e}")))
         }
         Ok(Answer::Refused(error)) => Err(ForwardError::Answered(error)),
+        Ok(Answer::Unknown(why)) => Err(ForwardError::Unknown(why)),
         Err(e) if e.may_have_run() => Err(ForwardError::Unknown(e.to_string())),
         Err(e) => Err(ForwardError::NotTaken(e.to_string())),
+    }
+}
+
+/// Passes on what another server could not send to the writer by itself.
+pub async fn passed_on(writer: &Region, passed: &str) -> Result<Answer, Refusal> {
+    let passed: Passed = serde_json::from_str(passed)
+        .map_err(|e| Refusal::new(code::BAD_REQUEST, format!("the intent can't be read: {e}")))?;
+    match writer.pass_on(passed).await {
+        Ok(accepted) => Ok(Answer::Accepted(serde_json::to_string(&accepted).expect("answers are plain data"))),
+        Err(ForwardError::Answered(error)) => Ok(Answer::Refused(error)),
+        Err(ForwardError::Unknown(why)) => Ok(Answer::Unknown(why)),
+        Err(ForwardError::NotTaken(why)) => Err(Refusal::new(code::DRAINING, why)),
     }
 }
 

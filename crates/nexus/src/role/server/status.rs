@@ -270,9 +270,31 @@ impl Status {
         (!silent.is_empty()).then(|| format!("regions that can't be heard: {regions}; see `nexus get regions`"))
     }
 
+    /// Why nobody leads a group that was never begun, with the name of the server that is to begin it and where the
+    /// founding members stand.
+    fn unbegun(&self, watched: &Watched) -> Option<String> {
+        let why = watched.store.embedded()?.unbegun()?;
+        let global = watched.name == GLOBAL;
+        let members = if global { self.config.global_members() } else { &self.config.members };
+        let place = if global && self.config.global.is_some() { "[global.members]" } else { "[members]" };
+        let first = members.iter().next().filter(|_| !self.config.join);
+        let who = first.map_or_else(String::new, |(node, m)| {
+            format!(
+                " (member {node} is server {}; the founding members are `{place}` of each server's nexus.toml)",
+                m.name
+            )
+        });
+        Some(format!("{}: {why}{who}", watched.name))
+    }
+
     /// Why nothing can be written, if so.
     fn outage(&self, region: &GroupStatus, etcd: Option<&EtcdStatus>, down: usize, servers: usize) -> Option<String> {
         if self.region.store.embedded().is_some() {
+            if region.leader.is_none()
+                && let Some(why) = self.unbegun(&self.region)
+            {
+                return Some(why);
+            }
             let lost = region.leader.is_none() || down * 2 >= servers;
             return lost.then(|| format!("no majority of the {servers} servers is reachable: nothing can be written"));
         }
@@ -343,6 +365,10 @@ impl StatusSource for Status {
             (ClusterHealth::Unavailable, Some(message))
         } else if !down.is_empty() {
             (ClusterHealth::Degraded, Some(format!("not reachable: {}", down.join(", "))))
+        } else if groups[1].leader.is_none()
+            && let Some(why) = self.unbegun(&self.global)
+        {
+            (ClusterHealth::Degraded, Some(why))
         } else if !groups[1].quorum {
             let message = format!(
                 "the global group can't be reached: this region goes on with its copy, complete up to {} s ago; projects, \
@@ -398,7 +424,9 @@ impl StatusSource for Status {
             Some(_) if fleet => Err("the log has not been read yet".to_owned()),
             Some(_) => Err("the global group has not been read yet".to_owned()),
             None if self.region.store.embedded().is_none() => Err("no server leads: etcd is needed".to_owned()),
-            None => Err("no server leads: a majority is needed".to_owned()),
+            None => {
+                Err(self.unbegun(&self.region).unwrap_or_else(|| "no server leads: a majority is needed".to_owned()))
+            }
         }
     }
 }
