@@ -468,7 +468,8 @@ mod tests {
         let text = keys.to_text();
         assert!(FileKeys::parse(&format!("# by hand\n\n{}\n", *text)).is_ok());
         let line = text.lines().nth(1).unwrap();
-        let flipped = if line.contains('A') { line.replacen('A', "B", 1) } else { line.replacen('a', "b", 1) };
+        let (id, key) = line.split_once(' ').unwrap();
+        let flipped = format!("{id} {}{}", if key.starts_with('A') { "B" } else { "A" }, &key[1..]);
         for bad in [
             String::new(),
             HEAD.to_owned(),
@@ -481,7 +482,6 @@ mod tests {
         ] {
             assert!(matches!(FileKeys::parse(&bad), Err(EnvelopeError::File(_))));
         }
-        let key = line.split(' ').nth(1).unwrap();
         let shown = format!("{keys:?} {:?} {:?}", keys.0[0].1, FileKeys::parse(&text.replace("v1", "v2")));
         assert!(!shown.contains(key), "{shown}");
     }

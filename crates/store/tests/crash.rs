@@ -119,8 +119,12 @@ async fn a_damaged_log_is_refused_with_its_place() {
         cluster.node(1).txn(Txn::put(format!("k{i}"), "v".repeat(500))).await.unwrap();
     }
     cluster.stop().await;
-    let log = "/data/store/wal-0000000000000001.log";
-    cluster.disks[&1].flip_bit(log.as_ref(), 3_000).unwrap();
+    // The first segment ends as soon as there is one with room.
+    let disk = &cluster.disks[&1];
+    let logs = ["1", "2"].map(|n| format!("/data/store/wal-{n:0>16}.log"));
+    let written = |log: &String| disk.read(log.as_ref()).is_ok_and(|bytes| bytes.get(3_000).is_some_and(|b| *b != 0));
+    let log = logs.into_iter().find(written).expect("a segment with so much in it");
+    disk.flip_bit(log.as_ref(), 3_000).unwrap();
     match cluster.boot(1).await.err() {
         Some(StoreError::Corrupt { path, .. }) => assert_eq!(path, log),
         other => panic!("{other:?}"),
@@ -139,7 +143,12 @@ async fn a_folder_of_a_newer_release_is_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_nearly_full_disk_refuses_growth_but_not_deletes() {
-    let cluster = Cluster::start_with(1, 5, |config| config.reserve_bytes = 1 << 20).await;
+    let cluster = Cluster::start_with(1, 5, |config| {
+        config.reserve_bytes = 1 << 20;
+        // The log's own room leaves most of the disk.
+        config.segment_bytes = 20_000;
+    })
+    .await;
     cluster.leader().await;
     let store = cluster.node(1);
     store.txn(Txn::put("k", "v")).await.unwrap();
