@@ -100,6 +100,25 @@ impl Server {
         Ok(Self { store, region, view, stop, tasks })
     }
 
+    /// For whoever waits: where hosts and instances stand, and what the writer has done.
+    fn progress(&self) -> String {
+        let (mut hosts, mut instances) = (BTreeMap::<String, u64>::new(), BTreeMap::<String, u64>::new());
+        self.view.read(|world| {
+            for host in world.hosts.live.values() {
+                *hosts.entry(format!("{:?}", host.status.state)).or_default() += 1;
+            }
+            for instance in world.instances.live.values() {
+                let leaves = if instance.metadata.deleting.is_some() { ", to be deleted" } else { "" };
+                *instances.entry(format!("{:?}{leaves}", instance.status.phase)).or_default() += 1;
+            }
+        });
+        let c = &self.region.counters;
+        let [rounds, commits, began] = [&c.rounds, &c.commits, &c.beginnings].map(|n| n.load(Ordering::Relaxed));
+        format!(
+            "hosts {hosts:?}, instances {instances:?}; {rounds} rounds, {commits} transactions, the writer began {began} times"
+        )
+    }
+
     async fn end(mut self) {
         self.stop.cancel();
         while self.tasks.join_next().await.is_some() {}
@@ -279,19 +298,20 @@ impl Agent {
 }
 
 /// Looks four times a second until it is so; answers after how long.
-async fn until(what: &str, patience: Duration, mut so: impl FnMut() -> bool) -> anyhow::Result<f64> {
+async fn until(what: &str, server: &Server, mut so: impl FnMut() -> bool) -> anyhow::Result<f64> {
     let begun = Instant::now();
     let mut told = Instant::now();
     while !so() {
-        if begun.elapsed() > patience {
-            bail!("gave up after {} s waiting for {what}", patience.as_secs());
+        if begun.elapsed() > PATIENCE {
+            bail!("gave up after {} s waiting for {what}", PATIENCE.as_secs());
         }
         if told.elapsed() > Duration::from_secs(10) {
             told = Instant::now();
             eprintln!(
-                "  {:.0} s, still waiting for {what}; {:.0} CPU seconds",
+                "  {:.0} s, still waiting for {what}; {:.0} CPU seconds; {}",
                 begun.elapsed().as_secs_f64(),
-                cpu_seconds()
+                cpu_seconds(),
+                server.progress()
             );
         }
         tokio::time::sleep(Duration::from_millis(250)).await;
@@ -356,7 +376,7 @@ async fn measure(dir: &Path, agents: &runtime::Runtime) -> anyhow::Result<Vec<Ro
     let ready_hosts = |world: &nexus_control::world::World| {
         world.hosts.live.values().filter(|h| h.status.state == HostState::Ready).count()
     };
-    let took = until("hosts to be ready", PATIENCE, || server.view.read(ready_hosts) == hosts).await?;
+    let took = until("hosts to be ready", &server, || server.view.read(ready_hosts) == hosts).await?;
     rows.push(Row::new(format!("{hosts} hosts joined"), took, "s"));
 
     eprintln!("{total} instances in {PROJECTS} projects");
@@ -367,7 +387,7 @@ async fn measure(dir: &Path, agents: &runtime::Runtime) -> anyhow::Result<Vec<Ro
     let all_ready = |world: &nexus_control::world::World| {
         world.apps.live.values().map(|app| u64::from(app.status.ready_replicas)).sum::<u64>() == total
     };
-    until("every instance to be ready", PATIENCE, || server.view.read(all_ready)).await?;
+    until("every instance to be ready", &server, || server.view.read(all_ready)).await?;
     rows.push(
         Row::new(format!("{total} instances ready"), begun.elapsed().as_secs_f64(), "s")
             .cpu_per_op((cpu_seconds() - before) / total as f64),
@@ -392,7 +412,7 @@ async fn measure(dir: &Path, agents: &runtime::Runtime) -> anyhow::Result<Vec<Ro
         !left && all_ready(world)
     };
     let lost = server.view.read(|world| world.instances_on(&victim).count());
-    let after = until("its instances to run elsewhere", PATIENCE, || server.view.read(moved)).await?;
+    let after = until("its instances to run elsewhere", &server, || server.view.read(moved)).await?;
     rows.push(Row::new(format!("{lost} instances of a host that dies ready elsewhere"), after, "s"));
 
     let violations = server.region.counters.violations.load(Ordering::Relaxed);

@@ -1,13 +1,15 @@
 //! Judges hosts by their heartbeats. What is heard lives in memory alone; only a change of a host's state is committed.
 //!
 //! A ready host that is silent for [`SUSPECT_AFTER`] gets nothing new; after [`DEAD_AFTER`] it is dead and its instances
-//! run elsewhere. Two brakes keep a fault of ours from becoming an outage of theirs:
+//! run elsewhere. Three brakes keep a fault of ours from becoming an outage of theirs:
 //!
 //! * a new leader counts every host as heard when it took over, so it waits a full round before it judges; so does one
 //!   that was itself held up (paused, or waiting for its disk), because heartbeats may be waiting for it to look;
-//! * when more than a fifth of a cell's living hosts, and more than one, have vanished at once, nobody of that cell is
+//! * when more than a fifth of a cell's living hosts, and more than one, are silent at once, nobody of that cell is
 //!   declared dead: the network or this server is the likelier culprit. The brake lets go when enough of them are back;
-//!   an operator who knows better deletes the host.
+//!   an operator who knows better deletes the host;
+//! * when the heartbeats of all hosts come slowly, because this server or its network has too much to do, both times are
+//!   stretched by how slowly they come. Declaring hosts dead then would only add to what there is to do.
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
@@ -26,6 +28,15 @@ pub const DEAD_AFTER: Duration = Duration::from_millis(5_000);
 /// A leader that did not come to judge for so long was held up itself.
 const HELD_UP: Duration = Duration::from_millis(1_250);
 
+/// Every host is heard so often, if this server keeps up.
+const PACE: Duration = Duration::from_secs(1);
+/// Fewer hosts tell nothing of this server's own pace.
+const CROWD: usize = 10;
+/// The times are stretched by no more.
+const MOST_STRETCH: f64 = 10.0;
+/// What is kept at each round of judging of what the rounds before have seen: about a second's worth.
+const KEPT: f64 = 0.8;
+
 /// How often a cell's load and blast radius are written down.
 const FIGURES_EVERY: Duration = Duration::from_secs(5);
 
@@ -38,6 +49,45 @@ struct Heard {
     load: u16,
 }
 
+/// How often hosts are heard that are heard at all. Those that vanish do not count, so it tells this server's own lateness.
+#[derive(Debug, Default)]
+struct Pace {
+    /// The sum of the gaps between the heartbeats of a host, in seconds, and that of their squares: a mean by time, because a
+    /// host that has news reports more often, and says nothing by that.
+    gaps: f64,
+    squares: f64,
+    stretch: f64,
+}
+
+impl Pace {
+    fn note(&mut self, gap: Duration) {
+        let gap = gap.as_secs_f64();
+        // Of a host that was away, its return says nothing.
+        if gap < DEAD_AFTER.as_secs_f64() * self.stretch() {
+            self.gaps += gap;
+            self.squares += gap * gap;
+        }
+    }
+
+    fn turn(&mut self, hosts: usize) {
+        let was = self.stretch();
+        let mean = if self.gaps > 0.0 && hosts >= CROWD { self.squares / self.gaps } else { 0.0 };
+        self.stretch = mean / PACE.as_secs_f64();
+        (self.gaps, self.squares) = (self.gaps * KEPT, self.squares * KEPT);
+        if self.stretch() > 2.0 && was <= 2.0 {
+            tracing::warn!(
+                every_s = mean,
+                "heartbeats of all hosts come late: their silence is judged by longer times"
+            );
+        }
+    }
+
+    /// By how much the times are stretched.
+    fn stretch(&self) -> f64 {
+        self.stretch.clamp(1.0, MOST_STRETCH)
+    }
+}
+
 /// What this server has heard since it leads.
 #[derive(Debug)]
 pub struct Cells {
@@ -45,6 +95,7 @@ pub struct Cells {
     told: BTreeMap<Name, Duration>,
     since: Duration,
     judged: Duration,
+    pace: Pace,
     heard: BTreeMap<Name, Heard>,
     /// Names of the objects that are set aside, by cell.
     pub quarantined: BTreeMap<Name, Vec<String>>,
@@ -56,7 +107,7 @@ pub struct Cells {
 impl Cells {
     pub fn new(now: Duration, holder: String, epoch: u64) -> Self {
         let (told, heard, quarantined) = Default::default();
-        Self { told, since: now, judged: now, heard, quarantined, holder, epoch }
+        Self { told, since: now, judged: now, pace: Pace::default(), heard, quarantined, holder, epoch }
     }
 
     fn silence(&self, host: &Name, now: Duration) -> Duration {
@@ -67,6 +118,7 @@ impl Cells {
     /// report waits for the writer.
     pub fn arrived(&mut self, host: &Name, at: Duration) {
         if let Some(heard) = self.heard.get_mut(host) {
+            self.pace.note(at.saturating_sub(heard.at));
             heard.at = heard.at.max(at);
         }
     }
@@ -77,6 +129,7 @@ impl Cells {
         host::join(step, report)?;
         let load = (report.load.clamp(0.0, 1.0) * 1000.0) as u16;
         let heard = self.heard.entry(report.host.clone()).or_insert(Heard { at: now, load: 0 });
+        self.pace.note(now.saturating_sub(heard.at));
         heard.at = heard.at.max(now);
         if heard.load.abs_diff(load) >= LOAD_STEP {
             heard.load = load;
@@ -139,6 +192,7 @@ impl Cells {
             self.since = now;
         }
         self.judged = now;
+        self.pace.turn(self.heard.len());
     }
 
     /// Judges the hosts of one cell, as many as fit in a step. True if more are left for another.
@@ -147,19 +201,21 @@ impl Cells {
         let known = scheduler.hosts_in(cell).filter_map(|name| step.world.host(name));
         let hosts: Vec<(Name, HostState)> = known.map(|h| (h.metadata.name.clone(), h.status.state)).collect();
         let living = hosts.iter().filter(|(_, s)| *s != HostState::Dead);
+        let [suspect_after, dead_after] = [SUSPECT_AFTER, DEAD_AFTER].map(|after| after.mul_f64(self.pace.stretch()));
         let silent: Vec<(&Name, HostState, Duration)> = living
             .clone()
             .map(|(name, state)| (name, *state, self.silence(name, now)))
-            .filter(|(_, _, silence)| *silence >= SUSPECT_AFTER)
+            .filter(|(_, _, silence)| *silence >= suspect_after)
             .collect();
-        let vanished = silent.iter().filter(|(_, _, silence)| *silence >= DEAD_AFTER).count();
-        let brake = vanished > (living.count() / 5).max(1);
+        // Those that fell silent with the first of them count before their own time is up.
+        let vanished = silent.iter().any(|(_, _, silence)| *silence >= dead_after);
+        let brake = vanished && silent.len() > (living.count() / 5).max(1);
         for (name, state, silence) in silent {
             if step.is_long() {
                 return true;
             }
             let seconds = silence.as_secs_f32();
-            if silence >= DEAD_AFTER && !brake {
+            if silence >= dead_after && !brake {
                 host::set_state(step, name, HostState::Dead, &format!("silent for {seconds:.1} s"));
             } else if state == HostState::Ready {
                 host::set_state(step, name, HostState::Suspect, "its heartbeats are late");

@@ -173,6 +173,49 @@ fn when_many_hosts_of_a_cell_vanish_at_once_the_brake_holds() {
 }
 
 #[test]
+fn hosts_of_a_cell_that_fall_silent_one_after_another_within_seconds_are_spared_like_those_that_do_together() {
+    let mut lab = Lab::new(6);
+    lab.pass(Duration::from_secs(2));
+    for n in 1..=4 {
+        lab.alive.retain(|h| *h != name(&format!("zone-a-{n}")));
+        lab.pass(Duration::from_millis(500));
+    }
+    lab.pass(DEAD_AFTER * 2);
+    for n in 1..=4 {
+        assert_eq!(lab.core.world.host(&name(&format!("zone-a-{n}"))).unwrap().status.state, HostState::Suspect);
+    }
+}
+
+#[test]
+fn hosts_that_an_overloaded_server_hears_late_are_not_dead_and_one_that_is_dead_is_found_out() {
+    let mut lab = Lab::new(6);
+    lab.pass(Duration::from_secs(2));
+    let all = lab.alive.clone();
+    let dead = name("zone-a-1");
+    // All are heard in turn, first every second, in the end every eight.
+    for every in (2..=16_usize).chain([16; 4]) {
+        for turn in 0..every {
+            lab.alive = all.iter().enumerate().filter(|(n, _)| n % every == turn).map(|(_, h)| h.clone()).collect();
+            if every == 16 {
+                lab.alive.retain(|h| *h != dead);
+            }
+            lab.pass(Duration::from_millis(500));
+            let state = |h: &Name| lab.core.world.host(h).unwrap().status.state;
+            let spared = all.iter().filter(|h| **h != dead);
+            assert!(spared.map(state).all(|s| s == HostState::Ready), "heard every {every} half seconds");
+        }
+    }
+    assert_eq!(lab.core.world.host(&dead).unwrap().status.state, HostState::Dead);
+    // Not stretched any more: half of the time is enough again.
+    lab.alive = all.iter().filter(|h| **h != dead).cloned().collect();
+    lab.pass(Duration::from_secs(10));
+    let next = name("zone-b-1");
+    lab.alive.retain(|h| *h != next);
+    lab.pass(DEAD_AFTER + Duration::from_secs(1));
+    assert_eq!(lab.core.world.host(&next).unwrap().status.state, HostState::Dead);
+}
+
+#[test]
 fn a_new_leader_declares_nobody_dead_before_a_full_round() {
     let mut lab = Lab::new(2);
     lab.create::<Image>("web", image("web")).unwrap();

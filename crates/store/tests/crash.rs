@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Cluster, seed};
-use nexus_env::{RngExt, SeededRng};
+use nexus_env::{Disk, RngExt, SeededRng};
 use nexus_store::{Op, Pressure, RangeRequest, Store, StoreError, Txn};
 
 const CRASHES: usize = 120;
@@ -122,7 +122,8 @@ async fn a_damaged_log_is_refused_with_its_place() {
     // The first segment ends as soon as there is one with room.
     let disk = &cluster.disks[&1];
     let logs = ["1", "2"].map(|n| format!("/data/store/wal-{n:0>16}.log"));
-    let written = |log: &String| disk.read(log.as_ref()).is_ok_and(|bytes| bytes.get(3_000).is_some_and(|b| *b != 0));
+    let written =
+        |log: &String| Disk::read(disk, log.as_ref()).is_ok_and(|bytes| bytes.get(3_000).is_some_and(|b| *b != 0));
     let log = logs.into_iter().find(written).expect("a segment with so much in it");
     disk.flip_bit(log.as_ref(), 3_000).unwrap();
     match cluster.boot(1).await.err() {
