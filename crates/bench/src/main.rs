@@ -18,6 +18,10 @@ mod watch;
 
 use report::Row;
 
+/// As in `nexus`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// A bench: its name, what it measures, and how.
 struct Bench {
     name: &'static str,

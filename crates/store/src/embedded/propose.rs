@@ -69,7 +69,7 @@ pub async fn run(core: Arc<Core>, mut queue: mpsc::Receiver<Pending>) {
             let ended = timeout(GROWS, tasks.join_next()).await;
             if let Ok(Some(Ok(answered))) = ended
                 && (LARGE..BATCH_COMMANDS).contains(&answered)
-                && queue.len() < answered
+                && queue.len() + 1 < answered
             {
                 sleep(RETURNS).await;
             }
