@@ -100,20 +100,11 @@ impl Operator {
 async fn ask(server: &Server, change: Change) -> Result<(), StoreError> {
     match change {
         Change::Add(new) => {
-            let member = server.store.status().await.members.get(&new).cloned();
-            if member.is_some_and(|m| m.voter) {
-                return Ok(());
-            }
             server.store.add_learner(new, endpoint(new)).await?;
             server.store.promote(new).await
         }
         Change::Replace(old, new) => server.store.replace(old, new, endpoint(new)).await,
-        Change::Remove(old) => {
-            if !server.store.status().await.members.contains_key(&old) {
-                return Ok(());
-            }
-            server.store.remove(old).await
-        }
+        Change::Remove(old) => server.store.remove(old).await,
     }
 }
 

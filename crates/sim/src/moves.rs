@@ -12,7 +12,7 @@ use std::time::Duration;
 use nexus_control::intent::Change;
 use nexus_model::kind::{Kind, Region, Tier};
 use nexus_model::{Code, Name};
-use nexus_store::{Store, StoreError};
+use nexus_store::StoreError;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::chance::Dice;
@@ -180,12 +180,9 @@ impl Moves {
 }
 
 async fn ask(door: &Door, step: Step) -> Result<(), StoreError> {
-    let members = door.store.status().await.members;
     match step {
-        Step::LetIn(node) if members.contains_key(&node) => Ok(()),
         Step::LetIn(node) => door.store.add_learner(node, endpoint(node)).await,
         Step::Promote(node) => door.store.promote(node).await,
-        Step::Remove(node) if !members.contains_key(&node) => Ok(()),
         Step::Remove(node) => door.store.remove(node).await,
     }
 }

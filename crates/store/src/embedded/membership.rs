@@ -56,9 +56,11 @@ impl Core {
         (*self.raft.server_metrics().borrow().membership_config).clone()
     }
 
-    /// The members as the store's status shows them.
+    /// The members as the store's status shows them: those of the last change that is known to be committed. Whoever decides by
+    /// them must not see a change that is lost with the leader that began it.
     pub fn members(&self) -> BTreeMap<u64, Member> {
-        let membership = self.membership();
+        let committed = self.shared.read().counters.membership.clone();
+        let membership = if committed.nodes().next().is_some() { committed } else { self.membership() };
         let voters: BTreeSet<u64> = membership.voter_ids().collect();
         let known: BTreeMap<u64, String> = membership.nodes().map(|(id, node)| (*id, node.addr.clone())).collect();
         // Before the first entry there is only what the configuration says.
@@ -122,7 +124,7 @@ impl Core {
         if !self.leadership.borrow().is_self {
             return Err(Failure::NotLeader);
         }
-        let membership = self.membership();
+        let membership = self.settled(deadline).await?;
         let voters: BTreeSet<u64> = membership.voter_ids().collect();
         let endpoint_of = |node: u64| membership.membership().get_node(&node).map(|n| n.addr.clone());
         match change {
@@ -179,6 +181,24 @@ impl Core {
                     self.apply(ChangeMembers::RemoveNodes(BTreeSet::from([old])), deadline).await
                 }
             }
+        }
+    }
+
+    /// The membership when the last change of it is committed. One that is not may be lost with this leader, so whoever asks for
+    /// the same again must not be told that it is done.
+    async fn settled(&self, deadline: Instant) -> Result<Membership, Failure> {
+        loop {
+            let membership = self.membership();
+            if self.shared.read().counters.membership.log_id() == membership.log_id() {
+                return Ok(membership);
+            }
+            if !self.leadership.borrow().is_self {
+                return Err(Failure::NotLeader);
+            }
+            if Instant::now() >= deadline {
+                return Err(Failure::Unavailable("the last change of the membership is not committed yet".into()));
+            }
+            sleep(PAUSE).await;
         }
     }
 
@@ -322,11 +342,13 @@ impl Core {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow();
         let mine = &metrics.membership_config;
-        if mine.nodes().next().is_none() && self.config.join {
-            // It waits to be added.
+        let in_mine = mine.membership().get_node(&self.config.node).is_some();
+        let committed = self.shared.read().counters.membership.membership().get_node(&self.config.node).is_some();
+        if self.config.join && (mine.nodes().next().is_none() || (in_mine && !committed)) {
+            // It waits to be added, perhaps again: the leader that began to add it may have been lost with what it began.
             return;
         }
-        let newer = mine.membership().get_node(&self.config.node).is_some() && stranger.since > *mine.log_id();
+        let newer = in_mine && stranger.since > *mine.log_id();
         let by_leader = stranger.leads && stranger.vote >= metrics.vote;
         if newer || by_leader {
             self.link.close(&format!(

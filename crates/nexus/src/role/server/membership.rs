@@ -155,8 +155,9 @@ impl Membership {
     }
 
     async fn reconcile(&self) -> Result<(), StoreError> {
-        let members = self.region().members().await;
         let records = fleet::list::<ServerRecord>(&*self.store, nexus_model::key::FLEET_SERVERS, true).await?;
+        // After the records: a copy of the members that is older than one of them would take it for one that was removed.
+        let members = self.region().members().await;
         let rounds = records.iter().map(|(name, record)| self.reconcile_one(name, record, &members));
         futures::future::try_join_all(rounds).await.map(drop)
     }
