@@ -20,6 +20,9 @@ use tokio::time::{sleep, timeout};
 use crate::chance::Dice;
 use crate::trace::Trace;
 
+/// What is sent seldom comes twice so many times as often, or hundreds of seeds could pass without it.
+const RARE: u64 = 8;
+
 /// How a network behaves that is not cut.
 #[derive(Debug, Clone, Copy)]
 pub struct Weather {
@@ -190,7 +193,8 @@ impl Net {
                 Passage::Refused => Err(PeerError::Unreachable(format!("no way to {to}"))),
                 Passage::Lost => Err(PeerError::Lost(format!("the connection to {to} broke"))),
                 Passage::Arrived => {
-                    if may_come_twice && net.dice.chance(net.state().weather.twice) {
+                    let rarely_sent = if kind == "summary" { RARE } else { 1 };
+                    if may_come_twice && net.dice.chance(net.state().weather.twice * rarely_sent) {
                         net.trace.count(&format!("fault: message twice: {kind}"));
                         net.again(handle()).await;
                     }
