@@ -218,7 +218,15 @@ fn answers_at(
     findings: &mut Vec<Finding>,
 ) {
     let mut owner: Option<&Call> = None;
-    for call in calls.get(&revision).into_iter().flatten() {
+    let mut calls: Vec<&Call> = calls.get(&revision).into_iter().flatten().copied().collect();
+    // Of two that delete the same key, one may have come after the other and changed nothing: it is not the one that did it.
+    calls.sort_by_key(|call| match &call.what {
+        What::Txn(txn, TxnEnd::Committed(_)) => {
+            model.effect(&txn.ops).is_empty() && model.first_failing(&txn.compares).is_none()
+        }
+        _ => false,
+    });
+    for call in calls {
         match &call.what {
             What::Read(request, response) => {
                 let (kvs, more) = model.read(request);
