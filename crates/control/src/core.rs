@@ -362,22 +362,25 @@ impl Core {
         let cells: Vec<Name> = self.world.cells.live.keys().map(|(_, name)| name.clone()).collect();
         // Each by itself: a cell that can't be judged must not keep the others from it.
         for cell in cells {
-            loop {
-                let judged = guarded(|| {
-                    let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
-                    let more = self.cells.judge(&mut step, &cell, at.monotonic);
-                    (more, step.finish())
-                });
-                match judged {
-                    Ok((more, ops)) => {
-                        self.absorb(ops);
-                        if more {
-                            continue;
-                        }
-                    }
-                    Err(why) => tracing::error!(%cell, panic = why, "judging a cell's hosts panicked"),
-                }
-                break;
+            while self.judge(&cell, at) {}
+        }
+    }
+
+    /// Judges hosts of one cell. True if more are left than fit in a step.
+    fn judge(&mut self, cell: &Name, at: Moment<'_>) -> bool {
+        let judged = guarded(|| {
+            let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
+            let more = self.cells.judge(&mut step, cell, at.monotonic);
+            (more, step.finish())
+        });
+        match judged {
+            Ok((more, ops)) => {
+                self.absorb(ops);
+                more
+            }
+            Err(why) => {
+                tracing::error!(%cell, panic = why, "judging a cell's hosts panicked");
+                false
             }
         }
     }
