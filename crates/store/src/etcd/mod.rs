@@ -116,6 +116,11 @@ impl Config {
 
     /// A failure in words that name what an operator can change.
     fn explain(&self, error: &GrpcError) -> String {
+        self.diagnose(error).unwrap_or_else(|| error.to_string())
+    }
+
+    /// A failure with what an operator can change about it, where that is known.
+    fn diagnose(&self, error: &GrpcError) -> Option<String> {
         let user = self.login.as_ref().map(|l| &*l.user);
         let said = error.to_string();
         let advice = match (error, user) {
@@ -148,9 +153,9 @@ impl Config {
             (_, _) if said.contains("corrupt message") || said.contains("handshake eof") => {
                 "if it does not speak TLS there, leave the authority out".to_owned()
             }
-            _ => return said,
+            _ => return None,
         };
-        format!("{said}: {advice}")
+        Some(format!("{said}: {advice}"))
     }
 }
 
@@ -403,6 +408,8 @@ async fn operations(
     let key = layout.journal();
     let mut wanted = OPERATIONS.into_iter();
     let mut next = wanted.next();
+    // A connection that was closed before its reason was read says less than the try before it.
+    let mut diagnosis = None;
     while let Some(count) = next {
         let look = EtcdRange { key: key.clone(), keys_only: true, ..EtcdRange::default() };
         let reads = (0..count).map(|_| proto::RequestOp::range(look.clone())).collect();
@@ -412,9 +419,12 @@ async fn operations(
         match channel.call::<_, proto::Empty>("/etcdserverpb.KV/Txn", &request, until).await {
             Ok(_) => return Ok(count),
             Err(GrpcError::Status { message, .. }) if message.contains("too many operations") => next = wanted.next(),
-            Err(error) if error.is_passing() && Instant::now() < deadline => sleep(Duration::from_millis(200)).await,
             Err(error) => {
-                return Err(StoreError::Unavailable { reason: config.explain(&error) });
+                diagnosis = config.diagnose(&error).or(diagnosis);
+                if !error.is_passing() || Instant::now() >= deadline {
+                    return Err(StoreError::Unavailable { reason: diagnosis.unwrap_or_else(|| error.to_string()) });
+                }
+                sleep(Duration::from_millis(200)).await;
             }
         }
     }
