@@ -153,6 +153,9 @@ fn metadata(errors: &mut Errors, value: &Value, expected: &Expected<'_>, patch: 
             "project" if expected.place.project.is_some() => {
                 agreeing(errors, &field, value, expected.place.project.as_ref());
             }
+            "organization" if expected.place.organization.is_some() => {
+                agreeing(errors, &field, value, expected.place.organization.as_ref());
+            }
             // Of what all regions share, the path may name a region too.
             "region" if value.as_str() == expected.place.region.as_ref().map(Name::as_str) => {}
             "region" if expected.place.kind.home == Home::Global && expected.place.region.is_none() => {
@@ -235,7 +238,8 @@ pub(crate) fn object(expected: &Expected<'_>, body: &Value) -> Result<(AnyObject
     };
     let Some(name) = name.filter(|_| errors.is_empty()) else { return Err(ApiError::invalid(errors)) };
     let mut new = Metadata::new(name, expected.place.project.clone());
-    new.region = (kind.scope != Scope::Global).then(|| expected.region.clone());
+    new.organization = expected.place.organization.clone();
+    new.region = matches!(kind.scope, Scope::Region | Scope::Project).then(|| expected.region.clone());
     new.labels = meta.labels;
     new.annotations = meta.annotations;
     new.deletion_protection = meta.deletion_protection;
@@ -289,7 +293,8 @@ mod tests {
         Place {
             kind,
             project: (kind.scope == Scope::Project).then(|| "default".parse().unwrap()),
-            region: (kind.scope != Scope::Global).then(local),
+            organization: (kind.scope == Scope::Organization).then(|| "default".parse().unwrap()),
+            region: matches!(kind.scope, Scope::Region | Scope::Project).then(local),
         }
     }
 

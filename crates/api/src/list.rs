@@ -71,7 +71,7 @@ pub(crate) async fn find(
     name: &Name,
     consistency: Consistency,
 ) -> Result<Option<KeyValue>, ApiError> {
-    let mut request = RangeRequest::get(key::object(place.kind, place.project.as_ref(), name));
+    let mut request = RangeRequest::get(key::object(place.kind, place.within(), name));
     request.consistency = consistency;
     Ok(server.store(place).range(request).await.map_err(from_store)?.kvs.into_iter().next())
 }
@@ -140,7 +140,7 @@ fn read_cursor(context: &str, text: &str) -> Result<Vec<u8>, ApiError> {
 
 /// Whether a tombstone, whose key tells nothing of its project, belongs to a list.
 fn in_place(place: &Place, stored: &Stored<'_>) -> bool {
-    place.project.is_none() || stored.metadata.project == place.project
+    place.within().is_none() || stored.metadata.within() == place.within()
 }
 
 pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Result<Response, ApiError> {
@@ -149,7 +149,7 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
     let deleting = query.flag("deleting")?;
     let asked = consistency(query)?;
     let mut consistency = asked;
-    let mut prefixes = vec![key::objects(place.kind, place.project.as_ref())];
+    let mut prefixes = vec![key::objects(place.kind, place.within())];
     if deleting {
         prefixes.push(key::tombstones(place.kind));
     }
@@ -170,7 +170,7 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
                 start = Bytes::from([after, &[0u8][..]].concat());
             }
         }
-        let filtered = !selector.is_empty() || (i == 1 && place.project.is_some());
+        let filtered = !selector.is_empty() || (i == 1 && place.within().is_some());
         loop {
             let batch = if filtered { BATCH } else { limit - count };
             let mut request = RangeRequest::new(start.clone(), end.clone()).limit(batch.min(MAX_SCAN - scanned).max(1));

@@ -6,6 +6,7 @@
 //! | global | `/v1/{plural}` | `/v1/{plural}/{name}` |
 //! | region | `/v1/regions/{region}/{plural}` | `…/{plural}/{name}` |
 //! | project | `/v1/regions/{region}/projects/{project}/{plural}` | `…/{plural}/{name}` |
+//! | organization | `/v1/organizations/{organization}/{plural}` | `…/{plural}/{name}` |
 //!
 //! `/v1/operations/{name}` are the operators' verbs ([`operations`]).
 //!
@@ -41,6 +42,8 @@ pub(crate) struct Place {
     pub kind: &'static KindDescriptor,
     /// Absent for kinds without projects, and when a list goes over all projects.
     pub project: Option<Name>,
+    /// Absent for kinds that belong to no organization.
+    pub organization: Option<Name>,
     /// As the path says it; absent for kinds without regions.
     pub region: Option<Name>,
 }
@@ -128,6 +131,7 @@ pub(crate) fn collection_template(kind: &KindDescriptor, in_project: bool) -> St
         Scope::Global => format!("/v1/{}", kind.plural),
         Scope::Project if in_project => format!("/v1/regions/{{region}}/projects/{{project}}/{}", kind.plural),
         Scope::Region | Scope::Project => format!("/v1/regions/{{region}}/{}", kind.plural),
+        Scope::Organization => format!("/v1/organizations/{{organization}}/{}", kind.plural),
     }
 }
 
@@ -141,12 +145,19 @@ impl Place {
         self.kind.home == Home::Global || self.region.as_ref().is_some_and(|r| *r == *GLOBAL)
     }
 
+    /// What names here are unique in: a project or an organization.
+    pub fn within(&self) -> Option<&Name> {
+        self.project.as_ref().or(self.organization.as_ref())
+    }
+
     /// The path of an object here.
     pub fn path(&self, name: &Name) -> String {
-        let project = self.project.as_ref().map_or("", Name::as_str);
-        let region = self.region.as_ref().map_or("", Name::as_str);
-        let collection = collection_template(self.kind, true).replace("{region}", region);
-        format!("{}/{name}", collection.replace("{project}", project))
+        let mut collection = collection_template(self.kind, true);
+        let parts = [("{region}", &self.region), ("{project}", &self.project), ("{organization}", &self.organization)];
+        for (part, value) in parts {
+            collection = collection.replace(part, value.as_ref().map_or("", Name::as_str));
+        }
+        format!("{collection}/{name}")
     }
 }
 
@@ -213,7 +224,13 @@ fn place(
     let answered = region == *here || region == *GLOBAL || kind.home == Home::Global;
     let elsewhere = (!answered).then(|| region.clone());
     let project = project.map(|p| name_of("project", p)).transpose()?;
-    Ok((Place { kind, project, region: Some(region) }, elsewhere))
+    Ok((Place { kind, project, organization: None, region: Some(region) }, elsewhere))
+}
+
+fn in_organization(organization: &str, plural: &str) -> Result<Place, ApiError> {
+    let kind = kind_at(plural, &[Scope::Organization])?;
+    let organization = name_of("organization", organization)?;
+    Ok(Place { kind, project: None, organization: Some(organization), region: None })
 }
 
 fn wherever(elsewhere: Option<Name>, target: Target) -> Target {
@@ -252,11 +269,11 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
         },
         [plural] => {
             let kind = kind_at(plural, &[Scope::Global])?;
-            Ok(Target::Collection(Place { kind, project: None, region: None }))
+            Ok(Target::Collection(Place { kind, project: None, organization: None, region: None }))
         }
         [plural, name] => {
             let kind = kind_at(plural, &[Scope::Global])?;
-            object(Place { kind, project: None, region: None }, name)
+            object(Place { kind, project: None, organization: None, region: None }, name)
         }
         ["regions", _, "projects", _] => {
             Err(no_path("projects are at /v1/projects; what a project owns is one segment further"))
@@ -267,6 +284,8 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
             let digest = digest.parse().map_err(|e| no_path(format!("there is no such blob: {e}")))?;
             Ok(Target::Blob(region, name_of("project", project)?, digest))
         }
+        ["organizations", organization, plural] => Ok(Target::Collection(in_organization(organization, plural)?)),
+        ["organizations", organization, plural, name] => object(in_organization(organization, plural)?, name),
         ["regions", r, plural] => {
             let kind = kind_at(plural, &[Scope::Region, Scope::Project])?;
             let (place, elsewhere) = place(kind, r, None, region)?;

@@ -119,7 +119,7 @@ pub(crate) async fn answer(server: &Server, place: &Place, done: Done) -> Respon
                     key: if deleted {
                         key::tombstone(place.kind, metadata.uid)
                     } else {
-                        key::object(place.kind, place.project.as_ref(), &metadata.name)
+                        key::object(place.kind, place.within(), &metadata.name)
                     },
                     uid: metadata.uid,
                     deleted,

@@ -186,7 +186,7 @@ pub(crate) async fn handle(
     let selector = list::selector(query)?;
     let permit = server.stream_permit()?;
     let after = begin(server, place, query, parts).await?;
-    let prefix = key::objects(place.kind, place.project.as_ref());
+    let prefix = key::objects(place.kind, place.within());
     let (start, end) = (Bytes::from(prefix.clone()), Bytes::from(key::prefix_end(&prefix)));
     let store = server.store(place);
     let mut watch = store.watch(start.clone(), end.clone(), Revision(after)).await;

@@ -142,7 +142,7 @@ fn lead(store: &Arc<EmbeddedStore>, env: &Env, tasks: &mut JoinSet<()>, stop: &C
 
 async fn submit(region: &Region, object: nexus_model::AnyObject, plural: &str) -> anyhow::Result<Accepted> {
     let m = &object.metadata;
-    let target = Target { plural: plural.into(), project: m.project.clone(), name: m.name.clone() };
+    let target = Target { plural: plural.into(), project: m.project.clone(), organization: None, name: m.name.clone() };
     let intent = Intent {
         request_id: name("bench").as_str().parse().context("a request id")?,
         actor: "bench".into(),

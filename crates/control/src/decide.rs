@@ -20,7 +20,7 @@ pub fn decide(step: &mut Step<'_>, intent: &Intent) -> Result<Accepted, ApiError
     let place = match &intent.idempotency_key {
         None => None,
         Some(idempotency_key) => {
-            let place = key::idempotency(intent.target.project.as_ref(), idempotency_key)[2..].to_owned();
+            let place = key::idempotency(intent.target.within(), idempotency_key)[2..].to_owned();
             if let Some(first) = step.world.remembered.get(&place) {
                 if first.fingerprint != fingerprint(intent) {
                     let detail = "this Idempotency-Key was used with another request: use a new one";
@@ -70,8 +70,13 @@ fn decide_kind<K: Admit>(step: &mut Step<'_>, intent: &Intent) -> Result<Accepte
         }
         return Err(ApiError::not_found("Project", project.as_str()));
     }
-    step.world.refuse_unreadable::<K>(target.project.as_ref(), &target.name)?;
-    let old = K::table(step.world).get(target.project.as_ref(), &target.name).cloned();
+    if let Some(organization) = &target.organization
+        && step.world.organizations.get(None, organization).is_none()
+    {
+        return Err(ApiError::not_found("Organization", organization.as_str()));
+    }
+    step.world.refuse_unreadable::<K>(target.within(), &target.name)?;
+    let old = K::table(step.world).get(target.within(), &target.name).cloned();
     if let (Some(wanted), Some(old)) = (intent.if_match, &old)
         && step.committed_revision(old) != Some(wanted)
     {
@@ -215,6 +220,7 @@ fn check_size<K: Kind>(object: &Object<K>) -> Result<(), ApiError> {
 fn create<K: Admit>(step: &mut Step<'_>, intent: &Intent, object: &AnyObject) -> Result<Accepted, ApiError> {
     let wanted = Wanted::<K>::of(object)?;
     let mut metadata = step.new_metadata(intent.target.name.clone(), intent.target.project.clone());
+    metadata.organization = intent.target.organization.clone();
     metadata.labels = wanted.labels;
     metadata.annotations = wanted.annotations;
     metadata.deletion_protection = wanted.deletion_protection;

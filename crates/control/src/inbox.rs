@@ -177,7 +177,7 @@ mod tests {
         let intent = Intent {
             request_id: "req-1".parse().unwrap(),
             actor: "admin".into(),
-            target: Target { plural: "apps".into(), project: None, name: "a".parse().unwrap() },
+            target: Target { plural: "apps".into(), project: None, organization: None, name: "a".parse().unwrap() },
             change: Change::Delete,
             if_match: None,
             idempotency_key: None,

@@ -13,7 +13,17 @@ pub struct Target {
     pub plural: String,
     /// Present exactly for kinds of a project.
     pub project: Option<Name>,
+    /// Present exactly for kinds of an organization.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub organization: Option<Name>,
     pub name: Name,
+}
+
+impl Target {
+    /// What the name is unique in, beside the kind.
+    pub fn within(&self) -> Option<&Name> {
+        self.project.as_ref().or(self.organization.as_ref())
+    }
 }
 
 /// What is to be done. Specs have been parsed strictly and carry their defaults already; what depends on the region's

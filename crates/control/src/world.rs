@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::intent::Accepted;
 use crate::scheduler::Scheduler;
 
-/// Where an object stands: project (for kinds that have one) and name.
+/// Where an object stands: project or organization (for kinds that belong to one) and name.
 pub type Place = (Option<Name>, Name);
 
 #[derive(Debug)]
@@ -320,7 +320,7 @@ impl Seat {
         let m = &object.metadata;
         match m.deleting {
             Some(_) => Self::Buried(m.uid),
-            None => Self::Live((m.project.clone(), m.name.clone())),
+            None => Self::Live((m.within().cloned(), m.name.clone())),
         }
     }
 }
@@ -331,7 +331,7 @@ pub fn key_of<K: Kind>(object: &Object<K>) -> String {
     let descriptor = kind::find(K::PLURAL).expect("every kind is listed");
     match m.deleting {
         Some(_) => key::tombstone(descriptor, m.uid),
-        None => key::object(descriptor, m.project.as_ref(), &m.name),
+        None => key::object(descriptor, m.within(), &m.name),
     }
 }
 
@@ -431,11 +431,11 @@ impl World {
     }
 
     /// Refuses a name whose key holds something that can't be read: it is evidence, and perhaps somebody's object.
-    pub fn refuse_unreadable<K: Kind>(&self, project: Option<&Name>, name: &Name) -> Result<(), ApiError> {
+    pub fn refuse_unreadable<K: Kind>(&self, within: Option<&Name>, name: &Name) -> Result<(), ApiError> {
         if self.unreadable.is_empty() {
             return Ok(());
         }
-        let key = key::object(kind::find(K::PLURAL).expect("every kind is listed"), project, name);
+        let key = key::object(kind::find(K::PLURAL).expect("every kind is listed"), within, name);
         match self.unreadable.get(&key) {
             None => Ok(()),
             Some(why) => {

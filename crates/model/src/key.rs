@@ -2,9 +2,9 @@
 //!
 //! | key | value |
 //! |---|---|
-//! | `o/{plural}/{project or -}/{name}` | an object |
+//! | `o/{plural}/{project, organization or -}/{name}` | an object |
 //! | `t/{plural}/{uid}` | a tombstone: a deleted object whose teardown goes on |
-//! | `i/{project or -}/{key}` | the first answer to an idempotency key |
+//! | `i/{project, organization or -}/{key}` | the first answer to an idempotency key |
 //! | `sys/writer` | the epoch of the region's writer |
 //! | `sys/adopted` | the newest revision of the global group that a region has decided upon |
 //! | `sys/format` | the version of everything stored here |
@@ -27,23 +27,28 @@ pub const FLEET_ADDRESSES: &str = "sys/fleet/addresses";
 pub const JOIN_TOKENS: &str = "sys/join/token/";
 pub const JOIN_ANSWERS: &str = "sys/join/answer/";
 
-/// Stands for the project in keys of kinds that have none.
-const NO_PROJECT: &str = "-";
+/// Stands for the project or organization in keys of kinds that belong to none.
+const NEITHER: &str = "-";
 
-fn scope(project: Option<&Name>) -> &str {
-    project.map_or(NO_PROJECT, Name::as_str)
+fn scope(within: Option<&Name>) -> &str {
+    within.map_or(NEITHER, Name::as_str)
 }
 
-pub fn object(kind: &KindDescriptor, project: Option<&Name>, name: &Name) -> String {
-    debug_assert_eq!(kind.scope == Scope::Project, project.is_some());
-    format!("o/{}/{}/{name}", kind.plural, scope(project))
+fn is_within(kind: &KindDescriptor) -> bool {
+    matches!(kind.scope, Scope::Project | Scope::Organization)
 }
 
-/// All objects of a kind, in one project or, with `None` for a project's kind, in all.
-pub fn objects(kind: &KindDescriptor, project: Option<&Name>) -> String {
-    match (kind.scope, project) {
-        (Scope::Project, None) => format!("o/{}/", kind.plural),
-        _ => format!("o/{}/{}/", kind.plural, scope(project)),
+/// `within`: the project or organization that it belongs to.
+pub fn object(kind: &KindDescriptor, within: Option<&Name>, name: &Name) -> String {
+    debug_assert_eq!(is_within(kind), within.is_some());
+    format!("o/{}/{}/{name}", kind.plural, scope(within))
+}
+
+/// All objects of a kind, in one project or organization or, with `None` for a kind that belongs to one, in all.
+pub fn objects(kind: &KindDescriptor, within: Option<&Name>) -> String {
+    match within {
+        None if is_within(kind) => format!("o/{}/", kind.plural),
+        _ => format!("o/{}/{}/", kind.plural, scope(within)),
     }
 }
 
@@ -55,14 +60,14 @@ pub fn tombstones(kind: &KindDescriptor) -> String {
     format!("t/{}/", kind.plural)
 }
 
-pub fn idempotency(project: Option<&Name>, key: &str) -> String {
-    format!("i/{}/{key}", scope(project))
+pub fn idempotency(within: Option<&Name>, key: &str) -> String {
+    format!("i/{}/{key}", scope(within))
 }
 
 /// The key under which an object is stored, living or deleted.
 pub fn of(kind: &KindDescriptor, object: &AnyObject) -> String {
     let m = &object.metadata;
-    if m.deleting.is_some() { tombstone(kind, m.uid) } else { self::object(kind, m.project.as_ref(), &m.name) }
+    if m.deleting.is_some() { tombstone(kind, m.uid) } else { self::object(kind, m.within(), &m.name) }
 }
 
 /// The first key after everything that begins with `prefix`.

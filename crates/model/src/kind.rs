@@ -37,6 +37,8 @@ pub enum Scope {
     Region,
     /// `/v1/regions/{region}/projects/{project}/{plural}`: what a project owns.
     Project,
+    /// `/v1/organizations/{organization}/{plural}`: what an organization owns beside its projects.
+    Organization,
 }
 
 /// Which group of the metadata store keeps a kind's objects.

@@ -26,6 +26,9 @@ pub struct Metadata {
     /// Absent for kinds that belong to the fleet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub project: Option<Name>,
+    /// Only of kinds that belong to an organization itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub organization: Option<Name>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region: Option<Name>,
     #[serde(default)]
@@ -60,6 +63,7 @@ impl Metadata {
         Self {
             name,
             project,
+            organization: None,
             region: None,
             uid: Uid::default(),
             generation: 1,
@@ -72,6 +76,11 @@ impl Metadata {
             deletion_protection: false,
             request_id: None,
         }
+    }
+
+    /// What its name is unique in, beside its kind: a project or an organization.
+    pub fn within(&self) -> Option<&Name> {
+        self.project.as_ref().or(self.organization.as_ref())
     }
 }
 

@@ -59,7 +59,7 @@ pub fn intent(plural: &str, project: Option<Name>, object: Name, change: Change,
     Intent {
         request_id: "req-sim".parse().expect("a well-formed id"),
         actor: "user".into(),
-        target: Target { plural: plural.into(), project, name: object },
+        target: Target { plural: plural.into(), project, organization: None, name: object },
         change,
         if_match: None,
         idempotency_key: Some(key),

@@ -51,6 +51,9 @@ pub(super) fn parameters(region: &Name) -> Value {
                 path is passed on to it.",
         },
         "Project": {"name": "project", "in": "path", "required": true, "example": "default", "schema": name},
+        "Organization": {
+            "name": "organization", "in": "path", "required": true, "example": "default", "schema": name,
+        },
         "Name": {"name": "name", "in": "path", "required": true, "example": EXAMPLE, "schema": name},
         "RegionName": {"name": "name", "in": "path", "required": true, "example": region, "schema": name},
         "Digest": {
@@ -223,6 +226,7 @@ fn place(d: &KindDescriptor, in_project: bool) -> Vec<Value> {
         Scope::Global => Vec::new(),
         Scope::Project if in_project => vec![region_parameter(d), parameter("Project")],
         Scope::Region | Scope::Project => vec![region_parameter(d)],
+        Scope::Organization => vec![parameter("Organization")],
     }
 }
 

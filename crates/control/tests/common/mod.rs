@@ -25,7 +25,7 @@ pub fn intent(plural: &str, project: Option<&str>, object: &str, change: Change)
     Intent {
         request_id: "req-1".parse().unwrap(),
         actor: "admin".into(),
-        target: Target { plural: plural.into(), project: project.map(name), name: name(object) },
+        target: Target { plural: plural.into(), project: project.map(name), organization: None, name: name(object) },
         change,
         if_match: None,
         idempotency_key: None,

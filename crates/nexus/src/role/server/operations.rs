@@ -213,7 +213,7 @@ impl ServerOperations {
             let intent = Intent {
                 request_id: RequestId::from_random(self.joins.env.rng.bytes()),
                 actor: "operator".to_owned(),
-                target: Target { plural: "hosts".to_owned(), project: None, name: name.clone() },
+                target: Target { plural: "hosts".to_owned(), project: None, organization: None, name: name.clone() },
                 change: Change::Delete,
                 if_match: None,
                 idempotency_key: None,
