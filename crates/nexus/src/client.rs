@@ -450,6 +450,7 @@ mod tests {
             token: Some("cnx_x".into()),
             region: name("local"),
             project: name("default"),
+            organization: name("default"),
         })
         .unwrap()
     }

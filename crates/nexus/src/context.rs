@@ -26,6 +26,8 @@ pub struct Context {
     pub token_file: Option<PathBuf>,
     pub region: Name,
     pub project: Name,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub organization: Option<Name>,
     /// The data folder of the local cloud that this context belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_dir: Option<PathBuf>,
@@ -139,6 +141,7 @@ pub struct Target {
     pub token: Option<String>,
     pub region: Name,
     pub project: Name,
+    pub organization: Name,
 }
 
 /// Finds the cloud to talk to.
@@ -170,12 +173,15 @@ pub fn target_of(file: Option<&Path>) -> anyhow::Result<(Target, Option<PathBuf>
     let default = |name: &str| name.parse::<Name>().expect("a well-formed name");
     let (mut target, token_file, ca_file) = match context {
         Some(c) => {
-            let target = Target { endpoints: c.endpoints, ca: None, token: None, region: c.region, project: c.project };
+            let organization = c.organization.unwrap_or_else(|| default("default"));
+            let (endpoints, region, project) = (c.endpoints, c.region, c.project);
+            let target = Target { endpoints, ca: None, token: None, region, project, organization };
             (target, c.token_file, c.ca)
         }
         None => {
             let (region, project) = (default("local"), default("default"));
-            (Target { endpoints: Vec::new(), ca: None, token: None, region, project }, None, None)
+            let organization = default("default");
+            (Target { endpoints: Vec::new(), ca: None, token: None, region, project, organization }, None, None)
         }
     };
     if let Some(url) = url {

@@ -321,14 +321,13 @@ impl Schemas {
                 },
             }),
         );
-        for (name, project) in [("MetadataInput", false), ("ProjectMetadataInput", true)] {
-            add(name, metadata_input(region, project, &["name"], false));
-        }
-        for (name, project) in [("MetadataReplacement", false), ("ProjectMetadataReplacement", true)] {
-            add(name, metadata_input(region, project, &[], false));
-        }
-        for (name, project) in [("MetadataPatch", false), ("ProjectMetadataPatch", true)] {
-            add(name, metadata_input(region, project, &[], true));
+        for scope in [Scope::Global, Scope::Project, Scope::Organization] {
+            let owner = owner(scope);
+            let name = |suffix: &str| format!("{}Metadata{suffix}", owner.map_or("", |(prefix, _)| prefix));
+            let field = owner.map(|(_, field)| field);
+            add(&name("Input"), metadata_input(region, field, &["name"], false));
+            add(&name("Replacement"), metadata_input(region, field, &[], false));
+            add(&name("Patch"), metadata_input(region, field, &[], true));
         }
         for (name, schema) in self.definitions.iter().chain(&self.patches) {
             add(name, schema.clone());
@@ -342,7 +341,7 @@ impl Schemas {
         let kind = json!({"type": "string", "const": d.kind});
         let name = d.kind;
         let scoped = |suffix: &str| {
-            let prefix = if d.scope == Scope::Project { "Project" } else { "" };
+            let prefix = owner(d.scope).map_or("", |(prefix, _)| prefix);
             reference(&format!("{prefix}Metadata{suffix}"))
         };
         out.insert(
@@ -391,7 +390,16 @@ impl Schemas {
 }
 
 /// What a body's metadata may say. The cloud's own fields are accepted and ignored.
-fn metadata_input(region: &Name, project: bool, required: &[&str], patch: bool) -> Value {
+/// What objects of a scope belong to: the prefix of their schemas, and the field of their metadata.
+fn owner(scope: Scope) -> Option<(&'static str, &'static str)> {
+    match scope {
+        Scope::Global | Scope::Region => None,
+        Scope::Project => Some(("Project", "project")),
+        Scope::Organization => Some(("Organization", "organization")),
+    }
+}
+
+fn metadata_input(region: &Name, owner: Option<&str>, required: &[&str], patch: bool) -> Value {
     let name = json!({"type": "string", "minLength": 1, "maxLength": 63, "pattern": Name::PATTERN});
     let short = json!({"type": "string", "maxLength": 64, "description": "Accepted and ignored."});
     let count = json!({
@@ -422,8 +430,8 @@ fn metadata_input(region: &Name, project: bool, required: &[&str], patch: bool) 
             "description": "Accepted and ignored.",
         },
     });
-    if project {
-        properties["project"] = name.clone();
+    if let Some(owner) = owner {
+        properties[owner] = name.clone();
     }
     let mut out = json!({"type": "object", "additionalProperties": false, "properties": properties});
     if !required.is_empty() {

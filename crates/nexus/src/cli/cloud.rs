@@ -34,6 +34,9 @@ pub struct CloudArgs {
     /// The project [default: the context's]
     #[arg(short, long, value_name = "NAME", value_parser = super::resource::new_name)]
     pub project: Option<Name>,
+    /// The organization [default: the context's]
+    #[arg(long, visible_alias = "org", value_name = "NAME", value_parser = super::resource::new_name)]
+    pub organization: Option<Name>,
     /// The region, or `global` for what all regions share; `get` also takes `all` [default: the context's]
     #[arg(long, value_name = "NAME", value_parser = super::resource::new_name)]
     pub region: Option<Name>,
@@ -102,6 +105,9 @@ impl Cloud {
         if let Some(project) = &args.project {
             target.project = project.clone();
         }
+        if let Some(organization) = &args.organization {
+            target.organization = organization.clone();
+        }
         Ok(Self { client: Client::new(&target)?, target, data_dir })
     }
 
@@ -124,6 +130,7 @@ impl Cloud {
         let plural = kind.plural;
         match (kind.scope, project) {
             (Scope::Global, _) => format!("/v1/{plural}"),
+            (Scope::Organization, _) => format!("/v1/organizations/{}/{plural}", self.target.organization),
             (Scope::Region, _) | (Scope::Project, None) => format!("/v1/regions/{region}/{plural}"),
             (Scope::Project, Some(project)) => format!("/v1/regions/{region}/projects/{project}/{plural}"),
         }
@@ -319,6 +326,7 @@ mod tests {
             token: None,
             region: name("local"),
             project: name("shop"),
+            organization: name("acme"),
         };
         Cloud { client: Client::new(&target).unwrap(), target, data_dir: None }
     }

@@ -272,6 +272,7 @@ fn whole(kind: &KindDescriptor, book: &Book) -> String {
         Scope::Global => "the whole fleet",
         Scope::Region => "a region",
         Scope::Project => "a project",
+        Scope::Organization => "an organization",
     };
     out.push_str(&format!("Belongs to: {scope}\n"));
     let verbs = [("create", kind.verbs.create), ("update", kind.verbs.update), ("delete", kind.verbs.delete)];

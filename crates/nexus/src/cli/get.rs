@@ -424,7 +424,7 @@ mod tests {
         ]);
         let name = |n: &str| n.parse().unwrap();
         let target =
-            Target { endpoints: vec![url], ca: None, token: None, region: name("local"), project: name("default") };
+            Target { endpoints: vec![url], ca: None, token: None, region: name("local"), project: name("default"), organization: name("default") };
         let cloud = Cloud::for_test(Client::new(&target).unwrap(), target);
         let mut seen = Vec::new();
         let ended = follow(&cloud, kind::find("app").unwrap(), &Listing::default(), None, |change| {

@@ -316,6 +316,7 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
         token_file: Some(token),
         region: args.region.clone(),
         project: "default".parse().expect("a well-formed name"),
+        organization: None,
         data_dir: None,
     })?;
     output::text(&format!("{cluster} is made; its first server is {}", args.name))?;

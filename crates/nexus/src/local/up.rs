@@ -172,6 +172,7 @@ fn context_of(dir: &DataDir, plan: &Plan) -> Context {
         token_file: Some(dir.token()),
         region: plan.first_region().name.clone(),
         project: "default".parse().expect("a well-formed name"),
+        organization: None,
         data_dir: Some(dir.root().to_owned()),
     }
 }
@@ -181,7 +182,7 @@ pub fn refresh_context(dir: &DataDir, plan: &Plan) -> anyhow::Result<()> {
     let Some(held) = context::read()?.filter(|c| c.data_dir.as_deref() == Some(dir.root())) else { return Ok(()) };
     let fresh = context_of(dir, plan);
     let region = if plan.region(held.region.as_str()).is_some() { held.region } else { fresh.region.clone() };
-    context::write(&Context { region, project: held.project, ..fresh }).map(drop)
+    context::write(&Context { region, project: held.project, organization: held.organization, ..fresh }).map(drop)
 }
 
 fn report(dir: &DataDir, plan: &Plan, context_path: &Path) {
