@@ -1,0 +1,305 @@
+//! Who may do what: the people and programs of an organization, and what they are given.
+//!
+//! Credentials are not here: a password or key is no part of an object that can be read.
+
+use std::collections::BTreeSet;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Column, Home, Kind, Scope, Verbs};
+use crate::{Condition, FieldError, Name};
+
+/// The most members of a group, and subjects of a role binding.
+pub const MAX_SUBJECTS: usize = 256;
+/// The most bytes of a policy.
+pub const MAX_POLICY: usize = 16 << 10;
+
+#[derive(Debug, Clone)]
+pub struct User;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct UserSpec {
+    #[schemars(length(max = 200))]
+    pub display_name: String,
+    /// Where invitations go. Not an identity: people sign in by organization and name.
+    #[schemars(length(max = 254))]
+    pub email: String,
+    /// Nothing is allowed to it, and its sessions end.
+    pub disabled: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct UserStatus {
+    /// The identity provider that it signs in by; without one, by a password.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub identity_provider: Option<Name>,
+    pub has_password: bool,
+    /// A one-time code is asked for beside the password.
+    pub has_totp: bool,
+    pub conditions: Vec<Condition>,
+}
+
+fn text(field: &str, value: &str, most: usize) -> Vec<FieldError> {
+    if value.chars().count() > most || value.chars().any(char::is_control) {
+        vec![FieldError::new(field, format!("at most {most} characters, none of them a control character"))]
+    } else {
+        Vec::new()
+    }
+}
+
+impl Kind for User {
+    const KIND: &'static str = "User";
+    const PLURAL: &'static str = "users";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str = "A person of an organization.";
+    const SCOPE: Scope = Scope::Organization;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] = &[
+        Column::new("DISPLAY NAME", "/spec/displayName"),
+        Column::new("DISABLED", "/spec/disabled"),
+        Column::new("PASSWORD", "/status/hasPassword"),
+        Column::new("TOTP", "/status/hasTotp"),
+        Column::new("PROVIDER", "/status/identityProvider"),
+    ];
+    type Spec = UserSpec;
+    type Status = UserStatus;
+
+    fn validate(spec: &UserSpec) -> Vec<FieldError> {
+        let mut errors = text("spec.displayName", &spec.display_name, 200);
+        errors.extend(text("spec.email", &spec.email, 254));
+        if !spec.email.is_empty() && !spec.email.contains('@') {
+            errors.push(FieldError::new("spec.email", "an address such as ada@example.org"));
+        }
+        errors
+    }
+
+    fn example() -> UserSpec {
+        UserSpec { display_name: "Ada Lovelace".into(), email: "ada@example.org".into(), disabled: false }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct ServiceAccount;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceAccountSpec {
+    #[schemars(length(max = 200))]
+    pub display_name: String,
+    /// Nothing is allowed to it, and its tokens and keys are refused.
+    pub disabled: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceAccountStatus {
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for ServiceAccount {
+    const KIND: &'static str = "ServiceAccount";
+    const PLURAL: &'static str = "service-accounts";
+    const SHORT: &'static [&'static str] = &["sa"];
+    const ABOUT: &'static str = "A program of an organization: it has tokens and access keys, and no password.";
+    const SCOPE: Scope = Scope::Organization;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] =
+        &[Column::new("DISPLAY NAME", "/spec/displayName"), Column::new("DISABLED", "/spec/disabled")];
+    type Spec = ServiceAccountSpec;
+    type Status = ServiceAccountStatus;
+
+    fn validate(spec: &ServiceAccountSpec) -> Vec<FieldError> {
+        text("spec.displayName", &spec.display_name, 200)
+    }
+
+    fn example() -> ServiceAccountSpec {
+        ServiceAccountSpec { display_name: "The deployer of the shop".into(), disabled: false }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Group;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GroupSpec {
+    #[schemars(length(max = 200))]
+    pub display_name: String,
+    #[schemars(length(max = 256))]
+    pub users: BTreeSet<Name>,
+    #[schemars(length(max = 256))]
+    pub service_accounts: BTreeSet<Name>,
+    /// What an identity provider calls it: whoever signs in with one of these groups is a member for as long as the session.
+    #[schemars(length(max = 32))]
+    pub claims: BTreeSet<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GroupStatus {
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for Group {
+    const KIND: &'static str = "Group";
+    const PLURAL: &'static str = "groups";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str = "Users and service accounts of an organization that are given roles together.";
+    const SCOPE: Scope = Scope::Organization;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] =
+        &[Column::count("USERS", "/spec/users"), Column::count("SERVICE ACCOUNTS", "/spec/serviceAccounts")];
+    type Spec = GroupSpec;
+    type Status = GroupStatus;
+
+    fn validate(spec: &GroupSpec) -> Vec<FieldError> {
+        let mut errors = text("spec.displayName", &spec.display_name, 200);
+        if spec.users.len() + spec.service_accounts.len() > MAX_SUBJECTS {
+            errors.push(FieldError::new("spec.users", format!("at most {MAX_SUBJECTS} members in all")));
+        }
+        if spec.claims.len() > 32 || spec.claims.iter().any(|c| c.is_empty() || c.chars().count() > 256) {
+            errors.push(FieldError::new("spec.claims", "at most 32, each of 1 to 256 characters"));
+        }
+        errors
+    }
+
+    fn example() -> GroupSpec {
+        let name = |n: &str| n.parse().expect("a well-formed name");
+        GroupSpec { display_name: "Developers".into(), users: [name("ada")].into(), ..GroupSpec::default() }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct RoleBinding;
+
+/// Who is given something.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Subject {
+    pub kind: SubjectKind,
+    pub name: Name,
+    /// Another organization's: without it, the binding's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub organization: Option<Name>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+pub enum SubjectKind {
+    User,
+    ServiceAccount,
+    Group,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RoleBindingSpec {
+    /// `owner`, `admin`, `editor`, `viewer`, `auditor` or `billing`.
+    #[schemars(length(max = 63))]
+    pub role: String,
+    /// Over this project of the organization; without it, over the whole organization.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub project: Option<Name>,
+    #[schemars(length(min = 1, max = 256))]
+    pub subjects: Vec<Subject>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RoleBindingStatus {
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for RoleBinding {
+    const KIND: &'static str = "RoleBinding";
+    const PLURAL: &'static str = "role-bindings";
+    const SHORT: &'static [&'static str] = &["rb"];
+    const ABOUT: &'static str = "Gives a role over an organization, or one of its projects, to users, service accounts and groups.";
+    const SCOPE: Scope = Scope::Organization;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] = &[
+        Column::new("ROLE", "/spec/role"),
+        Column::new("PROJECT", "/spec/project"),
+        Column::count("SUBJECTS", "/spec/subjects"),
+    ];
+    type Spec = RoleBindingSpec;
+    type Status = RoleBindingStatus;
+
+    fn validate(spec: &RoleBindingSpec) -> Vec<FieldError> {
+        if (1..=MAX_SUBJECTS).contains(&spec.subjects.len()) {
+            Vec::new()
+        } else {
+            vec![FieldError::new("spec.subjects", format!("1 to {MAX_SUBJECTS}"))]
+        }
+    }
+
+    fn example() -> RoleBindingSpec {
+        let name = |n: &str| n.parse().expect("a well-formed name");
+        RoleBindingSpec {
+            role: "editor".into(),
+            project: Some(name("shop")),
+            subjects: vec![Subject { kind: SubjectKind::Group, name: name("developers"), organization: None }],
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Policy;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PolicySpec {
+    /// For this project of the organization; without it, for all that the organization owns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub project: Option<Name>,
+    /// Only forbids, of the whole organization, which its projects can't lift.
+    pub guard_rail: bool,
+    /// Cedar, checked against the published schema when it is written.
+    #[schemars(length(min = 1, max = 16384))]
+    pub text: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PolicyStatus {
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for Policy {
+    const KIND: &'static str = "Policy";
+    const PLURAL: &'static str = "policies";
+    const SHORT: &'static [&'static str] = &["pol"];
+    const ABOUT: &'static str = "What is permitted and forbidden beside the built-in roles, in Cedar.";
+    const SCOPE: Scope = Scope::Organization;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] =
+        &[Column::new("PROJECT", "/spec/project"), Column::new("GUARD RAIL", "/spec/guardRail")];
+    type Spec = PolicySpec;
+    type Status = PolicyStatus;
+
+    fn validate(spec: &PolicySpec) -> Vec<FieldError> {
+        let mut errors = Vec::new();
+        if spec.text.trim().is_empty() || spec.text.len() > MAX_POLICY {
+            errors.push(FieldError::new("spec.text", format!("1 to {MAX_POLICY} bytes")));
+        }
+        if spec.guard_rail && spec.project.is_some() {
+            errors.push(FieldError::new("spec.guardRail", "a guard-rail is the whole organization's"));
+        }
+        errors
+    }
+
+    fn example() -> PolicySpec {
+        PolicySpec {
+            project: None,
+            guard_rail: true,
+            text: "forbid (principal, action == Action::\"instances:exec\", resource)\nunless { context.mfa };\n".into(),
+        }
+    }
+}
