@@ -130,7 +130,12 @@ pub(crate) async fn submit(
     let intent = Intent {
         request_id: context.request_id.clone(),
         actor: context.principal.name.clone(),
-        target: Target { plural: place.kind.plural.to_owned(), project: place.project.clone(), organization: place.organization.clone(), name },
+        target: Target {
+            plural: place.kind.plural.to_owned(),
+            project: place.project.clone(),
+            organization: place.organization.clone(),
+            name,
+        },
         change,
         if_match,
         idempotency_key,

@@ -73,6 +73,7 @@ async fn every_kind_is_served_by_its_declaration() {
             kind::Scope::Global => format!("/v1/{}", d.plural),
             kind::Scope::Region => format!("/v1/regions/local/{}", d.plural),
             kind::Scope::Project => format!("/v1/regions/local/projects/default/{}", d.plural),
+            kind::Scope::Organization => format!("/v1/organizations/default/{}", d.plural),
         };
         let list = w.get(&base).await;
         assert_eq!((list.status, &list.json()["kind"]), (StatusCode::OK, &json!(format!("{}List", d.kind))));

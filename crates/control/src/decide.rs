@@ -326,6 +326,15 @@ fn bury<K: Stored>(step: &mut Step<'_>, old: &Object<K>) -> AnyObject {
 }
 
 impl Admit for Organization {
+    fn admit(step: &mut Step<'_>, _: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        // Its people and grants are found by its name, so the name waits for the last of them.
+        if step.world.organizations.buried.values().any(|o| o.metadata.name == new.metadata.name) {
+            let detail = format!("organization {} is still being torn down: try again soon", new.metadata.name);
+            return Err(ApiError::new(Code::Conflict, detail));
+        }
+        Ok(())
+    }
+
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
         bury(step, old)
     }
@@ -356,6 +365,16 @@ impl Admit for Project {
         bury(step, old)
     }
 }
+
+impl Admit for User {}
+
+impl Admit for Group {}
+
+impl Admit for ServiceAccount {}
+
+impl Admit for RoleBinding {}
+
+impl Admit for Policy {}
 
 impl Admit for Region {
     fn may_delete(_: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
@@ -436,7 +455,7 @@ impl Admit for Image {
         let users: Vec<_> = step
             .world
             .apps
-            .in_project(project)
+            .within(project)
             .filter(|a| a.spec.image == new.metadata.name)
             .map(|a| (a.metadata.project.clone(), a.metadata.name.clone()))
             .collect();

@@ -105,12 +105,12 @@ impl Core {
                 let blocked = self.world.blocked.values().map(|b| b.place.clone());
                 let mine: Vec<Dirty> = blocked.filter(|p| p.0.as_ref() == Some(&name)).map(Dirty::Child).collect();
                 let children: Vec<Dirty> =
-                    self.world.fleet().apps.in_project(&name).map(place_of).map(Dirty::Child).collect();
+                    self.world.fleet().apps.within(&name).map(place_of).map(Dirty::Child).collect();
                 self.mark(mine.into_iter().chain(children).chain([Dirty::Usage(name)]));
             }
             p if p == Image::PLURAL => {
                 let Some(project) = &place.0 else { return };
-                let users = self.world.apps.in_project(project).filter(|a| a.spec.image == place.1);
+                let users = self.world.apps.within(project).filter(|a| a.spec.image == place.1);
                 let users: Vec<Dirty> = users.map(place_of).map(Dirty::App).collect();
                 self.mark(users);
             }

@@ -34,11 +34,12 @@ impl<K: Kind> Default for Table<K> {
 }
 
 impl<K: Kind> Table<K> {
-    pub fn get(&self, project: Option<&Name>, name: &Name) -> Option<&Object<K>> {
-        self.live.get(&(project.cloned(), name.clone()))
+    pub fn get(&self, within: Option<&Name>, name: &Name) -> Option<&Object<K>> {
+        self.live.get(&(within.cloned(), name.clone()))
     }
 
-    pub fn in_project<'a>(&'a self, project: &'a Name) -> impl Iterator<Item = &'a Object<K>> {
+    /// What is in a project or organization.
+    pub fn within<'a>(&'a self, project: &'a Name) -> impl Iterator<Item = &'a Object<K>> {
         let first: Name = "0".parse().expect("a well-formed name");
         self.live
             .range((Some(project.clone()), first)..)
@@ -100,6 +101,11 @@ pub struct World {
     pub blocked: BTreeMap<Uid, Blocked>,
     pub organizations: Table<Organization>,
     pub projects: Table<Project>,
+    pub users: Table<User>,
+    pub groups: Table<Group>,
+    pub service_accounts: Table<ServiceAccount>,
+    pub role_bindings: Table<RoleBinding>,
+    pub policies: Table<Policy>,
     pub regions: Table<Region>,
     pub zones: Table<Zone>,
     pub cells: Table<Cell>,
@@ -173,7 +179,7 @@ macro_rules! stored {
 macro_rules! for_kind {
     ($plural:expr, $K:ident => $body:expr) => {
         for_kind!(@ $plural, $K, $body,
-            Organization Project Region Zone Cell Host Image App Instance Route Event Usage)
+            Organization Project User Group ServiceAccount RoleBinding Policy Region Zone Cell Host Image App Instance Route Event Usage)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -191,6 +197,11 @@ pub(crate) use for_kind;
 stored! {
     Organization => organizations;
     Project => projects;
+    User => users;
+    Group => groups;
+    ServiceAccount => service_accounts;
+    RoleBinding => role_bindings;
+    Policy => policies;
     Region => regions;
     Zone => zones;
     Cell => cells;

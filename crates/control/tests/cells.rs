@@ -138,7 +138,7 @@ impl Town {
 
     fn cells_of(&self, project: &str) -> BTreeMap<Name, usize> {
         let mut cells = BTreeMap::new();
-        for i in self.core.world.instances.in_project(&name(project)) {
+        for i in self.core.world.instances.within(&name(project)) {
             if let Some(host) = i.status.host.as_ref().and_then(|h| self.core.world.host(h)) {
                 *cells.entry(host.spec.cell.clone()).or_default() += 1;
             }
@@ -148,7 +148,7 @@ impl Town {
 
     fn told(&self, project: &str, reason: &str) -> Vec<String> {
         let events =
-            self.core.world.events.in_project(&self.core.world.projects.live[&(None, name(project))].metadata.name);
+            self.core.world.events.within(&self.core.world.projects.live[&(None, name(project))].metadata.name);
         events.filter(|e| e.spec.reason == reason).map(|e| e.spec.message.clone()).collect()
     }
 
@@ -279,7 +279,7 @@ fn an_object_whose_reconciler_panics_is_set_aside_and_everything_else_goes_on() 
     // It is tried again, ever more seldom: each failure is one more of the same event.
     let events = &town.core.world.events;
     let project = name("default");
-    let count = events.in_project(&project).filter(|e| e.spec.reason == "Quarantined").map(|e| e.spec.count);
+    let count = events.within(&project).filter(|e| e.spec.reason == "Quarantined").map(|e| e.spec.count);
     let tries: u32 = count.sum();
     assert!((3..=6).contains(&tries), "{tries} tries in some 12 seconds");
 

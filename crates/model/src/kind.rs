@@ -6,6 +6,7 @@
 mod app;
 mod event;
 mod fleet;
+mod identity;
 mod image;
 mod instance;
 mod route;
@@ -16,6 +17,7 @@ use std::fmt::Debug;
 pub use app::*;
 pub use event::*;
 pub use fleet::*;
+pub use identity::*;
 pub use image::*;
 pub use instance::*;
 pub use route::*;
@@ -260,9 +262,14 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 12] = [
+static ALL: [KindDescriptor; 17] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
+    KindDescriptor::of::<User>(),
+    KindDescriptor::of::<Group>(),
+    KindDescriptor::of::<ServiceAccount>(),
+    KindDescriptor::of::<RoleBinding>(),
+    KindDescriptor::of::<Policy>(),
     KindDescriptor::of::<Region>(),
     KindDescriptor::of::<Zone>(),
     KindDescriptor::of::<Cell>(),

@@ -144,6 +144,11 @@ pub struct Target {
     pub organization: Name,
 }
 
+/// The organization that every fleet begins with.
+pub fn default_organization() -> Name {
+    "default".parse().expect("a well-formed name")
+}
+
 /// Finds the cloud to talk to.
 pub fn target() -> anyhow::Result<Target> {
     Ok(target_of(None)?.0)
@@ -173,14 +178,14 @@ pub fn target_of(file: Option<&Path>) -> anyhow::Result<(Target, Option<PathBuf>
     let default = |name: &str| name.parse::<Name>().expect("a well-formed name");
     let (mut target, token_file, ca_file) = match context {
         Some(c) => {
-            let organization = c.organization.unwrap_or_else(|| default("default"));
+            let organization = c.organization.unwrap_or_else(default_organization);
             let (endpoints, region, project) = (c.endpoints, c.region, c.project);
             let target = Target { endpoints, ca: None, token: None, region, project, organization };
             (target, c.token_file, c.ca)
         }
         None => {
             let (region, project) = (default("local"), default("default"));
-            let organization = default("default");
+            let organization = default_organization();
             (Target { endpoints: Vec::new(), ca: None, token: None, region, project, organization }, None, None)
         }
     };

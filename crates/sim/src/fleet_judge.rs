@@ -77,7 +77,7 @@ fn wrong_fleet(world: &World, w: &Rows, known: &Wishes) -> Option<String> {
     let (fleet, project) = (w.fleet(), name(PROJECT));
     let shown: BTreeMap<Name, Wide> = fleet
         .apps
-        .in_project(&project)
+        .within(&project)
         .map(|a| (a.metadata.name.clone(), Wide { replicas: a.spec.replicas, regions: a.spec.regions.clone() }))
         .collect();
     if shown != known.wide {

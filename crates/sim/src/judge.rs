@@ -208,7 +208,7 @@ pub fn difference(world: &World, ground: &Ground, wanted: &BTreeMap<Name, u32>) 
         let Some(part) = &server.part else { continue };
         let trouble = part.view.read(|w| {
             let shown: BTreeMap<Name, u32> =
-                w.apps.in_project(&project).map(|a| (a.metadata.name.clone(), a.spec.replicas)).collect();
+                w.apps.within(&project).map(|a| (a.metadata.name.clone(), a.spec.replicas)).collect();
             if shown != *wanted {
                 return Some(format!("server {node} shows apps {shown:?}, wanted are {wanted:?}"));
             }
@@ -216,7 +216,7 @@ pub fn difference(world: &World, ground: &Ground, wanted: &BTreeMap<Name, u32>) 
                 return Some(format!("server {node} shows {trouble}"));
             }
             let mut placed: BTreeMap<Name, BTreeMap<_, u64>> = BTreeMap::new();
-            for app in w.apps.in_project(&project) {
+            for app in w.apps.within(&project) {
                 let all: Vec<_> = w.instances_of(app.metadata.uid).collect();
                 let ready = all.iter().filter(|i| i.status.ready).count();
                 let room = all.iter().filter(|i| i.status.host.is_none()).count();

@@ -65,8 +65,8 @@ fn finish<K: Stored>(step: &mut Step<'_>, uid: Uid, teardown: Teardown) {
     }
 }
 
-fn take<K: Stored>(world: &World, project: &Name) -> Vec<Object<K>> {
-    K::table(world).in_project(project).take(PER_STEP).cloned().collect()
+fn take<K: Stored>(world: &World, within: &Name) -> Vec<Object<K>> {
+    K::table(world).within(within).take(PER_STEP).cloned().collect()
 }
 
 /// What the global group has of a project goes first, then what is in the regions, then the project.
@@ -78,6 +78,17 @@ fn tear_down_buried_project(step: &mut Step<'_>, uid: Uid) -> Teardown {
     }
     if !fleet::confirmed(step.world, &project, |region| region.projects.iter().any(|p| p.uid == uid)) {
         return Teardown::Waiting;
+    }
+    // What was granted over it goes too, or a later project of that name would begin with it.
+    let (organization, name) = (&project.spec.organization, Some(&project.metadata.name));
+    let bindings = step.world.role_bindings.within(organization).filter(|b| b.spec.project.as_ref() == name);
+    let bindings: Vec<_> = bindings.take(PER_STEP).cloned().collect();
+    let policies = step.world.policies.within(organization).filter(|p| p.spec.project.as_ref() == name);
+    let policies: Vec<_> = policies.take(PER_STEP).cloned().collect();
+    if !bindings.is_empty() || !policies.is_empty() {
+        bindings.iter().for_each(|b| step.erase(b));
+        policies.iter().for_each(|p| step.erase(p));
+        return Teardown::Progressed;
     }
     if let Some(usage) = step.world.usage(&project.metadata.name).cloned() {
         step.erase(&usage);
@@ -125,7 +136,21 @@ fn tear_down_organization(step: &mut Step<'_>, uid: Uid) -> Teardown {
         Teardown::Progressed
     } else if step.world.projects.buried.values().any(|p| p.spec.organization == *name) {
         Teardown::Waiting
+    } else if take_away::<RoleBinding>(step, name)
+        || take_away::<Policy>(step, name)
+        || take_away::<Group>(step, name)
+        || take_away::<ServiceAccount>(step, name)
+        || take_away::<User>(step, name)
+    {
+        Teardown::Progressed
     } else {
         Teardown::Gone
     }
+}
+
+/// Erases some of what there is of a kind in a project or organization. True if there was anything.
+fn take_away<K: Stored>(step: &mut Step<'_>, within: &Name) -> bool {
+    let some = take::<K>(step.world, within);
+    some.iter().for_each(|object| step.erase(object));
+    !some.is_empty()
 }

@@ -219,7 +219,8 @@ impl Kind for RoleBinding {
     const KIND: &'static str = "RoleBinding";
     const PLURAL: &'static str = "role-bindings";
     const SHORT: &'static [&'static str] = &["rb"];
-    const ABOUT: &'static str = "Gives a role over an organization, or one of its projects, to users, service accounts and groups.";
+    const ABOUT: &'static str =
+        "Gives a role over an organization, or one of its projects, to users, service accounts and groups.";
     const SCOPE: Scope = Scope::Organization;
     const HOME: Home = Home::Global;
     const VERBS: Verbs = Verbs::ALL;
@@ -299,7 +300,8 @@ impl Kind for Policy {
         PolicySpec {
             project: None,
             guard_rail: true,
-            text: "forbid (principal, action == Action::\"instances:exec\", resource)\nunless { context.mfa };\n".into(),
+            text: "forbid (principal, action == Action::\"instances:exec\", resource)\nunless { context.mfa };\n"
+                .into(),
         }
     }
 }

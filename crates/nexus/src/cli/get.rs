@@ -423,8 +423,14 @@ mod tests {
             "id: 10\nevent: delete\ndata: {\"metadata\":{\"name\":\"a\"}}\n\n",
         ]);
         let name = |n: &str| n.parse().unwrap();
-        let target =
-            Target { endpoints: vec![url], ca: None, token: None, region: name("local"), project: name("default"), organization: name("default") };
+        let target = Target {
+            endpoints: vec![url],
+            ca: None,
+            token: None,
+            region: name("local"),
+            project: name("default"),
+            organization: name("default"),
+        };
         let cloud = Cloud::for_test(Client::new(&target).unwrap(), target);
         let mut seen = Vec::new();
         let ended = follow(&cloud, kind::find("app").unwrap(), &Listing::default(), None, |change| {

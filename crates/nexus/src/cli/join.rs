@@ -183,7 +183,14 @@ impl Door {
 
 fn client(url: &str, ca: Option<String>) -> anyhow::Result<Client> {
     let any: Name = "default".parse().expect("a well-formed name");
-    let target = Target { endpoints: vec![url.to_owned()], ca, token: None, region: any.clone(), project: any.clone(), organization: any };
+    let target = Target {
+        endpoints: vec![url.to_owned()],
+        ca,
+        token: None,
+        region: any.clone(),
+        project: any.clone(),
+        organization: any,
+    };
     Ok(Client::new(&target)?)
 }
 

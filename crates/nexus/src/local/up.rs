@@ -37,6 +37,7 @@ pub fn run(args: &UpArgs) -> anyhow::Result<()> {
         token: Some(std::fs::read_to_string(dir.token()).context("reading the token")?.trim().to_owned()),
         region: context.region.clone(),
         project: context.project.clone(),
+        organization: context.organization.clone().unwrap_or_else(context::default_organization),
     };
     let interrupted = || signals.as_ref().is_some_and(|s| next_signal(s, Duration::ZERO).is_some_and(is_end));
     let patience = Duration::from_secs(args.timeout);
