@@ -1,4 +1,4 @@
-//! The doors that the API looks through: who a token belongs to, where blobs are kept, how a host is reached, and what
+//! The doors that the API looks through: who the fleet's own keys belong to, where blobs are kept, how a host is reached, and what
 //! the cluster says of itself. The binary brings the implementations.
 
 use async_trait::async_trait;
@@ -6,7 +6,7 @@ use axum::extract::Request;
 use axum::response::Response;
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use nexus_iam::{TokenHash, TokenSecret};
+use nexus_iam::TokenHash;
 use nexus_model::plan::{ExecRequest, LogsRequest};
 use nexus_model::{ApiError, Digest, Name, Timestamp};
 use schemars::JsonSchema;
@@ -14,40 +14,27 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-/// Who asks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Principal {
-    pub name: String,
-}
-
-/// Tells who a bearer token belongs to. Must take the same time for a wrong token wherever it differs.
-pub trait Authenticator: Send + Sync {
-    fn authenticate(&self, bearer: &str) -> Option<Principal>;
-}
-
-/// A fixed list of tokens, known by their hashes.
+/// The fleet's own keys, known by their hashes: whoever has one is an operator who may do everything.
 #[derive(Debug, Clone, Default)]
-pub struct TokenAuthenticator {
-    tokens: Vec<(TokenHash, Principal)>,
+pub struct Operators {
+    keys: Vec<(TokenHash, String)>,
 }
 
-impl TokenAuthenticator {
-    pub fn new(tokens: impl IntoIterator<Item = (TokenHash, Principal)>) -> Self {
-        Self { tokens: tokens.into_iter().collect() }
+impl Operators {
+    /// Hashes, and what their holders are called.
+    pub fn new(keys: impl IntoIterator<Item = (TokenHash, String)>) -> Self {
+        Self { keys: keys.into_iter().collect() }
     }
-}
 
-impl Authenticator for TokenAuthenticator {
-    fn authenticate(&self, bearer: &str) -> Option<Principal> {
-        let hash = TokenSecret::parse(bearer).ok()?.hash();
+    pub(crate) fn find(&self, hash: &TokenHash) -> Option<&str> {
         // Every entry is compared, so that the time does not tell which one matched.
         let mut found = None;
-        for (known, principal) in &self.tokens {
-            if *known == hash {
-                found = Some(principal);
+        for (known, name) in &self.keys {
+            if known == hash {
+                found = Some(name.as_str());
             }
         }
-        found.cloned()
+        found
     }
 }
 

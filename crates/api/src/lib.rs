@@ -2,7 +2,8 @@
 //!
 //! [`router`] makes one axum router over every [`KindDescriptor`](nexus_model::kind::KindDescriptor): paths, methods,
 //! schemas and the OpenAPI document come from the declaration, and a new kind needs no line here. A request passes, in
-//! this order: path and method ([`route`]), authentication, the limits on what runs at once, its handler. Reads
+//! this order: path and method ([`route`]), who asks ([`caller`]), the limits on what runs at once, whether they may
+//! ([`authorize`]), its handler. Reads
 //! go to the metadata store, the region's or the one that all regions share; writes become an [`Intent`](nexus_control::intent::Intent) for its writer. What is in another region is passed on.
 //!
 //! Conventions that hold everywhere: every answer carries `X-Request-Id`; every error is a problem document (RFC 9457);
@@ -13,7 +14,9 @@
 //! a host does is asked of it through [`HostDoor`].
 
 mod admission;
+mod authorize;
 mod blobs;
+mod caller;
 mod doors;
 mod elsewhere;
 mod headers;
@@ -28,6 +31,7 @@ mod render;
 mod route;
 mod serve;
 mod settle;
+mod signin;
 mod streams;
 mod watch;
 mod write;
@@ -36,19 +40,22 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
+use nexus_control::directory::Directory;
 use nexus_control::intent::Writer;
 use nexus_env::Env;
+use nexus_iam::jwt::SigningKey;
 use nexus_model::Name;
 use nexus_store::Store;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 pub use doors::{
-    Authenticator, BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint,
-    EtcdStatus, Frame, FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Principal, Remote, ServerStatus,
-    StatusSource, TokenAuthenticator, Topology,
+    BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint, EtcdStatus, Frame,
+    FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, Remote, ServerStatus, StatusSource,
+    Topology,
 };
 
+pub use caller::PeerAddress;
 pub use elsewhere::PASSED_ON;
 pub use problem::from_store;
 
@@ -64,7 +71,13 @@ pub struct Api {
     pub global_store: Arc<dyn Store>,
     pub global_writer: Arc<dyn Writer>,
     pub remote: Arc<dyn Remote>,
-    pub authenticator: Arc<dyn Authenticator>,
+    /// Who is there, and what they were granted.
+    pub directory: Directory,
+    pub operators: Operators,
+    /// Signs the access tokens that this server gives.
+    pub signer: Arc<SigningKey>,
+    /// Whom access tokens are by: the same at every server, and the URL at which others find how to check them.
+    pub issuer: String,
     pub blobs: Arc<dyn Blobs>,
     pub hosts: Arc<dyn HostDoor>,
     pub operations: Arc<dyn Operations>,

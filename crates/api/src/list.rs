@@ -17,12 +17,13 @@ use nexus_store::{Consistency, KeyValue, RangeRequest};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::authorize::Lens;
 use crate::headers::{etag, if_none_match};
 use crate::problem::from_store;
 use crate::query::Query;
 use crate::render::Stored;
 use crate::route::Place;
-use crate::serve::Server;
+use crate::serve::{Context, Server};
 
 pub(crate) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
@@ -143,7 +144,13 @@ fn in_place(place: &Place, stored: &Stored<'_>) -> bool {
     place.within().is_none() || stored.metadata.within() == place.within()
 }
 
-pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Result<Response, ApiError> {
+pub(crate) async fn list(
+    server: &Server,
+    place: &Place,
+    query: &Query,
+    lens: &Lens,
+    context: &Context,
+) -> Result<Response, ApiError> {
     let limit = query.number("limit", 1..=MAX_LIMIT)?.unwrap_or(DEFAULT_LIMIT);
     let selector = selector(query)?;
     let deleting = query.flag("deleting")?;
@@ -153,8 +160,8 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
     if deleting {
         prefixes.push(key::tombstones(place.kind));
     }
-    let context = format!("{}\0{deleting}\0{}", prefixes[0], query.get("labels").unwrap_or(""));
-    let after = query.get("cursor").map(|text| read_cursor(&context, text)).transpose()?;
+    let identity = format!("{}\0{deleting}\0{}", prefixes[0], query.get("labels").unwrap_or(""));
+    let after = query.get("cursor").map(|text| read_cursor(&identity, text)).transpose()?;
 
     let mut items: Vec<u8> = Vec::new();
     let (mut count, mut scanned, mut revision) = (0, 0, None);
@@ -170,7 +177,7 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
                 start = Bytes::from([after, &[0u8][..]].concat());
             }
         }
-        let filtered = !selector.is_empty() || (i == 1 && place.within().is_some());
+        let filtered = !selector.is_empty() || *lens != Lens::All || (i == 1 && place.within().is_some());
         loop {
             let batch = if filtered { BATCH } else { limit - count };
             let mut request = RangeRequest::new(start.clone(), end.clone()).limit(batch.min(MAX_SCAN - scanned).max(1));
@@ -183,7 +190,11 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
             for (n, kv) in answer.kvs.iter().enumerate() {
                 scanned += 1;
                 match Stored::read(kv) {
-                    Ok(stored) if selector.matches(stored.labels()) && (i == 0 || in_place(place, &stored)) => {
+                    Ok(stored)
+                        if selector.matches(stored.labels())
+                            && (i == 0 || in_place(place, &stored))
+                            && server.shows(lens, place, &stored, context) =>
+                    {
                         if count > 0 {
                             items.push(b',');
                         }
@@ -215,7 +226,7 @@ pub(crate) async fn list(server: &Server, place: &Place, query: &Query) -> Resul
     let mut body = Vec::with_capacity(items.len() + 256);
     let mut metadata = serde_json::json!({"revision": revision});
     if let Some(last) = cursor {
-        metadata["cursor"] = Value::String(write_cursor(&context, &last));
+        metadata["cursor"] = Value::String(write_cursor(&identity, &last));
     }
     let head =
         format!(r#"{{"apiVersion":"{API_VERSION}","kind":"{}List","metadata":{metadata},"items":["#, place.kind.kind);

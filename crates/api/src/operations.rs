@@ -196,6 +196,9 @@ pub struct ServerJoined {
     pub zone: Name,
     pub node: u64,
     pub domain: String,
+    /// Whom access tokens are by, if the configuration says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub issuer: Option<String>,
     pub zones: Vec<Name>,
     /// The authority's certificate and the two new ones, in PEM.
     pub ca: String,

@@ -69,6 +69,10 @@ impl<'a> Stored<'a> {
         out
     }
 
+    pub fn spec(&self) -> serde_json::Value {
+        self.spec.and_then(|s| serde_json::from_str(s.get()).ok()).unwrap_or_default()
+    }
+
     /// A number or text within the status.
     pub fn status(&self) -> serde_json::Value {
         self.status.and_then(|s| serde_json::from_str(s.get()).ok()).unwrap_or_default()

@@ -8,7 +8,9 @@
 //! | project | `/v1/regions/{region}/projects/{project}/{plural}` | `…/{plural}/{name}` |
 //! | organization | `/v1/organizations/{organization}/{plural}` | `…/{plural}/{name}` |
 //!
-//! `/v1/operations/{name}` are the operators' verbs ([`operations`]).
+//! `/v1/operations/{name}` are the operators' verbs ([`operations`]); `/oauth2/token` and what is below `/.well-known` are
+//! where people and programs sign in ([`crate::signin`]); `/v1/whoami`, `/v1/can` and `/v1/policy-schema` say who asks and
+//! what they may do.
 //!
 //! The region `global` stands for the group that all regions share: images are there, and apps and routes of no one region.
 //! Its paths, and those of this server's region, are answered here; images in whatever region's path. Any other
@@ -30,11 +32,32 @@ use crate::problem::Refusal;
 pub(crate) enum Verb {
     Logs,
     Exec,
+    SetPassword,
+    Invite,
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 2] =
-    [("instances", "logs", Verb::Logs), ("instances", "exec", Verb::Exec)];
+pub(crate) const VERBS: [(&str, &str, Verb); 4] = [
+    ("instances", "logs", Verb::Logs),
+    ("instances", "exec", Verb::Exec),
+    ("users", "set-password", Verb::SetPassword),
+    ("users", "invite", Verb::Invite),
+];
+
+impl Verb {
+    pub fn word(self) -> &'static str {
+        VERBS.iter().find(|v| v.2 == self).map_or("", |v| v.1)
+    }
+
+    fn methods(self) -> &'static [Method] {
+        match self {
+            Self::Logs | Self::Exec => READ,
+            Self::SetPassword | Self::Invite => &[Method::POST],
+        }
+    }
+}
+
+const READ: &[Method] = &[Method::GET, Method::HEAD];
 
 /// A collection of a kind, or one place in it.
 #[derive(Clone)]
@@ -56,6 +79,12 @@ pub(crate) enum Target {
     Metrics,
     OpenApi,
     Status,
+    SignIn,
+    Discovery,
+    Keys,
+    WhoAmI,
+    Can,
+    PolicySchema,
     Collection(Place),
     /// The name is as it was written: whether a malformed one is "not found" or "invalid" depends on the method.
     Object(Place, String),
@@ -70,7 +99,10 @@ pub(crate) enum Target {
 impl Target {
     /// Whether it is answered without a token.
     pub fn is_open(&self) -> bool {
-        matches!(self, Self::Health | Self::Ready | Self::Metrics | Self::OpenApi)
+        matches!(
+            self,
+            Self::Health | Self::Ready | Self::Metrics | Self::OpenApi | Self::Discovery | Self::Keys | Self::SignIn
+        )
     }
 
     /// The path with its variable parts left out: the label of this route's metrics.
@@ -81,11 +113,16 @@ impl Target {
             Self::Metrics => "/metrics".into(),
             Self::OpenApi => "/v1/openapi.json".into(),
             Self::Status => "/v1/status".into(),
+            Self::SignIn => SIGN_IN.into(),
+            Self::Discovery => DISCOVERY.into(),
+            Self::Keys => KEYS.into(),
+            Self::WhoAmI => "/v1/whoami".into(),
+            Self::Can => "/v1/can".into(),
+            Self::PolicySchema => "/v1/policy-schema".into(),
             Self::Collection(place) => collection_template(place.kind, place.project.is_some()),
             Self::Object(place, _) => format!("{}/{{name}}", collection_template(place.kind, true)),
             Self::Custom(place, _, verb) => {
-                let word = VERBS.iter().find(|v| v.2 == *verb).map_or("", |v| v.1);
-                format!("{}/{{name}}:{word}", collection_template(place.kind, true))
+                format!("{}/{{name}}:{}", collection_template(place.kind, true), verb.word())
             }
             Self::Blob(..) => BLOB_TEMPLATE.into(),
             Self::Operation(operation) => operation.path(),
@@ -103,7 +140,6 @@ impl Target {
     }
 
     fn methods(&self) -> &'static [Method] {
-        const READ: &[Method] = &[Method::GET, Method::HEAD];
         match self {
             Self::Collection(place) => match place.kind.verbs.create && !place.lists_all_projects() {
                 true => &[Method::GET, Method::HEAD, Method::POST],
@@ -116,13 +152,17 @@ impl Target {
                 (false, false) => READ,
             },
             Self::Blob(..) => &[Method::GET, Method::HEAD, Method::PUT],
-            Self::Operation(_) => &[Method::POST],
+            Self::Operation(_) | Self::SignIn | Self::Can => &[Method::POST],
+            Self::Custom(_, _, verb) => verb.methods(),
             Self::Elsewhere(_, target) => target.methods(),
             _ => READ,
         }
     }
 }
 
+pub(crate) const SIGN_IN: &str = "/oauth2/token";
+pub(crate) const DISCOVERY: &str = "/.well-known/openid-configuration";
+pub(crate) const KEYS: &str = "/.well-known/jwks.json";
 pub(crate) const BLOB_TEMPLATE: &str = "/v1/regions/{region}/projects/{project}/blobs/{digest}";
 
 /// The path of a kind's collection. `in_project` tells a project's list from the one over all projects.
@@ -246,6 +286,9 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
         "/healthz" => return Ok(Target::Health),
         "/readyz" => return Ok(Target::Ready),
         "/metrics" => return Ok(Target::Metrics),
+        SIGN_IN => return Ok(Target::SignIn),
+        DISCOVERY => return Ok(Target::Discovery),
+        KEYS => return Ok(Target::Keys),
         _ => {}
     }
     let Some(rest) = path.strip_prefix("/v1/") else {
@@ -260,6 +303,9 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
     match segments[..] {
         ["openapi.json"] => Ok(Target::OpenApi),
         ["status"] => Ok(Target::Status),
+        ["whoami"] => Ok(Target::WhoAmI),
+        ["can"] => Ok(Target::Can),
+        ["policy-schema"] => Ok(Target::PolicySchema),
         ["operations", name] => match operations::find(name) {
             Some(operation) => Ok(Target::Operation(operation)),
             None => {

@@ -10,25 +10,28 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use bytes::Bytes;
 use futures::FutureExt;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, WWW_AUTHENTICATE};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG};
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode};
 use nexus_control::intent::Writer;
 use nexus_env::RngExt;
+use nexus_iam::policy;
 use nexus_model::{ApiError, Code, RequestId};
 use nexus_store::{Consistency, RangeRequest, Store};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::admission::{Admission, Class};
-use crate::doors::Principal;
-use crate::headers::{self, Bearer, STALE_MS};
+use crate::authorize::Lens;
+use crate::caller::Caller;
+use crate::headers::{self, STALE_MS};
 use crate::metrics::{self, Metrics};
 use crate::openapi::{self, Schemas};
 use crate::problem::{Refusal, from_store};
 use crate::query::Query;
-use crate::route::{self, Place, Target};
-use crate::{Api, blobs, elsewhere, list, operations, settle, streams, watch, write};
+use crate::route::{self, Place, Target, Verb};
+use crate::signin::SignIns;
+use crate::{Api, blobs, elsewhere, list, operations, settle, signin, streams, watch, write};
 
 /// The API with what it derives from its kinds once.
 pub(crate) struct Server {
@@ -37,15 +40,17 @@ pub(crate) struct Server {
     admission: Arc<Admission>,
     streams: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
+    pub sign_ins: SignIns,
     metrics: Metrics,
     openapi: Bytes,
     openapi_tag: String,
 }
 
 /// What a handler knows of its request beside parts and body.
+#[derive(Clone)]
 pub(crate) struct Context {
     pub request_id: RequestId,
-    pub principal: Principal,
+    pub caller: Caller,
 }
 
 impl Server {
@@ -58,6 +63,7 @@ impl Server {
             admission: Admission::new(api.limits.requests, &api.metrics),
             streams: Arc::new(Semaphore::new(api.limits.streams)),
             transfers: Arc::new(Semaphore::new(api.limits.transfers)),
+            sign_ins: SignIns::default(),
             metrics: Metrics::new(&api.metrics),
             schemas,
             openapi,
@@ -101,23 +107,12 @@ impl Server {
     }
 
     /// Runs an ordinary request's work under its deadline.
-    async fn deadline<T>(&self, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+    async fn deadline<T, E: From<ApiError>>(&self, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         let limit = self.api.limits.request_timeout;
         tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
             let detail = format!("no answer within {} s; a change may or may not have been committed", limit.as_secs());
-            Err(ApiError::new(Code::Timeout, detail))
+            Err(ApiError::new(Code::Timeout, detail).into())
         })
-    }
-
-    fn authenticate(&self, parts: &Parts) -> Result<Principal, Refusal> {
-        let (detail, challenge) = match headers::bearer(&parts.headers) {
-            Bearer::Token(token) => match self.api.authenticator.authenticate(token) {
-                Some(principal) => return Ok(principal),
-                None => ("this token is not known", r#"Bearer realm="nexus", error="invalid_token""#),
-            },
-            Bearer::None => ("send the header `Authorization: Bearer TOKEN`", r#"Bearer realm="nexus""#),
-        };
-        Err(Refusal::new(Code::Unauthenticated, detail).with(WWW_AUTHENTICATE, HeaderValue::from_static(challenge)))
     }
 }
 
@@ -199,8 +194,15 @@ async fn open(server: &Server, target: &Target, parts: &Parts) -> Result<Respons
             response.headers_mut().insert(ETAG, tag);
             Ok(response)
         }
+        Target::Discovery => Ok(json(&signin::discovery(server))),
+        Target::Keys => Ok(json(&signin::keys(server))),
         _ => Ok(plain("text/plain; charset=utf-8", "ok\n")),
     }
+}
+
+/// 200 with plain data.
+pub(crate) fn json(value: &impl serde::Serialize) -> Response {
+    plain("application/json", serde_json::to_vec(value).expect("plain data"))
 }
 
 async fn dispatch(
@@ -212,17 +214,20 @@ async fn dispatch(
 ) -> Result<Response, Refusal> {
     let target = target?;
     route::check_method(&target, &parts.method)?;
+    if let Target::SignIn = target {
+        let _permit = server.admission.admit(Class::of(&target, &parts.headers), &server.api.env).await?;
+        return Ok(signin::token(&server, &parts, body, &request_id).await);
+    }
     if target.is_open() {
         return open(&server, &target, &parts).await;
     }
-    if let Target::Operation(operation) = &target {
-        if !operation.open {
-            server.authenticate(&parts)?;
-        }
+    if let Target::Operation(operation) = &target
+        && operation.open
+    {
         let _permit = server.admission.admit(Class::of(&target, &parts.headers), &server.api.env).await?;
         return Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?);
     }
-    let context = Context { principal: server.authenticate(&parts)?, request_id };
+    let context = Context { caller: server.authenticate(&parts)?, request_id };
     if let Some(region) = target.region() {
         elsewhere::check(&server, region)?;
     }
@@ -231,51 +236,70 @@ async fn dispatch(
     }
     let reads = matches!(parts.method, Method::GET | Method::HEAD);
     let class = Class::of(&target, &parts.headers);
+    // What a change would make is known only from its body, so those ask when they have read it.
+    let lens = match &target {
+        Target::Collection(_) | Target::Object(..) if !reads => Lens::All,
+        _ => server.authorize(&context, &target, &parts.method, None).await?,
+    };
     match target {
+        Target::Operation(operation) => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?)
+        }
+        Target::WhoAmI => {
+            Query::parse(parts.uri.query(), &[], &[])?;
+            Ok(json(&signin::who_am_i(&server, &context)))
+        }
+        Target::PolicySchema => {
+            Query::parse(parts.uri.query(), &[], &[])?;
+            Ok(plain("text/plain; charset=utf-8", policy::vocabulary().text()))
+        }
+        Target::Can => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            Ok(server.deadline(signin::can(&server, &context, &parts, body)).await?)
+        }
         Target::Blob(_, project, digest) => {
             let permit = server.transfer_permit()?;
             Ok(blobs::handle(&server, &project, digest, &parts, body, permit).await?)
         }
-        Target::Custom(place, name, verb) => streams::handle(&server, &place, &name, verb, &mut parts).await,
+        Target::Custom(place, name, verb @ (Verb::SetPassword | Verb::Invite)) => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            Ok(server.deadline(signin::change(&server, &place, &name, verb, &parts, body, &context)).await?)
+        }
+        Target::Custom(place, name, verb) => streams::handle(&server, &place, &name, verb, &mut parts, &context).await,
         Target::Status => {
             Query::parse(parts.uri.query(), &[], &[])?;
             let _permit = server.admission.admit(class, &server.api.env).await?;
-            let status = server.deadline(server.api.status.status().map(Ok)).await?;
-            let body = serde_json::to_vec(&status).expect("a status is plain data");
-            Ok(plain("application/json", body))
+            let status = server.deadline(server.api.status.status().map(Ok::<_, ApiError>)).await?;
+            Ok(json(&status))
         }
         Target::Collection(place) if reads => {
             let query = Query::parse(parts.uri.query(), list::LIST_PARAMETERS, &[])?;
             if query.get("watch").is_some() {
-                return Ok(watch::handle(&server, &place, &query, &parts, &context).await?);
+                return Ok(watch::handle(&server, &place, &query, &parts, &context, lens).await?);
             }
             let _permit = server.admission.admit(class, &server.api.env).await?;
-            Ok(server.deadline(list::list(&server, &place, &query)).await?)
+            Ok(server.deadline(list::list(&server, &place, &query, &lens, &context)).await?)
         }
         Target::Object(place, name) if reads => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
             let work = list::get(&server, &place, &name, &parts.headers, parts.uri.query());
             Ok(server.deadline(work).await?)
         }
-        Target::Collection(place) => {
+        Target::Collection(_) | Target::Object(..) => {
             let permit = server.admission.admit(class, &server.api.env).await?;
-            let done = server.deadline(Box::pin(write::submit(&server, &place, None, &parts, body, &context))).await?;
+            let done = server.deadline(Box::pin(write::submit(&server, &target, &parts, body, &context))).await?;
             drop(permit);
-            Ok(settle::answer(&server, &place, done).await)
-        }
-        Target::Object(place, name) => {
-            let permit = server.admission.admit(class, &server.api.env).await?;
-            let work = Box::pin(write::submit(&server, &place, Some(&name), &parts, body, &context));
-            let done = server.deadline(work).await?;
-            drop(permit);
-            Ok(settle::answer(&server, &place, done).await)
+            Ok(settle::answer(&server, done).await)
         }
         // Answered above.
         Target::Health
         | Target::Ready
         | Target::Metrics
         | Target::OpenApi
-        | Target::Operation(_)
+        | Target::SignIn
+        | Target::Discovery
+        | Target::Keys
         | Target::Elsewhere(..) => Err(Refusal::new(Code::NotFound, "nothing is at this path")),
     }
 }

@@ -103,8 +103,9 @@ impl Waiting<'_> {
 }
 
 /// The answer to a mutation, after the wait that it asked for.
-pub(crate) async fn answer(server: &Server, place: &Place, done: Done) -> Response {
-    let Done { accepted, deleted, dry_run, wait } = done;
+pub(crate) async fn answer(server: &Server, done: Done) -> Response {
+    let Done { place, accepted, deleted, dry_run, wait } = done;
+    let place = &place;
     let metadata = accepted.object.metadata.clone();
     let mut shown = None;
     let mut settled = None;

@@ -14,6 +14,7 @@ use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::response::Response;
 use bytes::Bytes;
 use futures::StreamExt;
+use futures::future::BoxFuture;
 use http::request::Parts;
 use http::{HeaderValue, Method, header};
 use nexus_model::plan::{ExecRequest, LogsRequest, channel};
@@ -26,8 +27,9 @@ use crate::list::{find, unreadable};
 use crate::problem::Refusal;
 use crate::query::Query;
 use crate::render::Stored;
-use crate::route::{Place, Verb};
-use crate::serve::Server;
+use crate::route::{Place, Target, Verb};
+use crate::serve::{Context, Server};
+use crate::watch::right_ended;
 
 /// The most lines that `tail` may ask for.
 pub(crate) const MAX_TAIL: u32 = 1_000_000;
@@ -45,10 +47,14 @@ pub(crate) async fn handle(
     name: &Name,
     verb: Verb,
     parts: &mut Parts,
+    context: &Context,
 ) -> Result<Response, Refusal> {
+    let target = Target::Custom(place.clone(), name.clone(), verb);
+    let ended = right_ended(Arc::clone(server), context.clone(), target);
     match verb {
-        Verb::Logs => logs(server, place, name, parts).await,
-        Verb::Exec => exec(server, place, name, parts).await,
+        Verb::Logs => logs(server, place, name, parts, ended).await,
+        Verb::Exec => exec(server, place, name, parts, ended).await,
+        Verb::SetPassword | Verb::Invite => Err(Refusal::new(Code::NotFound, "users have no streams")),
     }
 }
 
@@ -70,7 +76,13 @@ async fn locate(server: &Server, place: &Place, name: &Name) -> Result<(Uid, Nam
     Ok((stored.metadata.uid, host))
 }
 
-async fn logs(server: &Arc<Server>, place: &Place, name: &Name, parts: &Parts) -> Result<Response, Refusal> {
+async fn logs(
+    server: &Arc<Server>,
+    place: &Place,
+    name: &Name,
+    parts: &Parts,
+    ended: BoxFuture<'static, ApiError>,
+) -> Result<Response, Refusal> {
     let query = Query::parse(parts.uri.query(), &["follow", "tail", "stream"], &[])?;
     let follow = query.flag("follow")?;
     let tail = query.number("tail", 0..=MAX_TAIL)?;
@@ -87,7 +99,7 @@ async fn logs(server: &Arc<Server>, place: &Place, name: &Name, parts: &Parts) -
         let timeout = server.api.limits.request_timeout;
         let frames = tokio::time::timeout(timeout, server.api.hosts.logs(&host, asked)).await;
         let frames = frames.map_err(|_| ApiError::new(Code::Timeout, format!("the host {host} does not answer")))??;
-        *response.body_mut() = Body::from_stream(lines(server, frames, only, permit));
+        *response.body_mut() = Body::from_stream(lines(server, frames, only, permit, ended));
     }
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
@@ -101,9 +113,11 @@ fn lines(
     frames: FrameStream,
     only: Option<u8>,
     permit: OwnedSemaphorePermit,
+    ended: BoxFuture<'static, ApiError>,
 ) -> impl futures::Stream<Item = io::Result<Bytes>> + Send + 'static {
     let shutdown = server.api.shutdown.clone();
-    frames.take_until(shutdown.cancelled_owned()).filter_map(move |frame| {
+    let until = futures::future::select(Box::pin(shutdown.cancelled_owned()), ended);
+    frames.take_until(until).filter_map(move |frame| {
         let _held = &permit;
         let line = match frame {
             Ok(frame) if only.is_none_or(|c| c == frame.channel) => Some(Ok(frame.data)),
@@ -117,7 +131,13 @@ fn lines(
     })
 }
 
-async fn exec(server: &Arc<Server>, place: &Place, name: &Name, parts: &mut Parts) -> Result<Response, Refusal> {
+async fn exec(
+    server: &Arc<Server>,
+    place: &Place,
+    name: &Name,
+    parts: &mut Parts,
+    ended: BoxFuture<'static, ApiError>,
+) -> Result<Response, Refusal> {
     let query = Query::parse(parts.uri.query(), &["command", "stdin"], &["command"])?;
     let command = query.all("command");
     let stdin = query.flag("stdin")?;
@@ -147,6 +167,7 @@ async fn exec(server: &Arc<Server>, place: &Place, name: &Name, parts: &mut Part
         tokio::select! {
             biased;
             () = stop.cancelled() => {}
+            why = ended => tracing::info!(%why, "an exec was ended with its caller's right to it"),
             () = Box::pin(converse(socket, input, output)) => {}
         }
     }))

@@ -20,30 +20,36 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::response::Response;
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use http::request::Parts;
 use http::{HeaderValue, Method, header};
+use nexus_model::kind::Scope;
 use nexus_model::selector::Selector;
-use nexus_model::{API_VERSION, ApiError, Code, RequestId, key};
+use nexus_model::{API_VERSION, ApiError, Code, key};
 use nexus_store::{KeyValue, Revision, StoreError, Watch, WatchBatch, WatchEvent};
 use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::authorize::Lens;
 use crate::headers::last_event_id;
 use crate::list;
 use crate::problem::{from_store, from_watch};
 use crate::query::Query;
 use crate::render::Stored;
-use crate::route::Place;
+use crate::route::{Place, Target};
 use crate::serve::{Context, Server};
 
 struct Stream {
     server: Arc<Server>,
     watch: Watch,
-    kind: &'static str,
+    place: Place,
     selector: Selector,
+    lens: Lens,
+    context: Context,
+    /// Is ready when the caller's right to see this has ended.
+    right_ended: BoxFuture<'static, ApiError>,
     revision: u64,
     pending: VecDeque<Bytes>,
-    request_id: RequestId,
     ended: bool,
     _permit: OwnedSemaphorePermit,
 }
@@ -58,17 +64,18 @@ fn frame(id: u64, event: &str, data: &[u8]) -> Bytes {
 }
 
 /// The last state of a deleted object whose value the store no longer has: what its key tells.
-fn from_key(kind: &str, at: &[u8], revision: u64) -> Vec<u8> {
+fn from_key(place: &Place, at: &[u8], revision: u64) -> Vec<u8> {
     let at = String::from_utf8_lossy(at);
     let mut parts = at.split('/').skip(2);
-    let project = parts.next().filter(|p| *p != "-");
+    let within = parts.next().filter(|p| *p != "-");
     let name = parts.next().unwrap_or_default();
     let mut object = json!({
-        "apiVersion": API_VERSION, "kind": kind,
+        "apiVersion": API_VERSION, "kind": place.kind.kind,
         "metadata": {"name": name, "revision": revision}, "spec": {}, "status": {},
     });
-    if let Some(project) = project {
-        object["metadata"]["project"] = Value::from(project);
+    if let Some(within) = within {
+        let owner = if place.kind.scope == Scope::Organization { "organization" } else { "project" };
+        object["metadata"][owner] = Value::from(within);
     }
     serde_json::to_vec(&object).expect("plain data")
 }
@@ -87,15 +94,19 @@ impl Stream {
         }
     }
 
+    fn matches(&self, stored: &Stored<'_>) -> bool {
+        self.selector.matches(stored.labels()) && self.server.shows(&self.lens, &self.place, stored, &self.context)
+    }
+
     fn translate(&self, event: &WatchEvent, revision: u64) -> Option<(&'static str, Vec<u8>)> {
         let matched = |kv: &Option<KeyValue>| {
             let stored = kv.as_ref().and_then(|kv| self.read(kv, revision));
-            stored.filter(|s| self.selector.matches(s.labels())).is_some()
+            stored.filter(|s| self.matches(s)).is_some()
         };
         match event {
             WatchEvent::Put { kv, prev } => {
                 let stored = self.read(kv, revision)?;
-                if self.selector.matches(stored.labels()) {
+                if self.matches(&stored) {
                     Some(("put", stored.to_bytes()))
                 } else {
                     matched(prev).then(|| ("delete", stored.to_bytes()))
@@ -103,9 +114,11 @@ impl Stream {
             }
             WatchEvent::Delete { prev: Some(prev), .. } => {
                 let stored = self.read(prev, revision)?;
-                self.selector.matches(stored.labels()).then(|| ("delete", stored.to_bytes()))
+                self.matches(&stored).then(|| ("delete", stored.to_bytes()))
             }
-            WatchEvent::Delete { key, prev: None, .. } => Some(("delete", from_key(self.kind, key, revision))),
+            // Of whom it was, nobody can tell any more: those who see a part of the list list again at times.
+            WatchEvent::Delete { prev: None, .. } if self.lens != Lens::All => None,
+            WatchEvent::Delete { key, prev: None, .. } => Some(("delete", from_key(&self.place, key, revision))),
         }
     }
 
@@ -121,12 +134,13 @@ impl Stream {
     }
 
     fn bookmark(&self) -> Bytes {
-        let data = json!({"apiVersion": API_VERSION, "kind": self.kind, "metadata": {"revision": self.revision}});
+        let data =
+            json!({"apiVersion": API_VERSION, "kind": self.place.kind.kind, "metadata": {"revision": self.revision}});
         frame(self.revision, "bookmark", data.to_string().as_bytes())
     }
 
     fn end(&mut self, mut error: ApiError) {
-        error.request_id = Some(self.request_id.to_string());
+        error.request_id = Some(self.context.request_id.to_string());
         let data = serde_json::to_vec(&error).expect("problems are plain data");
         self.pending.push_back(frame(self.revision, "error", &data));
         self.ended = true;
@@ -148,6 +162,7 @@ impl Stream {
                 () = self.server.api.shutdown.cancelled() => {
                     self.end(ApiError::new(Code::Unavailable, "this server is stopping: watch from another"));
                 }
+                error = &mut self.right_ended => self.end(error),
                 batch = self.watch.next() => match batch {
                     Some(Ok(batch)) => self.take_in(&batch),
                     Some(Err(error)) => self.end(from_watch(error)),
@@ -157,6 +172,11 @@ impl Stream {
             }
         }
     }
+}
+
+/// Is ready, with the reason, when a caller's right to see something has ended.
+pub(crate) fn right_ended(server: Arc<Server>, context: Context, target: Target) -> BoxFuture<'static, ApiError> {
+    Box::pin(async move { server.right_ended(&context, &target).await })
 }
 
 /// Where a watch begins: what the client saw last, or now.
@@ -177,6 +197,7 @@ pub(crate) async fn handle(
     query: &Query,
     parts: &Parts,
     context: &Context,
+    lens: Lens,
 ) -> Result<Response, ApiError> {
     for name in ["limit", "cursor", "deleting"] {
         if query.get(name).is_some() {
@@ -198,11 +219,13 @@ pub(crate) async fn handle(
     let mut stream = Stream {
         server: Arc::clone(server),
         watch: watch.map_err(from_store)?,
-        kind: place.kind.kind,
+        place: place.clone(),
         selector,
+        lens,
+        context: context.clone(),
+        right_ended: right_ended(Arc::clone(server), context.clone(), Target::Collection(place.clone())),
         revision: after,
         pending: VecDeque::new(),
-        request_id: context.request_id.clone(),
         ended: false,
         _permit: permit,
     };

@@ -5,16 +5,21 @@ use std::time::Duration;
 use axum::body::Body;
 use http::Method;
 use http::request::Parts;
+use nexus_control::decide::merge_patch;
 use nexus_control::intent::{Accepted, Change, Intent, Target};
-use nexus_model::kind::GLOBAL;
-use nexus_model::{ApiError, Code, FieldError, Name};
+use nexus_env::RngExt;
+use nexus_iam::TokenSecret;
+use nexus_model::kind::{GLOBAL, Kind, Token, TokenSpec};
+use nexus_model::{AnyObject, ApiError, Code, FieldError, Name};
 use nexus_store::Consistency;
+use serde_json::Value;
 
 use crate::headers::{self, IfMatch, IfNoneMatch};
 use crate::input::{self, Expected};
-use crate::list::{find, parse_name};
+use crate::list::{find, parse_name, unreadable};
+use crate::problem::Refusal;
 use crate::query::Query;
-use crate::route::Place;
+use crate::route::{self, Place};
 use crate::serve::{Context, Server};
 
 pub(crate) const JSON: &[&str] = &["application/json"];
@@ -25,6 +30,7 @@ pub(crate) const PARAMETERS: &[&str] = &["dryRun"];
 
 /// A mutation that the writer took.
 pub(crate) struct Done {
+    pub place: Place,
     pub accepted: Accepted,
     pub deleted: bool,
     pub dry_run: bool,
@@ -93,20 +99,83 @@ async fn read(
     Ok(Asked { name, change, if_match })
 }
 
-/// Reads a mutation, submits it, and answers what the writer did.
+/// What a change would leave, as far as this server can tell.
+async fn left_by(server: &Server, place: &Place, name: &Name, change: &Change) -> Result<Option<AnyObject>, ApiError> {
+    match change {
+        Change::Create { object } | Change::Put { object } => Ok(Some(object.clone())),
+        Change::Delete => Ok(None),
+        Change::Patch { patch } => {
+            let Some(kv) = find(server, place, name, Consistency::Stale).await? else { return Ok(None) };
+            let mut object: Value = serde_json::from_slice(&kv.value).map_err(|e| unreadable(&kv, &e))?;
+            merge_patch(&mut object, patch);
+            // What can't be read then, the writer refuses.
+            Ok(serde_json::from_value(object).ok())
+        }
+    }
+}
+
+/// Makes a token's text, of which only the hash is kept. Without a holder it is the caller's own.
+fn mint(server: &Server, object: &mut AnyObject, context: &Context) -> Result<TokenSecret, ApiError> {
+    let secret = TokenSecret::generate(RngExt::bytes(&*server.api.env.rng));
+    let mut spec: TokenSpec = serde_json::from_value(object.spec.clone())
+        .map_err(|e| ApiError::invalid(vec![FieldError::new("spec", e.to_string())]))?;
+    if spec.hash.is_some() {
+        return Err(ApiError::invalid(vec![FieldError::new("spec.hash", "is written by the server: leave it out")]));
+    }
+    if spec.holder.is_none() {
+        let (organization, holder) = context.caller.holder.clone().ok_or_else(|| {
+            ApiError::invalid(vec![FieldError::new("spec.holder", "an operator's key is nobody's: say whose token")])
+        })?;
+        if object.metadata.organization.as_ref() != Some(&organization) {
+            let message = format!("you are in organization {organization}: say whose token it is to be here");
+            return Err(ApiError::invalid(vec![FieldError::new("spec.holder", message)]));
+        }
+        spec.holder = Some(holder);
+    }
+    // A credential gives no more than the one by which it was asked for.
+    if context.caller.project.is_some() {
+        spec.project = spec.project.or_else(|| context.caller.project.clone());
+    }
+    spec.expires.get_or_insert_with(|| server.now().plus(DEFAULT_LIFE));
+    spec.hash = Some(secret.hash().to_string());
+    object.spec = serde_json::to_value(spec).expect("specs are plain data");
+    Ok(secret)
+}
+
+/// How long a token is good that does not say.
+const DEFAULT_LIFE: Duration = Duration::from_secs(30 * 86_400);
+
+/// Reads a mutation, asks whether it may be done, submits it, and answers what the writer did.
 pub(crate) async fn submit(
     server: &Server,
-    place: &Place,
-    name: Option<&str>,
+    target: &route::Target,
     parts: &Parts,
     body: Body,
     context: &Context,
-) -> Result<Done, ApiError> {
+) -> Result<Done, Refusal> {
+    let (place, name) = match target {
+        route::Target::Collection(place) => (place, None),
+        route::Target::Object(place, name) => (place, Some(name.as_str())),
+        _ => return Err(Refusal::new(Code::NotFound, "nothing can be changed at this path")),
+    };
     let query = Query::parse(parts.uri.query(), PARAMETERS, &[])?;
     let dry_run = query.flag("dryRun")?;
     let idempotency_key = headers::idempotency_key(&parts.headers)?;
     let wait = headers::prefer_wait(&parts.headers)?;
-    let Asked { name, change, if_match } = read(server, place, name, parts, body).await?;
+    let Asked { name, mut change, if_match } = read(server, place, name, parts, body).await?;
+    let mut secret = None;
+    if let Change::Create { object } = &mut change
+        && place.kind.plural == Token::PLURAL
+    {
+        if idempotency_key.is_some() {
+            let detail = "a token's text is told once and kept nowhere, so its create can't be repeated: leave \
+                          Idempotency-Key out; if the answer was lost, delete the token and create another";
+            return Err(Refusal::new(Code::BadRequest, detail));
+        }
+        secret = Some(mint(server, object, context)?);
+    }
+    let left = left_by(server, place, &name, &change).await?;
+    server.authorize(context, target, &parts.method, left.as_ref()).await?;
 
     let creates = matches!(change, Change::Create { .. } | Change::Put { .. });
     let if_match = match if_match {
@@ -116,20 +185,20 @@ pub(crate) async fn submit(
             Some(kv) => Some(kv.mod_revision.0),
             None if creates => {
                 let detail = format!("there is no {} {:?} to replace", place.kind.kind, name.as_str());
-                return Err(ApiError::new(Code::PreconditionFailed, detail));
+                return Err(Refusal::new(Code::PreconditionFailed, detail));
             }
-            None => return Err(ApiError::not_found(place.kind.kind, name.as_str())),
+            None => return Err(ApiError::not_found(place.kind.kind, name.as_str()).into()),
         },
         None => None,
     };
     // Kinds that the cloud itself makes can be replaced, not made.
     if creates && !place.kind.verbs.create && find(server, place, &name, Consistency::Linearizable).await?.is_none() {
-        return Err(ApiError::not_found(place.kind.kind, name.as_str()));
+        return Err(ApiError::not_found(place.kind.kind, name.as_str()).into());
     }
     let deleted = matches!(change, Change::Delete);
     let intent = Intent {
         request_id: context.request_id.clone(),
-        actor: context.principal.name.clone(),
+        actor: context.caller.name.clone(),
         target: Target {
             plural: place.kind.plural.to_owned(),
             project: place.project.clone(),
@@ -141,6 +210,9 @@ pub(crate) async fn submit(
         idempotency_key,
         dry_run,
     };
-    let accepted = server.writer(place).submit(intent).await?;
-    Ok(Done { accepted, deleted, dry_run, wait })
+    let mut accepted = server.writer(place).submit(intent).await?;
+    if let Some(secret) = secret.filter(|_| !dry_run) {
+        accepted.object.status["token"] = Value::from(secret.reveal());
+    }
+    Ok(Done { place: place.clone(), accepted, deleted, dry_run, wait })
 }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use nexus_env::Rng;
 use nexus_model::kind::*;
 use nexus_model::plan::HostReport;
-use nexus_model::{ApiError, Code, Name, Object, Timestamp, key};
+use nexus_model::{ApiError, Code, Metadata, Name, Object, Timestamp, key};
 
 use crate::cells::{self, Cells};
 use crate::decide::decide;
@@ -158,6 +158,38 @@ pub struct Core {
     checked: Option<Name>,
 }
 
+/// What a fleet begins with: an organization and project to work in, those of the cloud itself, and the first administrator.
+fn tenants(step: &mut Step<'_>) {
+    let fixed = |s: &str| s.parse::<Name>().expect("a well-formed name");
+    let (default, system, admin) = (fixed("default"), fixed(SYSTEM_ORGANIZATION), fixed("admin"));
+    for (organization, display_name) in [(&default, "Default"), (&system, "The cloud itself")] {
+        if is_missing::<Organization>(step.world, organization) {
+            let metadata = step.new_metadata(organization.clone(), None);
+            let spec = OrganizationSpec { display_name: display_name.into() };
+            step.put(Object::<Organization>::new(metadata, spec));
+        }
+    }
+    for (project, organization) in [(fixed("default"), &default), (fixed(SYSTEM_PROJECT), &system)] {
+        if is_missing::<Project>(step.world, &project) {
+            let metadata = step.new_metadata(project, None);
+            let spec = ProjectSpec { organization: organization.clone(), ..ProjectSpec::default() };
+            step.put(Object::<Project>::new(metadata, spec));
+        }
+    }
+    let within = |step: &Step<'_>, organization: &Name, name: &Name| Metadata {
+        organization: Some(organization.clone()),
+        ..step.new_metadata(name.clone(), None)
+    };
+    let metadata = within(step, &default, &admin);
+    step.put(Object::<User>::new(metadata, UserSpec { display_name: "Administrator".into(), ..UserSpec::default() }));
+    for (organization, name, role) in [(&default, "owners", "owner"), (&system, "operators", "fleet-operator")] {
+        let subject = Subject { kind: SubjectKind::User, name: admin.clone(), organization: Some(default.clone()) };
+        let spec = RoleBindingSpec { role: role.into(), project: None, subjects: vec![subject] };
+        let metadata = within(step, organization, &fixed(name));
+        step.put(Object::<RoleBinding>::new(metadata, spec));
+    }
+}
+
 /// Whether nothing of that name is there, not even something that can't be read.
 fn is_missing<K: Stored>(world: &World, name: &Name) -> bool {
     K::table(world).get(None, name).is_none() && world.refuse_unreadable::<K>(None, name).is_ok()
@@ -240,24 +272,12 @@ impl Core {
     /// Makes what a region can't be without, if it is not there.
     pub fn bootstrap(&mut self, at: Moment<'_>) {
         let bootstrap = self.bootstrap.clone();
-        let fixed = |s: &str| s.parse::<Name>().expect("a well-formed name");
         let mut step = self.step(at);
         let part = step.world.part;
         let has_fleet = part != Part::Region;
         let none = step.world.organizations.live.is_empty() && step.world.organizations.buried.is_empty();
-        if has_fleet && none && is_missing::<Organization>(step.world, &fixed("default")) {
-            let organization = fixed("default");
-            let metadata = step.new_metadata(organization.clone(), None);
-            let spec = OrganizationSpec { display_name: "Default".into() };
-            step.put(Object::<Organization>::new(metadata, spec));
-            for project in ["default", SYSTEM_PROJECT].map(fixed) {
-                if !is_missing::<Project>(step.world, &project) {
-                    continue;
-                }
-                let metadata = step.new_metadata(project, None);
-                let spec = ProjectSpec { organization: organization.clone(), ..ProjectSpec::default() };
-                step.put(Object::<Project>::new(metadata, spec));
-            }
+        if has_fleet && none {
+            tenants(&mut step);
         }
         if part == Part::Alone && is_missing::<Region>(step.world, &bootstrap.region) {
             let metadata = step.new_metadata(bootstrap.region.clone(), None);
@@ -554,6 +574,10 @@ impl Core {
             let ops = step.finish();
             self.absorb(ops);
         }
+        let mut step = self.step(at);
+        rules::people::forget_ended(&mut step);
+        let ops = step.finish();
+        self.absorb(ops);
     }
 
     /// Recounts what must agree with the rows: quota use per project, reservations per host. Answers each difference.

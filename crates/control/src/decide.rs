@@ -2,6 +2,7 @@
 //!
 //! Everything here is a function of the [`Step`]'s world. A refusal leaves no trace.
 
+use nexus_iam::policy::Change as Grant;
 use nexus_model::kind::{Kind, Severity, *};
 use nexus_model::object::ConditionStatus;
 use nexus_model::selector::Labels;
@@ -231,8 +232,10 @@ fn create<K: Admit>(step: &mut Step<'_>, intent: &Intent, object: &AnyObject) ->
     }
     K::admit(step, None, &mut new)?;
     step.put(new.clone());
-    let m = &new.metadata;
-    step.event(m.project.as_ref(), new.owner_ref(), Severity::Normal, "Created", format!("by {}", intent.actor));
+    if K::TOLD {
+        let m = &new.metadata;
+        step.event(m.project.as_ref(), new.owner_ref(), Severity::Normal, "Created", format!("by {}", intent.actor));
+    }
     K::changed(step, &new);
     Ok(Accepted { object: new.to_any(), created: true, replayed: false })
 }
@@ -267,7 +270,7 @@ fn update<K: Admit>(
     check_size(&new)?;
     K::admit(step, Some(&old), &mut new)?;
     step.put(new.clone());
-    if new.spec != old.spec {
+    if K::TOLD && new.spec != old.spec {
         let message = format!("generation {} by {}", new.metadata.generation, intent.actor);
         step.event(new.metadata.project.as_ref(), new.owner_ref(), Severity::Normal, "Updated", message);
     }
@@ -289,8 +292,10 @@ fn delete<K: Admit>(step: &mut Step<'_>, intent: &Intent, old: Object<K>) -> Res
         return Err(ApiError::new(Code::Conflict, detail));
     }
     K::may_delete(step, &old)?;
-    let m = &old.metadata;
-    step.event(m.project.as_ref(), old.owner_ref(), Severity::Normal, "Deleted", format!("by {}", intent.actor));
+    if K::TOLD {
+        let m = &old.metadata;
+        step.event(m.project.as_ref(), old.owner_ref(), Severity::Normal, "Deleted", format!("by {}", intent.actor));
+    }
     let object = K::delete(step, &old);
     Ok(Accepted { object, created: false, replayed: false })
 }
@@ -311,11 +316,19 @@ pub trait Admit: Stored {
 
     /// Deletes it: at once if nothing is to be torn down. Answers the tombstone.
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
-        step.erase(old);
-        let mut any = old.to_any();
-        any.metadata.deleting = Some(step.now);
-        any
+        erased(step, old)
     }
+
+    /// Whether its changes are events that people read.
+    const TOLD: bool = true;
+}
+
+/// Erases what needs no teardown. Answers the tombstone.
+fn erased<K: Stored>(step: &mut Step<'_>, old: &Object<K>) -> AnyObject {
+    step.erase(old);
+    let mut any = old.to_any();
+    any.metadata.deleting = Some(step.now);
+    any
 }
 
 /// Buries a kind whose teardown takes time.
@@ -366,15 +379,82 @@ impl Admit for Project {
     }
 }
 
-impl Admit for User {}
+impl Admit for User {
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        if old.is_some() && new.spec.disabled {
+            let principal = rules::people::user(new);
+            rules::people::refuse_lock_out(step, new.metadata.organization.as_ref(), Grant::RemoveMember(principal))?;
+        }
+        Ok(())
+    }
 
-impl Admit for Group {}
+    fn may_delete(step: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        let principal = rules::people::user(old);
+        rules::people::refuse_lock_out(step, old.metadata.organization.as_ref(), Grant::RemoveMember(principal))
+    }
 
-impl Admit for ServiceAccount {}
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        rules::people::sign_out(step, old.metadata.organization.as_ref(), HolderKind::User, &old.metadata.name);
+        erased(step, old)
+    }
+}
 
-impl Admit for RoleBinding {}
+impl Admit for ServiceAccount {
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        let organization = old.metadata.organization.as_ref();
+        rules::people::sign_out(step, organization, HolderKind::ServiceAccount, &old.metadata.name);
+        erased(step, old)
+    }
+}
 
-impl Admit for Policy {}
+impl Admit for Group {
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::people::check_members(step, new)?;
+        old.map_or(Ok(()), |old| rules::people::refuse_group_lock_out(step, old, Some(new)))
+    }
+
+    fn may_delete(step: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        rules::people::refuse_group_lock_out(step, old, None)
+    }
+}
+
+impl Admit for RoleBinding {
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::people::check_binding(step, old, new)
+    }
+
+    fn may_delete(step: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        rules::people::refuse_unbinding(step, old)
+    }
+}
+
+impl Admit for Policy {
+    fn admit(step: &mut Step<'_>, _: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::people::check_policy(step, new)
+    }
+}
+
+impl Admit for Token {
+    fn admit(step: &mut Step<'_>, _: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::people::check_token(step, new)
+    }
+}
+
+impl Admit for Session {
+    const TOLD: bool = false;
+
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::people::check_session(step, old, new)
+    }
+}
+
+impl Admit for Credential {
+    const TOLD: bool = false;
+}
+
+impl Admit for SigningKey {
+    const TOLD: bool = false;
+}
 
 impl Admit for Region {
     fn may_delete(_: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
@@ -387,11 +467,9 @@ impl Admit for Region {
     }
 
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
-        step.erase(old);
         // Whatever waited for it waits no longer.
+        let any = erased(step, old);
         rules::fleet::everywhere(step);
-        let mut any = old.to_any();
-        any.metadata.deleting = Some(step.now);
         any
     }
 }

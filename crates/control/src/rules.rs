@@ -7,6 +7,7 @@ pub mod child;
 pub mod fleet;
 pub mod host;
 pub mod instance;
+pub mod people;
 pub mod usage;
 
 use crate::step::{Dirty, Step};

@@ -229,10 +229,10 @@ impl Drop for Step<'_> {
 
 /// The kind's descriptor of a typed kind.
 pub fn descriptor<K: Stored>() -> &'static kind::KindDescriptor {
-    kind::find(K::PLURAL).expect("every kind is listed")
+    kind::stored(K::PLURAL).expect("every kind is listed")
 }
 
 /// The key of an object in any shape.
 pub fn any_key(object: &AnyObject) -> Option<String> {
-    kind::find(&object.kind).map(|d| key::of(d, object))
+    kind::stored(&object.kind).map(|d| key::of(d, object))
 }

@@ -106,6 +106,10 @@ pub struct World {
     pub service_accounts: Table<ServiceAccount>,
     pub role_bindings: Table<RoleBinding>,
     pub policies: Table<Policy>,
+    pub tokens: Table<Token>,
+    pub sessions: Table<Session>,
+    pub credentials: Table<Credential>,
+    pub signing_keys: Table<SigningKey>,
     pub regions: Table<Region>,
     pub zones: Table<Zone>,
     pub cells: Table<Cell>,
@@ -179,7 +183,8 @@ macro_rules! stored {
 macro_rules! for_kind {
     ($plural:expr, $K:ident => $body:expr) => {
         for_kind!(@ $plural, $K, $body,
-            Organization Project User Group ServiceAccount RoleBinding Policy Region Zone Cell Host Image App Instance Route Event Usage)
+            Organization Project User Group ServiceAccount RoleBinding Policy Token Session Credential
+            SigningKey Region Zone Cell Host Image App Instance Route Event Usage)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -202,6 +207,10 @@ stored! {
     ServiceAccount => service_accounts;
     RoleBinding => role_bindings;
     Policy => policies;
+    Token => tokens;
+    Session => sessions;
+    Credential => credentials;
+    SigningKey => signing_keys;
     Region => regions;
     Zone => zones;
     Cell => cells;
@@ -339,7 +348,7 @@ impl Seat {
 /// The store key of a typed object.
 pub fn key_of<K: Kind>(object: &Object<K>) -> String {
     let m = &object.metadata;
-    let descriptor = kind::find(K::PLURAL).expect("every kind is listed");
+    let descriptor = kind::stored(K::PLURAL).expect("every kind is listed");
     match m.deleting {
         Some(_) => key::tombstone(descriptor, m.uid),
         None => key::object(descriptor, m.within(), &m.name),
@@ -446,7 +455,7 @@ impl World {
         if self.unreadable.is_empty() {
             return Ok(());
         }
-        let key = key::object(kind::find(K::PLURAL).expect("every kind is listed"), within, name);
+        let key = key::object(kind::stored(K::PLURAL).expect("every kind is listed"), within, name);
         match self.unreadable.get(&key) {
             None => Ok(()),
             Some(why) => {

@@ -1,7 +1,8 @@
 //! A kind is declared once: here. Routes, schemas, command-line verbs and table columns are derived from its
 //! [`KindDescriptor`] by generic code.
 //!
-//! To add a kind: write its file with `Spec` and `Status`, implement [`Kind`], and list it in [`all`].
+//! To add a kind: write its file with `Spec` and `Status`, implement [`Kind`], and list it in [`all`]. Who may do what with
+//! it is decided in the policy room's table of rules.
 
 mod app;
 mod event;
@@ -262,7 +263,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 17] = [
+static ALL: [KindDescriptor; 19] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -270,6 +271,8 @@ static ALL: [KindDescriptor; 17] = [
     KindDescriptor::of::<ServiceAccount>(),
     KindDescriptor::of::<RoleBinding>(),
     KindDescriptor::of::<Policy>(),
+    KindDescriptor::of::<Token>(),
+    KindDescriptor::of::<Session>(),
     KindDescriptor::of::<Region>(),
     KindDescriptor::of::<Zone>(),
     KindDescriptor::of::<Cell>(),
@@ -282,7 +285,10 @@ static ALL: [KindDescriptor; 17] = [
     KindDescriptor::of::<Usage>(),
 ];
 
-/// Every kind, in the order in which a reader meets them.
+/// Kinds that only servers read and write: they are stored like all others, and nothing else is made of their declaration.
+static PRIVATE: [KindDescriptor; 2] = [KindDescriptor::of::<Credential>(), KindDescriptor::of::<SigningKey>()];
+
+/// Every kind that users meet, in the order in which a reader meets them.
 pub fn all() -> &'static [KindDescriptor] {
     &ALL
 }
@@ -290,6 +296,11 @@ pub fn all() -> &'static [KindDescriptor] {
 /// The kind that `word` names: kind, plural or short form.
 pub fn find(word: &str) -> Option<&'static KindDescriptor> {
     ALL.iter().find(|d| d.answers_to(word))
+}
+
+/// The kind of that very name or plural, private ones among them: for what is stored.
+pub fn stored(name: &str) -> Option<&'static KindDescriptor> {
+    ALL.iter().chain(&PRIVATE).find(|d| d.plural == name || d.kind == name)
 }
 
 #[cfg(test)]
@@ -301,7 +312,7 @@ mod tests {
     #[test]
     fn every_example_is_valid_and_no_word_is_ambiguous() {
         let mut words = std::collections::BTreeSet::new();
-        for d in all() {
+        for d in all().iter().chain(&PRIVATE) {
             let example = (d.example)();
             assert_eq!((d.parse_spec)(&example).unwrap_or_else(|e| panic!("{}: {e:?}", d.kind)), example, "{}", d.kind);
             for word in

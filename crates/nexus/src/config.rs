@@ -113,6 +113,10 @@ pub struct ServerConfig {
     /// Apps are reached at `NAME.<domain>`.
     #[serde(default = "default_domain")]
     pub domain: String,
+    /// Whom access tokens are by, the same at every server: the URL at which others find how to check them
+    /// [default: `https://<domain>`]
+    #[serde(default)]
+    pub issuer: Option<String>,
     /// The zones that the first start creates, beside the region, the organization `default` and the projects `default`
     /// and `system`.
     #[serde(default)]
@@ -346,6 +350,13 @@ pub struct HostInitConfig {
     pub keeper_log: PathBuf,
 }
 
+impl ServerConfig {
+    /// Whom access tokens are by.
+    pub fn issuer(&self) -> String {
+        self.issuer.clone().unwrap_or_else(|| format!("https://{}", self.domain))
+    }
+}
+
 fn default_domain() -> String {
     nexus_model::plan::DEFAULT_DOMAIN.to_owned()
 }
@@ -405,6 +416,14 @@ impl Config for ServerConfig {
     }
 
     fn check(&self) -> Result<(), (&'static str, String)> {
+        if let Some(issuer) = &self.issuer
+            && (!issuer.starts_with("https://") || issuer.len() > 256 || issuer.ends_with('/'))
+        {
+            return Err((
+                "issuer",
+                "it is an https:// URL of at most 256 bytes, without a slash at its end".to_owned(),
+            ));
+        }
         if self.region == GLOBAL {
             return Err(("region", format!("`{GLOBAL}` is the name of what belongs to no region")));
         }
@@ -622,6 +641,7 @@ mod tests {
             api_peer_listen: None,
             token_hash: "hash".into(),
             domain: "localhost".into(),
+            issuer: None,
             zones: vec!["zone-a".parse().unwrap()],
             join: false,
             authority: None,

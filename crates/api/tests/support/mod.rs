@@ -15,12 +15,14 @@ use futures::StreamExt;
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use nexus_api::{
-    Api, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations, Principal,
-    Remote, StatusSource, TokenAuthenticator, Topology,
+    Api, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations, Operators,
+    Remote, StatusSource, Topology,
 };
+use nexus_control::directory::Directory;
 use nexus_control::intent::{Accepted, Change, Intent, Writer};
 use nexus_env::Env;
 use nexus_iam::TokenSecret;
+use nexus_iam::jwt::SigningKey;
 use nexus_model::plan::{ExecRequest, LogsRequest};
 use nexus_model::{AnyObject, ApiError, Code, Digest, Name, Timestamp, Uid, key, kind};
 use nexus_store::{
@@ -238,8 +240,8 @@ impl Writer for FakeWriter {
         if let Some(first) = intent.idempotency_key.as_ref().and_then(|k| answers.get(k)) {
             return Ok(Accepted { replayed: true, ..first.clone() });
         }
-        let kind = kind::find(&intent.target.plural).unwrap();
-        let at = key::object(kind, intent.target.project.as_ref(), &intent.target.name);
+        let kind = kind::stored(&intent.target.plural).unwrap();
+        let at = key::object(kind, intent.target.within(), &intent.target.name);
         let found = self.store.range(RangeRequest::get(at.clone())).await.unwrap().kvs.pop();
         let old: Option<AnyObject> = found.as_ref().map(|kv| serde_json::from_slice(&kv.value).unwrap());
         if let Some(wanted) = intent.if_match
@@ -462,7 +464,11 @@ impl World {
         let (store, global) = (MemStore::new(), MemStore::new());
         let secret = TokenSecret::generate([7; 32]);
         let shutdown = CancellationToken::new();
-        let principal = Principal { name: "admin".into() };
+        let directory = Directory::default();
+        tokio::spawn({
+            let (directory, global, shutdown) = (directory.clone(), global.clone(), shutdown.clone());
+            async move { directory.follow(global, shutdown).await }
+        });
         let api = Api {
             region: "local".parse().unwrap(),
             env: Env::real(),
@@ -471,7 +477,10 @@ impl World {
             global_store: global.clone(),
             global_writer: Arc::new(FakeWriter { store: global.clone(), answers: Default::default() }),
             remote: Arc::new(Mirror),
-            authenticator: Arc::new(TokenAuthenticator::new([(secret.hash(), principal)])),
+            directory: directory.clone(),
+            operators: Operators::new([(secret.hash(), "admin".into())]),
+            signer: Arc::new(SigningKey::generate().unwrap()),
+            issuer: "https://cloud.test".into(),
             blobs: Arc::new(MemBlobs::default()),
             hosts: Arc::new(EchoHost),
             operations: Arc::new(EchoOperations),

@@ -136,7 +136,10 @@ fn tear_down_organization(step: &mut Step<'_>, uid: Uid) -> Teardown {
         Teardown::Progressed
     } else if step.world.projects.buried.values().any(|p| p.spec.organization == *name) {
         Teardown::Waiting
-    } else if take_away::<RoleBinding>(step, name)
+    } else if take_away::<Session>(step, name)
+        || take_away::<Token>(step, name)
+        || take_away::<Credential>(step, name)
+        || take_away::<RoleBinding>(step, name)
         || take_away::<Policy>(step, name)
         || take_away::<Group>(step, name)
         || take_away::<ServiceAccount>(step, name)

@@ -24,7 +24,9 @@ mod text;
 mod vocabulary;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
+
+use nexus_model::kind;
 
 pub use compile::check;
 pub use engine::{Change, Engine, LockOut, Place};
@@ -33,8 +35,17 @@ pub use request::{
     Binding, Circumstances, Considered, Decision, Explanation, PolicyText, Principal, Reach, Reason, Request, Resource,
     Role, Source,
 };
-pub use rules::{GROUPS, Level};
+pub use rules::{EXTRAS, GROUPS, Level, OPERATIONS, VERBS};
 pub use vocabulary::{Action, PrincipalKind, Surface, Vocabulary};
+
+/// The words for everything that this release serves.
+pub fn vocabulary() -> &'static Arc<Vocabulary> {
+    static MADE: LazyLock<Arc<Vocabulary>> = LazyLock::new(|| {
+        let surface = Surface { kinds: kind::all(), verbs: VERBS, operations: OPERATIONS, extras: EXTRAS };
+        Arc::new(Vocabulary::new(surface).expect("a test makes it"))
+    });
+    &MADE
+}
 
 /// The built-in roles as users read them.
 pub const ROLES: &str = compile::ROLES;

@@ -132,7 +132,9 @@ const RULES: &[Rule] = &[
     Rule::new("blobs", Holder::Project, &["view"], &[]).verbs(&[("put", &["edit"], Level::Project)]),
     Rule::new("secrets", Holder::Any, &["view"], &["edit"]).verbs(&[("read-value", &["reveal"], Level::Project)]),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
-    Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization),
+    Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE)
+        .level(Level::Organization)
+        .verbs(&[("set-password", &["self"], Level::Organization), ("invite", PEOPLE, Level::Organization)]),
     Rule::new("groups", Holder::Organization, &["view", "audit"], PEOPLE).level(Level::Organization),
     Rule::new("service-accounts", Holder::Organization, &["view", "self", "audit"], PEOPLE),
     Rule::new("role-bindings", Holder::Any, &["view", "audit"], PEOPLE),
@@ -157,6 +159,33 @@ const RULES: &[Rule] = &[
         .verbs(&[("export", &["audit"], Level::Project), ("verify", &["audit"], Level::Project)]),
     // What is not a collection: the fleet's own faces.
     Rule::new("status", Holder::Fleet, &["fleet-view"], &[]),
+];
+
+/// Verbs of kinds beside the standard ones, as (plural, verb).
+pub const VERBS: &[(&str, &str)] =
+    &[("instances", "logs"), ("instances", "exec"), ("users", "set-password"), ("users", "invite")];
+
+/// Actions on collections that are no kinds.
+pub const EXTRAS: &[(&str, &str)] = &[("status", "get"), ("blobs", "get"), ("blobs", "put")];
+
+/// What operators do to the fleet itself. Those that carry a credential of their own are asked of nobody.
+pub const OPERATIONS: &[&str] = &[
+    "trust",
+    "server-token",
+    "host-token",
+    "gateway-token",
+    "token-list",
+    "token-revoke",
+    "server-join",
+    "host-join",
+    "gateway-join",
+    "server-list",
+    "server-remove",
+    "server-replace",
+    "region-remove",
+    "host-leave",
+    "backup-create",
+    "backup-list",
 ];
 
 /// Every `operations:NAME` is the fleet's.

@@ -3,14 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, OnceLock};
 
-use nexus_iam::policy::{Circumstances, Surface, Vocabulary};
+use nexus_iam::policy::{Circumstances, EXTRAS, OPERATIONS, Surface, VERBS, Vocabulary};
 use nexus_model::Timestamp;
 use nexus_model::kind::{self, Home, KindDescriptor, Scope, Verbs};
 use nexus_model::selector::Labels;
-
-const VERBS: &[(&str, &str)] = &[("instances", "logs"), ("instances", "exec")];
-const OPERATIONS: &[&str] = &["host-token", "server-join"];
-const EXTRAS: &[(&str, &str)] = &[("status", "get"), ("blobs", "get"), ("blobs", "put")];
 
 /// A kind of no content.
 pub fn kind(kind: &'static str, plural: &'static str, scope: Scope) -> KindDescriptor {
@@ -38,12 +34,7 @@ fn copy(d: &KindDescriptor) -> KindDescriptor {
 
 /// What is served today.
 pub fn today() -> Arc<Vocabulary> {
-    static MADE: OnceLock<Arc<Vocabulary>> = OnceLock::new();
-    let make = || {
-        let surface = Surface { kinds: kind::all(), verbs: VERBS, operations: OPERATIONS, extras: EXTRAS };
-        Arc::new(Vocabulary::new(surface).unwrap())
-    };
-    MADE.get_or_init(make).clone()
+    nexus_iam::policy::vocabulary().clone()
 }
 
 /// With every kind that the rules speak of.

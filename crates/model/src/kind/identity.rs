@@ -1,6 +1,7 @@
 //! Who may do what: the people and programs of an organization, and what they are given.
 //!
-//! Credentials are not here: a password or key is no part of an object that can be read.
+//! Of credentials, what can be read of them is here too; what a password's hash or a key is kept in is a *private* kind,
+//! which no route, schema or list shows.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Column, Home, Kind, Scope, Verbs};
-use crate::{Condition, FieldError, Name};
+use crate::{Condition, FieldError, Name, Timestamp};
 
 /// The most members of a group, and subjects of a role binding.
 pub const MAX_SUBJECTS: usize = 256;
@@ -33,12 +34,6 @@ pub struct UserSpec {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct UserStatus {
-    /// The identity provider that it signs in by; without one, by a password.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub identity_provider: Option<Name>,
-    pub has_password: bool,
-    /// A one-time code is asked for beside the password.
-    pub has_totp: bool,
     pub conditions: Vec<Condition>,
 }
 
@@ -58,13 +53,8 @@ impl Kind for User {
     const SCOPE: Scope = Scope::Organization;
     const HOME: Home = Home::Global;
     const VERBS: Verbs = Verbs::ALL;
-    const COLUMNS: &'static [Column] = &[
-        Column::new("DISPLAY NAME", "/spec/displayName"),
-        Column::new("DISABLED", "/spec/disabled"),
-        Column::new("PASSWORD", "/status/hasPassword"),
-        Column::new("TOTP", "/status/hasTotp"),
-        Column::new("PROVIDER", "/status/identityProvider"),
-    ];
+    const COLUMNS: &'static [Column] =
+        &[Column::new("DISPLAY NAME", "/spec/displayName"), Column::new("DISABLED", "/spec/disabled")];
     type Spec = UserSpec;
     type Status = UserStatus;
 
@@ -134,9 +124,6 @@ pub struct GroupSpec {
     pub users: BTreeSet<Name>,
     #[schemars(length(max = 256))]
     pub service_accounts: BTreeSet<Name>,
-    /// What an identity provider calls it: whoever signs in with one of these groups is a member for as long as the session.
-    #[schemars(length(max = 32))]
-    pub claims: BTreeSet<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -162,9 +149,6 @@ impl Kind for Group {
         let mut errors = text("spec.displayName", &spec.display_name, 200);
         if spec.users.len() + spec.service_accounts.len() > MAX_SUBJECTS {
             errors.push(FieldError::new("spec.users", format!("at most {MAX_SUBJECTS} members in all")));
-        }
-        if spec.claims.len() > 32 || spec.claims.iter().any(|c| c.is_empty() || c.chars().count() > 256) {
-            errors.push(FieldError::new("spec.claims", "at most 32, each of 1 to 256 characters"));
         }
         errors
     }
@@ -303,5 +287,225 @@ impl Kind for Policy {
             text: "forbid (principal, action == Action::\"instances:exec\", resource)\nunless { context.mfa };\n"
                 .into(),
         }
+    }
+}
+
+/// Whose a credential is: a user or service account of the credential's organization.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Holder {
+    pub kind: HolderKind,
+    pub name: Name,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum HolderKind {
+    User,
+    ServiceAccount,
+}
+
+#[derive(Debug, Clone)]
+pub struct Token;
+
+/// The longest life of a token, in days.
+pub const MAX_TOKEN_DAYS: u64 = 366;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TokenSpec {
+    /// Without it, whoever creates the token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Holder>,
+    /// At most 366 days ahead; without it, in 30 days.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires: Option<Timestamp>,
+    /// Opens nothing but this project.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub project: Option<Name>,
+    #[schemars(length(max = 200))]
+    pub description: String,
+    /// By which the token is known: the SHA-256 of its text. Written by the server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(equal = 64))]
+    pub hash: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TokenStatus {
+    /// The token itself, in the answer to its create and nowhere else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub token: Option<String>,
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for Token {
+    const KIND: &'static str = "Token";
+    const PLURAL: &'static str = "tokens";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str =
+        "A long-lived bearer token of a user or service account. Its text is told once, in the answer to its create.";
+    const SCOPE: Scope = Scope::Organization;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs { create: true, update: false, delete: true };
+    const COLUMNS: &'static [Column] = &[
+        Column::new("HOLDER", "/spec/holder/name"),
+        Column::new("PROJECT", "/spec/project"),
+        Column::new("EXPIRES", "/spec/expires"),
+    ];
+    type Spec = TokenSpec;
+    type Status = TokenStatus;
+
+    fn validate(spec: &TokenSpec) -> Vec<FieldError> {
+        text("spec.description", &spec.description, 200)
+    }
+
+    fn example() -> TokenSpec {
+        let name = |n: &str| n.parse().expect("a well-formed name");
+        TokenSpec {
+            holder: Some(Holder { kind: HolderKind::ServiceAccount, name: name("deployer") }),
+            project: Some(name("shop")),
+            description: "for the pipeline".into(),
+            ..TokenSpec::default()
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Session;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SessionSpec {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Holder>,
+    /// Until when it can be refreshed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires: Option<Timestamp>,
+    /// How its holder proved who they are (RFC 8176): `pwd`, `otp`.
+    #[schemars(length(max = 8))]
+    pub factors: Vec<String>,
+    /// From where it was opened.
+    #[schemars(length(max = 64))]
+    pub address: String,
+    /// The SHA-256 of the refresh token that is good now, and of the one before it: who brings that one has copied it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refresh: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spent: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SessionStatus {
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for Session {
+    const KIND: &'static str = "Session";
+    const PLURAL: &'static str = "sessions";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str = "A sign-in that has not ended. Deleting it ends it, and what was signed in by it.";
+    const SCOPE: Scope = Scope::Organization;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs { create: false, update: false, delete: true };
+    const COLUMNS: &'static [Column] = &[
+        Column::new("HOLDER", "/spec/holder/name"),
+        Column::new("FROM", "/spec/address"),
+        Column::new("EXPIRES", "/spec/expires"),
+    ];
+    type Spec = SessionSpec;
+    type Status = SessionStatus;
+
+    fn validate(_: &SessionSpec) -> Vec<FieldError> {
+        Vec::new()
+    }
+
+    fn example() -> SessionSpec {
+        let holder = Holder { kind: HolderKind::User, name: "ada".parse().expect("a well-formed name") };
+        SessionSpec { holder: Some(holder), factors: vec!["pwd".into()], ..SessionSpec::default() }
+    }
+}
+
+/// What a user proves themself with. Private: no route shows it.
+#[derive(Debug, Clone)]
+pub struct Credential;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CredentialSpec {
+    /// An argon2id hash in PHC form.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password: Option<String>,
+    /// Sets a first or new password, once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub invitation: Option<Invitation>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Invitation {
+    /// The SHA-256 of its text.
+    pub hash: String,
+    pub expires: Timestamp,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NoStatus {}
+
+impl Kind for Credential {
+    const KIND: &'static str = "Credential";
+    const PLURAL: &'static str = "credentials";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str = "What a user proves themself with.";
+    const SCOPE: Scope = Scope::Organization;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs::READ_ONLY;
+    const COLUMNS: &'static [Column] = &[];
+    type Spec = CredentialSpec;
+    type Status = NoStatus;
+
+    fn validate(_: &CredentialSpec) -> Vec<FieldError> {
+        Vec::new()
+    }
+
+    fn example() -> CredentialSpec {
+        CredentialSpec::default()
+    }
+}
+
+/// The public half of a key by which a server signs access tokens. Private: it is published as a JWK set.
+#[derive(Debug, Clone)]
+pub struct SigningKey;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SigningKeySpec {
+    /// 32 bytes of an Ed25519 public key, in hexadecimal.
+    pub key: String,
+    /// The server that has the private half.
+    pub server: String,
+}
+
+impl Kind for SigningKey {
+    const KIND: &'static str = "SigningKey";
+    const PLURAL: &'static str = "signing-keys";
+    const SHORT: &'static [&'static str] = &[];
+    const ABOUT: &'static str = "A key by which a server signs access tokens.";
+    const SCOPE: Scope = Scope::Global;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs::READ_ONLY;
+    const COLUMNS: &'static [Column] = &[];
+    type Spec = SigningKeySpec;
+    type Status = NoStatus;
+
+    fn validate(_: &SigningKeySpec) -> Vec<FieldError> {
+        Vec::new()
+    }
+
+    fn example() -> SigningKeySpec {
+        SigningKeySpec { key: "00".repeat(32), server: "s1".into() }
     }
 }

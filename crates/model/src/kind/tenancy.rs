@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 use super::{Column, Home, Kind, Scope, Verbs};
 use crate::{Bytes, Condition, FieldError, MilliCpu, Name};
 
+/// The organization of the cloud itself. What is granted in it is granted over the fleet.
+pub const SYSTEM_ORGANIZATION: &str = "system";
+
 #[derive(Debug, Clone)]
 pub struct Organization;
 

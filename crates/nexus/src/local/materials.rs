@@ -184,6 +184,7 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 api_peer_listen: server.api_peer,
                 token_hash: dir.token_hash(),
                 domain: DOMAIN.to_owned(),
+                issuer: None,
                 zones: plan.zones.clone(),
                 join: false,
                 authority: Some(AuthorityFiles { cert: dir.ca(), key: dir.ca_key(), certificate_seconds: None }),

@@ -14,6 +14,7 @@ mod membership;
 pub mod northbound;
 mod operations;
 mod remote;
+mod signing;
 mod southbound;
 mod status;
 mod voters;
@@ -22,7 +23,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use nexus_api::{Api, Limits, Principal, TokenAuthenticator};
+use nexus_api::{Api, Limits, Operators};
+use nexus_control::directory::Directory;
 use nexus_control::view::View;
 use nexus_env::{Endpoint, Env};
 use nexus_iam::tls::{self, ExpiryPolicy, Identity, Policy, Roots};
@@ -122,6 +124,14 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
             futures::join!(view.follow(region, stop.clone()), view.follow_global(global, stop));
         });
     }
+    let directory = Directory::default();
+    {
+        let (directory, global, stop) = (directory.clone(), groups.global.clone(), stop.clone());
+        tasks.spawn(async move { directory.follow(global, stop).await });
+    }
+    let signer = Arc::new(signing::load(&config.data_dir)?);
+    let writer = writers.global.clone();
+    tasks.spawn(signing::publish(signer.clone(), config.name.clone(), writer, env.clone(), stop.clone()));
     {
         let (blobs, stop) = (blobs.clone(), stop.clone());
         tasks.spawn(async move { blobs.replicate(stop).await });
@@ -217,7 +227,10 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         global_store: groups.global.clone(),
         global_writer: writers.global.clone(),
         remote: Arc::new(Remotes::new(&config.region, view.clone(), env.clone(), api_client, stop.clone())),
-        authenticator: Arc::new(TokenAuthenticator::new([(hash, Principal { name: "admin".into() })])),
+        directory,
+        operators: Operators::new([(hash, "admin".into())]),
+        signer,
+        issuer: config.issuer(),
         blobs: blobs.clone(),
         hosts: Arc::new(hosts::Hosts::new(view.clone(), pool.clone())),
         operations: Arc::new(operations),

@@ -400,6 +400,7 @@ impl Joins {
                 zone: zone.clone(),
                 node,
                 domain: self.config.domain.clone(),
+                issuer: self.config.issuer.clone(),
                 zones: self.config.zones.clone(),
                 ca: authority.cert_pem().to_owned(),
                 cert: authority.sign(&request, &own, &none)?,

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use axum::Router;
+use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
+use nexus_api::PeerAddress;
 use nexus_env::{BoxStream, Endpoint, Env, Listener};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -55,11 +56,11 @@ async fn serve(
             Some(_) = connections.join_next() => continue,
         };
         match accepted {
-            Ok((stream, _)) => {
+            Ok((stream, from)) => {
                 let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
                 connections.spawn(async move {
                     let _permit = permit;
-                    connection(stream, acceptor, router, watcher).await;
+                    connection(stream, &from, acceptor, router, watcher).await;
                 });
             }
             Err(error) => {
@@ -76,7 +77,13 @@ async fn serve(
     connections.shutdown().await;
 }
 
-async fn connection(stream: BoxStream, acceptor: Option<tokio_rustls::TlsAcceptor>, router: Router, watcher: Watcher) {
+async fn connection(
+    stream: BoxStream,
+    from: &Endpoint,
+    acceptor: Option<tokio_rustls::TlsAcceptor>,
+    router: Router,
+    watcher: Watcher,
+) {
     let stream: BoxStream = match acceptor {
         None => stream,
         Some(acceptor) => match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
@@ -94,6 +101,10 @@ async fn connection(stream: BoxStream, acceptor: Option<tokio_rustls::TlsAccepto
         .max_concurrent_streams(256)
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(10));
+    let router = match from {
+        Endpoint::Tcp(from) => router.layer(Extension(PeerAddress(from.ip().to_canonical()))),
+        _ => router,
+    };
     let service = TowerToHyperService::new(router);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
     if let Err(error) = watcher.watch(connection).await {

@@ -1,0 +1,763 @@
+//! Signing in: the token endpoint, what others need to check its tokens, who somebody is, and what they may do.
+//!
+//! `POST /oauth2/token` (RFC 6749) takes a form with one of these grants and answers an access token, a refresh token and
+//! their session:
+//!
+//! | `grant_type` | parameters | |
+//! |---|---|---|
+//! | `password` | `username` (`organization/name`), `password` | |
+//! | `refresh_token` | `refresh_token` | The refresh token changes every time. Who brings one twice has copied it: the session ends. |
+//! | `urn:cloudnexus:invitation` | `username`, `invitation`, `password` | Sets a password, by what an invitation told. |
+//!
+//! Guessing is slow: after a few wrong passwords for a user, or from an address, each further one has to wait longer.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use http::header::{CACHE_CONTROL, RETRY_AFTER};
+use http::request::Parts;
+use http::{HeaderValue, StatusCode};
+use http_body_util::{BodyExt, Limited};
+use nexus_control::directory;
+use nexus_control::intent::{Change, Intent, Target as Aim};
+use nexus_env::RngExt;
+use nexus_iam::jwt::{self, Claims};
+use nexus_iam::password::{self, Password, PasswordHash};
+use nexus_iam::policy::{self, Place as PolicyPlace, Principal, Reach};
+use nexus_iam::{TokenHash, TokenSecret};
+use nexus_model::kind::{Credential, CredentialSpec, Holder, HolderKind, Invitation, Kind, Session, SessionSpec, User};
+use nexus_model::selector::Labels;
+use nexus_model::{AnyObject, ApiError, Code, Metadata, Name, Object, RequestId, Timestamp};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::Semaphore;
+
+use crate::caller::{ACCESS, AUDIENCE, Proof, subject};
+use crate::headers;
+use crate::input::read_json;
+use crate::problem::Refusal;
+use crate::query::Query;
+use crate::route::{KEYS, Place, SIGN_IN, Verb};
+use crate::serve::{Context, Server, json as answer_json};
+
+/// How long a session can be refreshed.
+const SESSION: Duration = Duration::from_secs(12 * 3600);
+const INVITATION: Duration = Duration::from_secs(24 * 3600);
+const MAX_FORM: usize = 16 << 10;
+const FORM: &[&str] = &["application/x-www-form-urlencoded"];
+const INVITED: &str = "urn:cloudnexus:invitation";
+/// Wrong tries before the next must wait.
+const FREE_TRIES: u32 = 5;
+/// The longest wait between two tries.
+const LONGEST: Duration = Duration::from_secs(300);
+/// Users and addresses whose tries are counted; of more, the oldest are forgotten.
+const COUNTED: usize = 20_000;
+/// Passwords that are hashed at once: each takes 19 MiB and some tens of milliseconds of a core.
+const HASHING: usize = 2;
+
+/// What a server remembers of sign-ins.
+pub(crate) struct SignIns {
+    tries: Mutex<HashMap<String, Tries>>,
+    hashing: Semaphore,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Tries {
+    wrong: u32,
+    /// By the monotonic clock.
+    last: Duration,
+}
+
+impl Default for SignIns {
+    fn default() -> Self {
+        Self { tries: Mutex::default(), hashing: Semaphore::new(HASHING) }
+    }
+}
+
+impl Tries {
+    /// How long after the last wrong try the next may come.
+    fn pause(self) -> Duration {
+        match self.wrong.checked_sub(FREE_TRIES) {
+            None => Duration::ZERO,
+            Some(over) => Duration::from_secs(1 << over.min(9)).min(LONGEST),
+        }
+    }
+}
+
+impl SignIns {
+    /// How long somebody has to wait before they may try.
+    fn wait(&self, who: &[String], now: Duration) -> Duration {
+        let tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = who.iter().filter_map(|w| tries.get(w)).map(|t| (t.last + t.pause()).saturating_sub(now));
+        left.max().unwrap_or_default()
+    }
+
+    fn wrong(&self, who: &[String], now: Duration) {
+        let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
+        if tries.len() + who.len() > COUNTED {
+            tries.retain(|_, t| now.saturating_sub(t.last) < LONGEST);
+        }
+        if tries.len() + who.len() > COUNTED {
+            tries.clear();
+        }
+        for who in who {
+            let entry = tries.entry(who.clone()).or_insert(Tries { wrong: 0, last: now });
+            // Who has rested long enough begins anew.
+            let rested = now.saturating_sub(entry.last) > 2 * LONGEST;
+            *entry = Tries { wrong: if rested { 1 } else { entry.wrong.saturating_add(1) }, last: now };
+        }
+    }
+
+    fn right(&self, who: &[String]) {
+        let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
+        tries.retain(|w, _| !who.contains(w));
+    }
+}
+
+/// Why no token is given (RFC 6749, section 5.2).
+struct Denied {
+    status: StatusCode,
+    error: &'static str,
+    description: String,
+    retry_after: Option<u64>,
+}
+
+impl Denied {
+    fn new(error: &'static str, description: impl Into<String>) -> Self {
+        Self { status: StatusCode::BAD_REQUEST, error, description: description.into(), retry_after: None }
+    }
+
+    fn wrong() -> Self {
+        Self::new("invalid_grant", "the organization, the name or what was to prove them is wrong")
+    }
+}
+
+impl From<ApiError> for Denied {
+    fn from(error: ApiError) -> Self {
+        let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let name = if error.status >= 500 { "temporarily_unavailable" } else { "invalid_request" };
+        let retry_after = (error.code == Code::Unavailable || error.code == Code::Overloaded).then_some(1);
+        Self { status, error: name, description: error.detail, retry_after }
+    }
+}
+
+/// What the token endpoint answers.
+#[derive(Debug, Serialize)]
+struct Granted {
+    access_token: String,
+    token_type: &'static str,
+    expires_in: u64,
+    refresh_token: String,
+    session: Name,
+    organization: Name,
+    user: Name,
+}
+
+/// The answer of the token endpoint, good or bad.
+pub(crate) async fn token(server: &Server, parts: &Parts, body: Body, request_id: &RequestId) -> Response {
+    let limit = server.api.limits.request_timeout;
+    let outcome = match tokio::time::timeout(limit, grant(server, parts, body, request_id)).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(ApiError::new(Code::Timeout, "no answer in time").into()),
+    };
+    let mut response = match outcome {
+        Ok(granted) => answer_json(&granted),
+        Err(denied) => {
+            let mut response = answer_json(&json!({"error": denied.error, "error_description": denied.description}));
+            *response.status_mut() = denied.status;
+            if let Some(seconds) = denied.retry_after {
+                response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+            }
+            response
+        }
+    };
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+async fn form(parts: &Parts, body: Body) -> Result<Query, Denied> {
+    headers::check_content_type(&parts.headers, FORM)?;
+    let collected = Limited::new(body, MAX_FORM).collect().await;
+    let bytes =
+        collected.map_err(|_| Denied::new("invalid_request", format!("a form has at most {MAX_FORM} bytes")))?;
+    let bytes = bytes.to_bytes();
+    let text = std::str::from_utf8(&bytes).map_err(|_| Denied::new("invalid_request", "the form is not UTF-8"))?;
+    let known =
+        ["grant_type", "username", "password", "refresh_token", "invitation", "client_id", "client_secret", "scope"];
+    Ok(Query::parse(Some(text), &known, &[])?)
+}
+
+fn needed<'a>(form: &'a Query, name: &str) -> Result<&'a str, Denied> {
+    form.get(name).filter(|v| !v.is_empty()).ok_or_else(|| Denied::new("invalid_request", format!("{name} is missing")))
+}
+
+/// Somebody who wants to sign in, perhaps of no account.
+struct Claimant {
+    organization: Name,
+    name: Name,
+}
+
+fn claimant(form: &Query) -> Result<Claimant, Denied> {
+    let text = needed(form, "username")?;
+    let (organization, name) = text
+        .split_once('/')
+        .ok_or_else(|| Denied::new("invalid_request", "username is ORGANIZATION/NAME, such as acme/ada"))?;
+    let parsed = organization.parse().ok().zip(name.parse().ok());
+    parsed.map(|(organization, name)| Claimant { organization, name }).ok_or_else(Denied::wrong)
+}
+
+async fn grant(server: &Server, parts: &Parts, body: Body, request_id: &RequestId) -> Result<Granted, Denied> {
+    let form = form(parts, body).await?;
+    let address = parts.extensions.get::<crate::PeerAddress>().map_or(IpAddr::from([127, 0, 0, 1]), |p| p.0);
+    match needed(&form, "grant_type")? {
+        "password" => by_password(server, &form, address, request_id).await,
+        "refresh_token" => refresh(server, &form, address, request_id).await,
+        INVITED => by_invitation(server, &form, address, request_id).await,
+        _ => Err(Denied::new(
+            "unsupported_grant_type",
+            format!("the grants are `password`, `refresh_token` and `{INVITED}`"),
+        )),
+    }
+}
+
+impl Claimant {
+    /// What is counted: tries for this user, and tries from this address.
+    fn counted(&self, address: IpAddr) -> Vec<String> {
+        vec![format!("user {}/{}", self.organization, self.name), format!("from {address}")]
+    }
+
+    fn holder(&self) -> Holder {
+        Holder { kind: HolderKind::User, name: self.name.clone() }
+    }
+}
+
+fn may_try(server: &Server, who: &[String]) -> Result<(), Denied> {
+    let wait = server.sign_ins.wait(who, server.api.env.monotonic());
+    if wait.is_zero() {
+        return Ok(());
+    }
+    let seconds = wait.as_secs() + 1;
+    Err(Denied {
+        status: StatusCode::TOO_MANY_REQUESTS,
+        retry_after: Some(seconds),
+        ..Denied::new("slow_down", format!("too many wrong tries: the next one counts in {seconds} s"))
+    })
+}
+
+/// Checks a password with the work that it takes, also for an account that is not there.
+async fn check(server: &Server, stored: Option<String>, password: Password) -> Result<bool, ApiError> {
+    let _turn = server.sign_ins.hashing.acquire().await.expect("never closed");
+    let work = move || {
+        let stored = stored.and_then(|s| s.parse::<PasswordHash>().ok());
+        password::verify(stored.as_ref(), &password)
+    };
+    tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::new(Code::Internal, "checking the password failed"))
+}
+
+async fn hash(server: &Server, name: &Name, password: Password) -> Result<String, ApiError> {
+    let weak =
+        |e: password::WeakPassword| ApiError::invalid(vec![nexus_model::FieldError::new("password", e.to_string())]);
+    password.check_strength(name.as_str()).map_err(weak)?;
+    let _turn = server.sign_ins.hashing.acquire().await.expect("never closed");
+    let made = tokio::task::spawn_blocking(move || PasswordHash::of(&password)).await;
+    let made = made.map_err(|_| ApiError::new(Code::Internal, "hashing the password failed"))?;
+    made.map(|h| h.as_str().to_owned()).map_err(|e| ApiError::new(Code::Internal, e.to_string()))
+}
+
+async fn by_password(
+    server: &Server,
+    form: &Query,
+    address: IpAddr,
+    request_id: &RequestId,
+) -> Result<Granted, Denied> {
+    let who = claimant(form)?;
+    let password = Password::new(needed(form, "password")?.to_owned());
+    let counted = who.counted(address);
+    may_try(server, &counted)?;
+    let stored = server.api.directory.read(|known| {
+        let active = known.is_active(&who.organization, &who.holder());
+        let credential = known.credential(&who.organization, &who.name).filter(|_| active);
+        credential.and_then(|c| c.spec.password.clone())
+    });
+    if !check(server, stored, password).await? {
+        server.sign_ins.wrong(&counted, server.api.env.monotonic());
+        tracing::info!(user = %format!("{}/{}", who.organization, who.name), %address, "a sign-in was refused");
+        return Err(Denied::wrong());
+    }
+    server.sign_ins.right(&counted);
+    open(server, &who, vec!["pwd".into()], address, request_id).await
+}
+
+async fn by_invitation(
+    server: &Server,
+    form: &Query,
+    address: IpAddr,
+    request_id: &RequestId,
+) -> Result<Granted, Denied> {
+    let who = claimant(form)?;
+    let counted = who.counted(address);
+    may_try(server, &counted)?;
+    let invitation = TokenSecret::parse(needed(form, "invitation")?).map(|s| s.hash());
+    let password = Password::new(needed(form, "password")?.to_owned());
+    // It may have been made at another server a moment ago.
+    server.catch_up().await;
+    let found = server.api.directory.read(|known| {
+        let active = known.is_active(&who.organization, &who.holder());
+        known.credential(&who.organization, &who.name).filter(|_| active).cloned()
+    });
+    let now = server.now();
+    let good = |c: &Object<Credential>| {
+        let told = c.spec.invitation.as_ref().filter(|i| i.expires > now);
+        told.and_then(|i| i.hash.parse::<TokenHash>().ok()).zip(invitation.as_ref().ok()).is_some_and(|(a, b)| a == *b)
+    };
+    let Some(credential) = found.filter(good) else {
+        server.sign_ins.wrong(&counted, server.api.env.monotonic());
+        return Err(Denied::new("invalid_grant", "this invitation is not known, was used already or has expired"));
+    };
+    let password = hash(server, &who.name, password).await?;
+    let spec = CredentialSpec { password: Some(password), invitation: None };
+    // Once only: of two who bring it at once, one finds the credential changed.
+    keep(server, &who.organization, &who.name, spec, Some(&credential), request_id).await?;
+    server.sign_ins.right(&counted);
+    end_sessions(server, &who, None, request_id).await?;
+    open(server, &who, vec!["pwd".into()], address, request_id).await
+}
+
+/// What this server itself asks of the global group's writer.
+async fn submit<K: Kind>(
+    server: &Server,
+    within: (Option<&Name>, &Name),
+    change: Change,
+    if_match: Option<u64>,
+    actor: &str,
+    request_id: &RequestId,
+) -> Result<AnyObject, ApiError> {
+    let target =
+        Aim { plural: K::PLURAL.to_owned(), project: None, organization: within.0.cloned(), name: within.1.clone() };
+    let intent = Intent {
+        request_id: request_id.clone(),
+        actor: actor.to_owned(),
+        target,
+        change,
+        if_match,
+        idempotency_key: None,
+        dry_run: false,
+    };
+    Ok(server.api.global_writer.submit(intent).await?.object)
+}
+
+fn object<K: Kind>(organization: &Name, name: &Name, spec: K::Spec) -> AnyObject {
+    let metadata = Metadata { organization: Some(organization.clone()), ..Metadata::new(name.clone(), None) };
+    Object::<K>::new(metadata, spec).to_any()
+}
+
+/// Writes a user's credential, in place of the one that was read.
+async fn keep(
+    server: &Server,
+    organization: &Name,
+    name: &Name,
+    spec: CredentialSpec,
+    before: Option<&Object<Credential>>,
+    request_id: &RequestId,
+) -> Result<(), ApiError> {
+    let object = object::<Credential>(organization, name, spec);
+    let (change, if_match) = match before {
+        None => (Change::Create { object }, None),
+        Some(before) => {
+            let key = nexus_model::key::of(
+                nexus_model::kind::stored(Credential::PLURAL).expect("every kind is listed"),
+                &before.to_any(),
+            );
+            let mut request = nexus_store::RangeRequest::get(key);
+            request.consistency = nexus_store::Consistency::Linearizable;
+            let found = server.api.global_store.range(request).await.map_err(crate::problem::from_store)?;
+            let same = |kv: &nexus_store::KeyValue| {
+                Object::<Credential>::from_slice(&kv.value).is_ok_and(|now| now.spec == before.spec)
+            };
+            let Some(kv) = found.kvs.first().filter(|kv| same(kv)) else {
+                return Err(ApiError::new(Code::Conflict, "the password was changed meanwhile: try again"));
+            };
+            (Change::Put { object }, Some(kv.mod_revision.0))
+        }
+    };
+    let actor = format!("{organization}/{name}");
+    submit::<Credential>(server, (Some(organization), name), change, if_match, &actor, request_id).await.map(drop)
+}
+
+/// Ends the sessions of somebody whose password is new: whoever knew the old one is out.
+async fn end_sessions(
+    server: &Server,
+    who: &Claimant,
+    but: Option<&Name>,
+    request_id: &RequestId,
+) -> Result<(), ApiError> {
+    let holder = who.holder();
+    let theirs = server.api.directory.read(|known| known.sessions_of(&who.organization, &holder));
+    let actor = format!("{}/{}", who.organization, who.name);
+    for session in theirs.iter().filter(|s| Some(*s) != but) {
+        let at = (Some(&who.organization), session);
+        match submit::<Session>(server, at, Change::Delete, None, &actor, request_id).await {
+            Ok(_) => {}
+            Err(error) if error.code == Code::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn claims(server: &Server, organization: &Name, session: &Name, spec: &SessionSpec) -> Claims {
+    let now = u64::try_from(server.api.env.now_millis() / 1000).unwrap_or(0);
+    let holder = spec.holder.clone().unwrap_or(Holder { kind: HolderKind::User, name: session.clone() });
+    let principal = directory::principal(organization, &holder);
+    let groups = server.api.directory.read(|known| {
+        let groups = known.groups_of(&principal).map(|g| g.name().to_owned());
+        groups.take(MAX_GROUPS_TOLD).collect()
+    });
+    Claims {
+        iss: server.api.issuer.clone(),
+        sub: subject(organization, &holder),
+        aud: AUDIENCE.into(),
+        exp: now + ACCESS.as_secs(),
+        nbf: now,
+        iat: now,
+        jti: jwt::random_id(),
+        sid: session.to_string(),
+        org: organization.to_string(),
+        groups,
+        project: None,
+        amr: spec.factors.clone(),
+        act: None,
+    }
+}
+
+/// Groups that an access token names for others; here they are looked up.
+const MAX_GROUPS_TOLD: usize = 32;
+
+fn granted(
+    server: &Server,
+    organization: &Name,
+    session: &Name,
+    spec: &SessionSpec,
+    refresh: &TokenSecret,
+) -> Result<Granted, ApiError> {
+    let access = server.api.signer.sign(&claims(server, organization, session, spec));
+    let user = spec.holder.as_ref().map_or_else(|| session.clone(), |h| h.name.clone());
+    Ok(Granted {
+        access_token: access.map_err(|e| ApiError::new(Code::Internal, e.to_string()))?,
+        token_type: "Bearer",
+        expires_in: ACCESS.as_secs(),
+        // Says which session it is of, so that it can be found without an index.
+        refresh_token: format!("{organization}.{session}.{}", refresh.reveal()),
+        session: session.clone(),
+        organization: organization.clone(),
+        user,
+    })
+}
+
+fn new_secret(server: &Server) -> TokenSecret {
+    TokenSecret::generate(RngExt::bytes(&*server.api.env.rng))
+}
+
+/// Opens a session.
+async fn open(
+    server: &Server,
+    who: &Claimant,
+    factors: Vec<String>,
+    address: IpAddr,
+    request_id: &RequestId,
+) -> Result<Granted, Denied> {
+    let id: [u8; 16] = RngExt::bytes(&*server.api.env.rng);
+    let session: Name = format!("s-{}", hex(&id)).parse().expect("hexadecimal digits");
+    let refresh = new_secret(server);
+    let spec = SessionSpec {
+        holder: Some(who.holder()),
+        expires: Some(server.now().plus(SESSION)),
+        factors,
+        address: address.to_string(),
+        refresh: Some(refresh.hash().to_string()),
+        spent: None,
+    };
+    let change = Change::Create { object: object::<Session>(&who.organization, &session, spec.clone()) };
+    let actor = format!("{}/{}", who.organization, who.name);
+    submit::<Session>(server, (Some(&who.organization), &session), change, None, &actor, request_id).await?;
+    Ok(granted(server, &who.organization, &session, &spec, &refresh)?)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+async fn refresh(server: &Server, form: &Query, address: IpAddr, request_id: &RequestId) -> Result<Granted, Denied> {
+    let unknown = || Denied::new("invalid_grant", "this refresh token is not known, or its session has ended");
+    let text = needed(form, "refresh_token")?;
+    let mut parts = text.splitn(3, '.');
+    let organization: Name = parts.next().and_then(|p| p.parse().ok()).ok_or_else(unknown)?;
+    let session: Name = parts.next().and_then(|p| p.parse().ok()).ok_or_else(unknown)?;
+    let secret = parts.next().and_then(|p| TokenSecret::parse(p).ok()).ok_or_else(unknown)?;
+    let kind = nexus_model::kind::stored(Session::PLURAL).expect("every kind is listed");
+    let key = nexus_model::key::object(kind, Some(&organization), &session);
+    let found = server.api.global_store.range(nexus_store::RangeRequest::get(key)).await;
+    let found = found.map_err(crate::problem::from_store)?;
+    let kv = found.kvs.first().ok_or_else(unknown)?;
+    let stored = Object::<Session>::from_slice(&kv.value).map_err(|e| crate::list::unreadable(kv, &e))?;
+    let is = |hash: Option<&String>| hash.and_then(|h| h.parse::<TokenHash>().ok()).is_some_and(|h| h == secret.hash());
+    let actor = format!("{organization}/{}", stored.spec.holder.as_ref().map_or("", |h| h.name.as_str()));
+    if is(stored.spec.spent.as_ref()) {
+        tracing::warn!(%organization, %session, %address, "a refresh token was used twice: its session is ended");
+        submit::<Session>(server, (Some(&organization), &session), Change::Delete, None, &actor, request_id).await?;
+        return Err(unknown());
+    }
+    let active = server
+        .api
+        .directory
+        .read(|known| stored.spec.holder.as_ref().is_some_and(|holder| known.is_active(&organization, holder)));
+    if !is(stored.spec.refresh.as_ref()) || !active || stored.spec.expires.is_none_or(|e| e < server.now()) {
+        return Err(unknown());
+    }
+    let next = new_secret(server);
+    let spec = SessionSpec {
+        refresh: Some(next.hash().to_string()),
+        spent: stored.spec.refresh.clone(),
+        ..stored.spec.clone()
+    };
+    let change = Change::Put { object: object::<Session>(&organization, &session, spec.clone()) };
+    let at = Some(kv.mod_revision.0);
+    submit::<Session>(server, (Some(&organization), &session), change, at, &actor, request_id).await?;
+    Ok(granted(server, &organization, &session, &spec, &next)?)
+}
+
+/// OpenID Connect Discovery, as far as whoever checks our tokens needs it.
+pub(crate) fn discovery(server: &Server) -> Value {
+    let issuer = &server.api.issuer;
+    json!({
+        "issuer": issuer,
+        "jwks_uri": format!("{issuer}{KEYS}"),
+        "token_endpoint": format!("{issuer}{SIGN_IN}"),
+        "grant_types_supported": ["password", "refresh_token", INVITED],
+        "response_types_supported": ["token"],
+        "subject_types_supported": ["public"],
+        "id_token_signing_alg_values_supported": ["EdDSA"],
+        "claims_supported": ["iss", "sub", "aud", "exp", "nbf", "iat", "jti", "sid", "org", "groups", "project", "amr"],
+    })
+}
+
+pub(crate) fn keys(server: &Server) -> Value {
+    server.api.directory.read(|known| known.keys.to_jwks())
+}
+
+/// What `/v1/whoami` answers.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct WhoAmI {
+    name: String,
+    kind: policy::PrincipalKind,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    organization: Option<Name>,
+    /// By what it was proved: `key`, `token NAME`, `session NAME`.
+    by: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires: Option<Timestamp>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    project: Option<Name>,
+    mfa: bool,
+    groups: Vec<String>,
+    roles: Vec<Held>,
+}
+
+#[derive(Debug, Serialize)]
+struct Held {
+    role: policy::Role,
+    over: String,
+}
+
+pub(crate) fn who_am_i(server: &Server, context: &Context) -> impl Serialize + use<> {
+    let caller = &context.caller;
+    let (groups, roles) = server.api.directory.read(|known| {
+        let groups: Vec<String> = known.groups_of(&caller.principal).map(|g| g.name().to_owned()).collect();
+        (groups, known.engine.roles_of(&caller.principal))
+    });
+    WhoAmI {
+        name: caller.name.clone(),
+        kind: caller.principal.kind(),
+        organization: caller.holder.as_ref().map(|(o, _)| o.clone()),
+        by: match &caller.proof {
+            Proof::Key => "key".into(),
+            Proof::Token { name, .. } => format!("token {name}"),
+            Proof::Session { name, .. } => format!("session {name}"),
+        },
+        expires: caller.until,
+        project: caller.project.clone(),
+        mfa: caller.mfa,
+        groups,
+        roles: roles.into_iter().map(|(role, reach)| Held { role, over: over(&reach) }).collect(),
+    }
+}
+
+fn over(reach: &Reach) -> String {
+    reach.to_string()
+}
+
+/// What `/v1/can` is asked.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct CanRequest {
+    /// `create`, `list`, `exec` …
+    verb: String,
+    /// A kind's name, plural or short form, or a collection such as `blobs`.
+    kind: String,
+    #[serde(default)]
+    name: Option<Name>,
+    #[serde(default)]
+    organization: Option<Name>,
+    #[serde(default)]
+    project: Option<Name>,
+    #[serde(default)]
+    region: Option<Name>,
+    #[serde(default)]
+    labels: Labels,
+    /// Somebody else, as `organization/name`: only for who may read the organization's role bindings.
+    #[serde(default)]
+    user: Option<String>,
+    /// Also every statement that was looked at.
+    #[serde(default)]
+    explain: bool,
+}
+
+/// Answers whether somebody may do something, and why.
+pub(crate) async fn can(server: &Server, context: &Context, parts: &Parts, body: Body) -> Result<Response, Refusal> {
+    Query::parse(parts.uri.query(), &[], &[])?;
+    let asked: CanRequest = serde_json::from_value(read_json(&parts.headers, body, crate::write::JSON).await?)
+        .map_err(|e| ApiError::new(Code::BadRequest, e.to_string()))?;
+    let principal = match &asked.user {
+        None => context.caller.principal.clone(),
+        Some(text) => {
+            let (organization, name) = text
+                .split_once('/')
+                .ok_or_else(|| Refusal::new(Code::BadRequest, "user is ORGANIZATION/NAME, such as acme/ada"))?;
+            let organization: Name =
+                organization.parse().map_err(|_| ApiError::not_found("Organization", organization))?;
+            let kind = nexus_model::kind::find("role-bindings").expect("a kind");
+            let place = Place { kind, project: None, organization: Some(organization.clone()), region: None };
+            let bindings = crate::route::Target::Collection(place);
+            server.authorize(context, &bindings, &http::Method::GET, None).await?;
+            Principal::user(organization.as_str(), name)
+        }
+    };
+    // Who may not know of a project is told what is told of one that is not there.
+    if let Some(project) = &asked.project {
+        let kind = nexus_model::kind::find("projects").expect("a kind");
+        let place = Place { kind, project: None, organization: None, region: None };
+        let there = crate::route::Target::Object(place, project.to_string());
+        server.authorize(context, &there, &http::Method::GET, None).await?;
+    }
+    let organization = server.api.directory.read(|known| match (&asked.project, &asked.organization) {
+        (Some(project), _) => known.project(project).map(|p| p.spec.organization.clone()),
+        (None, Some(organization)) => Some(organization.clone()),
+        (None, None) => None,
+    });
+    let region = asked.region.as_ref().unwrap_or(&server.api.region);
+    let at = PolicyPlace {
+        organization: organization.as_ref().map(Name::as_str),
+        project: asked.project.as_ref().map(Name::as_str),
+        region: Some(region.as_str()),
+        labels: Some(&asked.labels),
+    };
+    let now = server.now();
+    let circumstances = context.caller.circumstances(now, &context.request_id);
+    let name = asked.name.as_ref().map(Name::as_str);
+    let answer = server.api.directory.read(|known| {
+        let engine = &known.engine;
+        let decision = engine.can(&principal, &asked.verb, &asked.kind, name, at, circumstances)?;
+        let explanation = asked.explain.then(|| {
+            let vocabulary = policy::vocabulary();
+            let declared = nexus_model::kind::find(&asked.kind);
+            let action = format!("{}:{}", declared.map_or(&*asked.kind, |d| d.plural), asked.verb);
+            let types = vocabulary.action(&action).map_or(&[][..], |a| &a.resources);
+            let resource = at.resource(types, name.unwrap_or("any"));
+            engine.explain(&policy::Request { principal: &principal, action: &action, resource, circumstances })
+        });
+        Ok::<_, policy::PolicyError>((decision, explanation))
+    });
+    let (decision, explanation) = answer.map_err(|e| ApiError::new(Code::BadRequest, e.to_string()))?;
+    let mut told = json!({
+        "allowed": decision.allowed,
+        "by": decision.by,
+        "missingAction": decision.missing_action,
+        "errors": decision.errors,
+    });
+    if let Some(explanation) = explanation {
+        told["considered"] = json!(explanation.considered);
+        told["roles"] = json!(explanation.roles);
+        told["rolesThatWould"] = json!(explanation.roles_that_would);
+    }
+    Ok(answer_json(&told))
+}
+
+/// `:set-password` and `:invite`.
+pub(crate) async fn change(
+    server: &Server,
+    place: &Place,
+    name: &Name,
+    verb: Verb,
+    parts: &Parts,
+    body: Body,
+    context: &Context,
+) -> Result<Response, Refusal> {
+    Query::parse(parts.uri.query(), &[], &[])?;
+    let organization = place.organization.clone().ok_or_else(|| ApiError::not_found(User::KIND, name.as_str()))?;
+    let holder = Holder { kind: HolderKind::User, name: name.clone() };
+    server.catch_up().await;
+    let (there, credential) = server
+        .api
+        .directory
+        .read(|known| (known.is_active(&organization, &holder), known.credential(&organization, name).cloned()));
+    if !there {
+        return Err(ApiError::not_found(User::KIND, name.as_str()).into());
+    }
+    match verb {
+        Verb::Invite => {
+            let secret = new_secret(server);
+            let expires = server.now().plus(INVITATION);
+            let invitation = Some(Invitation { hash: secret.hash().to_string(), expires });
+            let before = credential.as_ref().map(|c| c.spec.clone()).unwrap_or_default();
+            let spec = CredentialSpec { invitation, ..before };
+            keep(server, &organization, name, spec, credential.as_ref(), &context.request_id).await?;
+            let user = format!("{organization}/{name}");
+            Ok(answer_json(&json!({"user": user, "invitation": secret.reveal(), "expires": expires})))
+        }
+        _ => {
+            let body = read_json(&parts.headers, body, crate::write::JSON).await?;
+            let asked: NewPassword =
+                serde_json::from_value(body).map_err(|e| ApiError::new(Code::BadRequest, e.to_string()))?;
+            let who = Claimant { organization: organization.clone(), name: name.clone() };
+            let counted = who.counted(context.caller.address);
+            may_try(server, &counted).map_err(|d| Refusal::new(Code::Overloaded, d.description))?;
+            let stored = credential.as_ref().and_then(|c| c.spec.password.clone());
+            if !check(server, stored, asked.old).await? {
+                server.sign_ins.wrong(&counted, server.api.env.monotonic());
+                return Err(Refusal::new(Code::Forbidden, "the old password is wrong"));
+            }
+            server.sign_ins.right(&counted);
+            let password = Some(hash(server, name, asked.new).await?);
+            let spec = CredentialSpec { password, invitation: None };
+            keep(server, &organization, name, spec, credential.as_ref(), &context.request_id).await?;
+            let this = match &context.caller.proof {
+                Proof::Session { name, .. } => Some(name),
+                _ => None,
+            };
+            end_sessions(server, &who, this, &context.request_id).await?;
+            Ok(answer_json(&json!({"user": format!("{organization}/{name}")})))
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct NewPassword {
+    old: Password,
+    new: Password,
+}

@@ -1,0 +1,65 @@
+//! The key by which this server signs access tokens: its own, kept in its data folder, with the public half where all
+//! servers find it. A server that loses its folder makes another, and what the old one signed is believed no longer.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use nexus_control::intent::{Change, Intent, Target, Writer};
+use nexus_env::{Env, RngExt};
+use nexus_iam::jwt::SigningKey;
+use nexus_model::kind::{self, Kind};
+use nexus_model::{Metadata, Name, Object, RequestId};
+use tokio_util::sync::CancellationToken;
+
+use crate::local::state::write_private;
+
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Reads the key, or makes it.
+pub fn load(data_dir: &Path) -> anyhow::Result<SigningKey> {
+    let path = data_dir.join("signing-key.pem");
+    match std::fs::read_to_string(&path) {
+        Ok(pem) => SigningKey::from_pem(&pem).with_context(|| format!("the key {}", path.display())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let key = SigningKey::generate()?;
+            write_private(&path, key.to_pem().as_bytes())?;
+            Ok(key)
+        }
+        Err(e) => Err(e).with_context(|| format!("reading {}", path.display())),
+    }
+}
+
+/// Publishes the public half, as soon as the group that all regions share takes it.
+pub async fn publish(key: Arc<SigningKey>, server: Name, writer: Arc<dyn Writer>, env: Env, stop: CancellationToken) {
+    let spec = kind::SigningKeySpec {
+        key: key.public().as_bytes().iter().map(|b| format!("{b:02x}")).collect(),
+        server: server.to_string(),
+    };
+    let object = Object::<kind::SigningKey>::new(Metadata::new(server.clone(), None), spec).to_any();
+    loop {
+        let intent = Intent {
+            request_id: RequestId::from_random(RngExt::bytes(&*env.rng)),
+            actor: format!("server {server}"),
+            target: Target {
+                plural: kind::SigningKey::PLURAL.to_owned(),
+                project: None,
+                organization: None,
+                name: server.clone(),
+            },
+            change: Change::Put { object: object.clone() },
+            if_match: None,
+            idempotency_key: None,
+            dry_run: false,
+        };
+        match writer.submit(intent).await {
+            Ok(_) => return,
+            Err(error) => tracing::debug!(%error, "the key of access tokens can't be published yet"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(RETRY) => {}
+        }
+    }
+}
