@@ -13,6 +13,8 @@
 use std::time::Duration;
 
 use http::Method;
+use http::header::AUTHORIZATION;
+use http::request::Parts;
 use nexus_control::directory::{self, Known};
 use nexus_iam::policy::{self, Decision, Principal, PrincipalKind, Reason, Request, Resource, Role};
 use nexus_model::kind::{Holder, Kind, Organization, Project, RoleBinding, SYSTEM_ORGANIZATION, Session, Token};
@@ -171,6 +173,16 @@ fn belongs<'a>(known: &'a Known, target: &'a Target, facts: &'a Facts) -> Result
     }
 }
 
+/// The credential that a path names, if it names one.
+fn credential(target: &Target) -> Option<(&'static str, Name)> {
+    match target {
+        Target::Object(place, name) if place.kind.plural == Token::PLURAL || place.kind.plural == Session::PLURAL => {
+            Some((place.kind.kind, name.parse().ok()?))
+        }
+        _ => None,
+    }
+}
+
 /// The policy engine's name for what a request is about.
 fn resource<'a>(
     target: &'a Target,
@@ -254,11 +266,24 @@ impl Server {
             return Ok(Lens::All);
         }
         let organization = belongs.organization.map_or("", Name::as_str);
+        // A credential that is not there is nobody's: whoever has some of their own may be told so.
+        let facts = match credential(target) {
+            Some(_) if !facts.exists && facts.holder.is_none() => {
+                &Facts { holder: caller.holder.as_ref().map(|(_, h)| h.clone()), ..facts.clone() }
+            }
+            _ => facts,
+        };
         let holder = facts.holder.as_ref().and_then(|h| Some(directory::principal(belongs.organization?, h)));
         let resource = resource(target, action, &belongs, facts, holder.as_ref());
         let decision = decide(known, caller, action, resource, &context.request_id, self.now());
         if decision.allowed {
             return Ok(Lens::All);
+        }
+        if let Some((kind, name)) = credential(target)
+            && self.sees(known, context, &belongs)
+        {
+            // Others' credentials are no business of whoever may not list them.
+            return Err(Refused::Missing(kind, name));
         }
         if let Some(lens) = self.lens(known, context, target, action, organization) {
             return Ok(lens);
@@ -390,6 +415,17 @@ impl Server {
             Some(written) => judge(&written),
             None => judge(&stored),
         })
+    }
+
+    /// Tells who sent a request, also by a credential that another server gave a moment ago.
+    pub async fn recognize(&self, parts: &Parts) -> Result<Caller, Refusal> {
+        let known = self.authenticate(parts);
+        if known.is_ok() || !parts.headers.contains_key(AUTHORIZATION) {
+            return known;
+        }
+        // Anybody can bring credentials that nobody knows: only for a few at once is the group asked.
+        let Ok(_turn) = self.strangers.try_acquire() else { return known };
+        if self.catch_up().await { self.authenticate(parts) } else { known }
     }
 
     /// Brings this server's copy of the global group up to date. False if that can't be done now.

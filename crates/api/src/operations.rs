@@ -343,7 +343,7 @@ pub(crate) fn find(name: &str) -> Option<&'static Operation> {
 }
 
 impl Operation {
-    pub(crate) fn path(&self) -> String {
+    pub fn path(&self) -> String {
         format!("/v1/operations/{}", self.name)
     }
 

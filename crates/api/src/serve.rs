@@ -33,6 +33,9 @@ use crate::route::{self, Place, Target, Verb};
 use crate::signin::SignIns;
 use crate::{Api, blobs, elsewhere, list, operations, settle, signin, streams, watch, write};
 
+/// Unknown credentials for which the global group is asked at once whether another server has just given them.
+const STRANGERS: usize = 16;
+
 /// The API with what it derives from its kinds once.
 pub(crate) struct Server {
     pub api: Api,
@@ -41,6 +44,8 @@ pub(crate) struct Server {
     streams: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
     pub sign_ins: SignIns,
+    /// Turns for those whose credential is not known.
+    pub strangers: Semaphore,
     metrics: Metrics,
     openapi: Bytes,
     openapi_tag: String,
@@ -64,6 +69,7 @@ impl Server {
             streams: Arc::new(Semaphore::new(api.limits.streams)),
             transfers: Arc::new(Semaphore::new(api.limits.transfers)),
             sign_ins: SignIns::default(),
+            strangers: Semaphore::new(STRANGERS),
             metrics: Metrics::new(&api.metrics),
             schemas,
             openapi,
@@ -227,7 +233,7 @@ async fn dispatch(
         let _permit = server.admission.admit(Class::of(&target, &parts.headers), &server.api.env).await?;
         return Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?);
     }
-    let context = Context { caller: server.authenticate(&parts)?, request_id };
+    let context = Context { caller: server.recognize(&parts).await?, request_id };
     if let Some(region) = target.region() {
         elsewhere::check(&server, region)?;
     }

@@ -109,8 +109,10 @@ mod tests {
         for path in ["/healthz", "/readyz", "/metrics", "/v1/openapi.json", "/v1/status", route::BLOB_TEMPLATE] {
             assert!(has(path, "get"), "{path}");
         }
-        for verb in ["logs", "exec"] {
-            assert!(has(&format!("/v1/regions/{{region}}/projects/{{project}}/instances/{{name}}:{verb}"), "get"));
+        for (plural, word, verb) in route::VERBS {
+            let list = route::collection_template(kind::find(plural).unwrap(), true);
+            let posts = matches!(verb, route::Verb::SetPassword | route::Verb::Invite);
+            assert!(has(&format!("{list}/{{name}}:{word}"), if posts { "post" } else { "get" }), "{word}");
         }
         let mut ids = std::collections::BTreeSet::new();
         for (path, methods) in paths {

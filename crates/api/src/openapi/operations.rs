@@ -5,7 +5,7 @@ use nexus_model::{API_VERSION, Code, Digest, Name};
 use serde_json::{Map, Value, json};
 
 use crate::list::{DEFAULT_LIMIT, MAX_LIMIT};
-use crate::route::{BLOB_TEMPLATE, collection_template};
+use crate::route::{BLOB_TEMPLATE, DISCOVERY, KEYS, SIGN_IN, collection_template};
 use crate::streams::MAX_TAIL;
 
 /// The name that examples give to an object.
@@ -379,7 +379,75 @@ fn server_paths(paths: &mut Map<String, Value>) {
     let any = json!({"application/json": {"schema": {"type": "object", "additionalProperties": true}}});
     add("/v1/openapi.json", "openapi", "This document", any, &[("ETag", "Tag")], &["400"]);
     let status = as_json("ClusterStatus");
-    add("/v1/status", "status", "How the cluster does", status, &[], &["400", "401", "429", "500", "503", "504"]);
+    let known = ["400", "401", "429", "500", "503", "504"];
+    add("/v1/status", "status", "How the cluster does", status, &[], &known);
+    let any = || json!({"application/json": {"schema": {"type": "object", "additionalProperties": true}}});
+    add("/v1/whoami", "whoAmI", "Who asks, by what, and with which roles", any(), &[], &known);
+    add(
+        "/v1/policy-schema",
+        "getPolicySchema",
+        "The Cedar schema that policies are held against",
+        as_text(),
+        &[],
+        &known,
+    );
+    add(DISCOVERY, "discovery", "What others need to check access tokens", any(), &[], &["400"]);
+    add(KEYS, "keys", "The keys that sign access tokens, as a JWK set", any(), &[], &["400"]);
+}
+
+/// What a question or an order that is no kind's takes: a closed object of these properties.
+fn asked(properties: &Value, required: &[&str]) -> Value {
+    let schema =
+        json!({"type": "object", "additionalProperties": false, "properties": properties, "required": required});
+    json!({"required": true, "content": {"application/json": {"schema": schema}}})
+}
+
+fn identity_paths(paths: &mut Map<String, Value>) {
+    let any = || json!({"application/json": {"schema": {"type": "object", "additionalProperties": true}}});
+    let text = |most: u32| json!({"type": "string", "minLength": 1, "maxLength": most});
+    let name = || json!({"type": "string", "minLength": 1, "maxLength": 63, "pattern": Name::PATTERN});
+    let statuses = ["403", "404", "409", "413", "415", "422"];
+
+    let responses = answers(vec![("200", success("Whether, and why", any(), &[]))], &statuses);
+    let mut can = operation("can", "server", "Whether somebody may do something", Vec::new(), responses);
+    let labels = json!({"type": "object", "additionalProperties": {"type": "string"}});
+    can["requestBody"] = asked(
+        &json!({
+            "verb": text(64), "kind": text(64), "name": name(), "organization": name(), "project": name(),
+            "region": name(), "labels": labels, "user": text(127), "explain": {"type": "boolean"},
+        }),
+        &["verb", "kind"],
+    );
+    paths.insert("/v1/can".into(), json!({"post": can}));
+
+    let mut responses = Map::new();
+    responses.insert("200".into(), success("Tokens and their session", any(), &[]));
+    responses.insert("default".into(), success("Why not, as RFC 6749 says it", any(), &[]));
+    let mut token = operation("token", "server", "Sign in, or refresh", Vec::new(), Value::Object(responses));
+    let form = json!({"type": "object", "additionalProperties": false, "required": ["grant_type"], "properties": {
+        "grant_type": text(64), "username": text(127), "password": text(1024), "refresh_token": text(256),
+        "invitation": text(64),
+    }});
+    token["requestBody"] =
+        json!({"required": true, "content": {"application/x-www-form-urlencoded": {"schema": form}}});
+    token["security"] = json!([]);
+    paths.insert(SIGN_IN.into(), json!({"post": token}));
+
+    let users = kind::find("users").expect("a kind");
+    let path = format!("{}/{{name}}", collection_template(users, true));
+    let here = || {
+        let mut parameters = place(users, true);
+        parameters.push(name_parameter(users));
+        parameters
+    };
+    let responses = || answers(vec![("200", success("Done", any(), &[]))], &statuses);
+    let about = "Change a user's own password, which ends their other sessions";
+    let mut password = operation("setPassword", users.plural, about, here(), responses());
+    password["requestBody"] = asked(&json!({"old": text(1024), "new": text(1024)}), &["old", "new"]);
+    paths.insert(format!("{path}:set-password"), json!({"post": password}));
+    let about = "Make an invitation, by which a user sets a first or new password";
+    let invite = operation("inviteUser", users.plural, about, here(), responses());
+    paths.insert(format!("{path}:invite"), json!({"post": invite}));
 }
 
 fn blob_path() -> Value {
@@ -452,6 +520,7 @@ fn operation_path(o: &crate::operations::Operation) -> Value {
 pub(super) fn paths() -> Map<String, Value> {
     let mut paths = Map::new();
     server_paths(&mut paths);
+    identity_paths(&mut paths);
     for o in crate::operations::OPERATIONS {
         paths.insert(o.path(), operation_path(o));
     }

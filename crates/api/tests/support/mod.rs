@@ -424,6 +424,8 @@ pub struct World {
     pub global: Arc<MemStore>,
     pub router: Router,
     pub token: String,
+    pub directory: Directory,
+    pub signer: Arc<SigningKey>,
     pub shutdown: CancellationToken,
 }
 
@@ -465,6 +467,7 @@ impl World {
         let secret = TokenSecret::generate([7; 32]);
         let shutdown = CancellationToken::new();
         let directory = Directory::default();
+        let signer = Arc::new(SigningKey::generate().unwrap());
         tokio::spawn({
             let (directory, global, shutdown) = (directory.clone(), global.clone(), shutdown.clone());
             async move { directory.follow(global, shutdown).await }
@@ -479,7 +482,7 @@ impl World {
             remote: Arc::new(Mirror),
             directory: directory.clone(),
             operators: Operators::new([(secret.hash(), "admin".into())]),
-            signer: Arc::new(SigningKey::generate().unwrap()),
+            signer: signer.clone(),
             issuer: "https://cloud.test".into(),
             blobs: Arc::new(MemBlobs::default()),
             hosts: Arc::new(EchoHost),
@@ -489,7 +492,7 @@ impl World {
             shutdown: shutdown.clone(),
             limits,
         };
-        Self { store, global, router: nexus_api::router(api), token: secret.reveal(), shutdown }
+        Self { store, global, router: nexus_api::router(api), token: secret.reveal(), directory, signer, shutdown }
     }
 
     pub fn request(&self, method: &str, path: &str) -> http::request::Builder {
@@ -530,12 +533,40 @@ impl World {
         self.call("GET", path, &[], Value::Null).await
     }
 
+    /// Publishes the key of this server's access tokens, as a server does when it starts.
+    pub async fn publish_key(&self) {
+        let key: String = self.signer.public().as_bytes().iter().map(|b| format!("{b:02x}")).collect();
+        let object = json!({
+            "apiVersion": "cloudnexus/v1", "kind": "SigningKey", "metadata": {"name": "s1"},
+            "spec": {"key": key, "server": "s1"}, "status": {},
+        });
+        self.store_global("signing-keys", &object).await;
+    }
+
     /// Stores an object as a reconciler would, past the API.
     pub async fn store_object(&self, plural: &str, object: &Value) -> u64 {
+        Self::store_in(&self.store, plural, object).await
+    }
+
+    /// The same in the group that all regions share.
+    pub async fn store_global(&self, plural: &str, object: &Value) -> u64 {
+        Self::store_in(&self.global, plural, object).await
+    }
+
+    async fn store_in(store: &MemStore, plural: &str, object: &Value) -> u64 {
         let object: AnyObject = serde_json::from_value(object.clone()).unwrap();
-        let at = key::of(kind::find(plural).unwrap(), &object);
+        let at = key::of(kind::stored(plural).unwrap(), &object);
         let bytes = serde_json::to_vec(&object).unwrap();
-        self.store.txn(Txn::put(at, bytes)).await.unwrap().revision().0
+        store.txn(Txn::put(at, bytes)).await.unwrap().revision().0
+    }
+}
+
+/// Waits for something, for as long as a loaded machine may need.
+pub async fn eventually(mut holds: impl AsyncFnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    while !holds().await {
+        assert!(tokio::time::Instant::now() < deadline, "waited in vain");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
