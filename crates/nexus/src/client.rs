@@ -5,6 +5,7 @@
 //! change carries an `Idempotency-Key`, which lets the API give its first answer again, and an upload is known by its
 //! digest.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -12,13 +13,15 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
 use nexus_env::RngExt;
 use nexus_iam::tls::{Clock, public_client_config};
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::context::Target;
 use crate::exit::Exit;
+use crate::session::{Granted, Session};
 
 const CONNECT: Duration = Duration::from_secs(3);
 /// Longer than the longest `Prefer: wait` that the API honours.
@@ -79,7 +82,8 @@ impl std::fmt::Display for Problem {
             return write!(f, "the API answered {}: {}", self.status, self.text.trim());
         };
         let text = |key: &str| document.get(key).and_then(|v| v.as_str()).filter(|t| !t.is_empty());
-        write!(f, "{}", text("detail").or(text("title")).unwrap_or("the API refused"))
+        let said = text("detail").or(text("error_description")).or(text("title"));
+        write!(f, "{}", said.unwrap_or("the API refused"))
     }
 }
 
@@ -130,6 +134,15 @@ pub struct SseEvent {
     pub data: String,
 }
 
+fn bearer(token: &str) -> Result<HeaderValue, ClientError> {
+    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| ClientError::Setup {
+        what: "reading the token".into(),
+        message: "it holds characters that no token has".into(),
+    })?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
 /// A client of one cloud. Cheap to make, not to be made for every request.
 #[derive(Debug)]
 pub struct Client {
@@ -137,6 +150,8 @@ pub struct Client {
     endpoints: Vec<String>,
     /// The endpoint that answered last.
     preferred: AtomicUsize,
+    token: Option<HeaderValue>,
+    session: Option<(PathBuf, tokio::sync::Mutex<Option<Session>>)>,
 }
 
 impl Client {
@@ -150,16 +165,10 @@ impl Client {
         if target.endpoints.is_empty() {
             return Err(setup("finding the cloud", "the context names no endpoint".into()));
         }
-        let mut headers = HeaderMap::new();
-        if let Some(token) = &target.token {
-            let mut value = HeaderValue::from_str(&format!("Bearer {token}"))
-                .map_err(|_| setup("reading the token", "it holds characters that no token has".into()))?;
-            value.set_sensitive(true);
-            headers.insert(reqwest::header::AUTHORIZATION, value);
-        }
+        let token = target.token.as_deref().map(bearer).transpose()?;
+        let session = target.session.clone().map(|path| (path, tokio::sync::Mutex::new(None)));
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("nexus/", env!("CARGO_PKG_VERSION")))
-            .default_headers(headers)
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
             .connect_timeout(CONNECT);
@@ -177,7 +186,60 @@ impl Client {
             None => crate::install_crypto(),
         }
         let http = builder.build().map_err(|e| setup("making the HTTP client", chain(&e)))?;
-        Ok(Self { http, endpoints: target.endpoints.clone(), preferred: AtomicUsize::new(0) })
+        let (endpoints, preferred) = (target.endpoints.clone(), AtomicUsize::new(0));
+        Ok(Self { http, endpoints, preferred, token, session })
+    }
+
+    /// What requests carry to say who sends them.
+    pub async fn authorization(&self) -> Result<Option<HeaderValue>, ClientError> {
+        let Some((path, held)) = &self.session else { return Ok(self.token.clone()) };
+        let setup = |e: anyhow::Error| ClientError::Setup { what: "the session".into(), message: format!("{e:#}") };
+        let now = nexus_env::Env::real().now_millis();
+        let mut held = held.lock().await;
+        if held.is_none() {
+            *held = Some(Session::read(path).map_err(setup)?);
+        }
+        if !held.as_ref().is_some_and(|s| s.is_fresh(now)) {
+            let _turn = crate::session::lock(path).map_err(setup)?;
+            let mut session = Session::read(path).map_err(setup)?;
+            if !session.is_fresh(now) {
+                let form = [("grant_type", "refresh_token"), ("refresh_token", session.refresh_token.as_str())];
+                session = self.sign_in(&form).await?;
+                session.write(path).map_err(setup)?;
+            }
+            *held = Some(session);
+        }
+        held.as_ref().map(|s| bearer(&s.access_token)).transpose()
+    }
+
+    /// Asks the token endpoint.
+    pub async fn sign_in(&self, form: &[(&str, &str)]) -> Result<Session, ClientError> {
+        let encode = |text: &str| utf8_percent_encode(text, NON_ALPHANUMERIC).to_string();
+        let body: Vec<String> = form.iter().map(|(k, v)| format!("{k}={}", encode(v))).collect();
+        let content_type = HeaderValue::from_static("application/x-www-form-urlencoded");
+        let bytes = Bytes::from(body.join("&"));
+        let answer = self.attempt_as(None, Method::POST, "/oauth2/token", Parts::default(), Some(ANSWER), |request| {
+            Ok(request.header(CONTENT_TYPE, &content_type).body(bytes.clone()))
+        });
+        let response = answer.await?;
+        let endpoint = response.url().to_string();
+        let granted: Granted =
+            response.json().await.map_err(|e| ClientError::Unreadable { endpoint, message: chain(&e) })?;
+        Ok(granted.into_session(nexus_env::Env::real().now_millis()))
+    }
+
+    /// Sends a change that must not be repeated: what it answers is told once.
+    pub async fn once<T: DeserializeOwned>(&self, method: Method, path: &str, parts: Parts) -> Result<T, ClientError> {
+        let (body, parts) = (parts.body.clone(), Parts { body: None, ..parts });
+        let response = self.attempt(method, path, parts, Some(ANSWER), |request| {
+            Ok(match &body {
+                Some((content_type, body)) => request.header(CONTENT_TYPE, content_type).body(body.clone()),
+                None => request,
+            })
+        });
+        let response = response.await?;
+        let endpoint = response.url().to_string();
+        response.json().await.map_err(|e| ClientError::Unreadable { endpoint, message: chain(&e) })
     }
 
     /// The endpoints in the order in which they would be asked now.
@@ -288,8 +350,22 @@ impl Client {
         path: &str,
         parts: Parts,
         deadline: Option<Duration>,
+        with_body: impl FnMut(reqwest::RequestBuilder) -> Result<reqwest::RequestBuilder, ClientError>,
+    ) -> Result<Response, ClientError> {
+        let authorization = Box::pin(self.authorization()).await?;
+        self.attempt_as(authorization, method, path, parts, deadline, with_body).await
+    }
+
+    async fn attempt_as(
+        &self,
+        authorization: Option<HeaderValue>,
+        method: Method,
+        path: &str,
+        mut parts: Parts,
+        deadline: Option<Duration>,
         mut with_body: impl FnMut(reqwest::RequestBuilder) -> Result<reqwest::RequestBuilder, ClientError>,
     ) -> Result<Response, ClientError> {
+        parts.headers.extend(authorization.map(|value| (AUTHORIZATION, value)));
         let deadline = parts.timeout.or(deadline);
         let repeatable = method.is_safe() || parts.headers.contains_key(IDEMPOTENCY_KEY);
         let first = self.preferred.load(Ordering::Relaxed);
@@ -448,6 +524,7 @@ mod tests {
             endpoints: addrs.iter().map(|a| format!("http://{a}")).collect(),
             ca: None,
             token: Some("cnx_x".into()),
+            session: None,
             region: name("local"),
             project: name("default"),
             organization: name("default"),

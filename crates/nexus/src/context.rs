@@ -24,6 +24,9 @@ pub struct Context {
     /// The file that holds the token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
+    /// The file of the session that `nexus login` opened; it goes before the token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_file: Option<PathBuf>,
     pub region: Name,
     pub project: Name,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -125,9 +128,17 @@ pub fn forget(data_dir: &Path) -> anyhow::Result<()> {
     };
     let path = path()?;
     // Copies that were made for a user of sudo stand beside the context; others go with the data folder.
-    let copies = [context.ca, context.token_file].into_iter().flatten().filter(|f| f.parent() == path.parent());
+    let copies = [context.ca, context.token_file, context.session_file]
+        .into_iter()
+        .flatten()
+        .filter(|f| f.parent() == path.parent());
     for file in copies.chain([path.clone()]) {
-        std::fs::remove_file(&file).with_context(|| format!("removing {}", file.display()))?;
+        match std::fs::remove_file(&file) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| format!("removing {}", file.display()));
+            }
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -139,6 +150,8 @@ pub struct Target {
     /// In PEM.
     pub ca: Option<String>,
     pub token: Option<String>,
+    /// The file of a session, in place of a token.
+    pub session: Option<PathBuf>,
     pub region: Name,
     pub project: Name,
     pub organization: Name,
@@ -176,17 +189,19 @@ pub fn target_of(file: Option<&Path>) -> anyhow::Result<(Target, Option<PathBuf>
         .into());
     }
     let default = |name: &str| name.parse::<Name>().expect("a well-formed name");
-    let (mut target, token_file, ca_file) = match context {
+    let (mut target, (token_file, session_file), ca_file) = match context {
         Some(c) => {
             let organization = c.organization.unwrap_or_else(default_organization);
             let (endpoints, region, project) = (c.endpoints, c.region, c.project);
-            let target = Target { endpoints, ca: None, token: None, region, project, organization };
-            (target, c.token_file, c.ca)
+            let target = Target { endpoints, ca: None, token: None, session: None, region, project, organization };
+            (target, (c.token_file, c.session_file), c.ca)
         }
         None => {
             let (region, project) = (default("local"), default("default"));
             let organization = default_organization();
-            (Target { endpoints: Vec::new(), ca: None, token: None, region, project, organization }, None, None)
+            let target =
+                Target { endpoints: Vec::new(), ca: None, token: None, session: None, region, project, organization };
+            (target, (None, None), None)
         }
     };
     if let Some(url) = url {
@@ -195,13 +210,17 @@ pub fn target_of(file: Option<&Path>) -> anyhow::Result<(Target, Option<PathBuf>
     if let Some(path) = ca_file {
         target.ca = Some(std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?);
     }
-    target.token = match (variable("CNX_TOKEN"), token_file) {
-        (Some(token), _) => Some(token.trim().to_owned()),
-        (None, Some(path)) => {
+    target.token = match (variable("CNX_TOKEN"), session_file, token_file) {
+        (Some(token), ..) => Some(token.trim().to_owned()),
+        (None, Some(path), _) => {
+            target.session = Some(path);
+            None
+        }
+        (None, None, Some(path)) => {
             let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
             Some(text.trim().to_owned())
         }
-        (None, None) => None,
+        (None, None, None) => None,
     };
     Ok((target, data_dir))
 }

@@ -11,6 +11,7 @@ mod exit;
 mod inherit;
 mod local;
 mod role;
+mod session;
 
 use clap::Parser as _;
 use cli::{Cli, Command};

@@ -210,12 +210,12 @@ fn who_may_not_join_changes_nothing(cloud: &Cloud) {
     assert!(code == 1 && why.contains("ttlSeconds"), "{code} {why}");
 
     let revoked = token(cloud, "server", &["--zone", "zone-a"]);
-    let ids = cloud.json(&["token", "list"]);
+    let ids = cloud.json(&["join-token", "list"]);
     let ids: Vec<&str> = ids["items"].as_array().unwrap().iter().filter_map(|t| t["id"].as_str()).collect();
     assert_eq!(ids.len(), 3, "one for the host, two for servers: {ids:?}");
-    assert!(!cloud.ok(&["token", "list"]).contains(&revoked.text), "a token's text is told once");
+    assert!(!cloud.ok(&["join-token", "list"]).contains(&revoked.text), "a token's text is told once");
     for id in ids {
-        cloud.ok(&["token", "revoke", id]);
+        cloud.ok(&["join-token", "revoke", id]);
     }
     refused(&join(cloud, "server", &revoked, "server-x", &more), "not known");
 

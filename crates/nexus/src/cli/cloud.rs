@@ -324,6 +324,7 @@ mod tests {
             endpoints: vec!["http://127.0.0.1:1".into()],
             ca: None,
             token: None,
+            session: None,
             region: name("local"),
             project: name("shop"),
             organization: name("acme"),

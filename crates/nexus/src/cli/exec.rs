@@ -15,7 +15,7 @@ use nexus_iam::tls::{Clock, public_client_config};
 use nexus_model::kind;
 use nexus_model::plan::channel;
 use reqwest::Url;
-use reqwest::header::{AUTHORIZATION, HeaderValue};
+use reqwest::header::AUTHORIZATION;
 use rustls_pki_types::ServerName;
 use rustls_platform_verifier::ConfigVerifierExt as _;
 use serde_json::Value;
@@ -108,8 +108,7 @@ async fn open(cloud: &Cloud, path: &str) -> anyhow::Result<Ws> {
         };
         let url = endpoint.replacen("http", "ws", 1) + path;
         let mut request = url.into_client_request().with_context(|| format!("the address {endpoint}"))?;
-        if let Some(token) = &cloud.target.token {
-            let value = HeaderValue::from_str(&format!("Bearer {token}")).context("the token")?;
+        if let Some(value) = cloud.client.authorization().await? {
             request.headers_mut().insert(AUTHORIZATION, value);
         }
         match tokio::time::timeout(UPGRADE, client_async(request, stream)).await {

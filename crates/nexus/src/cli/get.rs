@@ -427,6 +427,7 @@ mod tests {
             endpoints: vec![url],
             ca: None,
             token: None,
+            session: None,
             region: name("local"),
             project: name("default"),
             organization: name("default"),

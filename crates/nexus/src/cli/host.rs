@@ -224,8 +224,8 @@ async fn join_gateway(args: &GatewayJoinArgs) -> anyhow::Result<()> {
 /// Shows join tokens that were not used yet, and takes them back
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    nexus token list\n  \
-    nexus token revoke 3f9a0c11d2e4")]
+    nexus join-token list\n  \
+    nexus join-token revoke 3f9a0c11d2e4")]
 pub struct JoinTokenArgs {
     #[command(subcommand)]
     command: JoinTokenCommand,

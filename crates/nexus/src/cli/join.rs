@@ -187,6 +187,7 @@ fn client(url: &str, ca: Option<String>) -> anyhow::Result<Client> {
         endpoints: vec![url.to_owned()],
         ca,
         token: None,
+        session: None,
         region: any.clone(),
         project: any.clone(),
         organization: any,

@@ -4,6 +4,7 @@
 
 mod apply;
 mod backup;
+mod can;
 mod cell;
 mod cloud;
 mod debug;
@@ -19,6 +20,7 @@ mod image;
 mod install;
 mod join;
 mod leave;
+mod login;
 mod logs;
 mod manifest;
 mod output;
@@ -32,6 +34,8 @@ mod settle;
 pub mod status;
 mod stores;
 mod table;
+mod token;
+mod user;
 mod version;
 
 use std::ffi::OsString;
@@ -119,7 +123,16 @@ pub enum UserCommand {
     Explain(explain::ExplainArgs),
     Host(host::HostArgs),
     Region(region::RegionArgs),
-    Token(host::JoinTokenArgs),
+    Login(login::LoginArgs),
+    Logout(login::LogoutArgs),
+    #[command(name = "whoami")]
+    WhoAmI(login::WhoAmIArgs),
+    Password(login::PasswordArgs),
+    User(user::UserArgs),
+    Token(token::TokenArgs),
+    Can(can::CanArgs),
+    Policy(can::PolicyArgs),
+    JoinToken(host::JoinTokenArgs),
     Install(install::InstallArgs),
     Backup(backup::BackupArgs),
     Debug(debug::DebugArgs),
@@ -168,7 +181,15 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::Explain(args) => explain::run(&args)?,
         UserCommand::Host(args) => host::run(args.command).await?,
         UserCommand::Region(args) => region::run(&args).await?,
-        UserCommand::Token(args) => host::tokens(&args).await?,
+        UserCommand::Login(args) => login::login(&args).await?,
+        UserCommand::Logout(args) => login::logout(&args).await?,
+        UserCommand::WhoAmI(args) => login::who_am_i(&args).await?,
+        UserCommand::Password(args) => login::password(&args).await?,
+        UserCommand::User(args) => user::run(&args).await?,
+        UserCommand::Token(args) => token::run(&args).await?,
+        UserCommand::Can(args) => return can::can(&args).await,
+        UserCommand::Policy(args) => can::policy(&args).await?,
+        UserCommand::JoinToken(args) => host::tokens(&args).await?,
         UserCommand::Install(args) => install::run(&args)?,
         UserCommand::Backup(args) => backup::run(&args).await?,
         UserCommand::Debug(args) => debug::run(&args).await?,

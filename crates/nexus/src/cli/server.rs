@@ -318,6 +318,7 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
         region: args.region.clone(),
         project: "default".parse().expect("a well-formed name"),
         organization: None,
+        session_file: None,
         data_dir: None,
     })?;
     output::text(&format!("{cluster} is made; its first server is {}", args.name))?;

@@ -9,6 +9,7 @@ use nexus_env::{Env, RngExt as _};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use reqwest::Method;
 
 use super::backoff::Backoff;
 use super::plan::{Plan, link_prefix_of, octet_is_free};
@@ -17,6 +18,7 @@ use super::ready::{self, Outcome};
 use super::spawn::{Place, own_program, spawn};
 use super::state::{DataDir, Mark};
 use super::{UpArgs, down, link, materials, preflight};
+use crate::client::{Client, Parts};
 use crate::context::{self, Context};
 use crate::exit::Fail;
 
@@ -28,6 +30,7 @@ pub fn run(args: &UpArgs) -> anyhow::Result<()> {
         None => DataDir::at(&super::default_data_dir()?)?,
     };
     let signals = (!args.detach).then(block_signals).transpose()?;
+    let first = dir.plan()?.is_none();
     let (plan, supervisor) = start(&dir, args)?;
     let context = context_of(&dir, &plan);
     let context_path = context::write(&context)?;
@@ -35,6 +38,7 @@ pub fn run(args: &UpArgs) -> anyhow::Result<()> {
         endpoints: context.endpoints.clone(),
         ca: Some(std::fs::read_to_string(dir.ca()).context("reading the authority's certificate")?),
         token: Some(std::fs::read_to_string(dir.token()).context("reading the token")?.trim().to_owned()),
+        session: None,
         region: context.region.clone(),
         project: context.project.clone(),
         organization: context.organization.clone().unwrap_or_else(context::default_organization),
@@ -43,7 +47,12 @@ pub fn run(args: &UpArgs) -> anyhow::Result<()> {
     let patience = Duration::from_secs(args.timeout);
     let outcome = super::small_runtime()?.block_on(ready::wait(&dir, &plan, &target, patience, interrupted))?;
     match outcome {
-        Outcome::Ready => report(&dir, &plan, &context_path),
+        Outcome::Ready => {
+            report(&dir, &plan, &context_path);
+            if first {
+                super::small_runtime()?.block_on(invite(&target));
+            }
+        }
         Outcome::Interrupted => {
             eprintln!("stopping");
             return down::stop(&dir, &plan);
@@ -60,6 +69,24 @@ pub fn run(args: &UpArgs) -> anyhow::Result<()> {
     match (signals, supervisor) {
         (Some(signals), Some(supervisor)) => stay(&dir, &plan, &signals, supervisor),
         _ => Ok(()),
+    }
+}
+
+/// Prints by what the first administrator signs in, once. The token of the data folder opens everything as well, so that
+/// nothing is lost when this fails.
+async fn invite(target: &context::Target) {
+    let invited = async {
+        let client = Client::new(target)?;
+        let path = "/v1/organizations/default/users/admin:invite";
+        client.once::<serde_json::Value>(Method::POST, path, Parts::default()).await
+    };
+    match invited.await {
+        Ok(invited) => {
+            let (endpoint, text) = (&target.endpoints[0], |field: &str| invited[field].as_str().unwrap_or_default());
+            println!("  nexus login {endpoint} --user {} --invitation {}", text("user"), text("invitation"));
+            println!("                                   # as the administrator; good once, for a day");
+        }
+        Err(error) => eprintln!("the administrator could not be invited ({error}): `nexus user invite admin` does it"),
     }
 }
 
@@ -174,6 +201,7 @@ fn context_of(dir: &DataDir, plan: &Plan) -> Context {
         region: plan.first_region().name.clone(),
         project: "default".parse().expect("a well-formed name"),
         organization: None,
+        session_file: None,
         data_dir: Some(dir.root().to_owned()),
     }
 }
@@ -183,7 +211,14 @@ pub fn refresh_context(dir: &DataDir, plan: &Plan) -> anyhow::Result<()> {
     let Some(held) = context::read()?.filter(|c| c.data_dir.as_deref() == Some(dir.root())) else { return Ok(()) };
     let fresh = context_of(dir, plan);
     let region = if plan.region(held.region.as_str()).is_some() { held.region } else { fresh.region.clone() };
-    context::write(&Context { region, project: held.project, organization: held.organization, ..fresh }).map(drop)
+    context::write(&Context {
+        region,
+        project: held.project,
+        organization: held.organization,
+        session_file: held.session_file,
+        ..fresh
+    })
+    .map(drop)
 }
 
 fn report(dir: &DataDir, plan: &Plan, context_path: &Path) {
