@@ -68,7 +68,7 @@ impl Session {
 
 /// Where the session of a context is kept.
 pub fn path_beside(context: &Path) -> PathBuf {
-    context.with_file_name("session.json")
+    context.with_extension("session.json")
 }
 
 /// Holds the turn to refresh until it is dropped.

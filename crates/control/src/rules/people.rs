@@ -111,7 +111,7 @@ pub fn refuse_group_lock_out(
 }
 
 fn subject_is_there(world: &World, organization: &Name, subject: &Subject) -> bool {
-    let within = Some(subject.organization.as_ref().unwrap_or(organization));
+    let within = Some(organization);
     match subject.kind {
         SubjectKind::User => world.users.get(within, &subject.name).is_some(),
         SubjectKind::ServiceAccount => world.service_accounts.get(within, &subject.name).is_some(),
@@ -135,11 +135,13 @@ pub fn check_binding(
 ) -> Result<(), ApiError> {
     let organization = new.metadata.organization.as_ref().expect("role bindings belong to an organization");
     check_project(step, organization, new.spec.project.as_ref())?;
+    // Who is in another organization is not for this one to learn.
+    let own = |s: &&Subject| s.organization.as_ref().is_none_or(|o| o == organization);
     let known = |s: &&Subject| old.is_some_and(|o| o.spec.subjects.contains(*s));
-    let missing = new.spec.subjects.iter().filter(|s| !known(s) && !subject_is_there(step.world, organization, s));
+    let asked = new.spec.subjects.iter().filter(own).filter(|s| !known(s));
+    let missing = asked.filter(|s| !subject_is_there(step.world, organization, s));
     let message = |s: &Subject| {
-        let of = s.organization.as_ref().unwrap_or(organization);
-        FieldError::new("spec.subjects", format!("there is no {:?} {} in organization {of}", s.kind, s.name))
+        FieldError::new("spec.subjects", format!("there is no {:?} {} in organization {organization}", s.kind, s.name))
     };
     let errors: Vec<_> = missing.map(message).take(20).collect();
     if !errors.is_empty() {

@@ -73,15 +73,21 @@ pub fn diff(title: &str, before: Option<&Value>, after: &Value) -> anyhow::Resul
     Ok(diff.unified_diff().context_radius(3).header(&format!("live/{title}"), &format!("new/{title}")).to_string())
 }
 
-/// The project in which a manifest's object stands.
-pub fn project_of(cloud: &Cloud, asked: Option<&Name>, manifest: &Manifest) -> anyhow::Result<Name> {
-    match (&manifest.project, asked) {
-        (Some(own), Some(asked)) if own != asked && manifest.kind.scope == Scope::Project => {
-            Err(Fail::usage(format!("{}: metadata.project: {own:?} contradicts --project {asked}", manifest.place))
-                .into())
+/// The project or organization in which a manifest's object stands.
+pub fn owner_of(cloud: &Cloud, asked: &CloudArgs, manifest: &Manifest) -> anyhow::Result<Name> {
+    let (what, own, asked, usual) = match manifest.kind.scope {
+        Scope::Organization => {
+            ("organization", &manifest.organization, &asked.organization, &cloud.target.organization)
+        }
+        _ => ("project", &manifest.project, &asked.project, &cloud.target.project),
+    };
+    match (own, asked) {
+        (Some(own), Some(asked)) if own != asked && manifest.kind.scope != Scope::Global => {
+            let why = format!("{}: metadata.{what}: {own:?} contradicts --{what} {asked}", manifest.place);
+            Err(Fail::usage(why).into())
         }
         (Some(own), _) => Ok(own.clone()),
-        (None, _) => Ok(cloud.target.project.clone()),
+        (None, _) => Ok(usual.clone()),
     }
 }
 
@@ -104,9 +110,9 @@ pub async fn run(args: &ApplyArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?;
     let mut places = Vec::new();
     for manifest in &manifests {
-        let project = project_of(&cloud, args.cloud.project.as_ref(), manifest)?;
+        let owner = owner_of(&cloud, &args.cloud, manifest)?;
         let region = region_of(&cloud, args.cloud.region.as_ref(), manifest)?;
-        places.push(cloud.object_at(manifest.kind, &region, &project, &manifest.name));
+        places.push(cloud.object_at(manifest.kind, &region, &owner, &manifest.name));
     }
     let mut applied = Vec::new();
     for (manifest, path) in manifests.iter().zip(&places) {

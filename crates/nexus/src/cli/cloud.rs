@@ -125,34 +125,41 @@ impl Cloud {
         Timestamp::from_millis(Env::real().clock.now_millis())
     }
 
-    /// The path of a kind's collection; `None` for a project lists over all.
-    fn collection_in(&self, kind: &KindDescriptor, region: &Name, project: Option<&Name>) -> String {
+    /// The path of a kind's collection in its owner, a project or an organization; `None` lists over all projects.
+    fn collection_in(&self, kind: &KindDescriptor, region: &Name, owner: Option<&Name>) -> String {
         let plural = kind.plural;
-        match (kind.scope, project) {
+        match (kind.scope, owner) {
             (Scope::Global, _) => format!("/v1/{plural}"),
-            (Scope::Organization, _) => format!("/v1/organizations/{}/{plural}", self.target.organization),
+            (Scope::Organization, owner) => {
+                format!("/v1/organizations/{}/{plural}", owner.unwrap_or(&self.target.organization))
+            }
             (Scope::Region, _) | (Scope::Project, None) => format!("/v1/regions/{region}/{plural}"),
             (Scope::Project, Some(project)) => format!("/v1/regions/{region}/projects/{project}/{plural}"),
         }
     }
 
     pub fn collection(&self, kind: &KindDescriptor, listing: &Listing) -> String {
-        let project = listing.project.as_ref().unwrap_or(&self.target.project);
+        let owner = listing.project.as_ref().filter(|_| kind.scope == Scope::Project).unwrap_or(self.owner(kind));
         let region = listing.region.as_ref().unwrap_or(&self.target.region);
-        self.collection_in(kind, region, (!listing.all_projects).then_some(project))
+        self.collection_in(kind, region, (!listing.all_projects).then_some(owner))
     }
 
-    /// The path of an object of the context's project, if its kind has one.
+    /// The context's project or organization, whichever a kind's objects belong to.
+    fn owner(&self, kind: &KindDescriptor) -> &Name {
+        if kind.scope == Scope::Organization { &self.target.organization } else { &self.target.project }
+    }
+
+    /// The path of an object of the context's project or organization, if its kind has one.
     pub fn object(&self, kind: &KindDescriptor, name: &Name) -> String {
-        self.object_in(kind, &self.target.project, name)
+        self.object_in(kind, self.owner(kind), name)
     }
 
-    pub fn object_in(&self, kind: &KindDescriptor, project: &Name, name: &Name) -> String {
-        self.object_at(kind, &self.target.region, project, name)
+    pub fn object_in(&self, kind: &KindDescriptor, owner: &Name, name: &Name) -> String {
+        self.object_at(kind, &self.target.region, owner, name)
     }
 
-    pub fn object_at(&self, kind: &KindDescriptor, region: &Name, project: &Name, name: &Name) -> String {
-        format!("{}/{name}", self.collection_in(kind, region, Some(project)))
+    pub fn object_at(&self, kind: &KindDescriptor, region: &Name, owner: &Name, name: &Name) -> String {
+        format!("{}/{name}", self.collection_in(kind, region, Some(owner)))
     }
 
     /// The region that an object says it is in: `global` for what all regions share.

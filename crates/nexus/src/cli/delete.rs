@@ -61,12 +61,12 @@ async fn find(cloud: &Cloud, args: &DeleteArgs) -> anyhow::Result<Vec<Doomed>> {
     let mut doomed = Vec::new();
     if !args.files.is_empty() {
         for manifest in manifest::read(&args.files)?.iter().rev() {
-            let project = apply::project_of(cloud, args.cloud.project.as_ref(), manifest)?;
+            let owner = apply::owner_of(cloud, &args.cloud, manifest)?;
             let region = apply::region_of(cloud, args.cloud.region.as_ref(), manifest)?;
             doomed.push(Doomed {
                 kind: manifest.kind,
                 title: resource::title(manifest.kind, manifest.name.as_str()),
-                path: cloud.object_at(manifest.kind, &region, &project, &manifest.name),
+                path: cloud.object_at(manifest.kind, &region, &owner, &manifest.name),
             });
         }
         return Ok(doomed);

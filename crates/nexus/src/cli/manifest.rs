@@ -25,6 +25,8 @@ pub struct Manifest {
     pub name: Name,
     /// As the manifest says; the command's project without it.
     pub project: Option<Name>,
+    /// As the manifest says; the command's organization without it.
+    pub organization: Option<Name>,
     /// As the manifest says; the command's region without it.
     pub region: Option<Name>,
     pub object: Value,
@@ -163,6 +165,11 @@ fn object(place: &str, mut value: Value, out: &mut Vec<Manifest>, faults: &mut V
         Some(Ok(project)) => Some(project),
         Some(Err(e)) => return fault("metadata.project", &e.to_string()),
     };
+    let organization = match metadata.get("organization").map(|o| o.as_str().unwrap_or_default().parse::<Name>()) {
+        None => None,
+        Some(Ok(organization)) => Some(organization),
+        Some(Err(e)) => return fault("metadata.organization", &e.to_string()),
+    };
     let region = match metadata.get("region").map(|r| r.as_str().unwrap_or_default().parse::<Name>()) {
         None => None,
         Some(Ok(region)) => Some(region),
@@ -178,13 +185,13 @@ fn object(place: &str, mut value: Value, out: &mut Vec<Manifest>, faults: &mut V
             }
         }
     }
-    out.push(Manifest { place: place.to_owned(), kind, name, project, region, object: value });
+    out.push(Manifest { place: place.to_owned(), kind, name, project, organization, region, object: value });
 }
 
 /// What a user may say of an object: what `apply` compares and shows.
 pub fn users_part(object: &Value) -> Value {
     let mut metadata = Map::new();
-    for key in ["name", "project", "labels", "annotations", "deletionProtection"] {
+    for key in ["name", "project", "organization", "labels", "annotations", "deletionProtection"] {
         let value = &object["metadata"][key];
         if !value.is_null() && value != &Value::Bool(false) {
             metadata.insert(key.into(), value.clone());

@@ -10,6 +10,7 @@ mod load;
 #[allow(dead_code)] // Other test programs use the rest.
 mod process;
 mod regions;
+mod tenants;
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
