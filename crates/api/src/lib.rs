@@ -27,6 +27,7 @@ mod openapi;
 pub mod operations;
 mod problem;
 mod query;
+mod rates;
 mod render;
 mod route;
 mod serve;
@@ -58,6 +59,7 @@ pub use doors::{
 pub use caller::PeerAddress;
 pub use elsewhere::PASSED_ON;
 pub use problem::from_store;
+pub use rates::Rate;
 
 /// Everything that the API needs, given by the binary.
 #[derive(Clone)]
@@ -98,6 +100,12 @@ pub struct Limits {
     pub streams: usize,
     /// Uploads and downloads of blobs.
     pub transfers: usize,
+    /// Of one caller; the fleet's own keys are not bounded by these three.
+    pub caller_rate: Rate,
+    /// Of one project, by all callers together.
+    pub project_rate: Rate,
+    /// Requests of one caller that run at once.
+    pub caller_requests: usize,
     /// An ordinary request's deadline, and the longest silence within a blob's upload.
     pub request_timeout: Duration,
     /// A silent watch says so often up to which revision nothing is missing.
@@ -110,6 +118,9 @@ impl Default for Limits {
             requests: 1024,
             streams: 10_000,
             transfers: 64,
+            caller_rate: Rate::new(100, 500),
+            project_rate: Rate::new(500, 2_000),
+            caller_requests: 256,
             request_timeout: Duration::from_secs(60),
             bookmark_every: Duration::from_secs(10),
         }

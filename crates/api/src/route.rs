@@ -139,6 +139,16 @@ impl Target {
         }
     }
 
+    /// The project that the path names, if it names one.
+    pub fn project(&self) -> Option<&Name> {
+        match self {
+            Self::Collection(place) | Self::Object(place, _) | Self::Custom(place, ..) => place.project.as_ref(),
+            Self::Blob(_, project, _) => Some(project),
+            Self::Elsewhere(_, target) => target.project(),
+            _ => None,
+        }
+    }
+
     fn methods(&self) -> &'static [Method] {
         match self {
             Self::Collection(place) => match place.kind.verbs.create && !place.lists_all_projects() {

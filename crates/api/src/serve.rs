@@ -29,6 +29,7 @@ use crate::metrics::{self, Metrics};
 use crate::openapi::{self, Schemas};
 use crate::problem::{Refusal, from_store};
 use crate::query::Query;
+use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::signin::SignIns;
 use crate::{Api, blobs, elsewhere, list, operations, settle, signin, streams, watch, write};
@@ -44,6 +45,7 @@ pub(crate) struct Server {
     streams: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
     pub sign_ins: SignIns,
+    rates: Rates,
     /// Turns for those whose credential is not known.
     pub strangers: Semaphore,
     metrics: Metrics,
@@ -69,6 +71,7 @@ impl Server {
             streams: Arc::new(Semaphore::new(api.limits.streams)),
             transfers: Arc::new(Semaphore::new(api.limits.transfers)),
             sign_ins: SignIns::default(),
+            rates: Rates::new(api.limits.caller_rate, api.limits.project_rate, api.limits.caller_requests),
             strangers: Semaphore::new(STRANGERS),
             metrics: Metrics::new(&api.metrics),
             schemas,
@@ -214,7 +217,7 @@ pub(crate) fn json(value: &impl serde::Serialize) -> Response {
 async fn dispatch(
     server: Arc<Server>,
     target: Result<Target, ApiError>,
-    mut parts: Parts,
+    parts: Parts,
     body: Body,
     request_id: RequestId,
 ) -> Result<Response, Refusal> {
@@ -234,6 +237,26 @@ async fn dispatch(
         return Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?);
     }
     let context = Context { caller: server.recognize(&parts).await?, request_id };
+    // Only a project that is there has a bucket: invented names must not make any.
+    let project = target.project().filter(|p| server.api.directory.read(|known| known.project(p).is_some()));
+    let taken = server.rates.take(&context.caller, project)?;
+    match answer(server, target, parts, body, context).await {
+        Ok(mut response) => {
+            taken.tell(response.headers_mut());
+            Ok(response)
+        }
+        Err(refusal) => Err(taken.tell_refusal(refusal)),
+    }
+}
+
+/// Answers a request whose caller is known.
+async fn answer(
+    server: Arc<Server>,
+    target: Target,
+    mut parts: Parts,
+    body: Body,
+    context: Context,
+) -> Result<Response, Refusal> {
     if let Some(region) = target.region() {
         elsewhere::check(&server, region)?;
     }

@@ -28,7 +28,11 @@ fn object(kind: &str, name: &str, organization: Option<&str>, spec: Value) -> Va
 
 impl Cloud {
     async fn new() -> Self {
-        let world = World::new();
+        Self::with(nexus_api::Limits::default()).await
+    }
+
+    async fn with(limits: nexus_api::Limits) -> Self {
+        let world = World::with(limits);
         let put = async |plural: &str, object: Value| {
             world.store_global(plural, &object).await;
         };
@@ -512,4 +516,52 @@ async fn guessing_a_password_soon_has_to_wait() {
     // Also the right one waits now, or guessing would be told by it.
     let right = [wrong[0], wrong[1], ("password", PASSWORD)];
     assert_eq!(sign_in(&cloud, &right).await.status, StatusCode::TOO_MANY_REQUESTS);
+}
+
+#[tokio::test]
+async fn one_caller_can_ask_only_so_much_and_an_operator_everything() {
+    let limits = nexus_api::Limits {
+        caller_rate: nexus_api::Rate::new(1, 5),
+        project_rate: nexus_api::Rate::new(1, 8),
+        ..nexus_api::Limits::default()
+    };
+    let cloud = Cloud::with(limits).await;
+    let ask = async |who: &str, path: &str| cloud.call(who, "GET", path, None).await;
+    let first = ask("viewer", "/v1/whoami").await;
+    assert_eq!((first.header("x-ratelimit-limit"), first.header("x-ratelimit-remaining")), ("5", "4"));
+    assert!(first.header("x-ratelimit-reset").parse::<u64>().unwrap() >= 1);
+    // Generous: on a slow machine some tokens come back meanwhile.
+    let mut refused = None;
+    for _ in 0..200 {
+        let answer = ask("viewer", "/v1/whoami").await;
+        if answer.status == StatusCode::TOO_MANY_REQUESTS {
+            refused = Some(answer);
+            break;
+        }
+    }
+    let refused = refused.expect("the bucket is empty at some time");
+    assert!(refused.header("retry-after").parse::<u64>().unwrap() >= 1);
+    assert!(refused.problem("overloaded")["detail"].as_str().unwrap().contains("acme/viewer"));
+    // Others have their own; what is asked of one project is shared.
+    let other = ask("editor", "/v1/regions/local/projects/shop/apps").await;
+    assert_eq!(other.status, StatusCode::OK);
+    let mut shared = None;
+    for who in
+        ["editor", "admin", "owner", "auditor", "editor", "admin", "owner", "auditor"].into_iter().cycle().take(200)
+    {
+        let answer = ask(who, "/v1/regions/local/projects/shop/apps").await;
+        let about_it = answer.status == StatusCode::TOO_MANY_REQUESTS
+            && answer.json()["detail"].as_str().unwrap().contains("project shop");
+        if about_it {
+            shared = Some(answer);
+            break;
+        }
+    }
+    assert!(shared.is_some(), "the project's bucket is empty at some time");
+    // The fleet's own key is not bounded, and names that nobody has make no buckets.
+    for _ in 0..50 {
+        let answer = cloud.world.get("/v1/regions/local/projects/ghost/apps").await;
+        assert_eq!(answer.status, StatusCode::OK);
+        assert_eq!(answer.header("x-ratelimit-limit"), "");
+    }
 }
