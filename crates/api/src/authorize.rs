@@ -17,7 +17,9 @@ use http::header::AUTHORIZATION;
 use http::request::Parts;
 use nexus_control::directory::{self, Known};
 use nexus_iam::policy::{self, Decision, Principal, PrincipalKind, Reason, Request, Resource, Role};
-use nexus_model::kind::{Holder, Kind, Organization, Project, RoleBinding, SYSTEM_ORGANIZATION, Session, Token};
+use nexus_model::kind::{
+    Holder, Kind, Organization, OrganizationSpec, Project, Quota, RoleBinding, SYSTEM_ORGANIZATION, Session, Token,
+};
 use nexus_model::selector::Labels;
 use nexus_model::{AnyObject, ApiError, Code, Name, RequestId};
 use nexus_store::Consistency;
@@ -78,6 +80,8 @@ struct Facts {
     holder: Option<Holder>,
     /// Of a project: its organization.
     organization: Option<Name>,
+    /// Of a project or organization.
+    quota: Option<Quota>,
 }
 
 impl Facts {
@@ -89,6 +93,9 @@ impl Facts {
         }
         if plural == Token::PLURAL || plural == Session::PLURAL {
             facts.holder = serde_json::from_value(spec["holder"].clone()).ok();
+        }
+        if plural == Project::PLURAL || plural == Organization::PLURAL {
+            facts.quota = serde_json::from_value(spec["quota"].clone()).ok();
         }
         if plural == Project::PLURAL {
             facts.organization = spec["organization"].as_str().and_then(|o| o.parse().ok());
@@ -406,6 +413,23 @@ impl Server {
             let facts = Facts::of_spec(place, b.metadata.labels.clone(), &b.spec, false);
             Facts { name: Some(b.metadata.name.clone()), ..facts }
         });
+        let raised = |written: &Facts| {
+            let usual = match place.map_or("", |p| p.kind.plural) {
+                p if p == Organization::PLURAL => Some(OrganizationSpec::default().quota),
+                p if p == Project::PLURAL => Some(Quota::default()),
+                _ => None,
+            };
+            // A quota is changed only by whoever may set it, whatever else they may do with what it bounds.
+            written.quota.is_some() && written.quota != stored.quota.or(usual)
+        };
+        if let Some(written) = written.as_ref().filter(|w| raised(w)) {
+            let action = format!("{}:set-quota", place.map_or("", |p| p.kind.plural));
+            let facts = Facts { exists: stored.exists, ..written.clone() };
+            let judged = self.api.directory.read(|known| self.judge(known, context, target, &action, &facts));
+            if let Err(refused) = judged {
+                return Ok(Err(refused));
+            }
+        }
         Ok(match written {
             // What is changed must be theirs to change as it is and as it will be, or a label would be a way around.
             Some(written) if stored.exists => {

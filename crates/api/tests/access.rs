@@ -194,7 +194,11 @@ async fn every_route_answers_everybody_as_the_golden_file_says() {
         std::fs::write(&path, &text).unwrap();
     }
     let expected = std::fs::read_to_string(&path).unwrap_or_default();
-    assert_eq!(text, expected, "who may do what over HTTP changed; if that is meant, run again with UPDATE_GOLDEN=1");
+    let new = text.lines().filter(|line| !expected.lines().any(|e| e == *line)).map(|line| format!("now: {line}"));
+    let old = expected.lines().filter(|line| !text.lines().any(|t| t == *line)).map(|line| format!("was: {line}"));
+    let changed: Vec<String> = old.chain(new).collect();
+    let meant = "who may do what over HTTP changed; if that is meant, run again with UPDATE_GOLDEN=1";
+    assert!(text == expected, "{meant}\n{}", changed.join("\n"));
 }
 
 /// The answer without what differs between any two requests.
@@ -564,4 +568,24 @@ async fn one_caller_can_ask_only_so_much_and_an_operator_everything() {
         assert_eq!(answer.status, StatusCode::OK);
         assert_eq!(answer.header("x-ratelimit-limit"), "");
     }
+}
+
+#[tokio::test]
+async fn a_quota_is_set_only_from_above() {
+    let cloud = Cloud::new().await;
+    let organization = |n: u32| json!({"spec": {"quota": {"instances": n}}});
+    let change = async |who: &str, path: &str, body: Value| {
+        verdict(&cloud.call(who, "PATCH", &format!("{path}?dryRun=true"), Some(body)).await)
+    };
+    assert_eq!(change("owner", "/v1/organizations/acme", organization(7)).await, "no");
+    assert_eq!(change("owner", "/v1/organizations/acme", json!({"spec": {"displayName": "A"}})).await, "yes");
+    assert_eq!(change("operator", "/v1/organizations/acme", organization(7)).await, "yes");
+    // An organization's administrators ration its projects; a project's own don't.
+    assert_eq!(change("admin", "/v1/projects/shop", organization(7)).await, "yes");
+    let spec = json!({"role": "owner", "project": "shop", "subjects": [{"kind": "User", "name": "viewer"}]});
+    let revision = cloud.world.store_global("role-bindings", &object("RoleBinding", "own", Some("acme"), spec)).await;
+    assert!(cloud.world.directory.seen(revision, std::time::Duration::from_secs(60)).await);
+    assert_eq!(change("viewer", "/v1/projects/shop", organization(7)).await, "no");
+    let app = "/v1/regions/local/projects/shop/apps/example";
+    assert_eq!(change("viewer", app, json!({"spec": {"replicas": 2}})).await, "yes");
 }

@@ -165,7 +165,7 @@ fn tenants(step: &mut Step<'_>) {
     for (organization, display_name) in [(&default, "Default"), (&system, "The cloud itself")] {
         if is_missing::<Organization>(step.world, organization) {
             let metadata = step.new_metadata(organization.clone(), None);
-            let spec = OrganizationSpec { display_name: display_name.into() };
+            let spec = OrganizationSpec { display_name: display_name.into(), ..OrganizationSpec::default() };
             step.put(Object::<Organization>::new(metadata, spec));
         }
     }

@@ -505,4 +505,8 @@ impl World {
     pub fn project(&self, name: &Name) -> Option<&Object<Project>> {
         self.fleet().projects.get(None, name)
     }
+
+    pub fn organization(&self, name: &Name) -> Option<&Object<Organization>> {
+        self.fleet().organizations.get(None, name)
+    }
 }

@@ -210,3 +210,27 @@ fn a_later_project_or_organization_of_that_name_begins_with_nothing() {
     assert!(world.organizations.buried.is_empty());
     lab.make::<Organization>(None, "acme", OrganizationSpec::default()).unwrap();
 }
+
+#[test]
+fn an_organizations_projects_share_its_quota() {
+    let mut lab = Lab::new();
+    let quota = Quota { instances: 5, ..OrganizationSpec::default().quota };
+    lab.put::<Organization>(None, "acme", OrganizationSpec { quota, ..OrganizationSpec::default() }).unwrap();
+    let spec = ProjectSpec { organization: name("acme"), ..ProjectSpec::default() };
+    lab.make::<Project>(None, "till", spec).unwrap();
+    let deploy = |lab: &mut Lab, project: &str, app: &str, replicas: u32| {
+        let create = common::create::<App>(Some(project), app, common::web(replicas));
+        lab.with(|core, at| core.intent(&create, at))
+    };
+    deploy(&mut lab, "shop", "web", 3).unwrap();
+    let error = deploy(&mut lab, "till", "web", 3).unwrap_err();
+    assert_eq!(error.code, Code::QuotaExceeded);
+    for said in ["instances", "organization acme is 5", "3 are in use", "would make it 6"] {
+        assert!(error.detail.contains(said), "{}", error.detail);
+    }
+    deploy(&mut lab, "till", "web", 2).unwrap();
+    // Others are not concerned, and what goes makes room.
+    deploy(&mut lab, "lab", "web", 50).unwrap();
+    lab.with(|core, at| core.intent(&intent("apps", Some("shop"), "web", Change::Delete), at)).unwrap();
+    deploy(&mut lab, "till", "more", 3).unwrap();
+}

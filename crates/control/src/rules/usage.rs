@@ -50,6 +50,39 @@ pub fn open(step: &mut Step<'_>, project: &Name) -> Result<Object<Usage>, ApiErr
     }
 }
 
+/// What all projects of an organization use in this region.
+fn used_by(step: &Step<'_>, organization: &Name) -> [u64; 3] {
+    let of = |usage: &&Object<Usage>| {
+        step.world.project(&usage.metadata.name).is_some_and(|p| p.spec.organization == *organization)
+    };
+    step.world.usages.live.values().filter(of).fold([0; 3], |sum: [u64; 3], usage| {
+        let used = amounts(&usage.status.used);
+        std::array::from_fn(|i| sum[i].saturating_add(used[i]))
+    })
+}
+
+/// Refuses what grows past a quota, with the quota's name, limit and use.
+fn within(whose: &str, quota: &Quota, used: [u64; 3], new: [u64; 3], grows: [bool; 3]) -> Result<(), ApiError> {
+    let limit = [u64::from(quota.instances), u64::from(quota.cpu.0), quota.memory.0];
+    for (i, name) in ["instances", "cpu", "memory"].into_iter().enumerate() {
+        if grows[i] && new[i] > limit[i] {
+            let show = |amount: u64| match i {
+                0 => amount.to_string(),
+                1 => u32::try_from(amount).map_or_else(|_| format!("{amount}m"), |m| MilliCpu(m).to_string()),
+                _ => Bytes(amount).to_string(),
+            };
+            let detail = format!(
+                "the {name} quota of {whose} is {}, {} are in use, this would make it {}: ask for less or raise the quota",
+                show(limit[i]),
+                show(used[i]),
+                show(new[i]),
+            );
+            return Err(ApiError::new(Code::QuotaExceeded, detail));
+        }
+    }
+    Ok(())
+}
+
 /// Changes a project's use from one charge to another in this same step, or says which quota would be passed.
 pub fn recharge(step: &mut Step<'_>, project: &Name, before: [u64; 3], after: [u64; 3]) -> Result<(), ApiError> {
     if step.world.part == Part::Global {
@@ -64,33 +97,24 @@ pub fn recharge(step: &mut Step<'_>, project: &Name, before: [u64; 3], after: [u
     if before == after {
         return Ok(());
     }
-    let quota = step.world.project(project).map(|p| p.spec.quota).unwrap_or_default();
     let used = amounts(&usage.status.used);
-    let limit = [u64::from(quota.instances), u64::from(quota.cpu.0), quota.memory.0];
-    let mut new = [0; 3];
-    for (i, name) in ["instances", "cpu", "memory"].into_iter().enumerate() {
-        new[i] = used[i].saturating_sub(before[i]).saturating_add(after[i]);
-        if after[i] > before[i] && new[i] > limit[i] {
-            let show = |amount: u64| match i {
-                0 => amount.to_string(),
-                1 => u32::try_from(amount).map_or_else(|_| format!("{amount}m"), |m| MilliCpu(m).to_string()),
-                _ => Bytes(amount).to_string(),
-            };
-            let detail = format!(
-                "the {name} quota of project {project} is {}, {} are in use, this would make it {}: ask for less or raise the quota",
-                show(limit[i]),
-                show(used[i]),
-                show(new[i]),
-            );
-            return Err(ApiError::new(Code::QuotaExceeded, detail));
+    let new: [u64; 3] = std::array::from_fn(|i| used[i].saturating_sub(before[i]).saturating_add(after[i]));
+    let grows: [bool; 3] = std::array::from_fn(|i| after[i] > before[i]);
+    if let Some(owner) = step.world.project(project) {
+        within(&format!("project {project}"), &owner.spec.quota, used, new, grows)?;
+        let organization = &owner.spec.organization;
+        let quota = step.world.organization(organization).map(|o| o.spec.quota);
+        if let Some(quota) = quota.filter(|_| grows.contains(&true)) {
+            let all = used_by(step, organization);
+            let new = std::array::from_fn(|i| all[i].saturating_sub(before[i]).saturating_add(after[i]));
+            within(&format!("organization {organization}"), &quota, all, new, grows)?;
         }
     }
     usage.status.used = quota_use(new);
     step.put(usage);
     if (0..3).any(|i| after[i] < before[i]) {
-        // Room has come for what the quota kept out.
-        let waiting: Vec<_> = step.world.blocked.values().filter(|b| b.place.0.as_ref() == Some(project)).collect();
-        let waiting: Vec<_> = waiting.into_iter().map(|b| Dirty::Child(b.place.clone())).collect();
+        // Room has come for what a quota kept out, the project's or the organization's.
+        let waiting: Vec<_> = step.world.blocked.values().map(|b| Dirty::Child(b.place.clone())).collect();
         waiting.into_iter().for_each(|dirty| step.mark(dirty));
     }
     Ok(())

@@ -12,12 +12,22 @@ pub const SYSTEM_ORGANIZATION: &str = "system";
 #[derive(Debug, Clone)]
 pub struct Organization;
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct OrganizationSpec {
     /// What people call it.
     #[schemars(length(max = 200))]
     pub display_name: String,
+    /// What all of its projects together may use in each region. Only operators of the fleet change it.
+    pub quota: Quota,
+}
+
+impl Default for OrganizationSpec {
+    /// As much as a large region has: a bound for mistakes. Operators who bill or ration set their own.
+    fn default() -> Self {
+        let quota = Quota { instances: 1_000_000, cpu: MilliCpu(1_000_000_000), memory: Bytes(4 << 50) };
+        Self { display_name: String::new(), quota }
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -34,7 +44,12 @@ impl Kind for Organization {
     const SCOPE: Scope = Scope::Global;
     const HOME: Home = Home::Global;
     const VERBS: Verbs = Verbs::ALL;
-    const COLUMNS: &'static [Column] = &[Column::new("DISPLAY NAME", "/spec/displayName")];
+    const COLUMNS: &'static [Column] = &[
+        Column::new("DISPLAY NAME", "/spec/displayName"),
+        Column::new("INSTANCES", "/spec/quota/instances").wide(),
+        Column::new("CPU", "/spec/quota/cpu").wide(),
+        Column::new("MEMORY", "/spec/quota/memory").wide(),
+    ];
     type Spec = OrganizationSpec;
     type Status = OrganizationStatus;
 
@@ -43,7 +58,7 @@ impl Kind for Organization {
     }
 
     fn example() -> OrganizationSpec {
-        OrganizationSpec { display_name: "Example Ltd".into() }
+        OrganizationSpec { display_name: "Example Ltd".into(), ..OrganizationSpec::default() }
     }
 }
 
