@@ -44,14 +44,18 @@ pub type BlobStream = BoxStream<'static, std::io::Result<Bytes>>;
 /// Where the content of images is kept, by digest.
 #[async_trait]
 pub trait Blobs: Send + Sync {
-    /// The blob's length in bytes, if it is kept.
+    /// Whether a project has brought a blob itself, or an image of its names it. What others brought is not for it to use:
+    /// it would get at content of which it knows no more than the digest.
+    async fn belongs(&self, project: &Name, digest: Digest) -> Result<bool, ApiError>;
+
+    /// The blob's length in bytes, if it is kept and belongs to the project.
     async fn has(&self, project: &Name, digest: Digest) -> Result<Option<u64>, ApiError>;
 
-    /// Stores `length` bytes and answers, once they are durable, whether the blob is new. Content that does not have the
+    /// Stores `length` bytes and answers, once they are durable, whether the blob is new to the project. Content that does not have the
     /// digest is `invalid`; content that ends early is `bad-request`. Nothing of either may be seen by anyone.
     async fn put(&self, project: &Name, digest: Digest, length: u64, content: BlobStream) -> Result<bool, ApiError>;
 
-    /// The blob's length and content.
+    /// The blob's length and content, if it belongs to the project.
     async fn get(&self, project: &Name, digest: Digest) -> Result<Option<(u64, BlobStream)>, ApiError>;
 }
 

@@ -9,7 +9,7 @@ use nexus_control::decide::merge_patch;
 use nexus_control::intent::{Accepted, Change, Intent, Target};
 use nexus_env::RngExt;
 use nexus_iam::TokenSecret;
-use nexus_model::kind::{GLOBAL, Kind, Token, TokenSpec};
+use nexus_model::kind::{GLOBAL, Image, ImageSpec, Kind, Token, TokenSpec};
 use nexus_model::{AnyObject, ApiError, Code, FieldError, Name};
 use nexus_store::Consistency;
 use serde_json::Value;
@@ -142,6 +142,20 @@ fn mint(server: &Server, object: &mut AnyObject, context: &Context) -> Result<To
     Ok(secret)
 }
 
+/// Refuses an image of content that its project has not brought.
+async fn refuse_others_blobs(server: &Server, place: &Place, left: Option<&AnyObject>) -> Result<(), ApiError> {
+    let spec = left.and_then(|image| serde_json::from_value::<ImageSpec>(image.spec.clone()).ok());
+    let (Some(spec), Some(project)) = (spec, &place.project) else { return Ok(()) };
+    let mut errors = Vec::new();
+    for (i, blob) in spec.blobs.iter().enumerate() {
+        if !server.api.blobs.belongs(project, blob.digest).await? {
+            let message = format!("{} was not uploaded to project {project}: upload it first", blob.digest);
+            errors.push(FieldError::new(format!("spec.blobs[{i}]"), message));
+        }
+    }
+    if errors.is_empty() { Ok(()) } else { Err(ApiError::invalid(errors)) }
+}
+
 /// How long a token is good that does not say.
 const DEFAULT_LIFE: Duration = Duration::from_secs(30 * 86_400);
 
@@ -176,6 +190,9 @@ pub(crate) async fn submit(
     }
     let left = left_by(server, place, &name, &change).await?;
     server.authorize(context, target, &parts.method, left.as_ref()).await?;
+    if place.kind.plural == Image::PLURAL {
+        refuse_others_blobs(server, place, left.as_ref()).await?;
+    }
 
     let creates = matches!(change, Change::Create { .. } | Change::Put { .. });
     let if_match = match if_match {

@@ -589,3 +589,18 @@ async fn a_quota_is_set_only_from_above() {
     let app = "/v1/regions/local/projects/shop/apps/example";
     assert_eq!(change("viewer", app, json!({"spec": {"replicas": 2}})).await, "yes");
 }
+
+#[tokio::test]
+async fn an_image_is_made_only_of_what_its_project_brought() {
+    let cloud = Cloud::new().await;
+    let image = |content: &[u8]| {
+        let digest = nexus_model::Digest::of(content);
+        let spec = json!({"format": "wasm", "digest": digest, "blobs": [{"digest": digest, "size": content.len()}]});
+        json!({"metadata": {"name": "stolen"}, "spec": spec})
+    };
+    let images = "/v1/regions/local/projects/shop/images";
+    let stolen = cloud.call("editor", "POST", images, Some(image(b"never brought"))).await;
+    assert_eq!(stolen.problem("invalid")["errors"][0]["field"], "spec.blobs[0]");
+    let own = cloud.call("editor", "POST", images, Some(image(b""))).await;
+    assert_eq!(own.status, StatusCode::CREATED, "{:?}", own.body);
+}

@@ -10,6 +10,7 @@
 //! | `sys/format` | the version of everything stored here |
 //! | `sys/fleet/{server or host}/{name}` | a machine that has joined, or left |
 //! | `sys/fleet/node`, `sys/fleet/addresses` | what was given out last, so that nothing is given twice |
+//! | `sys/blob/{project}/{digest}` | that a project uploaded a blob, for a day; its images say so for longer |
 //! | `sys/join/token/{hash}` | a join token that was not used yet |
 //! | `sys/join/answer/{hash of a public key}` | what a join was answered, so that a retry gets it again |
 
@@ -24,6 +25,7 @@ pub const FLEET_SERVERS: &str = "sys/fleet/server/";
 pub const FLEET_HOSTS: &str = "sys/fleet/host/";
 pub const FLEET_NODE: &str = "sys/fleet/node";
 pub const FLEET_ADDRESSES: &str = "sys/fleet/addresses";
+pub const BLOBS: &str = "sys/blob/";
 pub const JOIN_TOKENS: &str = "sys/join/token/";
 pub const JOIN_ANSWERS: &str = "sys/join/answer/";
 

@@ -106,7 +106,8 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     let backups: Arc<dyn operations::Backups> = Arc::new(backups::ServerBackups::new(&config, &env, groups.clone()));
 
     let view = View::new(&config.domain).in_region(&config.region);
-    let blobs = Arc::new(ServerBlobs::open(&config, fleet.clone(), view.clone(), pool.clone()).await?);
+    let blobs =
+        Arc::new(ServerBlobs::open(&config, fleet.clone(), view.clone(), pool.clone(), groups.global.clone()).await?);
     let writers = Arc::new(Writers::new(&config, &env, &groups, &fleet, peers.clone(), &pool));
     let gateways = Gateways::default();
 

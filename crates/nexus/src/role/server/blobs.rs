@@ -13,8 +13,10 @@ use nexus_api::{BlobStream, Blobs};
 use nexus_compute::image::{BlobStore, ImageError};
 use nexus_control::view::View;
 use nexus_env::Endpoint;
+use nexus_model::kind::Image;
 use nexus_model::plan::{BlobRequest, method};
-use nexus_model::{ApiError, Code, Digest, FieldError, Name};
+use nexus_model::{ApiError, Code, Digest, FieldError, Name, Object, key};
+use nexus_store::{Op, RangeRequest, Store, Txn};
 use nexus_wire::{ByteStream, Pool, Refusal};
 use tokio_util::sync::CancellationToken;
 
@@ -36,6 +38,8 @@ pub struct ServerBlobs {
     region: Name,
     view: View,
     pool: Arc<Pool>,
+    /// Of the group that all regions share.
+    global: Arc<dyn Store>,
 }
 
 fn broken(error: &ImageError) -> ApiError {
@@ -47,11 +51,17 @@ fn broken(error: &ImageError) -> ApiError {
 }
 
 impl ServerBlobs {
-    pub async fn open(config: &ServerConfig, fleet: Fleet, view: View, pool: Arc<Pool>) -> anyhow::Result<Self> {
+    pub async fn open(
+        config: &ServerConfig,
+        fleet: Fleet,
+        view: View,
+        pool: Arc<Pool>,
+        global: Arc<dyn Store>,
+    ) -> anyhow::Result<Self> {
         let dir = config.data_dir.join("images");
         let store =
             tokio::task::spawn_blocking(move || BlobStore::open(dir)).await.context("opening the image store")??;
-        Ok(Self { store, node: config.node_id, fleet, region: config.region.clone(), view, pool })
+        Ok(Self { store, node: config.node_id, fleet, region: config.region.clone(), view, pool, global })
     }
 
     /// The other servers of the region, whoever they are now.
@@ -84,15 +94,25 @@ impl ServerBlobs {
         Ok(tokio_util::io::ReaderStream::with_capacity(file, PIECE))
     }
 
-    /// Stores what a stream brings; answers its length.
+    /// Stores what a stream brings, unless it is there; answers its length.
     pub async fn take(
+        &self,
+        digest: Digest,
+        content: impl futures::Stream<Item = std::io::Result<Bytes>> + Unpin,
+    ) -> Result<u64, ApiError> {
+        match self.store.size(digest) {
+            Some(size) => Ok(size),
+            None => self.write(digest, content).await,
+        }
+    }
+
+    /// Stores what a stream brings, or finds that it is what is there already; answers its length. Whoever names a digest
+    /// must have its content.
+    async fn write(
         &self,
         digest: Digest,
         mut content: impl futures::Stream<Item = std::io::Result<Bytes>> + Unpin,
     ) -> Result<u64, ApiError> {
-        if let Some(size) = self.store.size(digest) {
-            return Ok(size);
-        }
         let mut writer = self.store.put_stream_async(digest, MAX_BLOB).await.map_err(|e| broken(&e))?;
         while let Some(piece) = content.next().await {
             let piece = piece.map_err(|e| ApiError::new(Code::BadRequest, format!("the upload ended early: {e}")))?;
@@ -188,25 +208,56 @@ impl ServerBlobs {
     }
 }
 
+/// How long an upload is remembered that no image names.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
+
+fn upload_key(project: &Name, digest: Digest) -> String {
+    format!("{}{project}/{}", key::BLOBS, digest.hex())
+}
+
+impl ServerBlobs {
+    /// Remembers for a day that a project brought a blob.
+    async fn remember(&self, project: &Name, digest: Digest) -> Result<(), ApiError> {
+        let lease = self.global.lease_grant(REMEMBERED).await.map_err(nexus_api::from_store)?;
+        let put =
+            Op::Put { key: upload_key(project, digest).into(), value: Bytes::from_static(b"{}"), lease: Some(lease) };
+        self.global.txn(Txn::new(Vec::new(), vec![put])).await.map(drop).map_err(nexus_api::from_store)
+    }
+}
+
 #[async_trait]
 impl Blobs for ServerBlobs {
-    async fn has(&self, _project: &Name, digest: Digest) -> Result<Option<u64>, ApiError> {
-        Ok(self.store.size(digest))
+    async fn belongs(&self, project: &Name, digest: Digest) -> Result<bool, ApiError> {
+        let named = self.view.read(|world| {
+            let names = |i: &Object<Image>| i.spec.digest == digest || i.spec.blobs.iter().any(|b| b.digest == digest);
+            world.fleet().images.within(project).any(names)
+        });
+        if named {
+            return Ok(true);
+        }
+        let request = RangeRequest::get(upload_key(project, digest));
+        let found = self.global.range(request).await.map_err(nexus_api::from_store)?;
+        Ok(!found.kvs.is_empty())
     }
 
-    async fn put(&self, _project: &Name, digest: Digest, length: u64, content: BlobStream) -> Result<bool, ApiError> {
-        let new = self.store.size(digest).is_none();
-        let size = self.take(digest, content).await?;
+    async fn has(&self, project: &Name, digest: Digest) -> Result<Option<u64>, ApiError> {
+        Ok(if self.belongs(project, digest).await? { self.store.size(digest) } else { None })
+    }
+
+    async fn put(&self, project: &Name, digest: Digest, length: u64, content: BlobStream) -> Result<bool, ApiError> {
+        let new = !self.belongs(project, digest).await?;
+        let size = self.write(digest, content).await?;
         if size != length {
             let detail = format!("blob {digest} has {size} bytes, {length} were announced");
             return Err(ApiError::new(Code::BadRequest, detail));
         }
         self.spread(digest).await?;
+        self.remember(project, digest).await?;
         Ok(new)
     }
 
-    async fn get(&self, _project: &Name, digest: Digest) -> Result<Option<(u64, BlobStream)>, ApiError> {
-        let Some(size) = self.store.size(digest) else { return Ok(None) };
+    async fn get(&self, project: &Name, digest: Digest) -> Result<Option<(u64, BlobStream)>, ApiError> {
+        let Some(size) = self.has(project, digest).await? else { return Ok(None) };
         match self.read(digest).await {
             Ok(content) => Ok(Some((size, content.boxed()))),
             Err(_) => Ok(None),
