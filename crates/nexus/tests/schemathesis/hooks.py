@@ -26,6 +26,7 @@ TOKEN = os.environ["NEXUS_ST_TOKEN"]
 REPORT = os.environ["NEXUS_ST_REPORT"]
 REGION = f"{API}/v1/regions/local"
 PROJECT = f"{REGION}/projects/default"
+ORGANIZATION = f"{API}/v1/organizations/default"
 # An app of the test's own, running, and a host whose agent is dead.
 APP = os.environ["NEXUS_ST_APP"]
 DEAD_HOST = os.environ["NEXUS_ST_DEAD_HOST"]
@@ -41,7 +42,12 @@ def call(method, url, **more):
 
 
 def made(url, body):
-    answer = call("PUT", url, json=body)
+    if "/tokens/" in url:
+        # Its text is told once, so there is no PUT.
+        url, name = url.rsplit("/", 1)
+        answer = call("POST", url, json={**body, "metadata": {"name": name}})
+    else:
+        answer = call("PUT", url, json=body)
     assert answer.ok, f"{url}: {answer.status_code} {answer.text}"
     return answer.json()
 
@@ -56,11 +62,20 @@ def app(image="missing"):
 
 EMPTY = digest(b"")
 WASM = {"format": "wasm", "digest": EMPTY, "blobs": [{"digest": EMPTY, "size": 0}]}
+# Whoever is there from the beginning, and a policy that permits nothing.
+ADMIN = [{"kind": "User", "name": "admin"}]
+NOTHING = "permit (principal, action, resource) when { false };"
 # By the last part of a collection's path: where the fixture is, and a body for a throw-away. Kinds without one are not made
 # by users.
 BODIES = {
     "organizations": (f"{API}/v1/organizations", lambda n: {"spec": {}}),
     "projects": (f"{API}/v1/projects", lambda n: {"spec": {}}),
+    "users": (f"{ORGANIZATION}/users", lambda n: {"spec": {}}),
+    "service-accounts": (f"{ORGANIZATION}/service-accounts", lambda n: {"spec": {}}),
+    "groups": (f"{ORGANIZATION}/groups", lambda n: {"spec": {}}),
+    "role-bindings": (f"{ORGANIZATION}/role-bindings", lambda n: {"spec": {"role": "viewer", "subjects": ADMIN}}),
+    "policies": (f"{ORGANIZATION}/policies", lambda n: {"spec": {"text": NOTHING}}),
+    "tokens": (f"{ORGANIZATION}/tokens", lambda n: {"spec": {"holder": {"kind": "User", "name": "admin"}}}),
     "zones": (f"{REGION}/zones", lambda n: {"spec": {}}),
     "cells": (f"{REGION}/cells", lambda n: {"spec": {}}),
     "images": (f"{PROJECT}/images", lambda n: {"spec": WASM}),
@@ -80,6 +95,21 @@ def after_load_schema(context, schema):
     assert answer.ok, answer.text
     for url, body in BODIES.values():
         made(f"{url}/{FIXTURE}", body(FIXTURE))
+    made(f"{ORGANIZATION}/users/{SIGNER}", {"spec": {}})
+    invited = call("POST", f"{ORGANIZATION}/users/{SIGNER}:invite").json()
+    sign_in(grant_type="urn:cloudnexus:invitation", invitation=invited["invitation"])
+
+
+# Somebody who signs in, and is left alone else.
+SIGNER = "st-signer"
+
+
+def sign_in(**grant):
+    """Opens a session; answers its name."""
+    form = {"grant_type": "password", "username": f"default/{SIGNER}", "password": "seven green kettles", **grant}
+    answer = requests.post(f"{API}/oauth2/token", data=form, timeout=30)
+    assert answer.ok, f"{answer.status_code} {answer.text}"
+    return answer.json()["session"]
 
 
 def kind_of(path):
@@ -126,6 +156,8 @@ def real_name(case, kind):
         return pick(f"{PROJECT}/events?limit=1")
     if kind == "regions":
         return "local"
+    if kind == "sessions":
+        return sign_in() if deletes else pick(f"{ORGANIZATION}/sessions?limit=1")
     if kind == "usages":
         # Named as its project.
         return "default"
@@ -155,6 +187,8 @@ def repair_path(case):
         names["region"] = "local"
     if "project" in names:
         names["project"] = "default"
+    if "organization" in names:
+        names["organization"] = "default"
     kind = kind_of(case.path)
     # A name that is only tried out creates its object; every fourth put is let do that.
     creates = case.method == "PUT" and kind in BODIES and next(numbers) % 4 == 0
@@ -195,6 +229,9 @@ def repair_headers(case):
         # Hardly ever is it the object's revision; what comes after this check wants to be reached too.
         if value and is_positive(case, "header") and next(numbers) % 8:
             del case.headers[name]
+    if case.headers and case.path.endswith("/tokens"):
+        # Its answer can't be repeated.
+        case.headers.pop("Idempotency-Key", None)
     # Generators are fond of a few keys, and all but the first request with one would be refused. Some stay.
     if case.headers and "Idempotency-Key" in case.headers and is_positive(case, "header") and next(numbers) % 8:
         case.headers["Idempotency-Key"] = f"st-{next(numbers)}"
@@ -234,6 +271,8 @@ def repair_body(case):
         metadata.pop("region", None)
         if "project" in metadata:
             metadata["project"] = case.path_parameters.get("project", "default")
+        if "organization" in metadata:
+            metadata["organization"] = case.path_parameters.get("organization", "default")
         # In a PUT it is a precondition: see If-Match.
         metadata.pop("revision", None)
         # Else it could not be deleted.
@@ -253,6 +292,21 @@ def repair_body(case):
         spec.pop("zone", None)
     if kind == "images" and case.method != "PATCH":
         spec["digest"] = spec["blobs"][0]["digest"]
+    # Who and what is named has to be there.
+    if kind == "groups":
+        spec.pop("users", None)
+        spec.pop("serviceAccounts", None)
+    if kind in ("role-bindings", "policies", "tokens"):
+        spec.pop("project", None)
+    if kind == "role-bindings":
+        spec["role"], spec["subjects"] = "viewer", ADMIN
+    if kind == "policies":
+        spec["text"] = NOTHING
+    if kind == "tokens":
+        spec["holder"] = {"kind": "User", "name": "admin"}
+        spec.pop("expires", None)
+        # The server writes it.
+        spec.pop("hash", None)
     if kind == "projects" and "organization" in spec:
         # Who owns a project can't change.
         spec["organization"] = "default"
