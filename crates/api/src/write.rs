@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::body::Body;
 use http::Method;
 use http::request::Parts;
-use nexus_control::intent::{Accepted, Change, Intent, Target};
+use nexus_control::intent::{Accepted, Change, Intent, Provenance, Target};
 use nexus_model::kind::GLOBAL;
 use nexus_model::{ApiError, Code, FieldError, Name};
 use nexus_store::Consistency;
@@ -130,6 +130,7 @@ pub(crate) async fn submit(
     let intent = Intent {
         request_id: context.request_id.clone(),
         actor: context.principal.name.clone(),
+        by: Provenance::default(),
         target: Target {
             plural: place.kind.plural.to_owned(),
             project: place.project.clone(),

@@ -20,7 +20,7 @@ pub mod verify;
 pub use export::{Consistency, Dropped, Header, Line, Mode, Pruned, chain_line, entry_line};
 pub use hash::Hash;
 pub use head::{HeadError, PublicKey, SignedHead, Signer, TreeHead, Verifier};
-pub use log::{Appended, Chain, Log, LogState, ResumeError};
+pub use log::{Appended, Chain, Log, LogState, Mark, ResumeError};
 pub use merkle::{Frontier, verify_consistency, verify_inclusion};
 pub use personal::{Personal, PersonalError, Sealed, SubjectKey};
 pub use record::{
