@@ -13,6 +13,7 @@
 //! a host does is asked of it through [`HostDoor`].
 
 mod admission;
+mod audit;
 mod blobs;
 mod doors;
 mod elsewhere;
@@ -43,6 +44,7 @@ use nexus_store::Store;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
+pub use audit::Audit;
 pub use doors::{
     Authenticator, BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint,
     EtcdStatus, Frame, FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Principal, Remote, ServerStatus,
@@ -69,6 +71,8 @@ pub struct Api {
     pub hosts: Arc<dyn HostDoor>,
     pub operations: Arc<dyn Operations>,
     pub status: Arc<dyn StatusSource>,
+    /// How this server signs the audit logs, and where it notes what it refuses.
+    pub audit: Arc<Audit>,
     /// What `/metrics` shows; the API's own figures are registered by [`router`].
     pub metrics: Arc<Mutex<Registry>>,
     /// Ends watches, log streams, execs and waits, so that a server can drain.

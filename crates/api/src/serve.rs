@@ -28,7 +28,7 @@ use crate::openapi::{self, Schemas};
 use crate::problem::{Refusal, from_store};
 use crate::query::Query;
 use crate::route::{self, Place, Target};
-use crate::{Api, blobs, elsewhere, list, operations, settle, streams, watch, write};
+use crate::{Api, audit, blobs, elsewhere, list, operations, settle, streams, watch, write};
 
 /// The API with what it derives from its kinds once.
 pub(crate) struct Server {
@@ -216,13 +216,20 @@ async fn dispatch(
         return open(&server, &target, &parts).await;
     }
     if let Target::Operation(operation) = &target {
-        if !operation.open {
-            server.authenticate(&parts)?;
-        }
+        let unknown = |_: &Refusal| audit::unknown(&server, &parts, &request_id);
+        let principal = match operation.open {
+            true => None,
+            false => Some(server.authenticate(&parts).inspect_err(unknown)?),
+        };
         let _permit = server.admission.admit(Class::of(&target, &parts.headers), &server.api.env).await?;
-        return Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?);
+        let done = server.deadline(operations::handle(&server, operation, &parts, body)).await;
+        let context = principal.map(|principal| Context { principal, request_id: request_id.clone() });
+        let answer = done.as_ref().map(drop).map_err(|e| e.code);
+        audit::note(&server, context.as_ref(), &request_id, format!("operations:{}", operation.name), None, answer);
+        return Ok(done?);
     }
-    let context = Context { principal: server.authenticate(&parts)?, request_id };
+    let unknown = |_: &Refusal| audit::unknown(&server, &parts, &request_id);
+    let context = Context { principal: server.authenticate(&parts).inspect_err(unknown)?, request_id };
     if let Some(region) = target.region() {
         elsewhere::check(&server, region)?;
     }
@@ -236,7 +243,19 @@ async fn dispatch(
             let permit = server.transfer_permit()?;
             Ok(blobs::handle(&server, &project, digest, &parts, body, permit).await?)
         }
-        Target::Custom(place, name, verb) => streams::handle(&server, &place, &name, verb, &mut parts).await,
+        Target::Audit(region, asked) => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            Ok(server.deadline(audit::handle(&server, &region, asked, &parts, body, &context)).await?)
+        }
+        Target::Custom(place, name, verb) => {
+            let done = streams::handle(&server, &place, &name, verb, &mut parts).await;
+            if verb == route::Verb::Exec {
+                let answer = done.as_ref().map(drop).map_err(|refusal| refusal.error.code);
+                let of = Some(audit::target(&place, name.as_str()));
+                audit::note(&server, Some(&context), &context.request_id, "instances:exec".to_owned(), of, answer);
+            }
+            done
+        }
         Target::Status => {
             Query::parse(parts.uri.query(), &[], &[])?;
             let _permit = server.admission.admit(class, &server.api.env).await?;

@@ -5,11 +5,12 @@ use std::time::Duration;
 use axum::body::Body;
 use http::Method;
 use http::request::Parts;
-use nexus_control::intent::{Accepted, Change, Intent, Provenance, Target};
+use nexus_control::intent::{Accepted, Change, Intent, Target};
 use nexus_model::kind::GLOBAL;
 use nexus_model::{ApiError, Code, FieldError, Name};
 use nexus_store::Consistency;
 
+use crate::audit;
 use crate::headers::{self, IfMatch, IfNoneMatch};
 use crate::input::{self, Expected};
 use crate::list::{find, parse_name};
@@ -93,6 +94,14 @@ async fn read(
     Ok(Asked { name, change, if_match })
 }
 
+fn verb(change: &Change) -> &'static str {
+    match change {
+        Change::Create { .. } => "create",
+        Change::Delete => "delete",
+        Change::Put { .. } | Change::Patch { .. } | Change::Audit { .. } => "update",
+    }
+}
+
 /// Reads a mutation, submits it, and answers what the writer did.
 pub(crate) async fn submit(
     server: &Server,
@@ -130,7 +139,7 @@ pub(crate) async fn submit(
     let intent = Intent {
         request_id: context.request_id.clone(),
         actor: context.principal.name.clone(),
-        by: Provenance::default(),
+        by: audit::provenance(context),
         target: Target {
             plural: place.kind.plural.to_owned(),
             project: place.project.clone(),
@@ -142,6 +151,13 @@ pub(crate) async fn submit(
         idempotency_key,
         dry_run,
     };
-    let accepted = server.writer(place).submit(intent).await?;
+    let (verb, noted) = (verb(&intent.change), audit::target(place, intent.target.name.as_str()));
+    let accepted = server.writer(place).submit(intent).await.inspect_err(|error| {
+        // What is only late is no refusal.
+        if (400..500).contains(&error.status) && error.code != Code::Overloaded {
+            let action = format!("{}:{verb}", place.kind.plural);
+            audit::note(server, Some(context), &context.request_id, action, Some(noted), Err(error.code));
+        }
+    })?;
     Ok(Done { accepted, deleted, dry_run, wait })
 }

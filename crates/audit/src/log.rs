@@ -258,6 +258,11 @@ impl Chain {
         Ok(Appended { index, hash, row, tiles: Vec::new() })
     }
 
+    /// The place of the next record.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
     /// How many records wait to be anchored.
     pub fn waiting(&self) -> u64 {
         self.next - self.from

@@ -12,12 +12,15 @@
 //! Where a request came from is personal: it stands in the record encrypted with a key of the principal's own, which is a
 //! row of the store. [`Deed::Forget`] deletes the row.
 
+mod heads;
+mod notes;
+pub mod read;
+
 use std::collections::BTreeMap;
 
 use nexus_audit::log::ANCHOR_ACTION;
-use nexus_audit::tiles::{TileId, decode_tile};
 use nexus_audit::{
-    Actor, ActorKind, Anchor, Answer, Change, Draft, Entry, Hash, Log, LogState, Personal, Retention, SubjectKey,
+    Actor, ActorKind, Anchor, Answer, Change, Draft, Hash, Log, LogState, Personal, Retention, SubjectKey,
     Target,
 };
 use nexus_env::RngExt;
@@ -30,6 +33,10 @@ use serde_json::Value;
 use crate::intent::{Accepted, Deed, Intent, Provenance};
 use crate::step::Step;
 use crate::world::Stored;
+
+pub use heads::Heads;
+pub use notes::{Notes, NotesKeeper};
+pub use read::ReadError;
 
 /// The action of records of shredded personal data.
 pub const FORGET_ACTION: &str = "audit:forget";
@@ -136,27 +143,12 @@ async fn resume(
     group: &Name,
     state: LogState,
 ) -> Result<Result<Log, String>, StoreError> {
-    let mut tiles: BTreeMap<TileId, Vec<Hash>> = BTreeMap::new();
-    for (id, needs) in state.open_tiles() {
-        if id.level > 0 {
-            let request = RangeRequest { at: Some(at), ..RangeRequest::get(format!("{}{id}", key::AUDIT_TILES)) };
-            let row = store.range(request).await?.kvs.pop();
-            tiles.insert(id, row.and_then(|kv| decode_tile(&kv.value)).unwrap_or_default());
-            continue;
-        }
-        let (first, end) = (key::audit_record(id.first_record()), key::audit_record(state.frontier.size()));
-        let mut request = RangeRequest::new(first, end).limit(needs);
-        request.at = Some(at);
-        let mut hashes = Vec::with_capacity(needs);
-        for kv in store.range(request).await?.kvs {
-            match Entry::from_row(&kv.value).and_then(|entry| entry.record.hash()) {
-                Ok(hash) => hashes.push(hash),
-                Err(error) => return Ok(Err(format!("{} can't be read: {error}", text(&kv.key)))),
-            }
-        }
-        tiles.insert(id, hashes);
+    let open = state.open_tiles().into_iter().map(|(id, _)| id);
+    match read::tiles(store, Some(at), open, state.frontier.size()).await {
+        Ok(tiles) => Ok(Log::resume(group.as_str(), state, &tiles).map_err(|error| error.to_string())),
+        Err(ReadError::Store(error)) => Err(error),
+        Err(damaged @ ReadError::Damaged { .. }) => Ok(Err(damaged.to_string())),
     }
-    Ok(Log::resume(group.as_str(), state, &tiles).map_err(|error| error.to_string()))
 }
 
 /// Which of the verbs of every kind was carried out.
@@ -244,7 +236,7 @@ fn settle(step: &mut Step<'_>, intent: &Intent, anchor: &Anchor) -> Result<(), A
     }
     let time = step.millis();
     let value = serde_json::to_vec(anchor).expect("an anchor is plain data");
-    step.set(format!("{}{server}", key::AUDIT_ANCHORS), Some(value.into()));
+    step.set(read::anchor_row(server.as_str()), Some(value.into()));
     step.world.trail_mut().anchors.insert(server.to_string(), anchor.clone());
     step.undo(move |world| {
         let anchors = &mut world.trail_mut().anchors;
@@ -278,7 +270,7 @@ fn forget(step: &mut Step<'_>, intent: &Intent, principal: &str) -> Result<(), A
 fn draft_of(step: &mut Step<'_>, intent: &Intent, action: String) -> Result<Draft, ApiError> {
     let by = &intent.by;
     let actor = actor(by, &intent.actor);
-    let policies = by.policies.iter().take(MAX_POLICIES).map(|p| cut(p, MAX_TEXT)).collect();
+    let policies = policies(by);
     let personal = by.address.filter(|_| !intent.dry_run).map(|address| {
         let principal = if by.principal.is_empty() { format!("operator:{}", actor.name) } else { by.principal.clone() };
         let personal = Personal { source_address: Some(address.to_string()), ..Personal::default() };
@@ -351,6 +343,10 @@ pub fn actor(by: &Provenance, operator: &str) -> Actor {
         organization,
         session: by.session.as_deref().map(|s| cut(s, MAX_TEXT)),
     }
+}
+
+fn policies(by: &Provenance) -> Vec<String> {
+    by.policies.iter().take(MAX_POLICIES).map(|p| cut(p, MAX_TEXT)).collect()
 }
 
 /// The principal that an actor of a record is, as [`Provenance::principal`] names it.
