@@ -448,7 +448,8 @@ struct Forget {
 
 async fn forget(log: &Log<'_>, parts: &Parts, body: Body, context: &Context) -> Result<Response, ApiError> {
     let body = input::read_json(&parts.headers, body, write::JSON).await?;
-    let wrong = |e: String| ApiError::new(Code::BadRequest, format!("the body is {{\"principal\": \"user:ORG/NAME\"}}: {e}"));
+    let wrong =
+        |e: String| ApiError::new(Code::BadRequest, format!("the body is {{\"principal\": \"user:ORG/NAME\"}}: {e}"));
     let asked: Forget = serde_json::from_value(body).map_err(|e| wrong(e.to_string()))?;
     if asked.principal.is_empty() || asked.principal.chars().count() > MAX_FILTER {
         return Err(wrong(format!("principal has 1 to {MAX_FILTER} characters")));

@@ -20,8 +20,7 @@ use std::collections::BTreeMap;
 
 use nexus_audit::log::ANCHOR_ACTION;
 use nexus_audit::{
-    Actor, ActorKind, Anchor, Answer, Change, Draft, Hash, Log, LogState, Personal, Retention, SubjectKey,
-    Target,
+    Actor, ActorKind, Anchor, Answer, Change, Draft, Hash, Log, LogState, Personal, Retention, SubjectKey, Target,
 };
 use nexus_env::RngExt;
 use nexus_model::kind::{Group, Kind, Organization, Policy, RoleBinding, ServiceAccount, User};

@@ -9,21 +9,23 @@ use std::time::Duration;
 use common::net::{End, Net, Running, env, submit};
 use common::{create, intent, name};
 use nexus_audit::{
-    ActorKind, Anchor, Answer, Entry, Hash, Header, Line, LogState, Mode, Options, Signer, Verifier, entry_line, verify,
+    ActorKind, Anchor, Answer, Entry, Hash, Header, Line, LogState, Mode, Options, Signer, Verifier, chain_line,
+    entry_line, verify,
 };
-use nexus_control::audit::{place_of, principal_of, read_subject};
+use nexus_control::audit::{Notes, place_of, principal_of, read_subject};
 use nexus_control::cells::Cells;
 use nexus_control::core::{Bootstrap, Core, Moment};
 use nexus_control::intent::{Accepted, Change, Deed, Intent, Provenance};
 use nexus_control::region::{Config, Region};
 use nexus_control::view::View;
 use nexus_control::world::World;
-use nexus_env::SeededRng;
+use nexus_env::{MemDisk, SeededRng};
 use nexus_model::kind::*;
 use nexus_model::{ApiError, Code, Timestamp, key};
 use nexus_store::embedded::EmbeddedStore;
-use nexus_store::{RangeRequest, Store};
+use nexus_store::{RangeRequest, Store, Txn};
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
 
 fn bootstrap() -> Bootstrap {
     let (zones, cells) = (vec![name("zone-a")], vec![name("cell-a")]);
@@ -310,4 +312,172 @@ async fn the_log_goes_on_when_the_leader_dies_and_has_each_change_once() {
     for server in servers.into_values() {
         server.running.end().await;
     }
+}
+
+/// A server's chain over a region of one server.
+struct Noting {
+    env: nexus_env::Env,
+    net: Arc<Net>,
+    server: Server,
+}
+
+impl Noting {
+    async fn start() -> Self {
+        let net = Arc::new(Net::default());
+        let (env, end) = (env(1), End::new(1, &net));
+        let store = end.open(&env, "local", &[1]).await;
+        net.stores.lock().unwrap().insert(1, Arc::downgrade(&store));
+        let config = Config { node: 1, server: "server-1".into(), bootstrap: bootstrap(), fleet: None };
+        let region = Arc::new(Region::new(config, env.clone(), store.clone(), end));
+        net.writers.lock().unwrap().insert(1, Arc::downgrade(&region));
+        let mut running = Running::new(View::new("localhost"));
+        running.writer(&region);
+        Self { env, net, server: Server { store, region, running } }
+    }
+
+    /// A keeper that runs until the token is cancelled.
+    fn keep(&self) -> (Notes, CancellationToken, tokio::task::JoinHandle<()>) {
+        let (notes, mut keeper) = Notes::new(&self.env, "/chain".into(), name("local"), name("server-1"));
+        keeper.every = Duration::from_millis(300);
+        let stop = CancellationToken::new();
+        let running = keeper.run(self.server.store.clone(), self.server.region.clone(), stop.clone());
+        (notes, stop, tokio::spawn(running))
+    }
+
+    async fn anchors(&self) -> Vec<Anchor> {
+        let rows = self.server.store.range(RangeRequest::prefix(key::AUDIT_RECORDS)).await.unwrap();
+        rows.kvs.iter().filter_map(|kv| Entry::from_row(&kv.value).unwrap().record.anchor).collect()
+    }
+
+    /// Waits until so many records are anchored.
+    async fn settled(&self, records: u64) {
+        let deadline = tokio::time::Instant::now() + common::net::LONG;
+        while self.anchors().await.last().map_or(0, |a| a.to + 1) < records {
+            assert!(tokio::time::Instant::now() < deadline, "{:?}", self.anchors().await);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    fn files(&self) -> Vec<String> {
+        let disk = &self.env.disk;
+        disk.list(std::path::Path::new("/")).unwrap().into_iter().map(|e| e.name).collect()
+    }
+}
+
+fn refuse(notes: &Notes, n: u64) {
+    let id = format!("req-{n}").parse().unwrap();
+    notes.answered(None, "requests:authenticate".into(), None, Err(Code::Unauthenticated), &id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_refuses_is_in_its_chain_and_anchored_also_after_a_restart() {
+    let lab = Noting::start().await;
+    let (notes, stop, running) = lab.keep();
+    (0..5).for_each(|n| refuse(&notes, n));
+    lab.settled(5).await;
+    (5..8).for_each(|n| refuse(&notes, n));
+    stop.cancel();
+    running.await.unwrap();
+
+    // A crash has left half a record; the next keeper cuts it off and goes on.
+    let file = std::path::Path::new("/chain/00000000000000000000.ndjson");
+    lab.env.disk.open(file).unwrap().append(b"{\"record\":{\"action\"").unwrap();
+    let (notes, stop, running) = lab.keep();
+    refuse(&notes, 8);
+    lab.settled(9).await;
+    stop.cancel();
+    running.await.unwrap();
+
+    // The export has the records behind their anchors, and each is verified.
+    let anchors = lab.anchors().await;
+    assert_eq!(anchors.iter().map(|a| a.from).collect::<Vec<_>>()[0], 0);
+    let signer = Signer::from_seed("home", "local", &[7; 32]).unwrap();
+    let rows = lab.server.store.range(RangeRequest::prefix("a/")).await.unwrap().kvs;
+    let state = rows.iter().find(|kv| kv.key == key::AUDIT_STATE).unwrap();
+    let state = LogState::from_bytes(&state.value).unwrap();
+    let (cluster, group) = ("home".to_owned(), "local".to_owned());
+    let to = state.frontier.size();
+    let header = Header { cluster, from: 0, group, mode: Mode::Whole, peaks: Vec::new(), to, version: 1 };
+    let mut lines = vec![Line::Header(header).to_json()];
+    for kv in rows.iter().filter(|kv| kv.key.starts_with(key::AUDIT_RECORDS.as_bytes())) {
+        lines.push(entry_line(&kv.value));
+        if let Some(anchor) = Entry::from_row(&kv.value).unwrap().record.anchor {
+            lines.extend(notes.rows(&anchor).await.unwrap().iter().map(|row| chain_line(row)));
+        }
+    }
+    lines.push(Line::head(&signer.sign(to, state.frontier.root(), 1)).to_json());
+    let report = verify(&lines, &Verifier::new([signer.public_key()]), &[], Options::default()).unwrap();
+    assert!(report.is_right(), "{report:?}");
+    assert_eq!(report.chain_records, 9);
+    lab.server.running.end().await;
+    drop(lab.net);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_are_no_chain_are_moved_aside_and_the_chain_goes_on_behind_its_anchor() {
+    let lab = Noting::start().await;
+    let (notes, stop, running) = lab.keep();
+    (0..3).for_each(|n| refuse(&notes, n));
+    lab.settled(3).await;
+    stop.cancel();
+    running.await.unwrap();
+    let file = std::path::Path::new("/chain/00000000000000000000.ndjson");
+    let content = String::from_utf8(lab.env.disk.read(file).unwrap()).unwrap();
+    nexus_env::write_atomic(&*lab.env.disk, file, content.replace("req-1", "req-9").as_bytes()).unwrap();
+
+    let (notes, stop, running) = lab.keep();
+    refuse(&notes, 3);
+    lab.settled(4).await;
+    assert!(lab.files().iter().any(|name| name.starts_with("chain.unusable-")), "{:?}", lab.files());
+    assert_eq!(notes.rows(&lab.anchors().await.pop().unwrap()).await.unwrap().len(), 1);
+    stop.cancel();
+    running.await.unwrap();
+    lab.server.running.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_refusals_is_counted_and_told() {
+    let lab = Noting::start().await;
+    let (notes, stop, running) = lab.keep();
+    (0..6_000).for_each(|n| refuse(&notes, n));
+    assert!(notes.lost() > 0);
+    lab.settled(2).await;
+    stop.cancel();
+    running.await.unwrap();
+    let content = lab.env.disk.read(std::path::Path::new("/chain/00000000000000000000.ndjson")).unwrap();
+    let content = String::from_utf8(content).unwrap();
+    let told = content.lines().filter(|l| l.contains("audit:overflow"));
+    let told = told.map(|l| Entry::from_row(l.as_bytes()).unwrap().record.target.unwrap().name.parse::<u64>().unwrap());
+    assert_eq!(told.sum::<u64>(), notes.lost());
+    lab.server.running.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_with_its_record_costs_as_many_syncs_as_a_plain_write() {
+    const CHANGES: u64 = 300;
+    let disk = Arc::new(MemDisk::new(1));
+    let env = nexus_env::Env::real().with_disk(disk.clone());
+    let (net, end) = (Arc::new(Net::default()), End::alone());
+    let store = end.open(&env, "local", &[1]).await;
+    net.stores.lock().unwrap().insert(1, Arc::downgrade(&store));
+    let config = Config { node: 1, server: "server-1".into(), bootstrap: bootstrap(), fleet: None };
+    let region = Arc::new(Region::new(config, env, store.clone(), end));
+    let mut running = Running::new(View::new("localhost"));
+    running.writer(&region);
+    submit(&region, project("first")).await.unwrap();
+
+    let before = disk.syncs();
+    for n in 0..CHANGES {
+        submit(&region, project(&format!("p-{n}"))).await.unwrap();
+    }
+    let audited = disk.syncs() - before;
+    running.end().await;
+    let before = disk.syncs();
+    for n in 0..CHANGES {
+        store.txn(Txn::put(format!("plain/{n}"), vec![b'x'; 600])).await.unwrap();
+    }
+    let plain = disk.syncs() - before;
+    let per = |syncs: u64| syncs as f64 / CHANGES as f64;
+    println!("fsyncs per operation: {:.3} with its record, {:.3} plain", per(audited), per(plain));
+    assert!(audited <= plain + CHANGES / 10, "{audited} syncs for {CHANGES} recorded changes, {plain} for plain writes");
 }

@@ -55,7 +55,8 @@ pub(super) fn paths(paths: &mut Map<String, Value>) {
                 ("proveAuditInclusion", "Prove that a record is in the log", vec![index])
             }
             Asked::Consistency => {
-                let sizes = vec![number("first", "The smaller size.", true), number("second", "The bigger size.", true)];
+                let sizes =
+                    vec![number("first", "The smaller size.", true), number("second", "The bigger size.", true)];
                 ("proveAuditConsistency", "Prove that the log only grew between two sizes", sizes)
             }
             Asked::Forget => ("forgetAuditPrincipal", "Shred the personal data of a principal", Vec::new()),

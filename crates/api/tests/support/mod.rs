@@ -15,8 +15,8 @@ use futures::StreamExt;
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use nexus_api::{
-    Api, Audit, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations, Principal,
-    Remote, StatusSource, TokenAuthenticator, Topology,
+    Api, Audit, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations,
+    Principal, Remote, StatusSource, TokenAuthenticator, Topology,
 };
 use nexus_control::audit::{Heads, Notes};
 use nexus_control::intent::{Accepted, Change, Intent, Writer};
@@ -242,7 +242,7 @@ impl Writer for FakeWriter {
         let Some(kind) = kind::find(&intent.target.plural) else {
             return Err(ApiError::new(Code::NotFound, "nothing is of this kind"));
         };
-        let at = key::object(kind, intent.target.project.as_ref(), &intent.target.name);
+        let at = key::object(kind, intent.target.within(), &intent.target.name);
         let found = self.store.range(RangeRequest::get(at.clone())).await.unwrap().kvs.pop();
         let old: Option<AnyObject> = found.as_ref().map(|kv| serde_json::from_slice(&kv.value).unwrap());
         if let Some(wanted) = intent.if_match

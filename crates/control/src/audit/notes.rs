@@ -62,6 +62,8 @@ pub struct NotesKeeper {
     server: Name,
     /// How many lost notes a record has told of.
     told: u64,
+    /// How often what was written is anchored: a minute.
+    pub every: Duration,
 }
 
 /// The files of a chain, open at their end.
@@ -91,7 +93,7 @@ impl Notes {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (lost, env) = (Arc::new(AtomicU64::new(0)), env.clone());
         let notes = Self { sender, lost: lost.clone(), env: env.clone(), dir: dir.clone(), server: server.clone() };
-        (notes, NotesKeeper { receiver, lost, env, dir, region, server, told: 0 })
+        (notes, NotesKeeper { receiver, lost, env, dir, region, server, told: 0, every: ANCHOR })
     }
 
     /// Takes a note. What finds no room is counted.
@@ -204,7 +206,8 @@ impl Files {
                 if !begun {
                     // What stood before the first file was dropped, and its last hash is in what follows.
                     let head = entry.record.previous;
-                    let before = first.checked_sub(1).map(|to| Anchor { from: 0, head, server: server.to_string(), to });
+                    let before =
+                        first.checked_sub(1).map(|to| Anchor { from: 0, head, server: server.to_string(), to });
                     chain = Chain::resume(region.as_str(), server.as_str(), before.as_ref());
                     begun = true;
                 }
@@ -299,7 +302,7 @@ impl NotesKeeper {
     /// Writes notes and has them anchored, until `stop`. `store` and `writer` are the region's.
     pub async fn run(mut self, store: Arc<dyn Store>, writer: Arc<dyn Writer>, stop: CancellationToken) {
         let Some(mut files) = self.open(&*store, &stop).await else { return };
-        let mut anchor_at = Instant::now() + ANCHOR;
+        let mut anchor_at = Instant::now() + self.every;
         loop {
             tokio::select! {
                 biased;
@@ -309,22 +312,9 @@ impl NotesKeeper {
                     self.write(files, rest).await;
                     return;
                 }
-                first = self.receiver.recv() => {
-                    let Some(first) = first else { return };
-                    sleep(GATHER).await;
-                    let mut batch = vec![first];
-                    batch.extend(std::iter::from_fn(|| self.receiver.try_recv().ok()).take(BATCH - 1));
-                    files = match self.write(files, batch).await {
-                        Some(files) => files,
-                        None => match self.open(&*store, &stop).await {
-                            Some(files) => files,
-                            None => return,
-                        },
-                    };
-                    sleep(PACE - GATHER).await;
-                }
+                // Before what waits: a flood must not keep what is written from being settled.
                 () = sleep_until(anchor_at) => {
-                    anchor_at = Instant::now() + ANCHOR;
+                    anchor_at = Instant::now() + self.every;
                     if let Some(anchor) = files.chain.anchor() {
                         match self.submit(&*writer, anchor.clone()).await {
                             Ok(()) => files.chain.anchored(&anchor),
@@ -342,6 +332,20 @@ impl NotesKeeper {
                     if let Err(error) = files.trim() {
                         tracing::warn!(%error, "old records of this server's chain can't be removed");
                     }
+                }
+                first = self.receiver.recv() => {
+                    let Some(first) = first else { return };
+                    sleep(GATHER).await;
+                    let mut batch = vec![first];
+                    batch.extend(std::iter::from_fn(|| self.receiver.try_recv().ok()).take(BATCH - 1));
+                    files = match self.write(files, batch).await {
+                        Some(files) => files,
+                        None => match self.open(&*store, &stop).await {
+                            Some(files) => files,
+                            None => return,
+                        },
+                    };
+                    sleep(PACE - GATHER).await;
                 }
             }
         }
@@ -399,15 +403,13 @@ impl NotesKeeper {
         let (disk, dir) = (self.env.disk.clone(), self.dir.clone());
         let (region, server) = (self.region.clone(), self.server.clone());
         let aside = dir.with_extension(format!("unusable-{}", millis(&self.env)));
-        let work = move || {
-            match Files::open(disk.clone(), dir.clone(), &region, &server, anchor.as_ref())? {
-                Ok(files) => Ok(files),
-                Err(why) => {
-                    tracing::error!(why, aside = %aside.display(), "the files of this server's chain are moved aside");
-                    disk.rename(&dir, &aside)?;
-                    let fresh = Files::open(disk, dir, &region, &server, anchor.as_ref())?;
-                    fresh.map_err(std::io::Error::other)
-                }
+        let work = move || match Files::open(disk.clone(), dir.clone(), &region, &server, anchor.as_ref())? {
+            Ok(files) => Ok(files),
+            Err(why) => {
+                tracing::error!(why, aside = %aside.display(), "the files of this server's chain are moved aside");
+                disk.rename(&dir, &aside)?;
+                let fresh = Files::open(disk, dir, &region, &server, anchor.as_ref())?;
+                fresh.map_err(std::io::Error::other)
             }
         };
         on_disk(&self.env.disk, work).await.and_then(|done| done).map_err(|e: std::io::Error| e.to_string())

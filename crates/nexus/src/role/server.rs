@@ -1,6 +1,7 @@
 //! The server role: a member of a region's control plane. Opens the metadata store, runs the writer when it leads,
 //! follows the log for hosts and gateways, keeps images, and answers users.
 
+mod audit;
 pub mod authority;
 pub mod backups;
 mod blobs;
@@ -103,6 +104,8 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     let contract: Arc<dyn Store> = groups.region.clone();
     let backups: Arc<dyn operations::Backups> = Arc::new(backups::ServerBackups::new(&config, &env, groups.clone()));
 
+    let (audit, noted) = audit::open(&config, &env, &groups)?;
+
     let view = View::new(&config.domain).in_region(&config.region);
     let blobs = Arc::new(ServerBlobs::open(&config, fleet.clone(), view.clone(), pool.clone()).await?);
     let writers = Arc::new(Writers::new(&config, &env, &groups, &fleet, peers.clone(), &pool));
@@ -120,6 +123,13 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         tasks.spawn(async move {
             let (region, global) = (groups.region.clone(), groups.global.clone());
             futures::join!(view.follow(region, stop.clone()), view.follow_global(global, stop));
+        });
+    }
+    tasks.spawn(noted.run(contract.clone(), writers.region.clone(), stop.clone()));
+    {
+        let (audit, stop) = (audit.clone(), stop.clone());
+        tasks.spawn(async move {
+            futures::join!(audit.region.keep(stop.clone()), audit.global.keep(stop));
         });
     }
     {
@@ -222,6 +232,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         hosts: Arc::new(hosts::Hosts::new(view.clone(), pool.clone())),
         operations: Arc::new(operations),
         status: status.clone(),
+        audit,
         metrics,
         shutdown: stop.clone(),
         limits: Limits::default(),

@@ -1,0 +1,77 @@
+//! This server's part in the audit logs: the key that it signs heads with, and its own chain of refusals.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use nexus_api::Audit;
+use nexus_control::audit::{Heads, Notes, NotesKeeper};
+use nexus_env::{Env, RngExt as _};
+use nexus_model::kind::GLOBAL;
+
+use super::groups::Groups;
+use crate::config::ServerConfig;
+
+/// Opens what is under `<data_dir>/audit`, and makes it if it is not there.
+pub fn open(config: &ServerConfig, env: &Env, groups: &Groups) -> anyhow::Result<(Arc<Audit>, NotesKeeper)> {
+    let dir = config.data_dir.join("audit");
+    fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+    let secret = secret(env, &dir.join("signing.key"))?;
+    let (cluster, server) = (config.cluster_id.as_str(), config.name.as_str());
+    let region = Heads::new(cluster, config.region.as_str(), server, &secret, env, groups.region.clone())?;
+    let global = Heads::new(cluster, GLOBAL, server, &secret, env, groups.global.clone())?;
+    let (notes, keeper) = Notes::new(env, dir.join("chain"), config.region.clone(), config.name.clone());
+    Ok((Arc::new(Audit { region, global, notes }), keeper))
+}
+
+/// The secret half of the key: 32 bytes in a file that only its owner may read.
+fn secret(env: &Env, path: &Path) -> anyhow::Result<[u8; 32]> {
+    let reading = || format!("reading {}", path.display());
+    if path.exists() {
+        let mode = fs::metadata(path).with_context(reading)?.permissions().mode();
+        anyhow::ensure!(
+            mode & 0o077 == 0,
+            "others may read {} (mode {:o}): move it away, and this server makes a new one; tell those who keep its public half",
+            path.display(),
+            mode & 0o777
+        );
+        let bytes = fs::read(path).with_context(reading)?;
+        return bytes.try_into().map_err(|_| {
+            anyhow::anyhow!("{} is no key of 32 bytes: restore it, or move it away for a new one", path.display())
+        });
+    }
+    let writing = || format!("writing {}", path.display());
+    let key: [u8; 32] = env.rng.bytes();
+    let temporary = path.with_extension("tmp");
+    let _ = fs::remove_file(&temporary);
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).with_context(writing)?;
+    file.write_all(&key).and_then(|()| file.sync_all()).with_context(writing)?;
+    fs::rename(&temporary, path).with_context(writing)?;
+    let dir = path.parent().context("a key file has a folder")?;
+    fs::File::open(dir).and_then(|dir| dir.sync_all()).with_context(writing)?;
+    Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_made_once_and_kept_from_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("signing.key");
+        let env = Env::real();
+        let made = secret(&env, &path).unwrap();
+        assert_eq!(secret(&env, &path).unwrap(), made);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(secret(&env, &path).unwrap_err().to_string().contains("others may read"));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::write(&path, b"short").unwrap();
+        assert!(secret(&env, &path).unwrap_err().to_string().contains("32 bytes"));
+    }
+}
