@@ -18,11 +18,11 @@ fn draft(n: u64) -> Draft {
         actor: Actor {
             access_key: None,
             kind: ActorKind::User,
-            name: if n % 2 == 0 { "ada" } else { "bob" }.into(),
+            name: if n.is_multiple_of(2) { "ada" } else { "bob" }.into(),
             organization: Some("acme".into()),
             session: None,
         },
-        action: if n % 3 == 0 { "apps:create" } else { "apps:update" }.into(),
+        action: if n.is_multiple_of(3) { "apps:create" } else { "apps:update" }.into(),
         target: Some(Target {
             name: format!("app-{n}"),
             plural: "apps".into(),

@@ -479,5 +479,8 @@ async fn a_change_with_its_record_costs_as_many_syncs_as_a_plain_write() {
     let plain = disk.syncs() - before;
     let per = |syncs: u64| syncs as f64 / CHANGES as f64;
     println!("fsyncs per operation: {:.3} with its record, {:.3} plain", per(audited), per(plain));
-    assert!(audited <= plain + CHANGES / 10, "{audited} syncs for {CHANGES} recorded changes, {plain} for plain writes");
+    assert!(
+        audited <= plain + CHANGES / 10,
+        "{audited} syncs for {CHANGES} recorded changes, {plain} for plain writes"
+    );
 }
