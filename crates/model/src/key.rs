@@ -17,6 +17,7 @@
 //! | `a/k/{server}` | the public key that a server signs heads with |
 //! | `a/s/{server}` | the last anchor of a server's own chain |
 //! | `a/p/{hash of a principal}` | the key of a principal's personal data in records |
+//! | `a/w/{hash of an address}` | how many records a webhook has taken |
 //! | `sys/join/token/{hash}` | a join token that was not used yet |
 //! | `sys/join/answer/{hash of a public key}` | what a join was answered, so that a retry gets it again |
 
@@ -42,6 +43,7 @@ pub const AUDIT_TILES: &str = "a/t/";
 pub const AUDIT_HEADS: &str = "a/h/";
 pub const AUDIT_KEYS: &str = "a/k/";
 pub const AUDIT_ANCHORS: &str = "a/s/";
+pub const AUDIT_WEBHOOKS: &str = "a/w/";
 pub const AUDIT_SUBJECTS: &str = "a/p/";
 
 /// Stands for the project or organization in keys of kinds that belong to none.

@@ -18,6 +18,7 @@ mod remote;
 mod southbound;
 mod status;
 mod voters;
+mod webhook;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -28,6 +29,7 @@ use nexus_control::view::View;
 use nexus_env::{Endpoint, Env};
 use nexus_iam::tls::{self, ExpiryPolicy, Identity, Policy, Roots};
 use nexus_iam::{Role, TokenHash};
+use nexus_model::kind::GLOBAL;
 use nexus_store::Store;
 use nexus_wire::{ClientOptions, Pool};
 use prometheus_client::registry::Registry;
@@ -124,6 +126,11 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
             let (region, global) = (groups.region.clone(), groups.global.clone());
             futures::join!(view.follow(region, stop.clone()), view.follow_global(global, stop));
         });
+    }
+    if let Some(to) = &config.audit_webhook {
+        for (group, store) in [(config.region.as_str(), &groups.region), (GLOBAL, &groups.global)] {
+            tasks.spawn(webhook::Webhook::new(to, group, &env, store.clone())?.run(stop.clone()));
+        }
     }
     tasks.spawn(noted.run(contract.clone(), writers.region.clone(), stop.clone()));
     {

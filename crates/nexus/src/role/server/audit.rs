@@ -1,8 +1,7 @@
 //! This server's part in the audit logs: the key that it signs heads with, and its own chain of refusals.
 
 use std::fs;
-use std::io::Write as _;
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -43,16 +42,8 @@ fn secret(env: &Env, path: &Path) -> anyhow::Result<[u8; 32]> {
             anyhow::anyhow!("{} is no key of 32 bytes: restore it, or move it away for a new one", path.display())
         });
     }
-    let writing = || format!("writing {}", path.display());
     let key: [u8; 32] = env.rng.bytes();
-    let temporary = path.with_extension("tmp");
-    let _ = fs::remove_file(&temporary);
-    let mut file =
-        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).with_context(writing)?;
-    file.write_all(&key).and_then(|()| file.sync_all()).with_context(writing)?;
-    fs::rename(&temporary, path).with_context(writing)?;
-    let dir = path.parent().context("a key file has a folder")?;
-    fs::File::open(dir).and_then(|dir| dir.sync_all()).with_context(writing)?;
+    crate::local::state::write_private(path, &key)?;
     Ok(key)
 }
 
