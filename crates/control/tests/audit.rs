@@ -15,7 +15,7 @@ use nexus_audit::{
 use nexus_control::audit::{Notes, place_of, principal_of, read_subject};
 use nexus_control::cells::Cells;
 use nexus_control::core::{Bootstrap, Core, Moment};
-use nexus_control::intent::{Accepted, Change, Deed, Intent, Provenance};
+use nexus_control::intent::{Accepted, Change, Deed, Intent, Provenance, Writer as _};
 use nexus_control::region::{Config, Region};
 use nexus_control::view::View;
 use nexus_control::world::World;
@@ -483,4 +483,54 @@ async fn a_change_with_its_record_costs_as_many_syncs_as_a_plain_write() {
         audited <= plain + CHANGES / 10,
         "{audited} syncs for {CHANGES} recorded changes, {plain} for plain writes"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_cannot_go_on_stops_users_changes_and_nothing_else() {
+    let (net, end) = (Arc::new(Net::default()), End::alone());
+    let env = env(1);
+    let store = end.open(&env, "local", &[1]).await;
+    net.stores.lock().unwrap().insert(1, Arc::downgrade(&store));
+    let start = |store: &Arc<EmbeddedStore>| {
+        let config = Config { node: 1, server: "server-1".into(), bootstrap: bootstrap(), fleet: None };
+        let region = Arc::new(Region::new(config, env.clone(), store.clone(), end.clone()));
+        let mut running = Running::new(View::new("localhost"));
+        running.writer(&region);
+        (region, running)
+    };
+    let (region, running) = start(&store);
+    for n in 0..3 {
+        submit(&region, project(&format!("p-{n}"))).await.unwrap();
+    }
+    running.end().await;
+    let good = store.range(RangeRequest::get(key::audit_record(2))).await.unwrap().kvs.pop().unwrap().value;
+    let changed = String::from_utf8(good.to_vec()).unwrap().replace("p-2", "p-9");
+    store.txn(Txn::put(key::audit_record(2), changed)).await.unwrap();
+
+    let (region, running) = start(&store);
+    let patience = tokio::time::Instant::now() + common::net::LONG;
+    let refused = loop {
+        let error = region.submit(project("later")).await.unwrap_err();
+        if error.detail.contains("audit log") {
+            break error;
+        }
+        assert!(tokio::time::Instant::now() < patience, "{error:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(refused.code, Code::Unavailable);
+    let capacity = Capacity { instances: 10, ..Capacity::default() };
+    let spec = common::host("zone-a", "cell-a", 1, capacity);
+    let report = common::report(&name("host-1"), spec, 0, []);
+    region.report(report).await.expect("hosts are heard all the same");
+    assert_eq!(region.counters.audit_broken.load(std::sync::atomic::Ordering::Relaxed), 1);
+    running.end().await;
+
+    // What was there is put back: the log goes on.
+    store.txn(Txn::put(key::audit_record(2), good)).await.unwrap();
+    let (region, running) = start(&store);
+    submit(&region, project("later")).await.unwrap();
+    let rows = store.range(RangeRequest::prefix("a/")).await.unwrap().kvs;
+    let rows = rows.iter().map(|kv| (String::from_utf8_lossy(&kv.key).into_owned(), kv.value.to_vec())).collect();
+    assert_eq!(verified(&rows, "local"), 4);
+    running.end().await;
 }

@@ -38,7 +38,15 @@ enum AuditCommand {
     List(ListArgs),
     Export(ExportArgs),
     Verify(VerifyArgs),
+    /// Prints the signed head of what is committed now
+    #[command(after_help = "Examples:\n  \
+        nexus audit head > monday.head\n  \
+        nexus audit head --region global > monday-global.head")]
     Head(HereArgs),
+    /// Prints the public keys that heads are signed with, one a line
+    #[command(after_help = "Examples:\n  \
+        nexus audit keys > audit.keys\n  \
+        nexus audit keys --region global >> audit.keys")]
     Keys(HereArgs),
     Forget(ForgetArgs),
 }
@@ -121,12 +129,7 @@ struct VerifyArgs {
     output: Form,
 }
 
-/// Prints the signed head of what is committed now (`head`), or the keys that heads are signed with (`keys`)
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  \
-    nexus audit head > monday.head\n  \
-    nexus audit keys > audit.keys\n  \
-    nexus audit head --region global > monday-global.head")]
 struct HereArgs {
     #[command(flatten)]
     cloud: CloudArgs,
