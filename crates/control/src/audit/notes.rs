@@ -10,8 +10,8 @@
 //! last anchor are moved aside, never written over.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nexus_audit::{Actor, ActorKind, Anchor, Answer, Chain, Draft, Entry, Retention, Target};
@@ -50,6 +50,7 @@ pub struct Notes {
     env: Env,
     dir: PathBuf,
     server: Name,
+    last: Arc<Last>,
 }
 
 /// What writes the chain; one a server.
@@ -92,7 +93,9 @@ impl Notes {
     pub fn new(env: &Env, dir: PathBuf, region: Name, server: Name) -> (Self, NotesKeeper) {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (lost, env) = (Arc::new(AtomicU64::new(0)), env.clone());
-        let notes = Self { sender, lost: lost.clone(), env: env.clone(), dir: dir.clone(), server: server.clone() };
+        let last = Arc::default();
+        let notes =
+            Self { sender, lost: lost.clone(), env: env.clone(), dir: dir.clone(), server: server.clone(), last };
         (notes, NotesKeeper { receiver, lost, env, dir, region, server, told: 0, every: ANCHOR })
     }
 
@@ -155,23 +158,57 @@ impl Notes {
             return None;
         }
         let (disk, dir, from, to) = (self.env.disk.clone(), self.dir.clone(), anchor.from, anchor.to);
-        let rows = on_disk(&self.env.disk, move || rows(&*disk, &dir, from, to)).await.ok()?.ok()?;
+        let last = self.last.clone();
+        let rows = on_disk(&self.env.disk, move || rows(&*disk, &dir, from, to, &last)).await.ok()?.ok()?;
         (rows.len() as u64 == to - from + 1).then_some(rows)
     }
 }
 
-fn rows(disk: &dyn Disk, dir: &Path, from: u64, to: u64) -> std::io::Result<Vec<Vec<u8>>> {
+/// A file that was read, and where its lines begin.
+struct Segment {
+    first: u64,
+    content: Vec<u8>,
+    starts: Vec<usize>,
+}
+
+impl Segment {
+    fn read(disk: &dyn Disk, dir: &Path, first: u64) -> std::io::Result<Self> {
+        let content = disk.read(&path_of(dir, first))?;
+        let mut starts = vec![0];
+        starts.extend(content.iter().enumerate().filter(|(_, b)| **b == b'\n').map(|(at, _)| at + 1));
+        Ok(Self { first, content, starts })
+    }
+
+    /// The lines that are whole, from one record to another, both included.
+    fn rows(&self, from: u64, to: u64) -> impl Iterator<Item = &[u8]> {
+        let lines = (self.first..).zip(self.starts.windows(2));
+        let wanted = lines.filter(move |(index, _)| (from..=to).contains(index));
+        wanted.map(|(_, ends)| &self.content[ends[0]..ends[1] - 1])
+    }
+}
+
+/// The file that was read last: anchors are asked for in order, and many settle records of the same.
+type Last = Mutex<Option<Arc<Segment>>>;
+
+fn rows(disk: &dyn Disk, dir: &Path, from: u64, to: u64, last: &Last) -> std::io::Result<Vec<Vec<u8>>> {
     let files = segments(disk, dir)?;
     let mut found = Vec::new();
-    for (n, (first, _)) in files.iter().enumerate() {
+    for (n, (first, bytes)) in files.iter().enumerate() {
         let ends = files.get(n + 1).map_or(u64::MAX, |(next, _)| *next);
         if *first > to || ends <= from {
             continue;
         }
-        let content = disk.read(&path_of(dir, *first))?;
-        let lines = content.split_inclusive(|b| *b == b'\n').filter_map(|line| line.strip_suffix(b"\n"));
-        let wanted = (*first..).zip(lines).filter(|(index, _)| (from..=to).contains(index));
-        found.extend(wanted.map(|(_, line)| line.to_vec()));
+        let known = last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = known.filter(|segment| segment.first == *first && segment.content.len() as u64 == *bytes);
+        let segment = match known {
+            Some(segment) => segment,
+            None => {
+                let segment = Arc::new(Segment::read(disk, dir, *first)?);
+                *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(segment.clone());
+                segment
+            }
+        };
+        found.extend(segment.rows(from, to).map(<[u8]>::to_vec));
     }
     Ok(found)
 }
@@ -232,7 +269,7 @@ impl Files {
             if chain.next() <= anchor.to {
                 return Ok(Err(format!("record {} is anchored and not here", anchor.to)));
             }
-            let settled = rows(&*disk, &dir, anchor.to, anchor.to)?;
+            let settled = rows(&*disk, &dir, anchor.to, anchor.to, &Last::default())?;
             let hash = settled.first().and_then(|row| Entry::from_row(row).ok()?.record.hash().ok());
             if hash.is_some_and(|hash| hash != anchor.head) {
                 return Ok(Err(format!("record {} is not the one that was anchored", anchor.to)));
