@@ -428,7 +428,21 @@ async fn files_that_are_no_chain_are_moved_aside_and_the_chain_goes_on_behind_it
     let (notes, stop, running) = lab.keep();
     refuse(&notes, 3);
     lab.settled(4).await;
-    assert!(lab.files().iter().any(|name| name.starts_with("chain.unusable-")), "{:?}", lab.files());
+    let aside = lab.files().into_iter().filter(|name| name.starts_with("chain.unusable-")).count();
+    assert_eq!(aside, 1);
+    refuse(&notes, 4);
+    lab.settled(5).await;
+    stop.cancel();
+    running.await.unwrap();
+
+    // A line in the middle that can't be read is not cut off with what is behind it.
+    let file = std::path::Path::new("/chain/00000000000000000003.ndjson");
+    let content = String::from_utf8(lab.env.disk.read(file).unwrap()).unwrap();
+    nexus_env::write_atomic(&*lab.env.disk, file, content.replacen('{', "[", 1).as_bytes()).unwrap();
+    let (notes, stop, running) = lab.keep();
+    refuse(&notes, 5);
+    lab.settled(6).await;
+    assert!(lab.files().iter().filter(|name| name.starts_with("chain.unusable-")).count() == 2, "{:?}", lab.files());
     assert_eq!(notes.rows(&lab.anchors().await.pop().unwrap()).await.unwrap().len(), 1);
     stop.cancel();
     running.await.unwrap();

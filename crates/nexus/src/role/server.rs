@@ -191,6 +191,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         ),
     ));
     status.register(&metrics);
+    audit::register(&audit.notes, &metrics);
     let hash = std::fs::read_to_string(&config.token_hash)
         .with_context(|| format!("reading {}", config.token_hash.display()))?;
     let hash: TokenHash =

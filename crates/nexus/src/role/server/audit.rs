@@ -3,13 +3,17 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use nexus_api::Audit;
 use nexus_control::audit::{Heads, Notes, NotesKeeper};
 use nexus_env::{Env, RngExt as _};
 use nexus_model::kind::GLOBAL;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
 
 use super::groups::Groups;
 use crate::config::ServerConfig;
@@ -24,6 +28,28 @@ pub fn open(config: &ServerConfig, env: &Env, groups: &Groups) -> anyhow::Result
     let global = Heads::new(cluster, GLOBAL, server, &secret, env, groups.global.clone())?;
     let (notes, keeper) = Notes::new(env, dir.join("chain"), config.region.clone(), config.name.clone());
     Ok((Arc::new(Audit { region, global, notes }), keeper))
+}
+
+/// What the server's chain could not take, when metrics are asked for.
+struct Lost(Notes);
+
+impl std::fmt::Debug for Lost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Lost")
+    }
+}
+
+impl Collector for Lost {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let lost = ConstGauge::new(i64::try_from(self.0.lost()).unwrap_or(i64::MAX));
+        let about = "Refusals that found no room in this server's chain since it started";
+        lost.encode(encoder.encode_descriptor("nexus_audit_refusals_lost", about, None, lost.metric_type())?)
+    }
+}
+
+/// Shows the chain's losses among the server's metrics.
+pub fn register(notes: &Notes, registry: &Mutex<Registry>) {
+    registry.lock().unwrap_or_else(PoisonError::into_inner).register_collector(Box::new(Lost(notes.clone())));
 }
 
 /// The secret half of the key: 32 bytes in a file that only its owner may read.
