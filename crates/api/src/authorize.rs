@@ -25,6 +25,7 @@ use nexus_model::{AnyObject, ApiError, Code, Name, RequestId};
 use nexus_store::Consistency;
 use serde_json::Value;
 
+use crate::audit;
 use crate::caller::Caller;
 use crate::list::find;
 use crate::problem::Refusal;
@@ -45,6 +46,20 @@ pub(crate) enum Lens {
     Visible,
 }
 
+/// What was allowed, and by what.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Allowed {
+    pub lens: Lens,
+    /// The policies that allowed it, as people read them.
+    pub by: Vec<String>,
+}
+
+impl Allowed {
+    fn see(lens: Lens) -> Self {
+        Self { lens, by: Vec::new() }
+    }
+}
+
 /// The action that a route asks for; none is asked of routes that are open to whoever is known.
 pub(crate) fn action_of(target: &Target, method: &Method, exists: bool) -> Option<String> {
     let plural = |place: &Place| place.kind.plural;
@@ -63,6 +78,7 @@ pub(crate) fn action_of(target: &Target, method: &Method, exists: bool) -> Optio
         Target::Blob(..) => "blobs:put".into(),
         Target::Status => "status:get".into(),
         Target::Operation(operation) if !operation.open => format!("operations:{}", operation.name),
+        Target::Audit(_, asked) => format!("audit:{}", asked.action()),
         _ => return None,
     })
 }
@@ -255,7 +271,7 @@ impl Server {
         target: &Target,
         action: &str,
         facts: &Facts,
-    ) -> Result<Lens, Refused> {
+    ) -> Result<Allowed, Refused> {
         let caller = &context.caller;
         let operator = caller.principal.kind() == PrincipalKind::Operator;
         let belongs = match belongs(known, target, facts) {
@@ -270,7 +286,7 @@ impl Server {
             return Err(Refused::Bound(only.clone()));
         }
         if operator && belongs.organization.is_none() {
-            return Ok(Lens::All);
+            return Ok(Allowed { lens: Lens::All, by: vec!["the fleet's own key".to_owned()] });
         }
         let organization = belongs.organization.map_or("", Name::as_str);
         // A credential that is not there is nobody's: whoever has some of their own may be told so.
@@ -284,7 +300,8 @@ impl Server {
         let resource = resource(target, action, &belongs, facts, holder.as_ref());
         let decision = decide(known, caller, action, resource, &context.request_id, self.now());
         if decision.allowed {
-            return Ok(Lens::All);
+            let by = decision.by.iter().take(4).map(|r| r.description.clone()).collect();
+            return Ok(Allowed { lens: Lens::All, by });
         }
         if let Some((kind, name)) = credential(target)
             && self.sees(known, context, &belongs)
@@ -293,7 +310,7 @@ impl Server {
             return Err(Refused::Missing(kind, name));
         }
         if let Some(lens) = self.lens(known, context, target, action, organization) {
-            return Ok(lens);
+            return Ok(Allowed::see(lens));
         }
         if !self.sees(known, context, &belongs) {
             let (kind, name) = match (belongs.project, belongs.organization) {
@@ -383,16 +400,31 @@ impl Server {
         target: &Target,
         method: &Method,
         body: Option<&AnyObject>,
-    ) -> Result<Lens, Refusal> {
+    ) -> Result<Allowed, Refusal> {
         let first = self.attempt(context, target, method, body).await?;
         let refused = match first {
-            Ok(lens) => return Ok(lens),
+            Ok(allowed) => return Ok(allowed),
             Err(refused) => refused,
         };
-        match self.catch_up().await {
-            true => self.attempt(context, target, method, body).await?.map_err(|r| told(context, r)),
-            false => Err(told(context, refused)),
-        }
+        let refused = match self.catch_up().await {
+            true => match self.attempt(context, target, method, body).await? {
+                Ok(allowed) => return Ok(allowed),
+                Err(refused) => refused,
+            },
+            false => refused,
+        };
+        let refusal = told(context, refused);
+        let action = action_of(target, method, false).unwrap_or_default();
+        let of = match target {
+            Target::Object(place, name) => Some(audit::target(place, name)),
+            Target::Custom(place, name, _) => Some(audit::target(place, name.as_str())),
+            Target::Collection(place) => {
+                Some(audit::target(place, body.map_or("", |object| object.metadata.name.as_str())))
+            }
+            _ => None,
+        };
+        audit::note(self, Some(context), &context.request_id, action, of, Err(refusal.error.code));
+        Err(refusal)
     }
 
     async fn attempt(
@@ -401,9 +433,9 @@ impl Server {
         target: &Target,
         method: &Method,
         body: Option<&AnyObject>,
-    ) -> Result<Result<Lens, Refused>, ApiError> {
+    ) -> Result<Result<Allowed, Refused>, ApiError> {
         let stored = if self.may_look(context, target) { self.facts(target).await? } else { Facts::default() };
-        let Some(action) = action_of(target, method, stored.exists) else { return Ok(Ok(Lens::All)) };
+        let Some(action) = action_of(target, method, stored.exists) else { return Ok(Ok(Allowed::see(Lens::All))) };
         let judge = |facts: &Facts| self.api.directory.read(|known| self.judge(known, context, target, &action, facts));
         let place = match target {
             Target::Collection(place) | Target::Object(place, _) => Some(place),

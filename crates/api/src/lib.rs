@@ -14,6 +14,7 @@
 //! a host does is asked of it through [`HostDoor`].
 
 mod admission;
+mod audit;
 mod authorize;
 mod blobs;
 mod caller;
@@ -50,6 +51,7 @@ use nexus_store::Store;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
+pub use audit::Audit;
 pub use doors::{
     BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint, EtcdStatus, Frame,
     FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, Remote, ServerStatus, StatusSource,
@@ -84,6 +86,8 @@ pub struct Api {
     pub hosts: Arc<dyn HostDoor>,
     pub operations: Arc<dyn Operations>,
     pub status: Arc<dyn StatusSource>,
+    /// How this server signs the audit logs, and where it notes what it refuses.
+    pub audit: Arc<Audit>,
     /// What `/metrics` shows; the API's own figures are registered by [`router`].
     pub metrics: Arc<Mutex<Registry>>,
     /// Ends watches, log streams, execs and waits, so that a server can drain.

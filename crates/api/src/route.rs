@@ -24,6 +24,7 @@ use nexus_model::kind::{self, GLOBAL, Home, KindDescriptor, Scope};
 use nexus_model::{ApiError, Code, Digest, Name};
 use percent_encoding::percent_decode_str;
 
+use crate::audit::{ASKED, Asked};
 use crate::operations::{self, Operation};
 use crate::problem::Refusal;
 
@@ -92,6 +93,8 @@ pub(crate) enum Target {
     /// The region in its path, project and digest.
     Blob(Name, Name, Digest),
     Operation(&'static Operation),
+    /// The audit log of a region, or of `global`.
+    Audit(Name, Asked),
     /// In another region.
     Elsewhere(Name, Box<Target>),
 }
@@ -126,6 +129,7 @@ impl Target {
             }
             Self::Blob(..) => BLOB_TEMPLATE.into(),
             Self::Operation(operation) => operation.path(),
+            Self::Audit(_, asked) => audit_template(*asked),
             Self::Elsewhere(_, target) => target.template(),
         }
     }
@@ -134,7 +138,7 @@ impl Target {
     pub fn region(&self) -> Option<&Name> {
         match self {
             Self::Collection(place) | Self::Object(place, _) | Self::Custom(place, ..) => place.region.as_ref(),
-            Self::Blob(region, ..) | Self::Elsewhere(region, _) => Some(region),
+            Self::Blob(region, ..) | Self::Audit(region, _) | Self::Elsewhere(region, _) => Some(region),
             _ => None,
         }
     }
@@ -164,6 +168,7 @@ impl Target {
             Self::Blob(..) => &[Method::GET, Method::HEAD, Method::PUT],
             Self::Operation(_) | Self::SignIn | Self::Can => &[Method::POST],
             Self::Custom(_, _, verb) => verb.methods(),
+            Self::Audit(_, asked) => asked.methods(),
             Self::Elsewhere(_, target) => target.methods(),
             _ => READ,
         }
@@ -174,6 +179,10 @@ pub(crate) const SIGN_IN: &str = "/oauth2/token";
 pub(crate) const DISCOVERY: &str = "/.well-known/openid-configuration";
 pub(crate) const KEYS: &str = "/.well-known/jwks.json";
 pub(crate) const BLOB_TEMPLATE: &str = "/v1/regions/{region}/projects/{project}/blobs/{digest}";
+
+pub(crate) fn audit_template(asked: Asked) -> String {
+    format!("/v1/regions/{{region}}/audit/{}", asked.word())
+}
 
 /// The path of a kind's collection. `in_project` tells a project's list from the one over all projects.
 pub(crate) fn collection_template(kind: &KindDescriptor, in_project: bool) -> String {
@@ -346,6 +355,15 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
             let kind = kind_at(plural, &[Scope::Region, Scope::Project])?;
             let (place, elsewhere) = place(kind, r, None, region)?;
             Ok(wherever(elsewhere, Target::Collection(place)))
+        }
+        ["regions", r, "audit", word] => {
+            let Some((_, asked)) = ASKED.iter().find(|(w, _)| *w == word) else {
+                let all: Vec<_> = ASKED.iter().map(|(w, _)| *w).collect();
+                return Err(no_path(format!("the audit log has no such path; it has: {}", all.join(", "))));
+            };
+            let name = name_of("region", r)?;
+            let elsewhere = (name != *region && name != *GLOBAL).then(|| name.clone());
+            Ok(wherever(elsewhere, Target::Audit(name, *asked)))
         }
         ["regions", r, plural, name] => {
             let kind = kind_at(plural, &[Scope::Region])?;

@@ -32,7 +32,7 @@ use crate::query::Query;
 use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::signin::SignIns;
-use crate::{Api, blobs, elsewhere, list, operations, settle, signin, streams, watch, write};
+use crate::{Api, audit, blobs, elsewhere, list, operations, settle, signin, streams, watch, write};
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
 const STRANGERS: usize = 16;
@@ -234,9 +234,11 @@ async fn dispatch(
         && operation.open
     {
         let _permit = server.admission.admit(Class::of(&target, &parts.headers), &server.api.env).await?;
-        return Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?);
+        return operate(&server, operation, &parts, body, None, &request_id).await;
     }
-    let context = Context { caller: server.recognize(&parts).await?, request_id };
+    let unknown = |_: &Refusal| audit::unknown(&server, &parts, &request_id);
+    let caller = server.recognize(&parts).await.inspect_err(unknown)?;
+    let context = Context { caller, request_id };
     // Only a project that is there has a bucket: invented names must not make any.
     let project = target.project().filter(|p| server.api.directory.read(|known| known.project(p).is_some()));
     let taken = server.rates.take(&context.caller, project)?;
@@ -247,6 +249,21 @@ async fn dispatch(
         }
         Err(refusal) => Err(taken.tell_refusal(refusal)),
     }
+}
+
+/// Does what operators do to the fleet, and notes it.
+async fn operate(
+    server: &Arc<Server>,
+    operation: &'static operations::Operation,
+    parts: &Parts,
+    body: Body,
+    context: Option<&Context>,
+    request_id: &RequestId,
+) -> Result<Response, Refusal> {
+    let done = server.deadline(operations::handle(server, operation, parts, body)).await;
+    let answer = done.as_ref().map(drop).map_err(|e: &ApiError| e.code);
+    audit::note(server, context, request_id, format!("operations:{}", operation.name), None, answer);
+    Ok(done?)
 }
 
 /// Answers a request whose caller is known.
@@ -268,12 +285,12 @@ async fn answer(
     // What a change would make is known only from its body, so those ask when they have read it.
     let lens = match &target {
         Target::Collection(_) | Target::Object(..) if !reads => Lens::All,
-        _ => server.authorize(&context, &target, &parts.method, None).await?,
+        _ => server.authorize(&context, &target, &parts.method, None).await?.lens,
     };
     match target {
         Target::Operation(operation) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
-            Ok(server.deadline(operations::handle(&server, operation, &parts, body)).await?)
+            operate(&server, operation, &parts, body, Some(&context), &context.request_id).await
         }
         Target::WhoAmI => {
             Query::parse(parts.uri.query(), &[], &[])?;
@@ -295,7 +312,19 @@ async fn answer(
             let _permit = server.admission.admit(class, &server.api.env).await?;
             Ok(server.deadline(signin::change(&server, &place, &name, verb, &parts, body, &context)).await?)
         }
-        Target::Custom(place, name, verb) => streams::handle(&server, &place, &name, verb, &mut parts, &context).await,
+        Target::Audit(region, asked) => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            Ok(server.deadline(audit::handle(&server, &region, asked, &parts, body, &context)).await?)
+        }
+        Target::Custom(place, name, verb) => {
+            let done = streams::handle(&server, &place, &name, verb, &mut parts, &context).await;
+            if verb == Verb::Exec {
+                let answer = done.as_ref().map(drop).map_err(|refusal| refusal.error.code);
+                let of = Some(audit::target(&place, name.as_str()));
+                audit::note(&server, Some(&context), &context.request_id, "instances:exec".to_owned(), of, answer);
+            }
+            done
+        }
         Target::Status => {
             Query::parse(parts.uri.query(), &[], &[])?;
             let _permit = server.admission.admit(class, &server.api.env).await?;

@@ -23,7 +23,7 @@ use http::request::Parts;
 use http::{HeaderValue, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use nexus_control::directory;
-use nexus_control::intent::{Change, Intent, Target as Aim};
+use nexus_control::intent::{Change, Intent, Provenance, Target as Aim};
 use nexus_env::RngExt;
 use nexus_iam::jwt::{self, Claims};
 use nexus_iam::password::{self, Password, PasswordHash};
@@ -167,6 +167,10 @@ pub(crate) async fn token(server: &Server, parts: &Parts, body: Body, request_id
     let mut response = match outcome {
         Ok(granted) => answer_json(&granted),
         Err(denied) => {
+            if denied.status.is_client_error() {
+                let code = Code::Unauthenticated;
+                crate::audit::note(server, None, request_id, "sessions:sign-in".to_owned(), None, Err(code));
+            }
             let mut response = answer_json(&json!({"error": denied.error, "error_description": denied.description}));
             *response.status_mut() = denied.status;
             if let Some(seconds) = denied.retry_after {
@@ -336,11 +340,14 @@ async fn submit<K: Kind>(
     actor: &str,
     request_id: &RequestId,
 ) -> Result<AnyObject, ApiError> {
+    // A session's own doing is its user's.
+    let by = Provenance { principal: format!("user:{actor}"), ..Provenance::default() };
     let target =
         Aim { plural: K::PLURAL.to_owned(), project: None, organization: within.0.cloned(), name: within.1.clone() };
     let intent = Intent {
         request_id: request_id.clone(),
         actor: actor.to_owned(),
+        by,
         target,
         change,
         if_match,

@@ -14,6 +14,7 @@ use nexus_model::{AnyObject, ApiError, Code, FieldError, Name};
 use nexus_store::Consistency;
 use serde_json::Value;
 
+use crate::audit;
 use crate::headers::{self, IfMatch, IfNoneMatch};
 use crate::input::{self, Expected};
 use crate::list::{find, parse_name, unreadable};
@@ -103,7 +104,7 @@ async fn read(
 async fn left_by(server: &Server, place: &Place, name: &Name, change: &Change) -> Result<Option<AnyObject>, ApiError> {
     match change {
         Change::Create { object } | Change::Put { object } => Ok(Some(object.clone())),
-        Change::Delete => Ok(None),
+        Change::Delete | Change::Audit { .. } => Ok(None),
         Change::Patch { patch } => {
             let Some(kv) = find(server, place, name, Consistency::Stale).await? else { return Ok(None) };
             let mut object: Value = serde_json::from_slice(&kv.value).map_err(|e| unreadable(&kv, &e))?;
@@ -159,6 +160,14 @@ async fn refuse_others_blobs(server: &Server, place: &Place, left: Option<&AnyOb
 /// How long a token is good that does not say.
 const DEFAULT_LIFE: Duration = Duration::from_secs(30 * 86_400);
 
+fn verb(change: &Change) -> &'static str {
+    match change {
+        Change::Create { .. } => "create",
+        Change::Delete => "delete",
+        Change::Put { .. } | Change::Patch { .. } | Change::Audit { .. } => "update",
+    }
+}
+
 /// Reads a mutation, asks whether it may be done, submits it, and answers what the writer did.
 pub(crate) async fn submit(
     server: &Server,
@@ -189,7 +198,7 @@ pub(crate) async fn submit(
         secret = Some(mint(server, object, context)?);
     }
     let left = left_by(server, place, &name, &change).await?;
-    server.authorize(context, target, &parts.method, left.as_ref()).await?;
+    let allowed = server.authorize(context, target, &parts.method, left.as_ref()).await?;
     if place.kind.plural == Image::PLURAL {
         refuse_others_blobs(server, place, left.as_ref()).await?;
     }
@@ -216,6 +225,7 @@ pub(crate) async fn submit(
     let intent = Intent {
         request_id: context.request_id.clone(),
         actor: context.caller.name.clone(),
+        by: audit::provenance(context, &allowed.by),
         target: Target {
             plural: place.kind.plural.to_owned(),
             project: place.project.clone(),
@@ -227,7 +237,14 @@ pub(crate) async fn submit(
         idempotency_key,
         dry_run,
     };
-    let mut accepted = server.writer(place).submit(intent).await?;
+    let (verb, noted) = (verb(&intent.change), audit::target(place, intent.target.name.as_str()));
+    let mut accepted = server.writer(place).submit(intent).await.inspect_err(|error| {
+        // What is only late is no refusal.
+        if (400..500).contains(&error.status) && error.code != Code::Overloaded {
+            let action = format!("{}:{verb}", place.kind.plural);
+            audit::note(server, Some(context), &context.request_id, action, Some(noted), Err(error.code));
+        }
+    })?;
     if let Some(secret) = secret.filter(|_| !dry_run) {
         accepted.object.status["token"] = Value::from(secret.reveal());
     }

@@ -51,7 +51,7 @@ pub struct Pruned {
     pub index: u64,
 }
 
-/// The records of the anchor before are not in the export, as their time of retention is over.
+/// The records of the anchor before are not in the export: their time of retention is over, or another server has them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Dropped {

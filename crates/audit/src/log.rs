@@ -102,6 +102,15 @@ pub struct Log {
     open: Vec<Vec<Hash>>,
 }
 
+/// The log as it was before an append.
+#[derive(Debug)]
+pub struct Mark {
+    frontier: Frontier,
+    head: Hash,
+    /// Only if the append fills a tile.
+    open: Option<Vec<Vec<Hash>>>,
+}
+
 impl Log {
     /// A log without records.
     pub fn new(group: impl Into<String>) -> Self {
@@ -153,6 +162,26 @@ impl Log {
 
     pub fn state(&self) -> LogState {
         LogState { frontier: self.frontier.clone(), head: self.head }
+    }
+
+    /// What [`Log::take_back`] needs to undo the next append. Small, save before every 256th.
+    pub fn mark(&self) -> Mark {
+        let fills = self.open.first().is_some_and(|leaves| leaves.len() + 1 == TILE);
+        Mark { frontier: self.frontier.clone(), head: self.head, open: fills.then(|| self.open.clone()) }
+    }
+
+    /// Undoes the one append since the mark, as if it had never been: for a transaction that is given up before anyone has
+    /// seen it. Appends are taken back in reverse order.
+    pub fn take_back(&mut self, mark: Mark) {
+        if self.size() == mark.frontier.size() {
+            return;
+        }
+        match mark.open {
+            Some(open) => self.open = open,
+            None => drop(self.open.first_mut().and_then(Vec::pop)),
+        }
+        self.frontier = mark.frontier;
+        self.head = mark.head;
     }
 
     /// Appends a record. After an error the log is as before.
@@ -227,6 +256,11 @@ impl Chain {
         self.head = hash;
         self.next += 1;
         Ok(Appended { index, hash, row, tiles: Vec::new() })
+    }
+
+    /// The place of the next record.
+    pub fn next(&self) -> u64 {
+        self.next
     }
 
     /// How many records wait to be anchored.

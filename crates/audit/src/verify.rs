@@ -23,6 +23,8 @@ use crate::record::{Anchor, Entry};
 pub struct Options {
     /// Records whose content was deleted at the end of their retention may stand there as hashes alone. They are counted.
     pub allow_pruned: bool,
+    /// The records that an anchor settles may be left out, though the anchor may not. They are counted. `allow_pruned` allows it too.
+    pub allow_dropped: bool,
 }
 
 /// What is wrong.
@@ -415,7 +417,7 @@ impl<'k> ExportVerifier<'k> {
         let Some(open) = self.open.as_ref().filter(fits) else {
             return Err(self.malformed("what was dropped is not what the anchor before it names"));
         };
-        if !self.options.allow_pruned {
+        if !self.options.allow_pruned && !self.options.allow_dropped {
             let log = chain_group(&self.report.group, &open.anchor.server);
             return Err(self.at(&log, dropped.from, Fault::Pruned));
         }

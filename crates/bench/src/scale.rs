@@ -15,7 +15,7 @@ use anyhow::{Context as _, bail};
 use async_trait::async_trait;
 use bytes::Bytes as Message;
 use nexus_control::core::Bootstrap;
-use nexus_control::intent::{Accepted, Change, Intent, Passed, Target, Writer as _};
+use nexus_control::intent::{Accepted, Change, Intent, Passed, Provenance, Target, Writer as _};
 use nexus_control::region::{Config, Forward, ForwardError, Region};
 use nexus_control::view::View;
 use nexus_env::Env;
@@ -146,6 +146,7 @@ async fn submit(region: &Region, object: nexus_model::AnyObject, plural: &str) -
     let intent = Intent {
         request_id: name("bench").as_str().parse().context("a request id")?,
         actor: "bench".into(),
+        by: Provenance::default(),
         target,
         change: Change::Put { object },
         if_match: None,

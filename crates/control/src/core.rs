@@ -12,6 +12,7 @@ use nexus_model::kind::*;
 use nexus_model::plan::HostReport;
 use nexus_model::{ApiError, Code, Metadata, Name, Object, Timestamp, key};
 
+use crate::audit::Trail;
 use crate::cells::{self, Cells};
 use crate::decide::decide;
 use crate::intent::{Accepted, Intent};
@@ -218,6 +219,7 @@ impl Core {
             scheduler.set_instance(None, Some(instance));
         }
         world.scheduler = Some(scheduler);
+        world.trail.get_or_insert_with(|| Trail::new(&bootstrap.region));
         Self {
             world,
             cells,
@@ -540,7 +542,13 @@ impl Core {
 
     /// Notes at which revision a pack was committed.
     pub fn committed(&mut self, pack: &Pack, revision: u64) {
+        let trail = self.world.trail_mut();
+        trail.revision = trail.revision.max(revision);
         for (key, value) in &pack.ops {
+            // Nobody asks when a record was written, and there is no end of them.
+            if key.starts_with(key::AUDIT) {
+                continue;
+            }
             match value {
                 Some(_) => self.world.revisions.insert(key.clone(), revision),
                 None => self.world.revisions.remove(key),

@@ -10,6 +10,7 @@ use nexus_model::{AnyObject, ApiError, Bytes, Code, FieldError, Name, Object, ke
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::audit::{self, Verb};
 use crate::intent::{Accepted, Change, Intent};
 use crate::rules;
 use crate::rules::usage::{self, charge, recharge};
@@ -33,6 +34,9 @@ pub fn decide(step: &mut Step<'_>, intent: &Intent) -> Result<Accepted, ApiError
         }
     };
     step.request_id = Some(intent.request_id.clone());
+    if let Change::Audit { deed } = &intent.change {
+        return audit::carry_out(step, intent, deed);
+    }
     let accepted = for_kind!(&intent.target.plural, K => decide_kind::<K>(step, intent)?)
         .ok_or_else(|| ApiError::new(Code::NotFound, format!("there is no kind {:?}", intent.target.plural)))?;
     if let Some(place) = place.filter(|_| !intent.dry_run) {
@@ -103,6 +107,7 @@ fn decide_kind<K: Admit>(step: &mut Step<'_>, intent: &Intent) -> Result<Accepte
             update(step, intent, old, wanted)
         }
         (Change::Delete, Some(old)) => delete::<K>(step, intent, old),
+        (Change::Audit { .. }, _) => Err(ApiError::new(Code::Internal, "what is done to the log is of no kind")),
         (Change::Patch { .. } | Change::Delete, None) => Err(ApiError::not_found(K::KIND, target.name.as_str())),
     }
 }
@@ -237,7 +242,9 @@ fn create<K: Admit>(step: &mut Step<'_>, intent: &Intent, object: &AnyObject) ->
         step.event(m.project.as_ref(), new.owner_ref(), Severity::Normal, "Created", format!("by {}", intent.actor));
     }
     K::changed(step, &new);
-    Ok(Accepted { object: new.to_any(), created: true, replayed: false })
+    let any = new.to_any();
+    audit::changed::<K>(step, intent, Verb::Create, new.metadata.uid, None, Some(&any.spec))?;
+    Ok(Accepted { object: any, created: true, replayed: false })
 }
 
 fn update<K: Admit>(
@@ -275,7 +282,9 @@ fn update<K: Admit>(
         step.event(new.metadata.project.as_ref(), new.owner_ref(), Severity::Normal, "Updated", message);
     }
     K::changed(step, &new);
-    Ok(Accepted { object: new.to_any(), created: false, replayed: false })
+    let any = new.to_any();
+    audit::changed::<K>(step, intent, Verb::Update, new.metadata.uid, Some(&before), Some(&any.spec))?;
+    Ok(Accepted { object: any, created: false, replayed: false })
 }
 
 /// An unchanged object with the revision that it stands at.
@@ -297,6 +306,8 @@ fn delete<K: Admit>(step: &mut Step<'_>, intent: &Intent, old: Object<K>) -> Res
         step.event(m.project.as_ref(), old.owner_ref(), Severity::Normal, "Deleted", format!("by {}", intent.actor));
     }
     let object = K::delete(step, &old);
+    let before = serde_json::to_value(&old.spec).expect("specs are plain data");
+    audit::changed::<K>(step, intent, Verb::Delete, old.metadata.uid, Some(&before), None)?;
     Ok(Accepted { object, created: false, replayed: false })
 }
 

@@ -156,7 +156,7 @@ mod tests {
     use nexus_model::kind::HostSpec;
 
     use super::*;
-    use crate::intent::{Change, Target};
+    use crate::intent::{Change, Provenance, Target};
 
     fn report(host: &str, load: f32, reply: ReportReply) -> Input {
         let report = HostReport {
@@ -177,6 +177,7 @@ mod tests {
         let intent = Intent {
             request_id: "req-1".parse().unwrap(),
             actor: "admin".into(),
+            by: Provenance::default(),
             target: Target { plural: "apps".into(), project: None, organization: None, name: "a".parse().unwrap() },
             change: Change::Delete,
             if_match: None,

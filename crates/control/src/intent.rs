@@ -1,6 +1,9 @@
 //! What users ask of a region, and what they are answered.
 
+use std::net::IpAddr;
+
 use async_trait::async_trait;
+use nexus_audit::Anchor;
 use nexus_model::{AnyObject, ApiError, Name, RequestId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -44,6 +47,33 @@ pub enum Change {
         patch: Value,
     },
     Delete,
+    /// Not of an object, but of the audit log itself.
+    Audit {
+        deed: Deed,
+    },
+}
+
+/// What is done to the audit log, beside what is written into it with every change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Deed {
+    /// Settles records of a server's own chain.
+    Anchor(Anchor),
+    /// Shreds the personal data of a principal, named as in [`Provenance::principal`], in all records of this group.
+    Forget { principal: String },
+}
+
+/// Who asks, from where and by what right, as the server that took the request knows it: for the audit log.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Provenance {
+    /// `{kind}:{organization}/{name}`, or `{kind}:{name}` of what belongs to none; the kinds are those of the audit log's actors.
+    /// Empty: an operator with the intent's `actor` as its name.
+    pub principal: String,
+    pub address: Option<IpAddr>,
+    /// The ids of the policies that allowed it.
+    pub policies: Vec<String>,
+    pub session: Option<String>,
 }
 
 /// One request to the writer.
@@ -51,8 +81,10 @@ pub enum Change {
 #[serde(rename_all = "camelCase")]
 pub struct Intent {
     pub request_id: RequestId,
-    /// Who asks, for events and, later, audit.
+    /// Who asks, for events.
     pub actor: String,
+    #[serde(default)]
+    pub by: Provenance,
     pub target: Target,
     pub change: Change,
     /// The revision that the object must have (`If-Match`).

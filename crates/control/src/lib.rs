@@ -6,10 +6,12 @@
 //! * [`core`]: the loop's inside, free of I/O. [`decide`] rules on what users ask; [`rules`] are the reconcilers;
 //!   [`cells`] judges hosts; [`scheduler`] chooses cells and hosts.
 //! * [`world`]: the region's state as typed tables; [`step`]: one decision over it, all or nothing.
+//! * [`audit`]: the record that every accepted change leaves.
 //! * [`view`]: what the committed state means for hosts and gateways; [`directory`]: what it means for who may do what.
 //!
 //! Architecture invariant: nothing here starts a process, touches a link or opens a socket.
 
+pub mod audit;
 pub mod cells;
 mod chain;
 pub mod core;

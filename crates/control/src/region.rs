@@ -23,6 +23,7 @@ use nexus_store::{Leadership, Pressure, RangeRequest, Revision, Store, StoreErro
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::audit::Trail;
 use crate::cells::Cells;
 use crate::chain::Chain;
 use crate::core::{Bootstrap, Core, Moment, Pack};
@@ -126,6 +127,10 @@ pub struct Counters {
     pub commits: AtomicU64,
     pub operations: AtomicU64,
     pub violations: AtomicU64,
+    /// Records of the group's audit log, as this server last knew while it led.
+    pub audit_records: AtomicU64,
+    /// 1 while the audit log can't go on, so that users' changes are refused.
+    pub audit_broken: AtomicU64,
     /// Hosts heard lately, while this server leads.
     pub active_hosts: AtomicU64,
     /// 1 while this server's writer decides.
@@ -343,13 +348,14 @@ impl Region {
         let (mut chain, at) = self.claim(epoch).await?;
         let (world, _) = load(&*self.store, Some(at), &["o/", "t/", "i/", key::ADOPTED], false).await?;
         let part = if self.config.fleet.is_some() { Part::Region } else { Part::Alone };
-        let world = World { part, ..world };
+        let trail = Trail::load(&*self.store, at, &self.config.bootstrap.region).await?;
+        let world = World { part, trail: Some(trail), ..world };
         let cells = Cells::new(self.env.monotonic(), self.config.server.clone(), epoch);
         let mut core = Core::new(world, self.config.bootstrap.clone(), cells);
         core.bootstrap(self.moment());
         let mut link = self.config.fleet.as_ref().map(|fleet| Link::new(fleet, epoch, self.env.monotonic()));
         let mut newest = at.0;
-        self.counters.unreadable.store(core.world.unreadable.len() as u64, Ordering::Relaxed);
+        self.keep_count(&core);
         self.counters.leading.store(1, Ordering::Relaxed);
         self.counters.beginnings.fetch_add(1, Ordering::Relaxed);
         tracing::info!(epoch, revision = at.0, "this server's writer decides for its group");
@@ -475,7 +481,14 @@ impl Region {
     fn keep_house(&self, core: &mut Core) {
         core.forget_old(self.moment());
         self.counters.quarantined.store(core.quarantined() as u64, Ordering::Relaxed);
+        self.keep_count(core);
+    }
+
+    fn keep_count(&self, core: &Core) {
         self.counters.unreadable.store(core.world.unreadable.len() as u64, Ordering::Relaxed);
+        let trail = core.world.trail();
+        self.counters.audit_records.store(trail.size(), Ordering::Relaxed);
+        self.counters.audit_broken.store(u64::from(trail.broken().is_some()), Ordering::Relaxed);
     }
 
     /// Judges hosts, and recounts a little of what must agree.

@@ -214,6 +214,20 @@ impl<'a> Step<'a> {
         }
     }
 
+    /// Sets or deletes a row that is in no table.
+    pub(crate) fn set(&mut self, key: String, value: Option<Bytes>) {
+        self.ops.insert(key, value);
+    }
+
+    /// Has something done if the step is dropped, before what was noted earlier.
+    pub(crate) fn undo(&mut self, undo: impl FnOnce(&mut World) + Send + 'static) {
+        self.undo.push(Box::new(undo));
+    }
+
+    pub(crate) fn rng(&self) -> &'a dyn Rng {
+        self.rng
+    }
+
     pub fn mark(&mut self, dirty: Dirty) {
         self.dirty.insert(dirty);
     }

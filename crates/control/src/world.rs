@@ -15,6 +15,7 @@ use nexus_model::{ApiError, Code, Name, Object, Uid, key};
 use nexus_store::KeyValue;
 use serde::{Deserialize, Serialize};
 
+use crate::audit::Trail;
 use crate::intent::Accepted;
 use crate::scheduler::Scheduler;
 
@@ -142,6 +143,8 @@ pub struct World {
     pub settled: HashMap<Name, u64>,
     /// Only in the writer's world.
     pub scheduler: Option<Scheduler>,
+    /// Only in the writer's world: the right edge of the group's audit log.
+    pub trail: Option<Trail>,
 }
 
 /// Why a region can't make its share of a global app.
@@ -466,6 +469,15 @@ impl World {
                 Err(ApiError::new(Code::Conflict, detail))
             }
         }
+    }
+
+    /// The audit log of the writer whose world this is.
+    pub(crate) fn trail(&self) -> &Trail {
+        self.trail.as_ref().expect("a core gives its world a trail")
+    }
+
+    pub(crate) fn trail_mut(&mut self) -> &mut Trail {
+        self.trail.as_mut().expect("a core gives its world a trail")
     }
 
     pub fn instance(&self, uid: Uid) -> Option<&Object<Instance>> {

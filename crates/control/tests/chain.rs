@@ -196,7 +196,7 @@ async fn a_writer_sends_a_large_round_little_by_little() {
     let text = "x".repeat(60 << 10);
     let mut all = tokio::task::JoinSet::new();
     for n in 0..250 {
-        let spec = OrganizationSpec { display_name: text.clone() };
+        let spec = OrganizationSpec { display_name: text.clone(), ..OrganizationSpec::default() };
         let (region, intent) = (region.clone(), create::<Organization>(None, &format!("organization-{n}"), spec));
         all.spawn(async move { submit(&region, intent).await });
     }

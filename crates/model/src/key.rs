@@ -11,6 +11,14 @@
 //! | `sys/fleet/{server or host}/{name}` | a machine that has joined, or left |
 //! | `sys/fleet/node`, `sys/fleet/addresses` | what was given out last, so that nothing is given twice |
 //! | `sys/blob/{project}/{digest}` | that a project uploaded a blob, for a day; its images say so for longer |
+//! | `a/r/{index, 20 digits}` | a record of the group's audit log |
+//! | `a/state` | how far that log has come: its size, its last hash, the right edge of its tree |
+//! | `a/t/{level}/{number, 14 digits}` | a tile of its tree |
+//! | `a/h/{size, 20 digits}` | a signed head of it |
+//! | `a/k/{server}` | the public key that a server signs heads with |
+//! | `a/s/{server}` | the last anchor of a server's own chain |
+//! | `a/p/{hash of a principal}` | the key of a principal's personal data in records |
+//! | `a/w/{hash of an address}` | how many records a webhook has taken |
 //! | `sys/join/token/{hash}` | a join token that was not used yet |
 //! | `sys/join/answer/{hash of a public key}` | what a join was answered, so that a retry gets it again |
 
@@ -28,6 +36,17 @@ pub const FLEET_ADDRESSES: &str = "sys/fleet/addresses";
 pub const BLOBS: &str = "sys/blob/";
 pub const JOIN_TOKENS: &str = "sys/join/token/";
 pub const JOIN_ANSWERS: &str = "sys/join/answer/";
+
+/// Everything of the audit log. No view and no table holds it.
+pub const AUDIT: &str = "a/";
+pub const AUDIT_STATE: &str = "a/state";
+pub const AUDIT_RECORDS: &str = "a/r/";
+pub const AUDIT_TILES: &str = "a/t/";
+pub const AUDIT_HEADS: &str = "a/h/";
+pub const AUDIT_KEYS: &str = "a/k/";
+pub const AUDIT_ANCHORS: &str = "a/s/";
+pub const AUDIT_WEBHOOKS: &str = "a/w/";
+pub const AUDIT_SUBJECTS: &str = "a/p/";
 
 /// Stands for the project or organization in keys of kinds that belong to none.
 const NEITHER: &str = "-";
@@ -64,6 +83,14 @@ pub fn tombstones(kind: &KindDescriptor) -> String {
 
 pub fn idempotency(within: Option<&Name>, key: &str) -> String {
     format!("i/{}/{key}", scope(within))
+}
+
+pub fn audit_record(index: u64) -> String {
+    format!("{AUDIT_RECORDS}{index:020}")
+}
+
+pub fn audit_head(size: u64) -> String {
+    format!("{AUDIT_HEADS}{size:020}")
 }
 
 /// The key under which an object is stored, living or deleted.

@@ -98,6 +98,9 @@ pub struct ServerConfig {
     /// Keeps the metadata in an etcd cluster instead of `data_dir`
     #[serde(default)]
     pub store: Option<StoreConfig>,
+    /// Sends the records of the audit logs elsewhere too
+    #[serde(default)]
+    pub audit_webhook: Option<WebhookConfig>,
     /// Southbound listener (mTLS): peers, agents, gateways.
     pub wire_listen: SocketAddr,
     /// Northbound listener (TLS, bearer tokens).
@@ -391,6 +394,28 @@ fn resolve(base: &Path, paths: &mut [&mut PathBuf]) {
     }
 }
 
+/// Where records of the audit logs are sent; see `docs/guide/audit.md`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WebhookConfig {
+    /// `https://…`; without TLS only on this machine.
+    pub url: String,
+    /// The file with the secret that signs: 16 bytes at least.
+    pub secret_file: PathBuf,
+}
+
+impl WebhookConfig {
+    fn check(&self) -> Result<(), String> {
+        let url: http::Uri = self.url.parse().map_err(|e| format!("{:?} is no address: {e}", self.url))?;
+        let local = matches!(url.host(), Some("127.0.0.1" | "[::1]" | "localhost"));
+        match url.scheme_str() {
+            Some("https") => Ok(()),
+            Some("http") if local => Ok(()),
+            _ => Err(format!("{:?} is not https: records would cross the network in the clear", self.url)),
+        }
+    }
+}
+
 impl TlsFiles {
     fn resolve(&mut self, base: &Path) {
         resolve(base, &mut [&mut self.ca, &mut self.cert, &mut self.key]);
@@ -404,6 +429,9 @@ impl Config for ServerConfig {
         self.api_tls.resolve(base);
         if let Some(backups) = &mut self.backup_dir {
             resolve(base, &mut [backups]);
+        }
+        if let Some(webhook) = &mut self.audit_webhook {
+            resolve(base, &mut [&mut webhook.secret_file]);
         }
         if let Some(authority) = &mut self.authority {
             resolve(base, &mut [&mut authority.cert, &mut authority.key]);
@@ -437,6 +465,9 @@ impl Config for ServerConfig {
                 "authority",
                 format!("certificate_seconds = {seconds}: between {least} and {most} is needed"),
             ));
+        }
+        if let Some(webhook) = &self.audit_webhook {
+            webhook.check().map_err(|why| ("audit_webhook", why))?;
         }
         if let Some(store) = &self.store {
             store.check().map_err(|why| ("store", why))?;
@@ -635,6 +666,7 @@ mod tests {
             data_dir: "data".into(),
             backup_dir: None,
             store: None,
+            audit_webhook: None,
             wire_listen: "[fd00::1]:7440".parse().unwrap(),
             api_tls_listen: "127.0.0.1:8443".parse().unwrap(),
             api_http_listen: Some("127.0.0.1:8453".parse().unwrap()),
@@ -658,6 +690,16 @@ mod tests {
         let open = ServerConfig { api_http_listen: Some("0.0.0.0:80".parse().unwrap()), ..good.clone() };
         let error = load::<ServerConfig>(&toml::to_string(&open).unwrap()).unwrap_err().to_string();
         assert!(error.contains("api_http_listen"), "{error}");
+
+        let hook = |url: &str| Some(WebhookConfig { url: url.into(), secret_file: "secret".into() });
+        let tells = |url: &str| ServerConfig { audit_webhook: hook(url), ..good.clone() };
+        for fine in ["https://siem.example.org/x", "http://127.0.0.1:9000/"] {
+            load::<ServerConfig>(&toml::to_string(&tells(fine)).unwrap()).unwrap();
+        }
+        for wrong in ["http://siem.example.org/x", "siem", "ftp://siem.example.org/"] {
+            let error = load::<ServerConfig>(&toml::to_string(&tells(wrong)).unwrap()).unwrap_err().to_string();
+            assert!(error.contains("audit_webhook"), "{error}");
+        }
 
         let stranger = ServerConfig { node_id: 2, ..good };
         let error = load::<ServerConfig>(&toml::to_string(&stranger).unwrap()).unwrap_err().to_string();

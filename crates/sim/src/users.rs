@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nexus_control::intent::{Accepted, Change, Intent, Target, Writer};
+use nexus_control::intent::{Accepted, Change, Intent, Provenance, Target, Writer};
 use nexus_model::kind::*;
 use nexus_model::{ApiError, Bytes, Code, Digest, Metadata, MilliCpu, Name, Object};
 use nexus_store::PeerError;
@@ -59,6 +59,7 @@ pub fn intent(plural: &str, project: Option<Name>, object: Name, change: Change,
     Intent {
         request_id: "req-sim".parse().expect("a well-formed id"),
         actor: "user".into(),
+        by: Provenance::default(),
         target: Target { plural: plural.into(), project, organization: None, name: object },
         change,
         if_match: None,

@@ -5,6 +5,7 @@
 //! that must be in a list) is answered 422 or 409, which each operation declares. Answers that never end, of `?watch` and
 //! `?follow`, can't be described by OpenAPI: they are under `x-stream-parameters`.
 
+mod audit;
 mod operations;
 mod schemas;
 

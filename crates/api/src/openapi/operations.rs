@@ -19,6 +19,7 @@ fn selector_pattern() -> String {
 pub(super) fn tags() -> Value {
     let kinds = kind::all().iter().map(|d| json!({"name": d.plural, "description": d.about}));
     let more = [
+        json!({"name": "audit", "description": "What was done, so that it can be proven."}),
         json!({"name": "blobs", "description": "The content of images, by digest."}),
         json!({"name": "operations", "description": "What operators do to the fleet itself."}),
         json!({"name": "server", "description": "The server and the cluster themselves."}),
@@ -26,7 +27,7 @@ pub(super) fn tags() -> Value {
     kinds.chain(more).collect()
 }
 
-fn parameter(name: &str) -> Value {
+pub(super) fn parameter(name: &str) -> Value {
     json!({"$ref": format!("#/components/parameters/{name}")})
 }
 
@@ -151,7 +152,7 @@ fn header(name: &str) -> Value {
 }
 
 /// A success with its body and headers.
-fn success(about: &str, content: Value, more: &[(&str, &str)]) -> Value {
+pub(super) fn success(about: &str, content: Value, more: &[(&str, &str)]) -> Value {
     let mut headers = Map::new();
     headers.insert("X-Request-Id".into(), header("RequestId"));
     headers.extend(more.iter().map(|(name, component)| ((*name).to_owned(), header(component))));
@@ -206,7 +207,7 @@ pub(super) fn responses() -> Value {
 }
 
 /// What any operation may answer, and what this one does.
-fn answers(good: Vec<(&str, Value)>, problems: &[&str]) -> Value {
+pub(super) fn answers(good: Vec<(&str, Value)>, problems: &[&str]) -> Value {
     let mut out: Map<String, Value> = good.into_iter().map(|(s, r)| (s.to_owned(), r)).collect();
     for status in ["400", "401", "404"].iter().chain(problems).chain(&["429", "500", "503", "504"]) {
         out.insert((*status).to_owned(), json!({"$ref": format!("#/components/responses/Problem{status}")}));
@@ -215,7 +216,7 @@ fn answers(good: Vec<(&str, Value)>, problems: &[&str]) -> Value {
     Value::Object(out)
 }
 
-fn operation(id: &str, tag: &str, summary: &str, parameters: Vec<Value>, responses: Value) -> Value {
+pub(super) fn operation(id: &str, tag: &str, summary: &str, parameters: Vec<Value>, responses: Value) -> Value {
     let mut parameters = parameters;
     parameters.push(parameter("RequestId"));
     json!({"operationId": id, "tags": [tag], "summary": summary, "parameters": parameters, "responses": responses})
@@ -536,5 +537,6 @@ pub(super) fn paths() -> Map<String, Value> {
         }
     }
     paths.insert(BLOB_TEMPLATE.into(), blob_path());
+    super::audit::paths(&mut paths);
     paths
 }

@@ -15,9 +15,10 @@ use futures::StreamExt;
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use nexus_api::{
-    Api, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations, Operators,
-    Remote, StatusSource, Topology,
+    Api, Audit, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations,
+    Operators, Remote, StatusSource, Topology,
 };
+use nexus_control::audit::{Heads, Notes};
 use nexus_control::directory::Directory;
 use nexus_control::intent::{Accepted, Change, Intent, Writer};
 use nexus_env::Env;
@@ -240,7 +241,9 @@ impl Writer for FakeWriter {
         if let Some(first) = intent.idempotency_key.as_ref().and_then(|k| answers.get(k)) {
             return Ok(Accepted { replayed: true, ..first.clone() });
         }
-        let kind = kind::stored(&intent.target.plural).unwrap();
+        let Some(kind) = kind::stored(&intent.target.plural) else {
+            return Err(ApiError::new(Code::NotFound, "nothing is of this kind"));
+        };
         let at = key::object(kind, intent.target.within(), &intent.target.name);
         let found = self.store.range(RangeRequest::get(at.clone())).await.unwrap().kvs.pop();
         let old: Option<AnyObject> = found.as_ref().map(|kv| serde_json::from_slice(&kv.value).unwrap());
@@ -260,6 +263,7 @@ impl Writer for FakeWriter {
                 value["spec"] = (kind.parse_spec)(&value["spec"]).map_err(ApiError::invalid)?;
                 serde_json::from_value(value).unwrap()
             }
+            Change::Audit { .. } => return Err(ApiError::new(Code::NotFound, "nothing to forget")),
             Change::Delete => {
                 let mut object = old.clone().ok_or_else(missing)?;
                 object.metadata.deleting = Some(Timestamp::from_millis(1));
@@ -295,6 +299,16 @@ impl Writer for FakeWriter {
         }
         Ok(accepted)
     }
+}
+
+/// Signs with keys of its own. What is noted waits for a keeper that never runs.
+fn audit(store: &Arc<MemStore>, global: &Arc<MemStore>) -> Audit {
+    let env = Env::real();
+    let heads = |group: &str, key: u8, store: &Arc<MemStore>| {
+        Heads::new("home", group, "server-a", &[key; 32], &env, store.clone()).unwrap()
+    };
+    let (notes, _) = Notes::new(&env, "/nowhere".into(), "local".parse().unwrap(), "server-a".parse().unwrap());
+    Audit { region: heads("local", 1, store), global: heads("global", 2, global), notes }
 }
 
 #[derive(Default)]
@@ -493,6 +507,7 @@ impl World {
             hosts: Arc::new(EchoHost),
             operations: Arc::new(EchoOperations),
             status: Arc::new(Status),
+            audit: Arc::new(audit(&store, &global)),
             metrics: Arc::default(),
             shutdown: shutdown.clone(),
             limits,
@@ -532,6 +547,11 @@ impl World {
             Body::from(body.to_string())
         };
         self.send(request.body(body).unwrap()).await
+    }
+
+    /// Stores a row as the writer would, past the API.
+    pub async fn store_row(&self, key: String, value: Vec<u8>) {
+        self.store.txn(Txn::put(key, value)).await.unwrap();
     }
 
     pub async fn get(&self, path: &str) -> Answer {

@@ -7,7 +7,7 @@ use nexus_audit::{
 
 use crate::world::{CLUSTER, GROUP, World, draft, refusal, request};
 
-const LENIENT: Options = Options { allow_pruned: true };
+const LENIENT: Options = Options { allow_pruned: true, allow_dropped: true };
 
 #[test]
 fn a_whole_export_is_right_for_whoever_holds_any_earlier_head() {

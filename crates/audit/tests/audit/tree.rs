@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 
 use nexus_audit::tiles::{TILE, consistency_tiles, decode_tile, encode_tile, inclusion_tiles, peaks_at, peaks_tiles};
 use nexus_audit::{
-    Frontier, Hash, ProofError, TileId, consistency_proof, inclusion_proof, verify_consistency, verify_inclusion,
+    Frontier, Hash, Log, ProofError, TileId, consistency_proof, inclusion_proof, verify_consistency, verify_inclusion,
 };
 use proptest::prelude::*;
+
+use crate::world::draft;
 
 /// The leaves and roots of the reference implementation's tests.
 const LEAVES: [&str; 8] =
@@ -225,4 +227,21 @@ fn a_proof_that_cannot_be_made_says_why() {
     tiles.get_mut(&id).unwrap().truncate(10);
     assert!(matches!(inclusion_proof(&tiles, 0, 300), Err(ProofError::Incomplete { id: found, .. }) if found == id));
     assert_eq!(TileId { level: 1, number: 3 }.first_record(), 3 * 65_536);
+}
+
+#[test]
+fn an_append_that_is_taken_back_never_was() {
+    let (mut log, mut plain) = (Log::new("eu"), Log::new("eu"));
+    for number in 0..600 {
+        let mark = log.mark();
+        log.append(draft(9_999)).unwrap();
+        log.take_back(mark);
+        assert_eq!(log.state(), plain.state(), "{number}");
+        let (kept, same) = (log.append(draft(number)).unwrap(), plain.append(draft(number)).unwrap());
+        assert_eq!(kept, same, "{number}");
+    }
+    // A mark that nothing followed takes nothing back.
+    let mark = log.mark();
+    log.take_back(mark);
+    assert_eq!(log.state(), plain.state());
 }

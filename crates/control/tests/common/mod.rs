@@ -3,7 +3,7 @@
 
 pub mod net;
 
-use nexus_control::intent::{Change, Intent, Target};
+use nexus_control::intent::{Change, Intent, Provenance, Target};
 use nexus_model::kind::*;
 use nexus_model::plan::{HostReport, InstanceReport};
 use nexus_model::{Digest, Metadata, Name, Object};
@@ -25,6 +25,7 @@ pub fn intent(plural: &str, project: Option<&str>, object: &str, change: Change)
     Intent {
         request_id: "req-1".parse().unwrap(),
         actor: "admin".into(),
+        by: Provenance::default(),
         target: Target { plural: plural.into(), project: project.map(name), organization: None, name: name(object) },
         change,
         if_match: None,

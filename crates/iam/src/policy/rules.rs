@@ -156,7 +156,7 @@ const RULES: &[Rule] = &[
         Level::Project,
     )]),
     Rule::new("audit", Holder::Any, &["audit"], &[])
-        .verbs(&[("export", &["audit"], Level::Project), ("verify", &["audit"], Level::Project)]),
+        .verbs(&[("export", &["audit"], Level::Project), ("forget", &["fleet-operate"], Level::Fleet)]),
     // What is not a collection: the fleet's own faces.
     Rule::new("status", Holder::Fleet, &["fleet-view"], &[]),
 ];
@@ -166,7 +166,14 @@ pub const VERBS: &[(&str, &str)] =
     &[("instances", "logs"), ("instances", "exec"), ("users", "set-password"), ("users", "invite")];
 
 /// Actions on collections that are no kinds.
-pub const EXTRAS: &[(&str, &str)] = &[("status", "get"), ("blobs", "get"), ("blobs", "put")];
+pub const EXTRAS: &[(&str, &str)] = &[
+    ("status", "get"),
+    ("blobs", "get"),
+    ("blobs", "put"),
+    ("audit", "list"),
+    ("audit", "export"),
+    ("audit", "forget"),
+];
 
 /// What operators do to the fleet itself. Those that carry a credential of their own are asked of nobody.
 pub const OPERATIONS: &[&str] = &[

@@ -59,9 +59,7 @@ pub fn everything() -> Arc<Vocabulary> {
                 kinds.push(kind(name, plural, scope));
             }
         }
-        let more = [("audit", "list"), ("audit", "export"), ("audit", "verify")];
-        let extras: Vec<_> = EXTRAS.iter().copied().chain(more).collect();
-        let surface = Surface { kinds: kinds.leak(), verbs: VERBS, operations: OPERATIONS, extras: &extras };
+        let surface = Surface { kinds: kinds.leak(), verbs: VERBS, operations: OPERATIONS, extras: EXTRAS };
         Arc::new(Vocabulary::new(surface).unwrap())
     };
     MADE.get_or_init(make).clone()

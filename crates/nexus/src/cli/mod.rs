@@ -3,6 +3,7 @@
 //! Results go to standard output, progress and advice to standard error.
 
 mod apply;
+mod audit;
 mod backup;
 mod can;
 mod cell;
@@ -119,6 +120,7 @@ pub enum UserCommand {
     Logs(logs::LogsArgs),
     Exec(exec::ExecArgs),
     Events(events::EventsArgs),
+    Audit(audit::AuditArgs),
     Image(image::ImageArgs),
     Explain(explain::ExplainArgs),
     Host(host::HostArgs),
@@ -177,6 +179,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::Logs(args) => logs::run(&args).await?,
         UserCommand::Exec(args) => return exec::run(&args).await,
         UserCommand::Events(args) => events::run(&args).await?,
+        UserCommand::Audit(args) => audit::run(&args).await?,
         UserCommand::Image(args) => image::run(&args).await?,
         UserCommand::Explain(args) => explain::run(&args)?,
         UserCommand::Host(args) => host::run(args.command).await?,

@@ -177,6 +177,7 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 zone: server.zone.clone(),
                 data_dir: dir.data(server.name.as_str()),
                 backup_dir: None,
+                audit_webhook: None,
                 store: store.clone(),
                 wire_listen: server.wire,
                 api_tls_listen: server.api_tls,

@@ -1,6 +1,7 @@
 //! The server role: a member of a region's control plane. Opens the metadata store, runs the writer when it leads,
 //! follows the log for hosts and gateways, keeps images, and answers users.
 
+mod audit;
 pub mod authority;
 pub mod backups;
 mod blobs;
@@ -18,6 +19,7 @@ mod signing;
 mod southbound;
 mod status;
 mod voters;
+mod webhook;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -29,6 +31,7 @@ use nexus_control::view::View;
 use nexus_env::{Endpoint, Env};
 use nexus_iam::tls::{self, ExpiryPolicy, Identity, Policy, Roots};
 use nexus_iam::{Role, TokenHash};
+use nexus_model::kind::GLOBAL;
 use nexus_store::Store;
 use nexus_wire::{ClientOptions, Pool};
 use prometheus_client::registry::Registry;
@@ -105,6 +108,8 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     let contract: Arc<dyn Store> = groups.region.clone();
     let backups: Arc<dyn operations::Backups> = Arc::new(backups::ServerBackups::new(&config, &env, groups.clone()));
 
+    let (audit, noted) = audit::open(&config, &env, &groups)?;
+
     let view = View::new(&config.domain).in_region(&config.region);
     let blobs =
         Arc::new(ServerBlobs::open(&config, fleet.clone(), view.clone(), pool.clone(), groups.global.clone()).await?);
@@ -133,6 +138,18 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     let signer = Arc::new(signing::load(&config.data_dir)?);
     let writer = writers.global.clone();
     tasks.spawn(signing::publish(signer.clone(), config.name.clone(), writer, env.clone(), stop.clone()));
+    if let Some(to) = &config.audit_webhook {
+        for (group, store) in [(config.region.as_str(), &groups.region), (GLOBAL, &groups.global)] {
+            tasks.spawn(webhook::Webhook::new(to, group, &env, store.clone())?.run(stop.clone()));
+        }
+    }
+    tasks.spawn(noted.run(contract.clone(), writers.region.clone(), stop.clone()));
+    {
+        let (audit, stop) = (audit.clone(), stop.clone());
+        tasks.spawn(async move {
+            futures::join!(audit.region.keep(stop.clone()), audit.global.keep(stop));
+        });
+    }
     {
         let (blobs, stop) = (blobs.clone(), stop.clone());
         tasks.spawn(async move { blobs.replicate(stop).await });
@@ -185,6 +202,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         ),
     ));
     status.register(&metrics);
+    audit::register(&audit.notes, &metrics);
     let hash = std::fs::read_to_string(&config.token_hash)
         .with_context(|| format!("reading {}", config.token_hash.display()))?;
     let hash: TokenHash =
@@ -236,6 +254,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         hosts: Arc::new(hosts::Hosts::new(view.clone(), pool.clone())),
         operations: Arc::new(operations),
         status: status.clone(),
+        audit,
         metrics,
         shutdown: stop.clone(),
         limits: Limits::default(),

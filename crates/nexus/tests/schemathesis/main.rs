@@ -132,6 +132,8 @@ fn operations(document: &Value) -> BTreeSet<String> {
 
 /// A fleet's only region is never let go; the end-to-end test of regions deletes one.
 const LAST_REGION: &str = "DELETE /v1/regions/{name}";
+/// Nobody's data are in the log of a run whose user is the operator.
+const FORGET: &str = "POST /v1/regions/{region}/audit/forget";
 
 #[test]
 fn the_api_keeps_what_its_description_promises() {
@@ -181,7 +183,7 @@ fn the_api_keeps_what_its_description_promises() {
         counts.get(operation).is_some_and(|statuses| statuses.keys().any(|status| (200..300).contains(status)))
     };
     let all = operations(&document);
-    let possible = |operation: &&String| operation.as_str() != LAST_REGION;
+    let possible = |operation: &&String| ![LAST_REGION, FORGET].contains(&operation.as_str());
     let never: Vec<_> = all.iter().filter(possible).filter(|o| !succeeded(o)).map(|o| (o, counts.get(o))).collect();
     assert!(never.is_empty(), "{} of {} operations never succeeded: {never:#?}", never.len(), all.len());
     assert!(passed, "schemathesis found faults; its own words are above");

@@ -9,7 +9,7 @@ use nexus_api::operations::{
     GatewayJoin, HostJoin, HostLeave, HostLeft, JoinRole, Named, Nothing, RegionRemove, Replace, ServerJoin, TokenId,
     TokenRequest, read,
 };
-use nexus_control::intent::{Change, Intent, Target, Writer};
+use nexus_control::intent::{Change, Intent, Provenance, Target, Writer};
 use nexus_env::RngExt as _;
 use nexus_model::kind::InstancePhase;
 use nexus_model::{ApiError, Code, Name, RequestId};
@@ -213,6 +213,7 @@ impl ServerOperations {
             let intent = Intent {
                 request_id: RequestId::from_random(self.joins.env.rng.bytes()),
                 actor: "operator".to_owned(),
+                by: Provenance::default(),
                 target: Target { plural: "hosts".to_owned(), project: None, organization: None, name: name.clone() },
                 change: Change::Delete,
                 if_match: None,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use nexus_control::intent::{Change, Intent, Target, Writer};
+use nexus_control::intent::{Change, Intent, Provenance, Target, Writer};
 use nexus_env::{Env, RngExt};
 use nexus_iam::jwt::SigningKey;
 use nexus_model::kind::{self, Kind};
@@ -42,6 +42,7 @@ pub async fn publish(key: Arc<SigningKey>, server: Name, writer: Arc<dyn Writer>
         let intent = Intent {
             request_id: RequestId::from_random(RngExt::bytes(&*env.rng)),
             actor: format!("server {server}"),
+            by: Provenance { principal: format!("server:{server}"), ..Provenance::default() },
             target: Target {
                 plural: kind::SigningKey::PLURAL.to_owned(),
                 project: None,

@@ -449,7 +449,7 @@ impl Collector for ServerMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let c: &Counters = &self.writers.region.counters;
         let (f, g) = (&self.region.figures, &self.global.figures);
-        let figures: [(&str, &str, &AtomicU64); 30] = [
+        let figures: [(&str, &str, &AtomicU64); 33] = [
             ("nexus_writer_leading", "1 while this server's writer decides", &c.leading),
             ("nexus_writer_intents", "Intents decided here", &c.intents),
             ("nexus_writer_refusals", "Intents refused here", &c.refusals),
@@ -466,6 +466,13 @@ impl Collector for ServerMetrics {
             ("nexus_writer_reports_replaced", "Host reports that a later one overtook", &c.reports_replaced),
             ("nexus_writer_quarantined", "Objects whose reconciler panics, tried again later", &c.quarantined),
             ("nexus_store_unreadable_values", "Stored values that can't be read, found by the writer", &c.unreadable),
+            ("nexus_audit_records", "Records of the region's audit log, all of them in the store", &c.audit_records),
+            ("nexus_audit_broken", "1 while the audit log can't go on and users' changes are refused", &c.audit_broken),
+            (
+                "nexus_global_audit_records",
+                "Records of the global group's audit log, all of them in the store",
+                &self.writers.global.counters.audit_records,
+            ),
             ("nexus_hosts_active", "Hosts heard lately by this leader", &c.active_hosts),
             ("nexus_store_applied_revision", "Newest revision that this server shows", &f.applied),
             ("nexus_store_keys", "Keys in the metadata store", &f.keys),
