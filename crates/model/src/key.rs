@@ -12,6 +12,7 @@
 //! | `sys/fleet/node`, `sys/fleet/addresses` | what was given out last, so that nothing is given twice |
 //! | `sys/join/token/{hash}` | a join token that was not used yet |
 //! | `sys/join/answer/{hash of a public key}` | what a join was answered, so that a retry gets it again |
+//! | `sys/workload/key/{key id}` | in `global`: a server's public key for workloads' tokens |
 
 use crate::kind::{KindDescriptor, Scope};
 use crate::{AnyObject, Name, Uid};
@@ -26,6 +27,7 @@ pub const FLEET_NODE: &str = "sys/fleet/node";
 pub const FLEET_ADDRESSES: &str = "sys/fleet/addresses";
 pub const JOIN_TOKENS: &str = "sys/join/token/";
 pub const JOIN_ANSWERS: &str = "sys/join/answer/";
+pub const WORKLOAD_KEYS: &str = "sys/workload/key/";
 
 /// Stands for the project or organization in keys of kinds that belong to none.
 const NEITHER: &str = "-";
