@@ -346,6 +346,7 @@ impl Host {
             identify: Arc::new(|_| Some("server".into())),
             authorize: Arc::new(|_, _| true),
             certificate_ends: Arc::new(|| None),
+            identity: None,
             handle: handle.clone(),
         };
         let runtimes: BTreeMap<_, Arc<dyn Runtime>> = [(kind::Runtime::Container, self.runtime.clone() as _)].into();

@@ -268,7 +268,7 @@ async fn a_container_sees_the_socket_of_its_identity_and_can_change_nothing_ther
     // What the user says is meant; who has no identity is told of none.
     let mut own = Sandbox { identity: Some(identity), ..world.shell("echo $SPIFFE_ENDPOINT_SOCKET") };
     own.template.env.insert("SPIFFE_ENDPOINT_SOCKET".into(), "unix:///own".into());
-    assert_eq!(world.output(&own).await.2, "unix:///own");
+    assert_eq!(world.output(&own).await.2.trim_end(), "unix:///own");
     let (_, _, none) = world.output(&world.shell("echo $SPIFFE_ENDPOINT_SOCKET; ls -d /run/spiffe")).await;
     assert!(none.starts_with("unix:///of/the/image\n") && none.contains("No such file"), "{none}");
     world.assert_clean().await;
