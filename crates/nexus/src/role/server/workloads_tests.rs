@@ -209,7 +209,12 @@ async fn a_host_that_was_broken_into_gets_nothing_of_what_is_elsewhere() {
 #[tokio::test]
 async fn who_speaks_for_a_host_is_that_hosts_agent() {
     use nexus_wire::Caller;
-    let caller = |id: &str| Caller { id: Some(format!("spiffe://home/{id}")), ..Caller::default() };
+    let caller = |id: &str| Caller {
+        id: Some(format!("spiffe://home/{id}").into()),
+        remote: "tcp:10.0.0.9:1".parse().unwrap(),
+        request_id: "r".into(),
+        deadline: None,
+    };
     assert!(is_host(&caller("agent/h1"), &name("h1")).is_ok());
     for other in ["agent/h2", "server/h1", "gateway/h1", "project/shop/app/web", "agent/h1/x"] {
         assert!(is_host(&caller(other), &name("h1")).is_err(), "{other}");
@@ -266,13 +271,13 @@ async fn a_key_outlives_its_server_by_a_week_and_one_in_use_is_renewed() {
 
     let renewed = |at: i64| Timestamp::from_millis(at);
     let later = START + i64::try_from(RENEW.as_millis()).unwrap();
-    world.clock.set(later);
+    world.clock.set_wall(later);
     workloads.publish_once(&kids()).await.unwrap();
     let own = workloads.key.public().kid().to_owned();
     until("the own key is renewed", || kids()[&own].value.renewed == renewed(later)).await;
     assert_eq!(kids().len(), 2);
 
-    world.clock.set(START + i64::try_from(FORGET.as_millis()).unwrap());
+    world.clock.set_wall(START + i64::try_from(FORGET.as_millis()).unwrap());
     workloads.publish_once(&kids()).await.unwrap();
     until("the key that nobody has is gone", || kids().len() == 1 && kids().contains_key(&own)).await;
     world.end().await;
