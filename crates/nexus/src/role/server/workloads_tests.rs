@@ -108,7 +108,7 @@ impl World {
         };
         change(&mut object);
         let object = object.to_any();
-        let at = key::object(kind::find("instances").unwrap(), object.metadata.within(), &object.metadata.name);
+        let at = key::of(kind::find("instances").unwrap(), &object);
         self.region.txn(Txn::put(at, serde_json::to_vec(&object).unwrap())).await.unwrap();
         let uid = object.metadata.uid;
         let known = || self.view.read(|w| w.instance(uid).is_some_and(|i| i.status.host.as_ref() == Some(&name(host))));
