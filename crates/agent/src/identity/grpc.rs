@@ -24,6 +24,8 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::authority::PlainAuthority;
+
 /// A whole request must have come by then.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 /// Whoever reads nothing for so long has gone.
@@ -139,7 +141,7 @@ async fn connection(
         .initial_window_size(WINDOW)
         .initial_connection_window_size(4 * WINDOW)
         .max_send_buffer_size(WINDOW as usize)
-        .handshake::<_, Bytes>(stream);
+        .handshake::<_, Bytes>(PlainAuthority::new(stream));
     let mut connection = timeout(HANDSHAKE_LIMIT, handshake).await.map_err(|_| "no handshake in time".to_owned())?;
     let connection = connection.as_mut().map_err(|e| e.to_string())?;
     // What is under way ends with the connection.

@@ -7,11 +7,12 @@
 //!
 //! Keys are made here and never leave the host. Servers sign for an instance only while their own copy of the log says that
 //! it is placed on the host that asks, and decide themselves who it is: see [`issuer`]. [`svid`] keeps the certificate
-//! good, [`keys`] knows the keys of tokens, [`api`] answers, [`grpc`] and [`proto`] are the protocol.
+//! good, [`keys`] knows the keys of tokens, [`api`] answers, [`grpc`], [`proto`] and [`authority`] are the protocol.
 //!
 //! No instance needs any of it to run on: whatever fails here is told to those who ask, and tried again.
 
 mod api;
+mod authority;
 mod grpc;
 pub(crate) mod issuer;
 pub(crate) mod keys;
