@@ -27,7 +27,8 @@ pub mod step;
 mod worker;
 
 pub use config::{
-    AgentConfig, AgentError, Authorize, Engines, FetchError, Identify, IdentityConfig, ImageFetcher, InstancePlug, PlugError,
+    AgentConfig, AgentError, Authorize, Engines, FetchError, Identify, IdentityConfig, ImageFetcher, InstancePlug,
+    PlugError,
 };
 pub use daemon::run;
 pub use handle::{AgentHandle, AgentSnapshot};

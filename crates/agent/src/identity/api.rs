@@ -169,18 +169,19 @@ impl WorkloadApi {
     /// The keys of tokens now and whenever they change.
     fn token_keys(&self) -> Answers {
         let (trust_domain, keys, patience) = (self.trust_domain(), self.keys.clone(), self.patience);
-        let answers = stream::unfold(Some((keys, None)), move |state: Option<(_, Option<Arc<JwtBundle>>)>| async move {
-            let (mut keys, sent): (watch::Receiver<Arc<JwtBundle>>, _) = state?;
-            let newer = keys.wait_for(|k| !k.is_empty() && sent.as_ref() != Some(k));
-            // Only the first may be missed: nobody waits in vain for news.
-            let limit = if sent.is_none() { patience } else { Duration::MAX };
-            let next = match tokio::time::timeout(limit, newer).await {
-                Ok(Ok(keys)) => Ok(keys.clone()),
-                _ => Err(unavailable("this host has heard no keys from any server yet: try again")),
-            };
-            let more = next.as_ref().ok().map(|sent| (keys, Some(sent.clone())));
-            Some((next, more))
-        });
+        let answers =
+            stream::unfold(Some((keys, None)), move |state: Option<(_, Option<Arc<JwtBundle>>)>| async move {
+                let (mut keys, sent): (watch::Receiver<Arc<JwtBundle>>, _) = state?;
+                let newer = keys.wait_for(|k| !k.is_empty() && sent.as_ref() != Some(k));
+                // Only the first may be missed: nobody waits in vain for news.
+                let limit = if sent.is_none() { patience } else { Duration::MAX };
+                let next = match tokio::time::timeout(limit, newer).await {
+                    Ok(Ok(keys)) => Ok(keys.clone()),
+                    _ => Err(unavailable("this host has heard no keys from any server yet: try again")),
+                };
+                let more = next.as_ref().ok().map(|sent| (keys, Some(sent.clone())));
+                Some((next, more))
+            });
         answers
             .map(move |keys| {
                 let jwks = Bytes::from(keys?.to_jwks().to_string());
@@ -210,7 +211,8 @@ impl WorkloadApi {
             }
         }
         if !self.memory().asked.allows(self.env.monotonic()) {
-            let why = "this workload asks for tokens of too many audiences: ask less often, tokens are good for minutes";
+            let why =
+                "this workload asks for tokens of too many audiences: ask less often, tokens are good for minutes";
             return kept.map(|k| k.token).ok_or_else(|| Status::new(code::RESOURCE_EXHAUSTED, why));
         }
         match self.issuer.token(self.instance, audience.clone()).await {
@@ -307,7 +309,8 @@ impl Following {
                 None => self.until.saturating_sub(self.env.monotonic()),
             };
             if left.is_zero() {
-                let what = if self.sent.is_some() { "the certificate has ended" } else { "there is no certificate yet" };
+                let what =
+                    if self.sent.is_some() { "the certificate has ended" } else { "there is no certificate yet" };
                 let why = if held.trouble.is_empty() { String::new() } else { format!(": {}", held.trouble) };
                 return Err(unavailable(format!("{what}, and no server signs a new one now{why}")));
             }

@@ -210,7 +210,8 @@ mod tests {
     #[tokio::test]
     async fn only_what_stands_in_an_authority_is_changed() {
         let path = literal(":path", "/a%2Fb");
-        let block = [&[0x3f, 0xe1, 0x1f, 0x83][..], &path, &literal(":authority", "run%2Fw.sock"), &literal("x", "%2F")];
+        let block =
+            [&[0x3f, 0xe1, 0x1f, 0x83][..], &path, &literal(":authority", "run%2Fw.sock"), &literal("x", "%2F")];
         let headers = frame(HEADERS, END_HEADERS, &block.concat());
         let data = frame(0, 1, b":authority\x03%2F");
         let wanted = [&path[..], &literal(":authority", "run-2Fw.sock"), &literal("x", "%2F")].concat();

@@ -5,9 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nexus_model::plan::{
-    WorkloadCertificate, WorkloadCertificateRequest, WorkloadToken, WorkloadTokenRequest, method,
-};
+use nexus_model::plan::{WorkloadCertificate, WorkloadCertificateRequest, WorkloadToken, WorkloadTokenRequest, method};
 use nexus_model::{Name, Uid};
 use nexus_wire::WireError;
 use serde::Serialize;

@@ -34,7 +34,6 @@ struct Server {
     ids: Mutex<BTreeMap<Uid, SpiffeId>>,
 }
 
-
 impl Server {
     fn up(&self) -> Result<(), IssueError> {
         if self.down.load(Ordering::SeqCst) { Err(IssueError::Unreachable("it is down".into())) } else { Ok(()) }
@@ -189,7 +188,9 @@ async fn a_workload_can_not_get_anothers_identity() {
     assert_eq!(a.spiffe_id().to_string(), "spiffe://home/project/shop/app/web");
     assert_eq!(b.spiffe_id().to_string(), "spiffe://home/project/shop/app/db");
     assert_ne!(a.private_key().as_bytes(), b.private_key().as_bytes());
-    for other in [b.spiffe_id().to_string(), "spiffe://home/server/s1".into(), "spiffe://away/project/shop/app/web".into()] {
+    for other in
+        [b.spiffe_id().to_string(), "spiffe://home/server/s1".into(), "spiffe://away/project/shop/app/web".into()]
+    {
         let other = other.parse().unwrap();
         let refused = of_web.fetch_jwt_svid(["mail"], Some(&other)).await.unwrap_err().to_string();
         assert!(refused.contains("tokens of no other"), "{refused}");
@@ -377,7 +378,8 @@ impl Raw {
     }
 }
 
-const GOOD: &[(&str, &str)] = &[("content-type", "application/grpc"), ("workload.spiffe.io", "true"), ("te", "trailers")];
+const GOOD: &[(&str, &str)] =
+    &[("content-type", "application/grpc"), ("workload.spiffe.io", "true"), ("te", "trailers")];
 
 fn frame(flag: u8, announced: u32, content: &[u8]) -> Bytes {
     [&[flag], &announced.to_be_bytes()[..], content].concat().into()

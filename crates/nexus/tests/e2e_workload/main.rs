@@ -43,7 +43,13 @@ fn image(dir: &Path) -> PathBuf {
     let (layout, bundle, tree) = (dir.join("python"), dir.join("bundle"), dir.join("tree.tar"));
     let image = format!("{}:latest", layout.display());
     let mut debootstrap = Command::new("mmdebstrap");
-    debootstrap.args(["--quiet", "--variant=extract", "--mode=root", "--include=python3,libstdc++6,base-files", "bookworm"]);
+    debootstrap.args([
+        "--quiet",
+        "--variant=extract",
+        "--mode=root",
+        "--include=python3,libstdc++6,base-files",
+        "bookworm",
+    ]);
     run(debootstrap.arg(&tree));
     run(Command::new("umoci").args(["init", "--layout"]).arg(&layout));
     run(Command::new("umoci").args(["new", "--image", &image]));

@@ -81,9 +81,8 @@ fn own_key(data_dir: &Path) -> anyhow::Result<SvidKey> {
     if path.exists() {
         super::authority::refuse_readable(&path)?;
         let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        return SvidKey::from_pem(&text).with_context(|| {
-            format!("{}: remove the file, and the server makes a new key", path.display())
-        });
+        return SvidKey::from_pem(&text)
+            .with_context(|| format!("{}: remove the file, and the server makes a new key", path.display()));
     }
     let key = SvidKey::generate()?;
     crate::local::state::write_private(&path, key.to_pem().as_bytes())?;
