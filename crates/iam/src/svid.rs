@@ -15,7 +15,6 @@ use std::time::{Duration, SystemTime};
 
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use ring::digest;
-use ring::rand::SystemRandom;
 use ring::signature::{
     ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _, UnparsedPublicKey,
 };
@@ -24,6 +23,7 @@ use rustls_pki_types::pem::PemObject;
 use serde_json::{Map, Value, json};
 use zeroize::Zeroizing;
 
+use crate::chance::generator;
 use crate::id::SpiffeId;
 use crate::jwt::jws;
 
@@ -128,7 +128,7 @@ impl SvidKey {
     /// Reads PKCS #8 in PEM.
     pub fn from_pem(pem: &str) -> Result<Self, SvidKeyError> {
         let der = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| SvidKeyError::Unreadable)?;
-        let (algorithm, random) = (&ECDSA_P256_SHA256_FIXED_SIGNING, SystemRandom::new());
+        let (algorithm, random) = (&ECDSA_P256_SHA256_FIXED_SIGNING, generator());
         let pair = EcdsaKeyPair::from_pkcs8(algorithm, der.secret_pkcs8_der(), &random)
             .map_err(|_| SvidKeyError::Unreadable)?;
         let public = SvidPublicKey::from_point(pair.public_key().as_ref()).ok_or(SvidKeyError::Unreadable)?;
@@ -160,7 +160,7 @@ impl SvidKey {
     /// Signs whatever it is given.
     fn sign_parts(&self, header: &Value, claims: &Value) -> Result<String, SvidError> {
         let signed = format!("{}.{}", jws::encode(header.to_string()), jws::encode(claims.to_string()));
-        let signature = self.pair.sign(&SystemRandom::new(), signed.as_bytes()).map_err(|_| SvidError::Signing)?;
+        let signature = self.pair.sign(&generator(), signed.as_bytes()).map_err(|_| SvidError::Signing)?;
         Ok(format!("{signed}.{}", jws::encode(signature)))
     }
 }
