@@ -38,8 +38,21 @@ pub struct AgentConfig {
     pub authorize: Arc<Authorize>,
     /// When the certificate in these configurations ends; it may be renewed in place.
     pub certificate_ends: Arc<dyn Fn() -> Option<Timestamp> + Send + Sync>,
+    /// What instances' identities are made from; without it they have none.
+    pub identity: Option<IdentityConfig>,
     /// Where the daemon shows itself to whoever serves its health and metrics.
     pub handle: AgentHandle,
+}
+
+/// Where instances' identities come from, and where they are served.
+#[derive(Debug, Clone)]
+pub struct IdentityConfig {
+    /// The cluster's id.
+    pub trust_domain: String,
+    /// The authorities' certificates, in PEM.
+    pub roots: String,
+    /// Sockets and keys go below it. Must be empty after a boot of the host.
+    pub run_dir: PathBuf,
 }
 
 /// The engines of the host.

@@ -12,7 +12,9 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{AgentConfig, AgentError, Engines};
+use crate::config::{AgentConfig, AgentError, Engines, IdentityConfig};
+use crate::identity::issuer::WireIssuer;
+use crate::identity::{Identities, keys};
 use crate::observer::{Observer, View};
 use crate::servers::Servers;
 use crate::worker::{Order, Shared, Worker};
@@ -49,10 +51,20 @@ pub async fn run(
 
     let pool = Pool::new(&env, config.client_tls.clone(), ClientOptions::default());
     let servers = Arc::new(Servers::new(&env, pool, config.servers.clone()));
+    // All tasks are of this set, and end when it is dropped.
+    let mut tasks: JoinSet<()> = JoinSet::new();
+    let identities = match &config.identity {
+        Some(settings) => {
+            let made = identities(&config, settings, &env, &servers, &mut tasks).await;
+            Some(Arc::new(made.map_err(system("making the folder of identities"))?))
+        }
+        None => None,
+    };
     let shared = Arc::new(Shared {
         env: env.clone(),
         observer: Observer::new(engines.runtimes.clone(), engines.keep.clone()),
         engines: engines.clone(),
+        identities,
         handle: config.handle.clone(),
         logs_dir,
         starts: Semaphore::new(STARTS_AT_ONCE),
@@ -60,8 +72,6 @@ pub async fn run(
     let server = serve::server(&config, &env, shared.clone(), Endpoint::Tcp(config.host.address));
     let server = server.bind().await.map_err(system(&format!("listening on {}", config.host.address)))?;
 
-    // All tasks are of this set, and end when it is dropped.
-    let mut tasks: JoinSet<()> = JoinSet::new();
     let observing = shared.clone();
     tasks.spawn(async move { observing.observer.run().await });
     tasks.spawn(plans::pull(config.name.clone(), servers.clone(), cache, plans, config.handle.clone()));
@@ -81,6 +91,22 @@ pub async fn run(
     Ok(())
 }
 
+/// Makes what serves instances' identities, and begins to follow the keys of their tokens.
+async fn identities(
+    config: &AgentConfig,
+    settings: &IdentityConfig,
+    env: &Env,
+    servers: &Arc<Servers>,
+    tasks: &mut JoinSet<()>,
+) -> std::io::Result<Identities> {
+    let cache = keys::Cache::new(env.disk.clone(), &config.data_dir);
+    let known = watch::Sender::new(Arc::new(cache.load().await));
+    let issuer = Arc::new(WireIssuer::new(config.name.clone(), servers.clone()));
+    let identities = Identities::new(env, settings, issuer, known.subscribe(), config.handle.clone())?;
+    tasks.spawn(keys::follow(servers.clone(), cache, known));
+    Ok(identities)
+}
+
 /// The workers, by instance.
 struct Manager {
     shared: Arc<Shared>,
@@ -88,7 +114,7 @@ struct Manager {
     orders: BTreeMap<Uid, watch::Sender<Order>>,
     /// Instances that the plan wants gone and that are: until the plan forgets them, nothing is to be done.
     cleared: BTreeSet<Uid>,
-    /// Networks without an instance are looked for once, when the first plan is known.
+    /// Networks and identities without an instance are looked for once, when the first plan is known.
     swept: bool,
 }
 
@@ -134,12 +160,12 @@ impl Manager {
             let mut others: BTreeSet<Uid> = view.instances.keys().copied().collect();
             others.extend(self.orders.keys());
             if !self.swept {
-                match self.shared.engines.net.plugged().await {
-                    Ok(plugged) => {
-                        others.extend(plugged);
+                match self.leftovers().await {
+                    Ok(left) => {
+                        others.extend(left);
                         self.swept = true;
                     }
-                    Err(error) => tracing::warn!(%error, "networks without an instance can't be looked for"),
+                    Err(error) => tracing::warn!(error, "what is left of earlier instances can't be looked for"),
                 }
             }
             for uid in others {
@@ -187,6 +213,15 @@ impl Manager {
         if changed {
             self.shared.handle.wake_reporter();
         }
+    }
+
+    /// Instances of which a network or an identity is here, whether they are or not.
+    async fn leftovers(&self) -> Result<Vec<Uid>, String> {
+        let mut left = self.shared.engines.net.plugged().await.map_err(|e| e.to_string())?;
+        if let Some(identities) = &self.shared.identities {
+            left.extend(identities.known().await.map_err(|e| e.to_string())?);
+        }
+        Ok(left)
     }
 
     /// Without a plan nothing is touched, but what is here is told.

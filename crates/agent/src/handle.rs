@@ -37,6 +37,9 @@ pub struct AgentSnapshot {
     pub last_report: Option<Duration>,
     /// The host's epoch as the servers know it.
     pub host_epoch: u64,
+    /// Certificates that instances got, and tries that failed.
+    pub certificates_issued: u64,
+    pub certificates_failed: u64,
     /// Why the newest plan was not taken, or empty.
     pub plan_refused: String,
 }
@@ -67,6 +70,18 @@ impl AgentHandle {
         );
         one("nexus_agent_reports_sent_total", "counter", "Reports that a server took.", facts.reports_sent as f64);
         one("nexus_agent_reports_failed_total", "counter", "Reports that no server took.", facts.reports_failed as f64);
+        one(
+            "nexus_agent_workload_certificates_total",
+            "counter",
+            "Certificates that instances got.",
+            facts.certificates_issued as f64,
+        );
+        one(
+            "nexus_agent_workload_certificate_failures_total",
+            "counter",
+            "Tries to get a certificate for an instance that failed.",
+            facts.certificates_failed as f64,
+        );
         let ready = facts.instances.values().filter(|i| i.ready).count();
         one("nexus_agent_instances_ready", "gauge", "Instances that may take requests.", ready as f64);
         let restarts: u64 = facts.instances.values().map(|i| u64::from(i.restarts)).sum();

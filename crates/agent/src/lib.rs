@@ -3,7 +3,8 @@
 //! The daemon ([`run`]) pulls the host's plan from any server, keeps a copy on disk, and brings every instance of the
 //! plan to what it says: fetch, plug in, start, watch, start again, stop, clear away. It reports what is true once a
 //! second, and at once when that changes. Processes belong to the [`keeper`], so that the daemon can end, crash and be
-//! replaced without ending one workload.
+//! replaced without ending one workload. Each container can ask who it is by the SPIFFE Workload API, on a socket of its
+//! own.
 //!
 //! Architecture invariant: the daemon needs no server to go on. It acts on its last plan, and what it finds running is
 //! taken over, never started again.
@@ -13,6 +14,7 @@ mod config;
 mod daemon;
 mod handle;
 mod health;
+mod identity;
 pub mod images;
 pub mod keeper;
 mod observer;
@@ -25,7 +27,8 @@ pub mod step;
 mod worker;
 
 pub use config::{
-    AgentConfig, AgentError, Authorize, Engines, FetchError, Identify, ImageFetcher, InstancePlug, PlugError,
+    AgentConfig, AgentError, Authorize, Engines, FetchError, Identify, IdentityConfig, ImageFetcher, InstancePlug,
+    PlugError,
 };
 pub use daemon::run;
 pub use handle::{AgentHandle, AgentSnapshot};

@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::AgentHandle;
 use crate::config::Engines;
 use crate::health;
+use crate::identity::{Identities, Identity};
 use crate::observer::{Observer, View};
 use crate::step::{Memory, Seen, Step, WELL_AFTER, Want, backoff, next_step};
 
@@ -34,6 +35,7 @@ pub(crate) struct Shared {
     pub env: Env,
     pub engines: Engines,
     pub observer: Observer,
+    pub identities: Option<Arc<Identities>>,
     pub handle: AgentHandle,
     pub logs_dir: PathBuf,
     /// Starts at once.
@@ -64,6 +66,8 @@ pub(crate) struct Worker {
     views: watch::Receiver<View>,
     memory: Memory,
     report: InstanceReport,
+    /// Served from before the instance starts until it is cleared away.
+    identity: Option<Identity>,
 }
 
 impl Worker {
@@ -80,7 +84,7 @@ impl Worker {
             exit_code: None,
             message: String::new(),
         };
-        Self { shared, uid, orders, views, memory: Memory::default(), report }
+        Self { shared, uid, orders, views, memory: Memory::default(), report, identity: None }
     }
 
     /// Works until the instance is gone and nothing of it is left.
@@ -175,7 +179,7 @@ impl Worker {
             biased;
             // The plan has changed: whatever was begun is looked at afresh.
             _ = orders.changed() => return self.shared.observer.look().await,
-            begun = begin(&self.shared, plan) => begun,
+            begun = begin(&self.shared, plan, &mut self.identity) => begun,
         };
         match begun {
             Ok(()) => {
@@ -258,6 +262,10 @@ impl Worker {
         let cleared = async {
             self.remove(kind).await?;
             self.shared.engines.net.unplug(self.uid).await.map_err(|e| e.to_string())?;
+            self.identity = None;
+            if let Some(identities) = &self.shared.identities {
+                identities.remove(self.uid).await?;
+            }
             let (disk, dir) = (self.shared.env.disk.clone(), self.shared.logs(self.uid));
             let removed = tokio::task::spawn_blocking(move || disk.remove_dir_all(&dir)).await;
             removed.map_err(|e| e.to_string())?.map_err(|e| format!("its logs can't be removed: {e}"))
@@ -280,6 +288,10 @@ impl Worker {
     async fn watch(&mut self, plan: &Arc<InstancePlan>, since: Option<Timestamp>) {
         self.report.started = since.or(self.report.started);
         (self.memory.asked, self.memory.cleared) = (None, false);
+        // After the agent's restart the instance runs already. It goes on whether this succeeds or not.
+        if let Err(reason) = identify(&self.shared, plan, &mut self.identity).await {
+            tracing::warn!(uid = %self.uid, name = %plan.name, reason, "a running instance can't ask who it is");
+        }
         let Some(runtime) = self.runtime(plan.template.runtime) else { return self.wait(None).await };
         let first_port = plan.template.served_ports().first().map(|p| p.port);
         let (ready, live) = (plan.template.health.readiness.clone(), plan.template.health.liveness.clone());
@@ -392,11 +404,24 @@ async fn readiness(
     }
 }
 
+/// Begins to serve a container's identity, if it is not served yet.
+async fn identify(shared: &Shared, plan: &InstancePlan, identity: &mut Option<Identity>) -> Result<(), String> {
+    if identity.is_none()
+        && plan.template.runtime == kind::Runtime::Container
+        && let Some(identities) = &shared.identities
+    {
+        *identity = Some(identities.open(plan).await?);
+    }
+    Ok(())
+}
+
 /// Fetches, plugs in and starts.
-async fn begin(shared: &Shared, plan: &InstancePlan) -> Result<(), String> {
+async fn begin(shared: &Shared, plan: &InstancePlan, identity: &mut Option<Identity>) -> Result<(), String> {
     let Some(runtime) = shared.engines.runtimes.get(&plan.template.runtime) else {
         return Err(format!("this host has no runtime for {:?}", plan.template.runtime));
     };
+    // First, so that there is a certificate by the time that the program asks.
+    identify(shared, plan, identity).await?;
     // Not under the permit: a slow download must not keep other instances from starting.
     shared.engines.images.ensure(&plan.image).await.map_err(|e| e.to_string())?;
     let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
@@ -413,6 +438,7 @@ async fn begin(shared: &Shared, plan: &InstancePlan) -> Result<(), String> {
         netns,
         address6: plan.address6,
         address4: plan.address4,
+        identity: identity.as_ref().map(|i| i.folder.clone()),
         logs: LogFiles { dir: log_dir(&shared.logs_dir, plan.uid), max_bytes: LOG_FILE_BYTES, keep: LOG_FILES },
     };
     runtime.start(&sandbox).await.map_err(|e| e.to_string())

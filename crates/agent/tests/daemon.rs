@@ -3,14 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use nexus_agent::{AgentConfig, AgentHandle, Engines, FetchError, ImageFetcher, InstancePlug, PlugError, run};
+use nexus_agent::{
+    AgentConfig, AgentHandle, Engines, FetchError, IdentityConfig, ImageFetcher, InstancePlug, PlugError, run,
+};
 use nexus_compute::keep::{Keep, KeepError, Kept, Spawn};
-use nexus_compute::{ExecIo, Observed, Runtime, RuntimeError, Sandbox, State};
+use nexus_compute::{ExecIo, IDENTITY_SOCKET, Observed, Runtime, RuntimeError, Sandbox, State};
 use nexus_env::{Endpoint, Env};
 use nexus_model::kind::{self, HostSpec, ImageFormat, InstancePhase, Port, Protocol, Template};
 use nexus_model::plan::{
@@ -29,6 +32,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 struct Pki {
     root: CertificateDer<'static>,
+    /// The same in PEM.
+    root_pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
@@ -37,8 +42,8 @@ impl Pki {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let root = params.self_signed(&key).unwrap().der().clone();
-        Self { root, issuer: Issuer::new(params, key) }
+        let root = params.self_signed(&key).unwrap();
+        Self { root: root.der().clone(), root_pem: root.pem(), issuer: Issuer::new(params, key) }
     }
 
     fn leaf(&self) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
@@ -82,6 +87,8 @@ struct Fake {
     prepared: Mutex<BTreeSet<Digest>>,
     rows: Mutex<BTreeMap<Uid, Observed>>,
     starts: Mutex<Vec<(Uid, u64, Instant)>>,
+    /// Instances whose identity was served when they were started.
+    identified: Mutex<BTreeSet<Uid>>,
     stops: Mutex<Vec<Uid>>,
     refuse: Mutex<BTreeSet<Uid>>,
     changed: Notify,
@@ -119,6 +126,9 @@ impl Runtime for Fake {
 
     async fn start(&self, sandbox: &Sandbox) -> Result<(), RuntimeError> {
         self.starts.lock().unwrap().push((sandbox.uid, sandbox.epoch, Instant::now()));
+        if sandbox.identity.as_ref().is_some_and(|folder| UnixStream::connect(folder.join(IDENTITY_SOCKET)).is_ok()) {
+            self.identified.lock().unwrap().insert(sandbox.uid);
+        }
         if self.refuse.lock().unwrap().contains(&sandbox.uid) {
             return Err(RuntimeError::Failed { attempt: "starting".into(), message: "no such command".into() });
         }
@@ -346,6 +356,11 @@ impl Host {
             identify: Arc::new(|_| Some("server".into())),
             authorize: Arc::new(|_, _| true),
             certificate_ends: Arc::new(|| None),
+            identity: Some(IdentityConfig {
+                trust_domain: "home".into(),
+                roots: self.pki.root_pem.clone(),
+                run_dir: self.dir.path().join("run"),
+            }),
             handle: handle.clone(),
         };
         let runtimes: BTreeMap<_, Arc<dyn Runtime>> = [(kind::Runtime::Container, self.runtime.clone() as _)].into();
@@ -444,6 +459,39 @@ async fn without_any_plan_nothing_is_touched_and_with_one_the_superseded_goes() 
     plane.report("gone", |r| r.applied == Some(1) && r.instances.is_empty()).await;
     assert!(!host.runtime.runs(uid(7)));
     eventually("networks of nobody go too", || host.net.0.lock().unwrap().is_empty()).await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_container_can_ask_who_it_is_from_its_start_to_its_end_and_runs_without_an_answer() {
+    let host = Host::new();
+    let mut plane = plane(&host.pki, None).await;
+    // Left by an instance of long ago.
+    let folders = host.dir.path().join("run/spiffe");
+    std::fs::create_dir_all(folders.join(uid(9).to_string())).unwrap();
+    let mut function = instance(2, 1);
+    function.template.runtime = kind::Runtime::Function;
+    plane.plan.send_replace(plan(1, [instance(1, 1), function]));
+    let daemon = host.start(std::slice::from_ref(&plane.at));
+    // These servers know nothing of workloads: they are of an earlier release.
+    plane.instance(uid(1), "runs", |i| i.ready).await;
+    assert_eq!(*host.runtime.identified.lock().unwrap(), [uid(1)].into());
+    let refused = || daemon.handle.snapshot().certificates_failed > 0;
+    eventually("a certificate was asked for", refused).await;
+    eventually("the leftover is gone", || !folders.join(uid(9).to_string()).exists()).await;
+    assert!(!folders.join(uid(2).to_string()).exists(), "functions have none");
+
+    // Served again by the next daemon, for what runs already.
+    daemon.stop().await;
+    let socket = folders.join(uid(1).to_string()).join(IDENTITY_SOCKET);
+    assert!(UnixStream::connect(&socket).is_err());
+    let daemon = host.start(std::slice::from_ref(&plane.at));
+    eventually("it is served again", || UnixStream::connect(&socket).is_ok()).await;
+    assert_eq!(host.runtime.starts_of(uid(1)), [1]);
+
+    plane.plan.send_replace(plan(2, []));
+    plane.report("gone", |r| r.applied == Some(2) && r.instances.is_empty()).await;
+    eventually("nothing is left of its identity", || !folders.join(uid(1).to_string()).exists()).await;
     daemon.stop().await;
 }
 

@@ -31,8 +31,16 @@ pub struct Sandbox {
     pub netns: PathBuf,
     pub address6: Ipv6Addr,
     pub address4: Ipv4Addr,
+    /// The host's folder with the socket at which the instance learns who it is. Containers find it at [`IDENTITY_DIR`].
+    #[serde(default)]
+    pub identity: Option<PathBuf>,
     pub logs: LogFiles,
 }
+
+/// Where a container finds the folder of its identity …
+pub const IDENTITY_DIR: &str = "/run/spiffe";
+/// … and in it the socket of the SPIFFE Workload API.
+pub const IDENTITY_SOCKET: &str = "workload.sock";
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {

@@ -10,6 +10,7 @@
 //! | `/operator/<name>` | a person or tool with the cluster's own keys |
 //! | `/host/<host>/…` | something on a host that is not its agent, such as an engine: no role |
 //! | `/api/<name>` | the northbound face, which users check by host name: no role |
+//! | `/project/<project>/app/<app>` | a workload: every instance of that app. No role |
 //!
 //! An id without a role passes no [`Role`] check. Grammar: SPIFFE-ID, sections 2.1 to 2.4.
 
@@ -130,6 +131,11 @@ impl SpiffeId {
         Self::new(trust_domain, &["host", host, what])
     }
 
+    /// A workload: all instances of an app are one to others, wherever they run.
+    pub fn workload(trust_domain: &str, project: &str, app: &str) -> Result<Self, IdError> {
+        Self::new(trust_domain, &["project", project, "app", app])
+    }
+
     pub fn as_str(&self) -> &str {
         &self.text
     }
@@ -148,6 +154,16 @@ impl SpiffeId {
         let mut segments = self.segments();
         let role = Role::of_segment(segments.next()?)?;
         (segments.count() == 1).then_some(role)
+    }
+
+    /// Project and app, if this is a workload's.
+    pub fn as_workload(&self) -> Option<(&str, &str)> {
+        let mut segments = self.segments();
+        let parts: [Option<&str>; 5] = std::array::from_fn(|_| segments.next());
+        match parts {
+            [Some("project"), Some(project), Some("app"), Some(app), None] => Some((project, app)),
+            _ => None,
+        }
     }
 
     /// The last segment: the name of the server, host, gateway or operator.
@@ -234,6 +250,18 @@ mod tests {
         assert_eq!(role("spiffe://home/server/a/b"), None);
         assert_eq!(role("spiffe://home/host/h1/server"), None);
         assert_eq!(role("spiffe://home/api/front"), None);
+    }
+
+    #[test]
+    fn a_workload_is_its_app_and_has_no_role() {
+        let id = SpiffeId::workload("home", "shop", "web").unwrap();
+        assert_eq!(id.to_string(), "spiffe://home/project/shop/app/web");
+        assert_eq!((id.as_workload(), id.role()), (Some(("shop", "web")), None));
+        let of = |text: &str| text.parse::<SpiffeId>().unwrap();
+        for other in ["agent/h1", "project/shop/app", "project/shop/app/web/x", "project/shop/host/web"] {
+            assert_eq!(of(&format!("spiffe://home/{other}")).as_workload(), None, "{other}");
+        }
+        assert!(SpiffeId::workload("home", "shop/app/web", "x").is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //!
 //! [`password`] and [`totp`] check people, [`federation`] those whom another provider vouches for; [`access_key`] and
 //! [`sigv4`] programs that sign their requests. [`jwt`] makes and checks the short-lived tokens that all of them get.
+//! [`svid`] makes and checks the tokens by which workloads know each other.
 //! [`envelope`] keeps secrets that must be read again.
 //!
 //! Architecture invariant: no socket, file or clock lives here. Time comes in as a parameter, or, where rustls itself
@@ -22,6 +23,7 @@ pub mod password;
 pub mod policy;
 pub mod request;
 pub mod sigv4;
+pub mod svid;
 pub mod tls;
 pub mod token;
 pub mod totp;

@@ -21,6 +21,7 @@
 //! | `a/w/{hash of an address}` | how many records a webhook has taken |
 //! | `sys/join/token/{hash}` | a join token that was not used yet |
 //! | `sys/join/answer/{hash of a public key}` | what a join was answered, so that a retry gets it again |
+//! | `sys/workload/key/{key id}` | in `global`: a server's public key for workloads' tokens |
 
 use crate::kind::{KindDescriptor, Scope};
 use crate::{AnyObject, Name, Uid};
@@ -36,6 +37,7 @@ pub const FLEET_ADDRESSES: &str = "sys/fleet/addresses";
 pub const BLOBS: &str = "sys/blob/";
 pub const JOIN_TOKENS: &str = "sys/join/token/";
 pub const JOIN_ANSWERS: &str = "sys/join/answer/";
+pub const WORKLOAD_KEYS: &str = "sys/workload/key/";
 
 /// Everything of the audit log. No view and no table holds it.
 pub const AUDIT: &str = "a/";

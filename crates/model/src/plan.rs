@@ -46,6 +46,13 @@ pub mod method {
     pub const SERVERS: &str = "fleet.servers";
     /// Anyone to a server: [`super::RenewRequest`] → [`super::Renewed`], for the caller's own ids alone.
     pub const RENEW: &str = "fleet.renew";
+    /// Agent to a server: [`super::WorkloadCertificateRequest`] → [`super::WorkloadCertificate`], for an instance that is placed
+    /// on the caller's host.
+    pub const WORKLOAD_CERTIFICATE: &str = "workload.certificate";
+    /// Likewise: [`super::WorkloadTokenRequest`] → [`super::WorkloadToken`].
+    pub const WORKLOAD_TOKEN: &str = "workload.token";
+    /// Agent to a server, stream of [`super::WorkloadKeys`].
+    pub const WORKLOAD_KEYS: &str = "workload.keys";
     /// Server to agent, frames: see [`super::LogsRequest`].
     pub const LOGS: &str = "instance.logs";
     /// Server to agent, frames: see [`super::ExecRequest`].
@@ -343,6 +350,51 @@ pub struct RenewRequest {
 pub struct Renewed {
     /// In PEM, by SPIFFE id.
     pub certs: std::collections::BTreeMap<String, String>,
+}
+
+/// Asks for a certificate of a workload, for a key that stays on its host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadCertificateRequest {
+    pub host: Name,
+    /// One of the host's instances: who it is is not the host's to say.
+    pub instance: Uid,
+    /// PKCS #10, in PEM. Names the instance's own SPIFFE id and nothing else.
+    pub csr: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadCertificate {
+    /// The SPIFFE id.
+    pub id: String,
+    /// In PEM, the leaf first.
+    pub cert: String,
+}
+
+/// Asks for a token of a workload (JWT-SVID).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadTokenRequest {
+    pub host: Name,
+    pub instance: Uid,
+    /// Whom the token is for.
+    pub audience: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadToken {
+    pub token: String,
+    pub expires: Timestamp,
+}
+
+/// The public keys of all servers that sign workloads' tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadKeys {
+    /// A JWK set, as JSON.
+    pub jwks: String,
 }
 
 /// Asks for an instance's output. Answer frames: channel 1 standard output, 2 standard error, each frame whole lines.

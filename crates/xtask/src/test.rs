@@ -17,6 +17,10 @@ use crate::{process, target_dir};
 /// Python tools, by program and requirement, in a folder of their own below the target folder.
 const PYTHON_TOOLS: &[(&str, &str)] = &[("schemathesis", "schemathesis==4.32.5")];
 
+/// Python libraries that tests put into images, each in a folder of its own below the target folder: the folder's name, the
+/// requirement, and the version of Python in those images (Debian 12's).
+const PYTHON_LIBRARIES: &[(&str, &str, &str)] = &[("spiffe", "spiffe==0.3.2", "3.11")];
+
 /// A program full of tests.
 #[derive(Debug, PartialEq, Eq)]
 struct Program {
@@ -86,7 +90,7 @@ pub fn run(root: &Path, filters: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Installs the Python tools, once, and returns the folder with their programs.
+/// Installs the Python tools and libraries, once, and returns the folder with their programs.
 fn python_tools(root: &Path) -> anyhow::Result<PathBuf> {
     let venv = target_dir(root).join("python");
     let bin = venv.join("bin");
@@ -96,6 +100,15 @@ fn python_tools(root: &Path) -> anyhow::Result<PathBuf> {
         }
         process::run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
         process::run(Command::new(bin.join("pip")).args(["install", "--quiet", requirement]))?;
+    }
+    for (library, requirement, version) in PYTHON_LIBRARIES {
+        let place = target_dir(root).join(format!("python-{library}"));
+        if place.join(library).is_dir() {
+            continue;
+        }
+        let mut pip = Command::new(bin.join("pip"));
+        pip.args(["install", "--quiet", "--only-binary=:all:", "--python-version", version, requirement, "--target"]);
+        process::run(pip.arg(&place))?;
     }
     Ok(bin)
 }

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::Sandbox;
 use crate::image::Execution;
+use crate::{IDENTITY_DIR, IDENTITY_SOCKET, Sandbox};
 
 /// Given to the shim as `plan.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +29,9 @@ pub(super) struct Plan {
 }
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Tells clients of the SPIFFE Workload API where it is (SPIFFE Workload Endpoint, section 4).
+const ENDPOINT: &str = "SPIFFE_ENDPOINT_SOCKET";
 
 /// What root may do in a container: Docker's default without raw sockets, device nodes, file capabilities and the audit
 /// log. (`ping` works all the same, by ICMP datagram sockets.)
@@ -90,7 +93,14 @@ fn environment(image: &Execution, sandbox: &Sandbox) -> Vec<String> {
         }
     }
     env.extend(given.iter().map(|(k, v)| format!("{k}={v}")));
-    for (name, default) in [("PATH", PATH.to_owned()), ("HOSTNAME", format!("HOSTNAME={}", sandbox.name))] {
+    let mut defaults = vec![("PATH", PATH.to_owned()), ("HOSTNAME", format!("HOSTNAME={}", sandbox.name))];
+    if sandbox.identity.is_some() {
+        let socket = format!("{ENDPOINT}=unix://{IDENTITY_DIR}/{IDENTITY_SOCKET}");
+        // What the image says of it is of another place; what the user says is meant.
+        env.retain(|pair| key(pair) != ENDPOINT || given.contains_key(ENDPOINT));
+        defaults.push((ENDPOINT, socket));
+    }
+    for (name, default) in defaults {
         if !env.iter().any(|pair| key(pair) == name) {
             env.push(default);
         }
@@ -145,6 +155,11 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
         let options = ["bind", "rprivate", "nosuid", "nodev", "noexec"];
         mounts
             .push(json!({"destination": format!("/etc/{name}"), "type": "bind", "source": source, "options": options}));
+    }
+    if let Some(source) = &sandbox.identity {
+        // Read-only: nothing can be left in it, and a socket is connected to all the same.
+        let options = ["bind", "rprivate", "ro", "nosuid", "nodev", "noexec"];
+        mounts.push(json!({"destination": IDENTITY_DIR, "type": "bind", "source": source, "options": options}));
     }
     let spec = json!({
         "ociVersion": "1.1.0",

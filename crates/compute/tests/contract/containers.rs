@@ -11,7 +11,7 @@ use std::time::Duration;
 use nexus_compute::container::{ContainerConfig, ContainerRuntime};
 use nexus_compute::image::{BlobStore, UnpackLimits};
 use nexus_compute::keep::{Keep, KeepError, LogFiles};
-use nexus_compute::{ExecIo, Observed, Runtime, RuntimeError, Sandbox, State};
+use nexus_compute::{ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, Runtime, RuntimeError, Sandbox, State};
 use nexus_env::RealClock;
 use nexus_model::kind::Template;
 use nexus_model::{Bytes, Digest, Uid};
@@ -71,6 +71,7 @@ impl World {
             netns: self.netns.path.clone(),
             address6: Ipv6Addr::LOCALHOST,
             address4: Ipv4Addr::LOCALHOST,
+            identity: None,
             logs: LogFiles { dir: self.dir.path().join("logs").join(uid.to_string()), max_bytes: 1 << 20, keep: 1 },
         }
     }
@@ -246,6 +247,30 @@ async fn the_image_decides_what_the_app_does_not() {
     let mut sandbox = world.sandbox(&[]);
     sandbox.template.args = vec!["exit 5".into()];
     assert_eq!(world.output(&sandbox).await.0, Some(5));
+    world.assert_clean().await;
+}
+
+async fn a_container_sees_the_socket_of_its_identity_and_can_change_nothing_there() {
+    let world = World::with(json!({"Env": ["SPIFFE_ENDPOINT_SOCKET=unix:///of/the/image"], "Cmd": ["/bin/true"]}));
+    let identity = world.dir.path().join("identity");
+    fs::create_dir(&identity).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(identity.join(IDENTITY_SOCKET)).unwrap();
+    let script = format!(
+        "echo $SPIFFE_ENDPOINT_SOCKET; cd {IDENTITY_DIR}; test -S {IDENTITY_SOCKET} && echo a socket
+        touch x || echo nothing is made; rm {IDENTITY_SOCKET} || echo nothing is removed"
+    );
+    let (_, _, out) = world.output(&Sandbox { identity: Some(identity.clone()), ..world.shell(&script) }).await;
+    let lines: Vec<&str> = out.lines().filter(|l| !l.contains("Read-only file system")).collect();
+    let expected = ["unix:///run/spiffe/workload.sock", "a socket", "nothing is made", "nothing is removed"];
+    assert_eq!(lines, expected, "{out}");
+    assert!(identity.join(IDENTITY_SOCKET).exists());
+
+    // What the user says is meant; who has no identity is told of none.
+    let mut own = Sandbox { identity: Some(identity), ..world.shell("echo $SPIFFE_ENDPOINT_SOCKET") };
+    own.template.env.insert("SPIFFE_ENDPOINT_SOCKET".into(), "unix:///own".into());
+    assert_eq!(world.output(&own).await.2.trim_end(), "unix:///own");
+    let (_, _, none) = world.output(&world.shell("echo $SPIFFE_ENDPOINT_SOCKET; ls -d /run/spiffe")).await;
+    assert!(none.starts_with("unix:///of/the/image\n") && none.contains("No such file"), "{none}");
     world.assert_clean().await;
 }
 
@@ -479,6 +504,7 @@ crate::tests![
     containers_keep_the_contract,
     exit_statuses_and_signals_are_told,
     the_image_decides_what_the_app_does_not,
+    a_container_sees_the_socket_of_its_identity_and_can_change_nothing_there,
     layers_stack_with_whiteouts,
     memory_beyond_the_limit_kills_and_says_so,
     processes_beyond_the_limit_are_refused,

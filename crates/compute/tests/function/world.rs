@@ -104,6 +104,7 @@ impl World {
             netns: PathBuf::from("/proc/self/ns/net"),
             address6: Ipv6Addr::LOCALHOST,
             address4: Ipv4Addr::LOCALHOST,
+            identity: None,
             logs: LogFiles { dir: self.dir.path().join(format!("logs-{uid}")), max_bytes: 1 << 20, keep: 2 },
         }
     }

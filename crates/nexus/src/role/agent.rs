@@ -36,6 +36,8 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let client_tls = tls::client_config(&identity, &roots, servers(), &[nexus_wire::ALPN], tls_clock(&env))?;
     let server_tls = tls::server_config(&identity, &roots, servers(), &[nexus_wire::ALPN], tls_clock(&env))?;
 
+    let roots_pem = std::fs::read_to_string(&config.tls.ca)
+        .with_context(|| format!("reading the authority {}", config.tls.ca.display()))?;
     let renew_tls = client_tls.clone();
     let exe = std::env::current_exe().context("finding this program's own file")?;
     let boot_id = config.run_dir.join("boot-id");
@@ -111,6 +113,11 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             id.and_then(|id| id.role()) == Some(Role::Server)
         }),
         certificate_ends: Arc::new(move || ends.first_end()),
+        identity: Some(nexus_agent::IdentityConfig {
+            trust_domain: config.cluster_id.clone(),
+            roots: roots_pem,
+            run_dir: config.run_dir.clone(),
+        }),
         handle: handle.clone(),
     };
     let mut tasks = JoinSet::new();

@@ -20,6 +20,7 @@ mod southbound;
 mod status;
 mod voters;
 mod webhook;
+mod workloads;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -48,6 +49,7 @@ use self::membership::{Group, Membership};
 use self::operations::ServerOperations;
 use self::remote::Remotes;
 use self::southbound::PeerWire;
+use self::workloads::Workloads;
 use super::renew::{Certificates, Kept, WireSigner};
 use super::stopped;
 use crate::config::{ServerConfig, TlsFiles};
@@ -165,6 +167,18 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         pool.clone(),
         stop.clone(),
     ));
+    let workloads = Arc::new(Workloads::open(
+        &config,
+        &env,
+        groups.global.clone(),
+        view.clone(),
+        fleet.clone(),
+        authority.clone(),
+    )?);
+    {
+        let (workloads, stop) = (workloads.clone(), stop.clone());
+        tasks.spawn(async move { workloads.run(stop).await });
+    }
     let methods = southbound::server(
         &config,
         &env,
@@ -176,6 +190,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         &blobs,
         &fleet,
         authority.clone(),
+        &workloads,
     );
     let wire = methods.bind().await.with_context(|| format!("listening on {}", config.wire_listen))?;
     {

@@ -18,6 +18,9 @@ use nexus_model::{ApiError, Code};
 
 use crate::config::{AuthorityFiles, ServerConfig};
 
+/// How long a workload's certificate is good: it is renewed at half of it, by a host that may be gone tomorrow.
+const WORKLOAD_LIFE: Duration = Duration::from_secs(3600);
+
 pub struct Authority {
     ca: CertificateAuthority,
     /// How long what is signed here is good.
@@ -106,6 +109,13 @@ impl Authority {
         Ok(signed.cert_chain_pem)
     }
 
+    /// Signs for a workload, for an hour at most.
+    pub fn sign_workload(&self, request: &CertRequest, id: &SpiffeId) -> Result<String, ApiError> {
+        let (now, life) = (at_millis(self.env.now_millis()), self.life.min(WORKLOAD_LIFE));
+        let signed = self.ca.sign(request, id, &[], &[], now, life).map_err(|e| failed(&e))?;
+        Ok(signed.cert_chain_pem)
+    }
+
     /// Signs anew whatever the caller asks for and may have: its own id, and a server also the id of its API.
     pub fn renew(&self, caller: &SpiffeId, csr: &str, names: &PublicNames) -> Result<Renewed, ApiError> {
         let request = CertRequest::from_pem(csr).map_err(|e| ApiError::new(Code::Invalid, e.to_string()))?;
@@ -135,7 +145,7 @@ fn read(files: &AuthorityFiles) -> anyhow::Result<CertificateAuthority> {
 }
 
 /// A key that others on the machine can read is no secret.
-fn refuse_readable(path: &Path) -> anyhow::Result<()> {
+pub fn refuse_readable(path: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     let mode = std::fs::metadata(path).with_context(|| format!("reading {}", path.display()))?.permissions().mode();
     anyhow::ensure!(

@@ -96,7 +96,7 @@ pub struct Stored<T> {
     pub revision: nexus_store::Revision,
 }
 
-fn read<T: DeserializeOwned>(kv: &KeyValue) -> Option<T> {
+pub fn read<T: DeserializeOwned>(kv: &KeyValue) -> Option<T> {
     match serde_json::from_slice(&kv.value) {
         Ok(value) => Some(value),
         Err(error) => {

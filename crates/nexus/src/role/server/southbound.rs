@@ -25,6 +25,7 @@ use super::authority::{Authority, PublicNames};
 use super::blobs::ServerBlobs;
 use super::fleet::Fleet;
 use super::groups::{self, Gateways, Groups, Writers};
+use super::workloads::{self, Workloads};
 use crate::config::ServerConfig;
 
 /// A message of the metadata store takes at most so long; the store's own deadlines are shorter.
@@ -169,6 +170,7 @@ fn allowed(caller: &Caller, called: &str) -> bool {
     let Some((role, _)) = role_of(caller) else { return false };
     match called {
         method::REPORT | method::PLAN => role == Role::Agent,
+        method::WORKLOAD_CERTIFICATE | method::WORKLOAD_TOKEN | method::WORKLOAD_KEYS => role == Role::Agent,
         method::TABLE | method::GATEWAY_NOTE => role == Role::Gateway,
         method::BLOB_GET => matches!(role, Role::Agent | Role::Server),
         method::SERVERS | method::RENEW => matches!(role, Role::Agent | Role::Gateway | Role::Server),
@@ -177,7 +179,7 @@ fn allowed(caller: &Caller, called: &str) -> bool {
 }
 
 /// A host speaks for itself alone.
-fn is_host(caller: &Caller, host: &Name) -> Result<(), Refusal> {
+pub fn is_host(caller: &Caller, host: &Name) -> Result<(), Refusal> {
     match role_of(caller) {
         Some((Role::Agent, name)) if *host == *name.as_str() => Ok(()),
         _ => Err(Refusal::new(code::FORBIDDEN, format!("this certificate is not host {host}'s"))),
@@ -185,7 +187,7 @@ fn is_host(caller: &Caller, host: &Name) -> Result<(), Refusal> {
 }
 
 /// Every value that a watch channel takes, newest only, as a stream.
-fn changes<T: Send + Sync + 'static>(
+pub fn changes<T: Send + Sync + 'static>(
     receiver: watch::Receiver<Arc<T>>,
     skip: impl Fn(&T) -> bool + Send + 'static,
 ) -> impl futures::Stream<Item = Result<Arc<T>, Refusal>> + Send {
@@ -215,6 +217,7 @@ pub fn server(
     blobs: &Arc<ServerBlobs>,
     fleet: &Fleet,
     authority: Option<Arc<Authority>>,
+    workloads: &Arc<Workloads>,
 ) -> ServerBuilder {
     let (stores, region) = (groups.by_id(), &writers.region);
     let (submit_region, submit_store) = (region.clone(), groups.region.clone());
@@ -285,7 +288,8 @@ pub fn server(
             }
         });
     let (get, put, has) = (blobs.clone(), blobs.clone(), blobs.clone());
-    groups::methods(fleet_methods(builder, env, fleet, authority), groups, writers)
+    let builder = workloads::methods(fleet_methods(builder, env, fleet, authority), workloads);
+    groups::methods(builder, groups, writers)
         .bytes_stream(method::BLOB_GET, move |_, request: BlobRequest| {
             let blobs = get.clone();
             async move { blobs.read(request.digest).await }
@@ -334,7 +338,7 @@ fn fleet_methods(builder: ServerBuilder, env: &Env, fleet: &Fleet, authority: Op
 }
 
 /// Waits until the view has seen the log once.
-async fn listed(view: &View) -> Result<(), Refusal> {
+pub async fn listed(view: &View) -> Result<(), Refusal> {
     let mut revision = view.revision();
     let seen = tokio::time::timeout(Duration::from_secs(5), revision.wait_for(|r| *r > 0)).await;
     match seen {
