@@ -9,7 +9,9 @@
 //! An access token is believed until it expires, unless this server knows that its session has ended. A server that is cut
 //! off may not know; it is a quarter of an hour at most.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::HeaderValue;
@@ -21,6 +23,7 @@ use nexus_iam::policy::{Circumstances, Principal};
 use nexus_iam::{TokenHash, TokenSecret};
 use nexus_model::kind::{Holder, HolderKind};
 use nexus_model::{Code, Name, RequestId, Timestamp};
+use sha2::{Digest, Sha256};
 
 use crate::headers::{self, Bearer};
 use crate::problem::Refusal;
@@ -219,9 +222,42 @@ impl Server {
         })
     }
 
-    fn claims(&self, token: &str) -> Result<Claims, String> {
+    fn claims(&self, token: &str) -> Result<Arc<Claims>, String> {
         let now = nexus_iam::at_millis(self.api.env.now_millis());
         let expected = Expectations { issuer: &self.api.issuer, audience: AUDIENCE, now, leeway: LEEWAY };
-        self.api.directory.read(|known| jwt::verify(token, &known.keys, expected)).map_err(|e| e.to_string())
+        let hash: [u8; 32] = Sha256::digest(token).into();
+        self.api.directory.read(|known| {
+            if let Some(claims) = self.checked.get(&hash, known.keys_epoch, self.api.env.now_millis()) {
+                return Ok(claims);
+            }
+            let claims = Arc::new(jwt::verify(token, &known.keys, expected).map_err(|e| e.to_string())?);
+            self.checked.put(hash, known.keys_epoch, &claims);
+            Ok(claims)
+        })
+    }
+}
+
+/// Access tokens whose signature was found good, by their hash, until they expire or the keys change: a token comes with
+/// many requests, and checking it takes longer than all else about them.
+#[derive(Debug, Default)]
+pub(crate) struct Checked(Mutex<(u64, HashMap<[u8; 32], Arc<Claims>>)>);
+
+/// The most that are remembered.
+const CHECKED: usize = 10_000;
+
+impl Checked {
+    fn get(&self, hash: &[u8; 32], epoch: u64, now_millis: i64) -> Option<Arc<Claims>> {
+        let checked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let claims = checked.1.get(hash).filter(|_| checked.0 == epoch)?;
+        let now = u64::try_from(now_millis / 1000).unwrap_or(0);
+        (claims.iat <= now && now < claims.exp).then(|| Arc::clone(claims))
+    }
+
+    fn put(&self, hash: [u8; 32], epoch: u64, claims: &Arc<Claims>) {
+        let mut checked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if checked.0 != epoch || checked.1.len() >= CHECKED {
+            *checked = (epoch, HashMap::new());
+        }
+        checked.1.insert(hash, Arc::clone(claims));
     }
 }

@@ -23,7 +23,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::admission::{Admission, Class};
 use crate::authorize::Lens;
-use crate::caller::Caller;
+use crate::caller::{Caller, Checked};
 use crate::headers::{self, STALE_MS};
 use crate::metrics::{self, Metrics};
 use crate::openapi::{self, Schemas};
@@ -45,6 +45,7 @@ pub(crate) struct Server {
     streams: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
     pub sign_ins: SignIns,
+    pub checked: Checked,
     rates: Rates,
     /// Turns for those whose credential is not known.
     pub strangers: Semaphore,
@@ -71,6 +72,7 @@ impl Server {
             streams: Arc::new(Semaphore::new(api.limits.streams)),
             transfers: Arc::new(Semaphore::new(api.limits.transfers)),
             sign_ins: SignIns::default(),
+            checked: Checked::default(),
             rates: Rates::new(api.limits.caller_rate, api.limits.project_rate, api.limits.caller_requests),
             strangers: Semaphore::new(STRANGERS),
             metrics: Metrics::new(&api.metrics),

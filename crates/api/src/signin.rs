@@ -478,7 +478,7 @@ async fn open(
     request_id: &RequestId,
 ) -> Result<Granted, Denied> {
     let id: [u8; 16] = RngExt::bytes(&*server.api.env.rng);
-    let session: Name = format!("s-{}", hex(&id)).parse().expect("hexadecimal digits");
+    let session: Name = format!("s-{}", hex::encode(id)).parse().expect("hexadecimal digits");
     let refresh = new_secret(server);
     let spec = SessionSpec {
         holder: Some(who.holder()),
@@ -492,10 +492,6 @@ async fn open(
     let actor = format!("{}/{}", who.organization, who.name);
     submit::<Session>(server, (Some(&who.organization), &session), change, None, &actor, request_id).await?;
     Ok(granted(server, &who.organization, &session, &spec, &refresh)?)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 async fn refresh(server: &Server, form: &Query, address: IpAddr, request_id: &RequestId) -> Result<Granted, Denied> {

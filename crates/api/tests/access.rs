@@ -610,3 +610,23 @@ async fn an_image_is_made_only_of_what_its_project_brought() {
     let own = cloud.call("editor", "POST", images, Some(image(b""))).await;
     assert_eq!(own.status, StatusCode::CREATED, "{:?}", own.body);
 }
+
+#[tokio::test]
+async fn a_projects_own_administrators_grant_over_it_and_no_further() {
+    let cloud = Cloud::new().await;
+    let spec = json!({"role": "admin", "project": "shop", "subjects": [{"kind": "User", "name": "billing"}]});
+    let revision = cloud.world.store_global("role-bindings", &object("RoleBinding", "own", Some("acme"), spec)).await;
+    assert!(cloud.world.directory.seen(revision, std::time::Duration::from_secs(60)).await);
+    let bind = async |role: &str, project: Option<&str>| {
+        let mut spec = json!({"role": role, "subjects": [{"kind": "User", "name": "viewer"}]});
+        if let Some(project) = project {
+            spec["project"] = project.into();
+        }
+        let body = json!({"metadata": {"name": "new"}, "spec": spec});
+        verdict(&cloud.call("billing", "POST", "/v1/organizations/acme/role-bindings?dryRun=true", Some(body)).await)
+    };
+    assert_eq!(bind("editor", Some("shop")).await, "yes");
+    assert_eq!(bind("owner", Some("shop")).await, "no", "only owners make owners");
+    assert_eq!(bind("editor", None).await, "no", "over the whole organization");
+    assert_eq!(bind("editor", Some("lab")).await, "no", "over another's project");
+}

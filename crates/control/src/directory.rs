@@ -42,6 +42,8 @@ const ENDED: usize = 100_000;
 pub struct Known {
     pub engine: Engine,
     pub keys: KeySet,
+    /// Changes with the keys: what was checked by older ones counts no more.
+    pub keys_epoch: u64,
     world: World,
     tokens: HashMap<TokenHash, Place>,
     members: BTreeMap<Place, BTreeSet<Principal>>,
@@ -143,6 +145,7 @@ impl Known {
         Self {
             engine: Engine::new(policy::vocabulary().clone()).expect("the built-in policies are good"),
             keys: KeySet::default(),
+            keys_epoch: 0,
             world: World::default(),
             tokens: HashMap::new(),
             members: BTreeMap::new(),
@@ -318,6 +321,7 @@ impl Known {
             (p, None) if p == SigningKey::PLURAL => {
                 let keys = self.world.signing_keys.live.values().filter_map(|k| verifying_key(&k.spec));
                 self.keys = keys.collect();
+                self.keys_epoch += 1;
             }
             _ => {}
         }
@@ -325,9 +329,7 @@ impl Known {
 }
 
 fn verifying_key(spec: &SigningKeySpec) -> Option<VerifyingKey> {
-    let bytes: Result<Vec<u8>, _> =
-        (0..spec.key.len()).step_by(2).map(|i| u8::from_str_radix(spec.key.get(i..i + 2).unwrap_or("x"), 16)).collect();
-    Some(VerifyingKey::new(bytes.ok()?.try_into().ok()?))
+    Some(VerifyingKey::new(hex::decode(&spec.key).ok()?.try_into().ok()?))
 }
 
 /// A server's directory. Cheap to clone.
@@ -394,6 +396,7 @@ impl Directory {
         keys.sort();
         keys.iter().for_each(|key| known.derive(key));
         let mut place = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        known.keys_epoch += place.keys_epoch + 1;
         // What was ended before stays ended, and what has gone since the last look has ended too.
         let gone = place.world.sessions.live.keys().filter(|at| !known.world.sessions.live.contains_key(*at));
         let gone: Vec<Name> = place.ended_order.iter().cloned().chain(gone.map(|(_, name)| name.clone())).collect();

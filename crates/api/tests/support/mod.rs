@@ -560,7 +560,7 @@ impl World {
 
     /// Publishes the key of this server's access tokens, as a server does when it starts.
     pub async fn publish_key(&self) {
-        let key: String = self.signer.public().as_bytes().iter().map(|b| format!("{b:02x}")).collect();
+        let key = hex::encode(self.signer.public().as_bytes());
         let object = json!({
             "apiVersion": "cloudnexus/v1", "kind": "SigningKey", "metadata": {"name": "s1"},
             "spec": {"key": key, "server": "s1"}, "status": {},

@@ -9,6 +9,7 @@ use super::cloud::{Cloud, CloudArgs, Listing, text};
 use super::output::{self, plain};
 use super::table::{Columns, KindTable, Printer, age_of};
 use super::{cell, resource, settle};
+use crate::client::ClientError;
 
 /// The newest so many events are shown.
 const EVENTS: usize = 20;
@@ -167,9 +168,19 @@ pub async fn events_of(cloud: &Cloud, kind: &KindDescriptor, object: &Value) -> 
     let region = Some(cloud.region_of(object));
     let listing = Listing { project: project.parse().ok(), region, ..Listing::default() };
     let events = kind::find("events").expect("a kind");
-    let (mut found, _) = cloud.list(events, &listing, |e| text(e, "/spec/regarding/uid") == uid).await?;
+    let listed = cloud.list(events, &listing, |e| text(e, "/spec/regarding/uid") == uid).await;
+    let (mut found, _) = match listed {
+        // What belongs to no project has its events in the cloud's own, which only operators read.
+        Err(error) if kind.scope != Scope::Project && is_refused(&error) => return Ok(Vec::new()),
+        listed => listed?,
+    };
     super::events::sort(&mut found);
     Ok(found)
+}
+
+fn is_refused(error: &anyhow::Error) -> bool {
+    let problem = error.downcast_ref::<ClientError>().and_then(ClientError::problem);
+    problem.is_some_and(|p| matches!(p.status.as_u16(), 403 | 404))
 }
 
 pub fn event_table(events: &[Value], now: Timestamp) -> String {

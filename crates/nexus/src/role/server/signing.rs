@@ -33,10 +33,7 @@ pub fn load(data_dir: &Path) -> anyhow::Result<SigningKey> {
 
 /// Publishes the public half, as soon as the group that all regions share takes it.
 pub async fn publish(key: Arc<SigningKey>, server: Name, writer: Arc<dyn Writer>, env: Env, stop: CancellationToken) {
-    let spec = kind::SigningKeySpec {
-        key: key.public().as_bytes().iter().map(|b| format!("{b:02x}")).collect(),
-        server: server.to_string(),
-    };
+    let spec = kind::SigningKeySpec { key: hex::encode(key.public().as_bytes()), server: server.to_string() };
     let object = Object::<kind::SigningKey>::new(Metadata::new(server.clone(), None), spec).to_any();
     loop {
         let intent = Intent {
