@@ -497,6 +497,7 @@ pub(crate) fn provenance(context: &Context, policies: &[String]) -> Provenance {
         session: match &caller.proof {
             Proof::Key => None,
             Proof::Token { name, .. } => Some(format!("token {name}")),
+            Proof::AccessKey { name, .. } => Some(format!("access key {name}")),
             Proof::Session { name, .. } => Some(name.to_string()),
         },
     }

@@ -18,8 +18,8 @@ use http::request::Parts;
 use nexus_control::directory::{self, Known};
 use nexus_iam::policy::{self, Decision, Principal, PrincipalKind, Reason, Request, Resource, Role};
 use nexus_model::kind::{
-    Holder, Kind, Organization, OrganizationSpec, Policy, Project, Quota, RoleBinding, SYSTEM_ORGANIZATION, Session,
-    Token,
+    AccessKey, Holder, Kind, Organization, OrganizationSpec, Policy, Project, Quota, RoleBinding, SYSTEM_ORGANIZATION,
+    Session, Token,
 };
 use nexus_model::selector::Labels;
 use nexus_model::{AnyObject, ApiError, Code, Name, RequestId};
@@ -115,7 +115,7 @@ impl Facts {
         if plural == RoleBinding::PLURAL {
             facts.grants = spec["role"].as_str().and_then(|r| r.parse().ok());
         }
-        if plural == Token::PLURAL || plural == Session::PLURAL {
+        if is_credential(plural) {
             facts.holder = serde_json::from_value(spec["holder"].clone()).ok();
         }
         if plural == Project::PLURAL || plural == Organization::PLURAL {
@@ -210,12 +210,14 @@ fn belongs<'a>(known: &'a Known, target: &'a Target, facts: &'a Facts) -> Result
     }
 }
 
+fn is_credential(plural: &str) -> bool {
+    [Token::PLURAL, AccessKey::PLURAL, Session::PLURAL].contains(&plural)
+}
+
 /// The credential that a path names, if it names one.
 fn credential(target: &Target) -> Option<(&'static str, Name)> {
     match target {
-        Target::Object(place, name) if place.kind.plural == Token::PLURAL || place.kind.plural == Session::PLURAL => {
-            Some((place.kind.kind, name.parse().ok()?))
-        }
+        Target::Object(place, name) if is_credential(place.kind.plural) => Some((place.kind.kind, name.parse().ok()?)),
         _ => None,
     }
 }
@@ -350,7 +352,7 @@ impl Server {
         }
         match place.kind.plural {
             p if p == Project::PLURAL || p == Organization::PLURAL => Some(Lens::Visible),
-            p if p == Token::PLURAL || p == Session::PLURAL => {
+            p if is_credential(p) => {
                 let (organization, holder) = context.caller.holder.as_ref()?;
                 if organization.as_str() != within {
                     return None;

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | the fleet's own key | this server's configuration | an operator |
 //! | a token (`cnx_…`) | its `Token` object, by hash | a user or service account |
+//! | a signature (SigV4) | its `AccessKey` object, by id | a user or service account |
 //! | an access token (JWT) | its signature, by a server's published key | whoever's session it names |
 //!
 //! An access token is believed until it expires, unless this server knows that its session has ended. A server that is cut
@@ -28,6 +29,7 @@ use sha2::{Digest, Sha256};
 use crate::headers::{self, Bearer};
 use crate::problem::Refusal;
 use crate::serve::Server;
+use crate::signature;
 
 /// For whom access tokens are.
 pub(crate) const AUDIENCE: &str = "cloudnexus";
@@ -52,6 +54,10 @@ pub(crate) enum Proof {
         name: Name,
         hash: TokenHash,
     },
+    AccessKey {
+        organization: Name,
+        name: Name,
+    },
     Session {
         organization: Name,
         name: Name,
@@ -75,6 +81,8 @@ pub(crate) struct Caller {
     pub address: IpAddr,
     /// Until when the credential is good.
     pub until: Option<Timestamp>,
+    /// What the request's body must hash to.
+    pub signed_body: Option<[u8; 32]>,
 }
 
 impl Caller {
@@ -88,6 +96,7 @@ impl Caller {
             mfa: false,
             address,
             until: None,
+            signed_body: None,
         }
     }
 
@@ -104,6 +113,11 @@ impl Caller {
                 let token = known.token_named(organization, name);
                 if !token.is_some_and(|t| t.spec.hash.as_deref().is_some_and(same)) {
                     return Err("this token was revoked");
+                }
+            }
+            Proof::AccessKey { organization, name } => {
+                if known.access_key_named(organization, name).is_none() {
+                    return Err("this access key was deleted");
                 }
             }
             Proof::Session { organization, name, issued } => {
@@ -149,6 +163,7 @@ fn unauthenticated(detail: impl Into<String>, challenge: &'static str) -> Refusa
     Refusal::new(Code::Unauthenticated, detail).with(WWW_AUTHENTICATE, HeaderValue::from_static(challenge))
 }
 
+const SIGNED: &str = r#"AWS4-HMAC-SHA256 realm="nexus""#;
 const INVALID: &str = r#"Bearer realm="nexus", error="invalid_token""#;
 
 impl Server {
@@ -159,6 +174,17 @@ impl Server {
     /// Tells who sent a request. A credential that proves nothing is refused, whatever it would have opened.
     pub fn authenticate(&self, parts: &Parts) -> Result<Caller, Refusal> {
         let address = parts.extensions.get::<PeerAddress>().map_or(Ipv4Addr::LOCALHOST.into(), |p| p.0);
+        if signature::is_signed(parts) {
+            let signed = self.by_signature(parts).map_err(|why| unauthenticated(why, SIGNED))?;
+            let proof = Proof::AccessKey { organization: signed.organization.clone(), name: signed.name };
+            let caller = Caller::of_holder(signed.organization, signed.holder, proof, address);
+            let caller = Caller { project: signed.project, signed_body: signed.body, ..caller };
+            let now = self.now();
+            return match self.api.directory.read(|known| caller.stands(known, now)) {
+                Ok(()) => Ok(caller),
+                Err(why) => Err(unauthenticated(why, SIGNED)),
+            };
+        }
         let token = match headers::bearer(&parts.headers) {
             Bearer::Token(token) => token,
             Bearer::None => {
@@ -190,6 +216,7 @@ impl Server {
                 mfa: true,
                 address,
                 until: None,
+                signed_body: None,
             });
         }
         let unknown = || "this token is not known, or was revoked".to_owned();

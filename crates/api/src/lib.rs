@@ -33,6 +33,7 @@ mod render;
 mod route;
 mod serve;
 mod settle;
+mod signature;
 mod signin;
 mod streams;
 mod watch;
@@ -45,6 +46,7 @@ use axum::Router;
 use nexus_control::directory::Directory;
 use nexus_control::intent::Writer;
 use nexus_env::Env;
+use nexus_iam::envelope::KeyProvider;
 use nexus_iam::jwt::SigningKey;
 use nexus_model::Name;
 use nexus_store::Store;
@@ -80,6 +82,8 @@ pub struct Api {
     pub operators: Operators,
     /// Signs the access tokens that this server gives.
     pub signer: Arc<SigningKey>,
+    /// Seal what must be read again and may not stand in the metadata as it is.
+    pub master_keys: Arc<dyn KeyProvider>,
     /// Whom access tokens are by: the same at every server, and the URL at which others find how to check them.
     pub issuer: String,
     pub blobs: Arc<dyn Blobs>,

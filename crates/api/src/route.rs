@@ -35,14 +35,18 @@ pub(crate) enum Verb {
     Exec,
     SetPassword,
     Invite,
+    EnrollTotp,
+    ConfirmTotp,
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 4] = [
+pub(crate) const VERBS: [(&str, &str, Verb); 6] = [
     ("instances", "logs", Verb::Logs),
     ("instances", "exec", Verb::Exec),
     ("users", "set-password", Verb::SetPassword),
     ("users", "invite", Verb::Invite),
+    ("users", "enroll-totp", Verb::EnrollTotp),
+    ("users", "confirm-totp", Verb::ConfirmTotp),
 ];
 
 impl Verb {
@@ -53,7 +57,7 @@ impl Verb {
     fn methods(self) -> &'static [Method] {
         match self {
             Self::Logs | Self::Exec => READ,
-            Self::SetPassword | Self::Invite => &[Method::POST],
+            Self::SetPassword | Self::Invite | Self::EnrollTotp | Self::ConfirmTotp => &[Method::POST],
         }
     }
 }

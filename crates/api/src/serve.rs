@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -16,6 +16,7 @@ use http::{HeaderValue, Method, StatusCode};
 use nexus_control::intent::Writer;
 use nexus_env::RngExt;
 use nexus_iam::policy;
+use nexus_iam::sigv4::Replays;
 use nexus_model::{ApiError, Code, RequestId};
 use nexus_store::{Consistency, RangeRequest, Store};
 use sha2::{Digest, Sha256};
@@ -32,7 +33,7 @@ use crate::query::Query;
 use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::signin::SignIns;
-use crate::{Api, audit, blobs, elsewhere, list, operations, settle, signin, streams, watch, write};
+use crate::{Api, audit, blobs, elsewhere, list, operations, settle, signature, signin, streams, watch, write};
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
 const STRANGERS: usize = 16;
@@ -46,6 +47,7 @@ pub(crate) struct Server {
     transfers: Arc<Semaphore>,
     pub sign_ins: SignIns,
     pub checked: Checked,
+    pub replays: Mutex<Replays>,
     rates: Rates,
     /// Turns for those whose credential is not known.
     pub strangers: Semaphore,
@@ -73,6 +75,7 @@ impl Server {
             transfers: Arc::new(Semaphore::new(api.limits.transfers)),
             sign_ins: SignIns::default(),
             checked: Checked::default(),
+            replays: Mutex::new(Replays::new(signature::REMEMBERED)),
             rates: Rates::new(api.limits.caller_rate, api.limits.project_rate, api.limits.caller_requests),
             strangers: Semaphore::new(STRANGERS),
             metrics: Metrics::new(&api.metrics),
@@ -240,6 +243,10 @@ async fn dispatch(
     }
     let unknown = |_: &Refusal| audit::unknown(&server, &parts, &request_id);
     let caller = server.recognize(&parts).await.inspect_err(unknown)?;
+    let body = match caller.signed_body {
+        Some(signed) => signature::checked(body, signed),
+        None => body,
+    };
     let context = Context { caller, request_id };
     // Only a project that is there has a bucket: invented names must not make any.
     let project = target.project().filter(|p| server.api.directory.read(|known| known.project(p).is_some()));
@@ -310,7 +317,11 @@ async fn answer(
             let permit = server.transfer_permit()?;
             Ok(blobs::handle(&server, &project, digest, &parts, body, permit).await?)
         }
-        Target::Custom(place, name, verb @ (Verb::SetPassword | Verb::Invite)) => {
+        Target::Custom(
+            place,
+            name,
+            verb @ (Verb::SetPassword | Verb::Invite | Verb::EnrollTotp | Verb::ConfirmTotp),
+        ) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
             Ok(server.deadline(signin::change(&server, &place, &name, verb, &parts, body, &context)).await?)
         }

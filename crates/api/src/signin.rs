@@ -5,7 +5,8 @@
 //!
 //! | `grant_type` | parameters | |
 //! |---|---|---|
-//! | `password` | `username` (`organization/name`), `password` | |
+//! | `password` | `username` (`organization/name`), `password`; `otp` | The code of the second factor, or a recovery code, where there is one: without it the error is `mfa_required`. |
+//! | `client_credentials` | `client_id`, `client_secret` | An access key's id and secret. |
 //! | `refresh_token` | `refresh_token` | The refresh token changes every time. Who brings one twice has copied it: the session ends. |
 //! | `urn:cloudnexus:invitation` | `username`, `invitation`, `password` | Sets a password, by what an invitation told. |
 //!
@@ -25,11 +26,15 @@ use http_body_util::{BodyExt, Limited};
 use nexus_control::directory;
 use nexus_control::intent::{Change, Intent, Provenance, Target as Aim};
 use nexus_env::RngExt;
+use nexus_iam::envelope;
 use nexus_iam::jwt::{self, Claims};
 use nexus_iam::password::{self, Password, PasswordHash};
 use nexus_iam::policy::{self, Place as PolicyPlace, Principal, Reach};
+use nexus_iam::totp::{RecoveryCodes, TotpSecret};
 use nexus_iam::{TokenHash, TokenSecret};
-use nexus_model::kind::{Credential, CredentialSpec, Holder, HolderKind, Invitation, Kind, Session, SessionSpec, User};
+use nexus_model::kind::{
+    Credential, CredentialSpec, Holder, HolderKind, Invitation, Kind, SecondFactor, Session, SessionSpec, User,
+};
 use nexus_model::selector::Labels;
 use nexus_model::{AnyObject, ApiError, Code, Metadata, Name, Object, RequestId, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -190,8 +195,17 @@ async fn form(parts: &Parts, body: Body) -> Result<Query, Denied> {
         collected.map_err(|_| Denied::new("invalid_request", format!("a form has at most {MAX_FORM} bytes")))?;
     let bytes = bytes.to_bytes();
     let text = std::str::from_utf8(&bytes).map_err(|_| Denied::new("invalid_request", "the form is not UTF-8"))?;
-    let known =
-        ["grant_type", "username", "password", "refresh_token", "invitation", "client_id", "client_secret", "scope"];
+    let known = [
+        "grant_type",
+        "username",
+        "password",
+        "otp",
+        "refresh_token",
+        "invitation",
+        "client_id",
+        "client_secret",
+        "scope",
+    ];
     Ok(Query::parse(Some(text), &known, &[])?)
 }
 
@@ -221,9 +235,10 @@ async fn grant(server: &Server, parts: &Parts, body: Body, request_id: &RequestI
         "password" => by_password(server, &form, address, request_id).await,
         "refresh_token" => refresh(server, &form, address, request_id).await,
         INVITED => by_invitation(server, &form, address, request_id).await,
+        "client_credentials" => by_access_key(server, &form, address, request_id).await,
         _ => Err(Denied::new(
             "unsupported_grant_type",
-            format!("the grants are `password`, `refresh_token` and `{INVITED}`"),
+            format!("the grants are `password`, `refresh_token`, `client_credentials` and `{INVITED}`"),
         )),
     }
 }
@@ -282,18 +297,103 @@ async fn by_password(
     let password = Password::new(needed(form, "password")?.to_owned());
     let counted = who.counted(address);
     may_try(server, &counted)?;
-    let stored = server.api.directory.read(|known| {
+    let credential = server.api.directory.read(|known| {
         let active = known.is_active(&who.organization, &who.holder());
-        let credential = known.credential(&who.organization, &who.name).filter(|_| active);
-        credential.and_then(|c| c.spec.password.clone())
+        known.credential(&who.organization, &who.name).filter(|_| active).cloned()
     });
-    if !check(server, stored, password).await? {
+    let stored = credential.as_ref().and_then(|c| c.spec.password.clone());
+    let right = check(server, stored, password).await?;
+    let wrong = || {
         server.sign_ins.wrong(&counted, server.api.env.monotonic());
         tracing::info!(user = %format!("{}/{}", who.organization, who.name), %address, "a sign-in was refused");
+    };
+    let Some(credential) = credential.filter(|_| right) else {
+        wrong();
         return Err(Denied::wrong());
+    };
+    let mut factors = vec!["pwd".to_owned()];
+    if credential.spec.second_factor.as_ref().is_some_and(|f| f.confirmed) {
+        // Only who knows the password learns that there is a second factor.
+        let otp = form.get("otp").filter(|o| !o.is_empty());
+        let otp = otp.ok_or_else(|| Denied::new("mfa_required", "send the code of the second factor as `otp`"))?;
+        let Some(spec) = second_factor(server, &who, &credential.spec, otp)? else {
+            wrong();
+            return Err(Denied::new("invalid_grant", "the code of the second factor is wrong, or was used already"));
+        };
+        // A code is good once: of two who bring it at once, one finds the credential changed.
+        keep(server, &who.organization, &who.name, spec, Some(&credential), request_id).await?;
+        factors.push("otp".to_owned());
     }
     server.sign_ins.right(&counted);
-    open(server, &who, vec!["pwd".into()], address, request_id).await
+    let factors = Opening { factors, project: None };
+    open(server, &who.organization, who.holder(), factors, address, request_id).await
+}
+
+/// What is to be stored of a credential after a code was taken; `None` if the code is wrong.
+fn second_factor(
+    server: &Server,
+    who: &Claimant,
+    credential: &CredentialSpec,
+    typed: &str,
+) -> Result<Option<CredentialSpec>, ApiError> {
+    let Some(factor) = &credential.second_factor else { return Ok(None) };
+    let secret = totp_of(server, who, factor)?;
+    let now = nexus_iam::at_millis(server.api.env.now_millis());
+    let with = |factor: SecondFactor| CredentialSpec { second_factor: Some(factor), ..credential.clone() };
+    if let Ok(step) = secret.verify(typed, now, factor.last_step) {
+        return Ok(Some(with(SecondFactor { last_step: Some(step), ..factor.clone() })));
+    }
+    let mut recovery = RecoveryCodes::from_hashes(factor.recovery.clone());
+    let recovered = recovery.consume(typed);
+    Ok(recovered.then(|| with(SecondFactor { recovery: recovery.into_hashes(), ..factor.clone() })))
+}
+
+fn totp_context(who: &Claimant) -> envelope::Context {
+    envelope::Context::totp(&format!("{}/{}", who.organization, who.name))
+}
+
+fn totp_of(server: &Server, who: &Claimant, factor: &SecondFactor) -> Result<TotpSecret, ApiError> {
+    let unsealed = || -> Result<TotpSecret, String> {
+        let sealed: envelope::Sealed = serde_json::from_str(&factor.secret).map_err(|e| e.to_string())?;
+        let bytes = envelope::open(&*server.api.master_keys, &totp_context(who), &sealed).map_err(|e| e.to_string())?;
+        TotpSecret::from_bytes(&bytes).map_err(|e| e.to_string())
+    };
+    unsealed().map_err(|error| {
+        tracing::warn!(%error, "the secret of a second factor can't be opened");
+        ApiError::new(Code::Unavailable, "this server can't check second factors now: try another")
+    })
+}
+
+/// Trades an access key for a session.
+async fn by_access_key(
+    server: &Server,
+    form: &Query,
+    address: IpAddr,
+    request_id: &RequestId,
+) -> Result<Granted, Denied> {
+    let (id, secret) = (needed(form, "client_id")?, needed(form, "client_secret")?);
+    let id: String = id.chars().take(64).collect();
+    let counted = vec![format!("key {id}"), format!("from {address}")];
+    may_try(server, &counted)?;
+    let wrong = || Denied::new("invalid_client", "this access key is not known, or its secret is wrong");
+    let key = server.api.directory.read(|known| {
+        let key = known.access_key(&id)?;
+        let organization = key.metadata.organization.clone()?;
+        let holder = key.spec.holder.clone()?;
+        known.is_active(&organization, &holder).then(|| (key.clone(), organization, holder))
+    });
+    let Some((key, organization, holder)) = key else {
+        server.sign_ins.wrong(&counted, server.api.env.monotonic());
+        return Err(wrong());
+    };
+    let known = server.secret_of(&key).map_err(|why| ApiError::new(Code::Unavailable, why))?;
+    if !known.matches(secret) {
+        server.sign_ins.wrong(&counted, server.api.env.monotonic());
+        return Err(wrong());
+    }
+    server.sign_ins.right(&counted);
+    let opening = Opening { factors: vec!["key".to_owned()], project: key.spec.project.clone() };
+    open(server, &organization, holder, opening, address, request_id).await
 }
 
 async fn by_invitation(
@@ -323,12 +423,14 @@ async fn by_invitation(
         return Err(Denied::new("invalid_grant", "this invitation is not known, was used already or has expired"));
     };
     let password = hash(server, &who.name, password).await?;
-    let spec = CredentialSpec { password: Some(password), invitation: None };
+    // Who lost their password may have lost what makes the codes with it.
+    let spec = CredentialSpec { password: Some(password), ..CredentialSpec::default() };
     // Once only: of two who bring it at once, one finds the credential changed.
     keep(server, &who.organization, &who.name, spec, Some(&credential), request_id).await?;
     server.sign_ins.right(&counted);
     end_sessions(server, &who, None, request_id).await?;
-    open(server, &who, vec!["pwd".into()], address, request_id).await
+    let opening = Opening { factors: vec!["pwd".to_owned()], project: None };
+    open(server, &who.organization, who.holder(), opening, address, request_id).await
 }
 
 /// What this server itself asks of the global group's writer.
@@ -435,7 +537,7 @@ fn claims(server: &Server, organization: &Name, session: &Name, spec: &SessionSp
         sid: session.to_string(),
         org: organization.to_string(),
         groups,
-        project: None,
+        project: spec.project.as_ref().map(Name::to_string),
         amr: spec.factors.clone(),
         act: None,
     }
@@ -469,29 +571,37 @@ fn new_secret(server: &Server) -> TokenSecret {
     TokenSecret::generate(RngExt::bytes(&*server.api.env.rng))
 }
 
+/// What a session begins with.
+struct Opening {
+    factors: Vec<String>,
+    project: Option<Name>,
+}
+
 /// Opens a session.
 async fn open(
     server: &Server,
-    who: &Claimant,
-    factors: Vec<String>,
+    organization: &Name,
+    holder: Holder,
+    opening: Opening,
     address: IpAddr,
     request_id: &RequestId,
 ) -> Result<Granted, Denied> {
     let id: [u8; 16] = RngExt::bytes(&*server.api.env.rng);
     let session: Name = format!("s-{}", hex::encode(id)).parse().expect("hexadecimal digits");
     let refresh = new_secret(server);
+    let actor = format!("{organization}/{}", holder.name);
     let spec = SessionSpec {
-        holder: Some(who.holder()),
+        holder: Some(holder),
         expires: Some(server.now().plus(SESSION)),
-        factors,
+        factors: opening.factors,
+        project: opening.project,
         address: address.to_string(),
         refresh: Some(refresh.hash().to_string()),
         spent: None,
     };
-    let change = Change::Create { object: object::<Session>(&who.organization, &session, spec.clone()) };
-    let actor = format!("{}/{}", who.organization, who.name);
-    submit::<Session>(server, (Some(&who.organization), &session), change, None, &actor, request_id).await?;
-    Ok(granted(server, &who.organization, &session, &spec, &refresh)?)
+    let change = Change::Create { object: object::<Session>(organization, &session, spec.clone()) };
+    submit::<Session>(server, (Some(organization), &session), change, None, &actor, request_id).await?;
+    Ok(granted(server, organization, &session, &spec, &refresh)?)
 }
 
 async fn refresh(server: &Server, form: &Query, address: IpAddr, request_id: &RequestId) -> Result<Granted, Denied> {
@@ -540,7 +650,7 @@ pub(crate) fn discovery(server: &Server) -> Value {
         "issuer": issuer,
         "jwks_uri": format!("{issuer}{KEYS}"),
         "token_endpoint": format!("{issuer}{SIGN_IN}"),
-        "grant_types_supported": ["password", "refresh_token", INVITED],
+        "grant_types_supported": ["password", "refresh_token", "client_credentials", INVITED],
         "response_types_supported": ["token"],
         "subject_types_supported": ["public"],
         "id_token_signing_alg_values_supported": ["EdDSA"],
@@ -590,6 +700,7 @@ pub(crate) fn who_am_i(server: &Server, context: &Context) -> impl Serialize + u
         by: match &caller.proof {
             Proof::Key => "key".into(),
             Proof::Token { name, .. } => format!("token {name}"),
+            Proof::AccessKey { name, .. } => format!("access key {name}"),
             Proof::Session { name, .. } => format!("session {name}"),
         },
         expires: caller.until,
@@ -700,7 +811,7 @@ pub(crate) async fn can(server: &Server, context: &Context, parts: &Parts, body:
     Ok(answer_json(&told))
 }
 
-/// `:set-password` and `:invite`.
+/// `:set-password`, `:invite`, `:enroll-totp` and `:confirm-totp`.
 pub(crate) async fn change(
     server: &Server,
     place: &Place,
@@ -732,6 +843,48 @@ pub(crate) async fn change(
             let user = format!("{organization}/{name}");
             Ok(answer_json(&json!({"user": user, "invitation": secret.reveal(), "expires": expires})))
         }
+        Verb::EnrollTotp => {
+            let who = Claimant { organization: organization.clone(), name: name.clone() };
+            let before = credential.as_ref().map(|c| c.spec.clone()).unwrap_or_default();
+            if before.second_factor.as_ref().is_some_and(|f| f.confirmed) {
+                let detail = "there is a second factor already; an invitation by an administrator takes it away";
+                return Err(Refusal::new(Code::Conflict, detail));
+            }
+            let secret = TotpSecret::generate();
+            let sealed = envelope::seal(&*server.api.master_keys, &totp_context(&who), secret.expose());
+            let sealed =
+                sealed.map_err(|e| ApiError::new(Code::Unavailable, format!("the secret can't be sealed: {e}")))?;
+            let (codes, recovery) = RecoveryCodes::generate();
+            let factor = SecondFactor {
+                secret: serde_json::to_string(&sealed).expect("a sealed value is plain data"),
+                confirmed: false,
+                last_step: None,
+                recovery: recovery.into_hashes(),
+            };
+            let spec = CredentialSpec { second_factor: Some(factor), ..before };
+            keep(server, &organization, name, spec, credential.as_ref(), &context.request_id).await?;
+            let codes: Vec<&str> = codes.iter().map(|c| c.as_str()).collect();
+            let uri = secret.uri("CloudNexus", &format!("{organization}/{name}"));
+            Ok(answer_json(&json!({"uri": &*uri, "secret": &*secret.to_base32(), "recoveryCodes": codes})))
+        }
+        Verb::ConfirmTotp => {
+            let body = read_json(&parts.headers, body, crate::write::JSON).await?;
+            let asked: Code6 =
+                serde_json::from_value(body).map_err(|e| ApiError::new(Code::BadRequest, e.to_string()))?;
+            let who = Claimant { organization: organization.clone(), name: name.clone() };
+            let counted = who.counted(context.caller.address);
+            may_try(server, &counted).map_err(|d| Refusal::new(Code::Overloaded, d.description))?;
+            let before = credential.as_ref().map(|c| c.spec.clone()).unwrap_or_default();
+            let Some(mut spec) = second_factor(server, &who, &before, &asked.code)? else {
+                server.sign_ins.wrong(&counted, server.api.env.monotonic());
+                return Err(Refusal::new(Code::Forbidden, "this is not the code of now: is the device's clock right?"));
+            };
+            if let Some(factor) = &mut spec.second_factor {
+                factor.confirmed = true;
+            }
+            keep(server, &organization, name, spec, credential.as_ref(), &context.request_id).await?;
+            Ok(answer_json(&json!({"user": format!("{organization}/{name}")})))
+        }
         _ => {
             let body = read_json(&parts.headers, body, crate::write::JSON).await?;
             let asked: NewPassword =
@@ -746,7 +899,8 @@ pub(crate) async fn change(
             }
             server.sign_ins.right(&counted);
             let password = Some(hash(server, name, asked.new).await?);
-            let spec = CredentialSpec { password, invitation: None };
+            let before = credential.as_ref().map(|c| c.spec.clone()).unwrap_or_default();
+            let spec = CredentialSpec { password, invitation: None, ..before };
             keep(server, &organization, name, spec, credential.as_ref(), &context.request_id).await?;
             let this = match &context.caller.proof {
                 Proof::Session { name, .. } => Some(name),
@@ -756,6 +910,12 @@ pub(crate) async fn change(
             Ok(answer_json(&json!({"user": format!("{organization}/{name}")})))
         }
     }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Code6 {
+    code: String,
 }
 
 #[derive(Deserialize)]

@@ -54,7 +54,9 @@ pub(crate) async fn handle(
     match verb {
         Verb::Logs => logs(server, place, name, parts, ended).await,
         Verb::Exec => exec(server, place, name, parts, ended).await,
-        Verb::SetPassword | Verb::Invite => Err(Refusal::new(Code::NotFound, "users have no streams")),
+        Verb::SetPassword | Verb::Invite | Verb::EnrollTotp | Verb::ConfirmTotp => {
+            Err(Refusal::new(Code::NotFound, "users have no streams"))
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use nexus_control::decide::merge_patch;
 use nexus_control::intent::{Accepted, Change, Intent, Target};
 use nexus_env::RngExt;
 use nexus_iam::TokenSecret;
-use nexus_model::kind::{GLOBAL, Image, ImageSpec, Kind, Token, TokenSpec};
+use nexus_model::kind::{AccessKey, AccessKeySpec, GLOBAL, Holder, Image, ImageSpec, Kind, Token, TokenSpec};
 use nexus_model::{AnyObject, ApiError, Code, FieldError, Name};
 use nexus_store::Consistency;
 use serde_json::Value;
@@ -115,32 +115,70 @@ async fn left_by(server: &Server, place: &Place, name: &Name, change: &Change) -
     }
 }
 
-/// Makes a token's text, of which only the hash is kept. Without a holder it is the caller's own.
-fn mint(server: &Server, object: &mut AnyObject, context: &Context) -> Result<TokenSecret, ApiError> {
-    let secret = TokenSecret::generate(RngExt::bytes(&*server.api.env.rng));
-    let mut spec: TokenSpec = serde_json::from_value(object.spec.clone())
-        .map_err(|e| ApiError::invalid(vec![FieldError::new("spec", e.to_string())]))?;
-    if spec.hash.is_some() {
-        return Err(ApiError::invalid(vec![FieldError::new("spec.hash", "is written by the server: leave it out")]));
+/// Whose a new credential is: the caller's own, unless it says.
+fn holder_of(object: &AnyObject, asked: Option<Holder>, context: &Context) -> Result<Holder, ApiError> {
+    if let Some(holder) = asked {
+        return Ok(holder);
     }
-    if spec.holder.is_none() {
-        let (organization, holder) = context.caller.holder.clone().ok_or_else(|| {
-            ApiError::invalid(vec![FieldError::new("spec.holder", "an operator's key is nobody's: say whose token")])
-        })?;
-        if object.metadata.organization.as_ref() != Some(&organization) {
-            let message = format!("you are in organization {organization}: say whose token it is to be here");
-            return Err(ApiError::invalid(vec![FieldError::new("spec.holder", message)]));
-        }
-        spec.holder = Some(holder);
+    let (organization, holder) = context.caller.holder.clone().ok_or_else(|| {
+        ApiError::invalid(vec![FieldError::new("spec.holder", "an operator's key is nobody's: say whose it is to be")])
+    })?;
+    if object.metadata.organization.as_ref() == Some(&organization) {
+        return Ok(holder);
     }
+    let message = format!("you are in organization {organization}: say whose it is to be here");
+    Err(ApiError::invalid(vec![FieldError::new("spec.holder", message)]))
+}
+
+fn refuse_written(field: &str, given: bool) -> Result<(), ApiError> {
+    if given {
+        return Err(ApiError::invalid(vec![FieldError::new(field, "is written by the server: leave it out")]));
+    }
+    Ok(())
+}
+
+fn read_spec<T: serde::de::DeserializeOwned>(object: &AnyObject) -> Result<T, ApiError> {
+    serde_json::from_value(object.spec.clone())
+        .map_err(|e| ApiError::invalid(vec![FieldError::new("spec", e.to_string())]))
+}
+
+/// A secret that is told once, in the status of the answer to its create.
+struct Told {
+    field: &'static str,
+    text: String,
+}
+
+/// Makes what is secret of a credential; what is stored of it goes into the object.
+fn mint(server: &Server, object: &mut AnyObject, plural: &str, context: &Context) -> Result<Option<Told>, ApiError> {
     // A credential gives no more than the one by which it was asked for.
-    if context.caller.project.is_some() {
-        spec.project = spec.project.or_else(|| context.caller.project.clone());
+    let only = context.caller.project.clone();
+    if plural == Token::PLURAL {
+        let mut spec: TokenSpec = read_spec(object)?;
+        refuse_written("spec.hash", spec.hash.is_some())?;
+        let secret = TokenSecret::generate(RngExt::bytes(&*server.api.env.rng));
+        spec.holder = Some(holder_of(object, spec.holder, context)?);
+        spec.project = only.or(spec.project);
+        spec.expires.get_or_insert_with(|| server.now().plus(DEFAULT_LIFE));
+        spec.hash = Some(secret.hash().to_string());
+        object.spec = serde_json::to_value(spec).expect("specs are plain data");
+        return Ok(Some(Told { field: "token", text: secret.reveal() }));
     }
-    spec.expires.get_or_insert_with(|| server.now().plus(DEFAULT_LIFE));
-    spec.hash = Some(secret.hash().to_string());
-    object.spec = serde_json::to_value(spec).expect("specs are plain data");
-    Ok(secret)
+    if plural == AccessKey::PLURAL {
+        let mut spec: AccessKeySpec = read_spec(object)?;
+        refuse_written("spec.id", spec.id.is_some())?;
+        refuse_written("spec.sealed", spec.sealed.is_some())?;
+        let key = nexus_iam::access_key::AccessKey::generate();
+        let sealed = key.secret.seal(&key.id, &*server.api.master_keys);
+        let sealed =
+            sealed.map_err(|e| ApiError::new(Code::Unavailable, format!("the secret can't be sealed: {e}")))?;
+        spec.holder = Some(holder_of(object, spec.holder, context)?);
+        spec.project = only.or(spec.project);
+        spec.id = Some(key.id.to_string());
+        spec.sealed = Some(serde_json::to_string(&sealed).expect("a sealed value is plain data"));
+        object.spec = serde_json::to_value(spec).expect("specs are plain data");
+        return Ok(Some(Told { field: "secret", text: key.secret.expose().to_owned() }));
+    }
+    Ok(None)
 }
 
 /// Refuses an image of content that its project has not brought.
@@ -187,15 +225,13 @@ pub(crate) async fn submit(
     let wait = headers::prefer_wait(&parts.headers)?;
     let Asked { name, mut change, if_match } = read(server, place, name, parts, body).await?;
     let mut secret = None;
-    if let Change::Create { object } = &mut change
-        && place.kind.plural == Token::PLURAL
-    {
-        if idempotency_key.is_some() {
-            let detail = "a token's text is told once and kept nowhere, so its create can't be repeated: leave \
-                          Idempotency-Key out; if the answer was lost, delete the token and create another";
+    if let Change::Create { object } = &mut change {
+        secret = mint(server, object, place.kind.plural, context)?;
+        if secret.is_some() && idempotency_key.is_some() {
+            let detail = "a secret is told once and kept nowhere, so its create can't be repeated: leave \
+                          Idempotency-Key out; if the answer was lost, delete what was made and create another";
             return Err(Refusal::new(Code::BadRequest, detail));
         }
-        secret = Some(mint(server, object, context)?);
     }
     let left = left_by(server, place, &name, &change).await?;
     let allowed = server.authorize(context, target, &parts.method, left.as_ref()).await?;
@@ -246,7 +282,7 @@ pub(crate) async fn submit(
         }
     })?;
     if let Some(secret) = secret.filter(|_| !dry_run) {
-        accepted.object.status["token"] = Value::from(secret.reveal());
+        accepted.object.status[secret.field] = Value::from(secret.text);
     }
     Ok(Done { place: place.clone(), accepted, deleted, dry_run, wait })
 }

@@ -167,9 +167,16 @@ fn routes() -> Vec<(&'static str, String, Option<Value>)> {
             add("DELETE", &format!("{one}?dryRun=true"), None);
         }
         for (_, verb) in nexus_iam::policy::VERBS.iter().filter(|v| v.0 == d.plural) {
-            let post = matches!(*verb, "set-password" | "invite");
-            let passwords = json!({"old": "something or other", "new": "something else then"});
-            add(if post { "POST" } else { "GET" }, &format!("{one}:{verb}"), post.then_some(passwords));
+            let body = match *verb {
+                "set-password" => json!({"old": "something or other", "new": "something else then"}),
+                "confirm-totp" => json!({"code": "000000"}),
+                "invite" | "enroll-totp" => json!({}),
+                _ => {
+                    add("GET", &format!("{one}:{verb}"), None);
+                    continue;
+                }
+            };
+            add("POST", &format!("{one}:{verb}"), Some(body));
         }
     }
     routes
@@ -629,4 +636,162 @@ async fn a_projects_own_administrators_grant_over_it_and_no_further() {
     assert_eq!(bind("owner", Some("shop")).await, "no", "only owners make owners");
     assert_eq!(bind("editor", None).await, "no", "over the whole organization");
     assert_eq!(bind("editor", Some("lab")).await, "no", "over another's project");
+}
+
+/// What an authenticator shows, `steps` of half a minute from now.
+fn code(secret: &str, steps: i64) -> String {
+    let bytes = data_encoding::BASE32_NOPAD.decode(secret.as_bytes()).unwrap();
+    let now = std::time::SystemTime::now();
+    let then = if steps < 0 { now - 30 * std::time::Duration::from_secs(steps.unsigned_abs()) } else { now };
+    nexus_iam::totp::TotpSecret::from_bytes(&bytes).unwrap().code_at(then).to_string()
+}
+
+#[tokio::test]
+async fn a_second_factor_is_asked_for_and_a_code_is_good_once() {
+    let cloud = Cloud::new().await;
+    cloud.world.publish_key().await;
+    let granted = accept_invitation(&cloud, "viewer").await;
+    let access = granted["access_token"].as_str().unwrap().to_owned();
+    let post = async |verb: &str, body: Value| {
+        let request = http::Request::post(format!("/v1/organizations/acme/users/viewer:{verb}"))
+            .header("authorization", format!("Bearer {access}"))
+            .header("content-type", "application/json");
+        cloud.world.send(request.body(body.to_string().into()).unwrap()).await
+    };
+    let enrolled = post("enroll-totp", json!({})).await;
+    assert_eq!(enrolled.status, StatusCode::OK, "{:?}", enrolled.body);
+    let enrolled = enrolled.json();
+    let secret = enrolled["secret"].as_str().unwrap();
+    let recovery = enrolled["recoveryCodes"][0].as_str().unwrap();
+    // Until it is confirmed nothing is asked for.
+    let by = async |otp: Option<&str>| {
+        let mut form = vec![("grant_type", "password"), ("username", "acme/viewer"), ("password", PASSWORD)];
+        form.extend(otp.map(|otp| ("otp", otp)));
+        sign_in(&cloud, &form).await
+    };
+    assert_eq!(by(None).await.status, StatusCode::OK);
+    assert_eq!(post("confirm-totp", json!({"code": "000000"})).await.status, StatusCode::FORBIDDEN);
+    assert_eq!(post("confirm-totp", json!({"code": code(secret, -1)})).await.status, StatusCode::OK);
+    support::eventually(async || by(None).await.json()["error"] == "mfa_required").await;
+    assert_eq!(by(Some(&code(secret, -1))).await.json()["error"], "invalid_grant", "it was used");
+    let signed_in = by(Some(&code(secret, 0))).await;
+    assert_eq!(signed_in.status, StatusCode::OK, "{:?}", signed_in.body);
+    let token = signed_in.json()["access_token"].as_str().unwrap().to_owned();
+    assert_eq!(as_bearer(&cloud, &token, "/v1/whoami").await.json()["mfa"], true);
+    let again = by(Some(recovery)).await;
+    assert_eq!(again.status, StatusCode::OK, "{:?}", again.body);
+    support::eventually(async || by(Some(recovery)).await.json()["error"] == "invalid_grant").await;
+    // Only an administrator's invitation takes it away.
+    assert_eq!(post("enroll-totp", json!({})).await.status, StatusCode::CONFLICT);
+    accept_invitation(&cloud, "viewer").await;
+    support::eventually(async || by(None).await.status == StatusCode::OK).await;
+}
+
+/// An access key of a user, as (id, secret).
+async fn access_key(cloud: &Cloud, who: &str) -> nexus_iam::access_key::AccessKey {
+    let body = json!({"metadata": {"name": format!("k-{who}")}, "spec": {}});
+    let made = cloud.call(who, "POST", "/v1/organizations/acme/access-keys", Some(body)).await;
+    assert_eq!(made.status, StatusCode::CREATED, "{:?}", made.body);
+    let made = made.json();
+    nexus_iam::access_key::AccessKey {
+        id: made["spec"]["id"].as_str().unwrap().parse().unwrap(),
+        secret: made["status"]["secret"].as_str().unwrap().parse().unwrap(),
+    }
+}
+
+/// A request signed by a key.
+fn signed(
+    key: &nexus_iam::access_key::AccessKey,
+    method: &str,
+    path: &str,
+    body: &str,
+    at: std::time::SystemTime,
+) -> http::Request<axum::body::Body> {
+    use nexus_iam::sigv4::{Body, Request, sign};
+    use sha2::Digest as _;
+    let (path_only, query) = path.split_once('?').unwrap_or((path, ""));
+    let fixed: [(&str, &[u8]); 2] = [("host", b"cloud.test"), ("content-type", b"application/json")];
+    let request = Request { method, path: path_only, query, headers: &fixed };
+    let hash: [u8; 32] = sha2::Sha256::digest(body.as_bytes()).into();
+    let signed = sign(&request, Body::Sha256(hash), key, "local", "nexus", at).unwrap();
+    let mut request = http::Request::builder().method(method).uri(path);
+    for (name, value) in fixed {
+        request = request.header(name, value);
+    }
+    for (name, value) in signed.0 {
+        request = request.header(name, value);
+    }
+    request.body(body.to_owned().into()).unwrap()
+}
+
+#[tokio::test]
+async fn signed_requests_are_their_signers_and_nothing_of_them_may_change() {
+    use std::time::{Duration, SystemTime};
+    let cloud = Cloud::new().await;
+    cloud.world.publish_key().await;
+    let key = access_key(&cloud, "editor").await;
+    let apps = "/v1/regions/local/projects/shop/apps";
+    let send = async |request: http::Request<axum::body::Body>| cloud.world.send(request).await;
+    let now = SystemTime::now();
+    let list = send(signed(&key, "GET", apps, "", now)).await;
+    assert_eq!(list.status, StatusCode::OK, "{:?}", list.body);
+    let app = json!({"metadata": {"name": "signed"}, "spec": {"image": "x"}}).to_string();
+    let made = send(signed(&key, "POST", apps, &app, now)).await;
+    assert_eq!(made.status, StatusCode::CREATED, "{:?}", made.body);
+    let refused = async |what: &str, request: http::Request<axum::body::Body>| {
+        let answer = send(request).await;
+        assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{what}: {:?}", answer.body);
+    };
+    let (parts, _) = signed(&key, "GET", apps, "", now).into_parts();
+    let twice = || http::Request::from_parts(parts.clone(), String::new().into());
+    assert_eq!(send(twice()).await.status, StatusCode::OK);
+    refused("replayed", twice()).await;
+    refused("long ago", signed(&key, "GET", apps, "", now - Duration::from_secs(3600))).await;
+    refused("to come", signed(&key, "GET", apps, "", now + Duration::from_secs(3600))).await;
+    let later = now + Duration::from_secs(1);
+    let mut changed = signed(&key, "GET", apps, "", later);
+    *changed.uri_mut() = "/v1/regions/local/projects/shop/routes".parse().unwrap();
+    refused("another path", changed).await;
+    let mut changed = signed(&key, "GET", apps, "", later);
+    changed.headers_mut().insert("content-type", "text/plain".parse().unwrap());
+    refused("a changed header", changed).await;
+    let mut added = signed(&key, "DELETE", &format!("{apps}/signed"), "", later);
+    added.headers_mut().insert("if-match", "\"1\"".parse().unwrap());
+    refused("an added header", added).await;
+    let other =
+        nexus_iam::access_key::AccessKey { secret: nexus_iam::access_key::SecretKey::generate(), ..key.clone() };
+    refused("another secret", signed(&other, "GET", apps, "", later)).await;
+    let unknown = nexus_iam::access_key::AccessKey::generate();
+    refused("an unknown key", signed(&unknown, "GET", apps, "", later)).await;
+    // A body that was put in place of the signed one does nothing.
+    let evil = json!({"metadata": {"name": "evil"}, "spec": {"image": "x"}}).to_string();
+    let good = json!({"metadata": {"name": "good"}, "spec": {"image": "x"}}).to_string();
+    let (parts, _) = signed(&key, "POST", apps, &good, later).into_parts();
+    let answer = send(http::Request::from_parts(parts, evil.into())).await;
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{:?}", answer.body);
+    assert_eq!(cloud.call("viewer", "GET", &format!("{apps}/evil"), None).await.status, StatusCode::NOT_FOUND);
+    // What the key may do is what its holder may.
+    let denied = send(signed(&key, "GET", "/v1/organizations/globex/users", "", later)).await;
+    assert_eq!(denied.status, StatusCode::NOT_FOUND);
+
+    // The same key gets an access token.
+    let form =
+        [("grant_type", "client_credentials"), ("client_id", key.id.as_str()), ("client_secret", key.secret.expose())];
+    let granted = sign_in(&cloud, &form).await;
+    assert_eq!(granted.status, StatusCode::OK, "{:?}", granted.body);
+    let access = granted.json()["access_token"].as_str().unwrap().to_owned();
+    assert_eq!(as_bearer(&cloud, &access, "/v1/whoami").await.json()["name"], "acme/editor");
+    let wrong = [form[0], form[1], ("client_secret", "not the secret of this key")];
+    assert_eq!(sign_in(&cloud, &wrong).await.json()["error"], "invalid_client");
+
+    // Deleted, it opens nothing.
+    let gone = cloud.call("editor", "DELETE", "/v1/organizations/acme/access-keys/k-editor", None).await;
+    assert_eq!(gone.status, StatusCode::OK, "{:?}", gone.body);
+    let mut step = 2;
+    support::eventually(async || {
+        step += 1;
+        let at = now + Duration::from_secs(step);
+        send(signed(&key, "GET", apps, "", at)).await.status == StatusCode::UNAUTHORIZED
+    })
+    .await;
 }

@@ -23,7 +23,7 @@ use nexus_audit::{
     Actor, ActorKind, Anchor, Answer, Change, Draft, Hash, Log, LogState, Personal, Retention, SubjectKey, Target,
 };
 use nexus_env::RngExt;
-use nexus_model::kind::{Group, Kind, Organization, Policy, RoleBinding, ServiceAccount, User};
+use nexus_model::kind::{Kind, Organization, Scope};
 use nexus_model::{API_VERSION, AnyObject, ApiError, Code, Metadata, Name, Uid, key};
 use nexus_store::{RangeRequest, Revision, Store, StoreError};
 use serde::{Deserialize, Serialize};
@@ -181,14 +181,7 @@ pub(crate) fn changed<K: Stored>(
     if intent.dry_run {
         return Ok(());
     }
-    let identity = [
-        Organization::PLURAL,
-        User::PLURAL,
-        Group::PLURAL,
-        ServiceAccount::PLURAL,
-        RoleBinding::PLURAL,
-        Policy::PLURAL,
-    ];
+    let identity = K::SCOPE == Scope::Organization || K::PLURAL == Organization::PLURAL;
     let target = &intent.target;
     let name = match &target.organization {
         Some(organization) => format!("{organization}/{}", target.name),
@@ -202,7 +195,7 @@ pub(crate) fn changed<K: Stored>(
         uid: Some(uid),
     });
     draft.change = Some(Change::of(before, after));
-    draft.retention = if identity.contains(&K::PLURAL) { Retention::Security } else { Retention::Change };
+    draft.retention = if identity { Retention::Security } else { Retention::Change };
     step.record(draft)
 }
 

@@ -451,6 +451,12 @@ impl Admit for Token {
     }
 }
 
+impl Admit for AccessKey {
+    fn admit(step: &mut Step<'_>, _: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::people::check_access_key(step, new)
+    }
+}
+
 impl Admit for Session {
     const TOLD: bool = false;
 

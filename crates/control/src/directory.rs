@@ -22,6 +22,7 @@ use crate::world::{Place, World};
 
 /// What it is made of.
 const PREFIXES: &[&str] = &[
+    "o/access-keys/",
     "o/credentials/",
     "o/groups/",
     "o/organizations/",
@@ -46,6 +47,7 @@ pub struct Known {
     pub keys_epoch: u64,
     world: World,
     tokens: HashMap<TokenHash, Place>,
+    access_keys: HashMap<String, Place>,
     members: BTreeMap<Place, BTreeSet<Principal>>,
     groups: HashMap<Principal, BTreeSet<Principal>>,
     bindings: HashMap<Place, Reach>,
@@ -148,6 +150,7 @@ impl Known {
             keys_epoch: 0,
             world: World::default(),
             tokens: HashMap::new(),
+            access_keys: HashMap::new(),
             members: BTreeMap::new(),
             groups: HashMap::new(),
             bindings: HashMap::new(),
@@ -186,6 +189,16 @@ impl Known {
     pub fn token(&self, hash: &TokenHash) -> Option<&Object<Token>> {
         let (organization, name) = self.tokens.get(hash)?;
         self.world.tokens.get(organization.as_ref(), name)
+    }
+
+    /// The access key with this public half.
+    pub fn access_key(&self, id: &str) -> Option<&Object<AccessKey>> {
+        let (organization, name) = self.access_keys.get(id)?;
+        self.world.access_keys.get(organization.as_ref(), name)
+    }
+
+    pub fn access_key_named(&self, organization: &Name, name: &Name) -> Option<&Object<AccessKey>> {
+        self.world.access_keys.get(Some(organization), name)
     }
 
     pub fn token_named(&self, organization: &Name, name: &Name) -> Option<&Object<Token>> {
@@ -308,6 +321,12 @@ impl Known {
                 match hash {
                     Some(hash) => drop(self.tokens.insert(hash, at)),
                     None => self.tokens.retain(|_, place| *place != at),
+                }
+            }
+            (p, Some(_)) if p == AccessKey::PLURAL => {
+                match self.world.access_keys.live.get(&at).and_then(|k| k.spec.id.clone()) {
+                    Some(id) => drop(self.access_keys.insert(id, at)),
+                    None => self.access_keys.retain(|_, place| *place != at),
                 }
             }
             (p, Some(_)) if p == Session::PLURAL && !self.world.sessions.live.contains_key(&at) => {

@@ -108,6 +108,7 @@ pub struct World {
     pub role_bindings: Table<RoleBinding>,
     pub policies: Table<Policy>,
     pub tokens: Table<Token>,
+    pub access_keys: Table<AccessKey>,
     pub sessions: Table<Session>,
     pub credentials: Table<Credential>,
     pub signing_keys: Table<SigningKey>,
@@ -186,7 +187,7 @@ macro_rules! stored {
 macro_rules! for_kind {
     ($plural:expr, $K:ident => $body:expr) => {
         for_kind!(@ $plural, $K, $body,
-            Organization Project User Group ServiceAccount RoleBinding Policy Token Session Credential
+            Organization Project User Group ServiceAccount RoleBinding Policy Token AccessKey Session Credential
             SigningKey Region Zone Cell Host Image App Instance Route Event Usage)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
@@ -211,6 +212,7 @@ stored! {
     RoleBinding => role_bindings;
     Policy => policies;
     Token => tokens;
+    AccessKey => access_keys;
     Session => sessions;
     Credential => credentials;
     SigningKey => signing_keys;

@@ -143,6 +143,15 @@ impl RecoveryCodes {
         (codes, Self(hashes))
     }
 
+    /// As they are stored.
+    pub fn from_hashes(hashes: Vec<String>) -> Self {
+        Self(hashes)
+    }
+
+    pub fn into_hashes(self) -> Vec<String> {
+        self.0
+    }
+
     /// How many are left.
     pub fn left(&self) -> usize {
         self.0.len()

@@ -263,7 +263,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 19] = [
+static ALL: [KindDescriptor; 20] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -272,6 +272,7 @@ static ALL: [KindDescriptor; 19] = [
     KindDescriptor::of::<RoleBinding>(),
     KindDescriptor::of::<Policy>(),
     KindDescriptor::of::<Token>(),
+    KindDescriptor::of::<AccessKey>(),
     KindDescriptor::of::<Session>(),
     KindDescriptor::of::<Region>(),
     KindDescriptor::of::<Zone>(),

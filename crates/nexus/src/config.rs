@@ -113,6 +113,9 @@ pub struct ServerConfig {
     pub api_peer_listen: Option<SocketAddr>,
     /// The file with the SHA-256 of the administrator's token, in hexadecimal.
     pub token_hash: PathBuf,
+    /// The file with the master keys, by which secrets are sealed that stand in the metadata. Every server has the same one.
+    #[serde(default)]
+    pub master_keys: Option<PathBuf>,
     /// Apps are reached at `NAME.<domain>`.
     #[serde(default = "default_domain")]
     pub domain: String,
@@ -425,6 +428,9 @@ impl TlsFiles {
 impl Config for ServerConfig {
     fn resolve(&mut self, base: &Path) {
         resolve(base, &mut [&mut self.data_dir, &mut self.token_hash]);
+        if let Some(keys) = &mut self.master_keys {
+            resolve(base, &mut [keys]);
+        }
         self.tls.resolve(base);
         self.api_tls.resolve(base);
         if let Some(backups) = &mut self.backup_dir {
@@ -672,6 +678,7 @@ mod tests {
             api_http_listen: Some("127.0.0.1:8453".parse().unwrap()),
             api_peer_listen: None,
             token_hash: "hash".into(),
+            master_keys: None,
             domain: "localhost".into(),
             issuer: None,
             zones: vec!["zone-a".parse().unwrap()],

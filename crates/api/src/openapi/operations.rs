@@ -427,7 +427,7 @@ fn identity_paths(paths: &mut Map<String, Value>) {
     let mut token = operation("token", "server", "Sign in, or refresh", Vec::new(), Value::Object(responses));
     let form = json!({"type": "object", "additionalProperties": false, "required": ["grant_type"], "properties": {
         "grant_type": text(64), "username": text(127), "password": text(1024), "refresh_token": text(256),
-        "invitation": text(64),
+        "invitation": text(64), "otp": text(32), "client_id": text(64), "client_secret": text(64),
     }});
     token["requestBody"] =
         json!({"required": true, "content": {"application/x-www-form-urlencoded": {"schema": form}}});
@@ -446,6 +446,12 @@ fn identity_paths(paths: &mut Map<String, Value>) {
     let mut password = operation("setPassword", users.plural, about, here(), responses());
     password["requestBody"] = asked(&json!({"old": text(1024), "new": text(1024)}), &["old", "new"]);
     paths.insert(format!("{path}:set-password"), json!({"post": password}));
+    let about = "Begin a second factor: the secret for an authenticator, and recovery codes";
+    let enroll = operation("enrollTotp", users.plural, about, here(), responses());
+    paths.insert(format!("{path}:enroll-totp"), json!({"post": enroll}));
+    let mut confirm = operation("confirmTotp", users.plural, "Show that one can make codes", here(), responses());
+    confirm["requestBody"] = asked(&json!({"code": text(32)}), &["code"]);
+    paths.insert(format!("{path}:confirm-totp"), json!({"post": confirm}));
     let about = "Make an invitation, by which a user sets a first or new password";
     let invite = operation("inviteUser", users.plural, about, here(), responses());
     paths.insert(format!("{path}:invite"), json!({"post": invite}));

@@ -23,6 +23,7 @@ use nexus_control::directory::Directory;
 use nexus_control::intent::{Accepted, Change, Intent, Writer};
 use nexus_env::Env;
 use nexus_iam::TokenSecret;
+use nexus_iam::envelope::FileKeys;
 use nexus_iam::jwt::SigningKey;
 use nexus_model::plan::{ExecRequest, LogsRequest};
 use nexus_model::{AnyObject, ApiError, Code, Digest, Name, Timestamp, Uid, key, kind};
@@ -502,6 +503,7 @@ impl World {
             directory: directory.clone(),
             operators: Operators::new([(secret.hash(), "admin".into())]),
             signer: signer.clone(),
+            master_keys: Arc::new(FileKeys::generate()),
             issuer: "https://cloud.test".into(),
             blobs: Arc::new(MemBlobs::default()),
             hosts: Arc::new(EchoHost),

@@ -138,6 +138,7 @@ fn tear_down_organization(step: &mut Step<'_>, uid: Uid) -> Teardown {
         Teardown::Waiting
     } else if take_away::<Session>(step, name)
         || take_away::<Token>(step, name)
+        || take_away::<AccessKey>(step, name)
         || take_away::<Credential>(step, name)
         || take_away::<RoleBinding>(step, name)
         || take_away::<Policy>(step, name)

@@ -12,8 +12,8 @@ use crate::world::World;
 
 /// The most sessions of one user: with one more, the oldest ends.
 const SESSIONS: usize = 50;
-/// The most tokens of one organization.
-const TOKENS: usize = 10_000;
+/// The most tokens, and the most access keys, of one organization.
+const CREDENTIALS: usize = 10_000;
 /// Sessions, and tokens, that one step erases.
 const AT_ONCE: usize = 16;
 /// How far ahead a client's clock may be.
@@ -194,23 +194,37 @@ pub fn check_policy(step: &Step<'_>, new: &Object<Policy>) -> Result<(), ApiErro
 pub fn check_token(step: &Step<'_>, new: &Object<Token>) -> Result<(), ApiError> {
     let organization = new.metadata.organization.as_ref().expect("tokens belong to an organization");
     check_project(step, organization, new.spec.project.as_ref())?;
-    let Some(holder) = &new.spec.holder else {
-        return Err(invalid("spec.holder", "whose token it is"));
-    };
-    if !holder_is_there(step.world, organization, holder) {
-        let message = format!("there is no {:?} {} in organization {organization}", holder.kind, holder.name);
-        return Err(invalid("spec.holder", message));
-    }
+    check_holder(step, organization, new.spec.holder.as_ref())?;
     let latest = step.now.as_millis() + MAX_TOKEN_DAYS as i64 * 86_400_000 + SKEW_MS;
     let fits = |t: &Timestamp| (step.now.as_millis()..=latest).contains(&t.as_millis());
     if !new.spec.expires.as_ref().is_some_and(fits) {
         return Err(invalid("spec.expires", format!("a moment within the next {MAX_TOKEN_DAYS} days")));
     }
-    if step.world.tokens.within(organization).count() >= TOKENS {
-        let detail = format!("organization {organization} has {TOKENS} tokens, which is the most: delete some");
-        return Err(ApiError::new(Code::QuotaExceeded, detail));
+    refuse_many(organization, "tokens", step.world.tokens.within(organization).count())
+}
+
+pub fn check_access_key(step: &Step<'_>, new: &Object<AccessKey>) -> Result<(), ApiError> {
+    let organization = new.metadata.organization.as_ref().expect("access keys belong to an organization");
+    check_project(step, organization, new.spec.project.as_ref())?;
+    check_holder(step, organization, new.spec.holder.as_ref())?;
+    refuse_many(organization, "access keys", step.world.access_keys.within(organization).count())
+}
+
+fn check_holder(step: &Step<'_>, organization: &Name, holder: Option<&Holder>) -> Result<(), ApiError> {
+    let Some(holder) = holder else { return Err(invalid("spec.holder", "whose it is")) };
+    if holder_is_there(step.world, organization, holder) {
+        return Ok(());
     }
-    Ok(())
+    let message = format!("there is no {:?} {} in organization {organization}", holder.kind, holder.name);
+    Err(invalid("spec.holder", message))
+}
+
+fn refuse_many(organization: &Name, what: &str, count: usize) -> Result<(), ApiError> {
+    if count < CREDENTIALS {
+        return Ok(());
+    }
+    let detail = format!("organization {organization} has {CREDENTIALS} {what}, which is the most: delete some");
+    Err(ApiError::new(Code::QuotaExceeded, detail))
 }
 
 fn holder_is_there(world: &World, organization: &Name, holder: &Holder) -> bool {
@@ -248,6 +262,9 @@ pub fn sign_out(step: &mut Step<'_>, organization: Option<&Name>, kind: HolderKi
     let tokens: Vec<_> =
         step.world.tokens.within(organization).filter(|t| t.spec.holder == holder).take(AT_ONCE).cloned().collect();
     tokens.iter().for_each(|t| step.erase(t));
+    let keys = step.world.access_keys.within(organization).filter(|k| k.spec.holder == holder);
+    let keys: Vec<_> = keys.take(AT_ONCE).cloned().collect();
+    keys.iter().for_each(|k| step.erase(k));
     if kind == HolderKind::User
         && let Some(credential) = step.world.credentials.get(Some(organization), name).cloned()
     {
@@ -269,6 +286,10 @@ pub fn forget_ended(step: &mut Step<'_>) {
     let tokens = tokens
         .filter(|t| over(t.spec.expires.as_ref()) || gone(t.metadata.organization.as_ref(), t.spec.holder.as_ref()));
     let tokens: Vec<_> = tokens.take(AT_ONCE).cloned().collect();
+    let keys = step.world.access_keys.live.values();
+    let keys = keys.filter(|k| gone(k.metadata.organization.as_ref(), k.spec.holder.as_ref()));
+    let keys: Vec<_> = keys.take(AT_ONCE).cloned().collect();
     sessions.iter().for_each(|s| step.erase(s));
     tokens.iter().for_each(|t| step.erase(t));
+    keys.iter().for_each(|k| step.erase(k));
 }

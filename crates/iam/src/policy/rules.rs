@@ -132,9 +132,12 @@ const RULES: &[Rule] = &[
     Rule::new("blobs", Holder::Project, &["view"], &[]).verbs(&[("put", &["edit"], Level::Project)]),
     Rule::new("secrets", Holder::Any, &["view"], &["edit"]).verbs(&[("read-value", &["reveal"], Level::Project)]),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
-    Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE)
-        .level(Level::Organization)
-        .verbs(&[("set-password", &["self"], Level::Organization), ("invite", PEOPLE, Level::Organization)]),
+    Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization).verbs(&[
+        ("set-password", &["self"], Level::Organization),
+        ("enroll-totp", &["self"], Level::Organization),
+        ("confirm-totp", &["self"], Level::Organization),
+        ("invite", PEOPLE, Level::Organization),
+    ]),
     Rule::new("groups", Holder::Organization, &["view", "audit"], PEOPLE).level(Level::Organization),
     Rule::new("service-accounts", Holder::Organization, &["view", "self", "audit"], PEOPLE),
     Rule::new("role-bindings", Holder::Any, &["view", "audit"], PEOPLE),
@@ -162,8 +165,14 @@ const RULES: &[Rule] = &[
 ];
 
 /// Verbs of kinds beside the standard ones, as (plural, verb).
-pub const VERBS: &[(&str, &str)] =
-    &[("instances", "logs"), ("instances", "exec"), ("users", "set-password"), ("users", "invite")];
+pub const VERBS: &[(&str, &str)] = &[
+    ("instances", "logs"),
+    ("instances", "exec"),
+    ("users", "set-password"),
+    ("users", "invite"),
+    ("users", "enroll-totp"),
+    ("users", "confirm-totp"),
+];
 
 /// Actions on collections that are no kinds.
 pub const EXTRAS: &[(&str, &str)] = &[

@@ -373,6 +373,71 @@ impl Kind for Token {
 }
 
 #[derive(Debug, Clone)]
+pub struct AccessKey;
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AccessKeySpec {
+    /// Without it, whoever creates the key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Holder>,
+    /// Opens nothing but this project.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub project: Option<Name>,
+    #[schemars(length(max = 200))]
+    pub description: String,
+    /// The public half. Written by the server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(equal = 20))]
+    pub id: Option<String>,
+    /// The secret half, sealed by the master key. Written by the server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024))]
+    pub sealed: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AccessKeyStatus {
+    /// The secret half, in the answer to the key's create and nowhere else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub secret: Option<String>,
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for AccessKey {
+    const KIND: &'static str = "AccessKey";
+    const PLURAL: &'static str = "access-keys";
+    const SHORT: &'static [&'static str] = &["ak"];
+    const ABOUT: &'static str =
+        "An id and a secret by which programs sign requests (AWS Signature Version 4) or get access tokens.";
+    const SCOPE: Scope = Scope::Organization;
+    const HOME: Home = Home::Global;
+    const VERBS: Verbs = Verbs { create: true, update: false, delete: true };
+    const COLUMNS: &'static [Column] = &[
+        Column::new("ID", "/spec/id"),
+        Column::new("HOLDER", "/spec/holder/name"),
+        Column::new("PROJECT", "/spec/project"),
+    ];
+    type Spec = AccessKeySpec;
+    type Status = AccessKeyStatus;
+
+    fn validate(spec: &AccessKeySpec) -> Vec<FieldError> {
+        text("spec.description", &spec.description, 200)
+    }
+
+    fn example() -> AccessKeySpec {
+        let name = |n: &str| n.parse().expect("a well-formed name");
+        AccessKeySpec {
+            holder: Some(Holder { kind: HolderKind::ServiceAccount, name: name("deployer") }),
+            project: Some(name("shop")),
+            ..AccessKeySpec::default()
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
 pub struct Session;
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -386,6 +451,9 @@ pub struct SessionSpec {
     /// How its holder proved who they are (RFC 8176): `pwd`, `otp`.
     #[schemars(length(max = 8))]
     pub factors: Vec<String>,
+    /// Opens nothing but this project.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub project: Option<Name>,
     /// From where it was opened.
     #[schemars(length(max = 64))]
     pub address: String,
@@ -441,6 +509,25 @@ pub struct CredentialSpec {
     /// Sets a first or new password, once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub invitation: Option<Invitation>,
+    /// Asked for beside the password.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub second_factor: Option<SecondFactor>,
+}
+
+/// One-time codes (RFC 6238).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SecondFactor {
+    /// The shared secret, sealed by the master key.
+    pub secret: String,
+    /// It is asked for only when its holder has shown that they can make codes.
+    pub confirmed: bool,
+    /// The time step of the last code that was taken: no code is taken twice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_step: Option<u64>,
+    /// The hashes of recovery codes that are left.
+    #[serde(default)]
+    pub recovery: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

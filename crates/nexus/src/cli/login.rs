@@ -39,6 +39,9 @@ pub struct LoginArgs {
     /// Sets a new password by an invitation, which is good once
     #[arg(long, value_name = "TEXT", value_parser = invitation_arg)]
     invitation: Option<String>,
+    /// The code of the second factor, or a recovery code [default: asked for where there is one]
+    #[arg(long, value_name = "CODE")]
+    otp: Option<String>,
     /// Reads the password from standard input instead of the terminal
     #[arg(long)]
     password_stdin: bool,
@@ -72,6 +75,14 @@ pub struct WhoAmIArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  nexus password")]
 pub struct PasswordArgs {
+    #[command(flatten)]
+    cloud: CloudArgs,
+}
+
+/// Begins a second factor: one-time codes of an authenticator that are asked for beside the password
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  nexus second-factor")]
+pub struct SecondFactorArgs {
     #[command(flatten)]
     cloud: CloudArgs,
 }
@@ -219,8 +230,16 @@ pub async fn login(args: &LoginArgs) -> anyhow::Result<()> {
         }
         None => {
             let password = if args.password_stdin { from_stdin()? } else { ask(&format!("Password of {user}"))? };
-            let form = [("grant_type", "password"), ("username", user.as_str()), ("password", password.as_str())];
-            client.sign_in(&form).await?
+            let mut form = vec![("grant_type", "password"), ("username", &user), ("password", &password)];
+            form.extend(args.otp.as_deref().map(|otp| ("otp", otp)));
+            match client.sign_in(&form).await {
+                Err(error) if wants_code(&error) && std::io::stdin().is_terminal() => {
+                    let otp = ask("Code of the second factor")?;
+                    form.push(("otp", otp.trim()));
+                    client.sign_in(&form).await?
+                }
+                signed_in => signed_in?,
+            }
         }
     };
     let path = session::path_beside(&context::path()?);
@@ -229,6 +248,38 @@ pub async fn login(args: &LoginArgs) -> anyhow::Result<()> {
     context.session_file = Some(path);
     context::write(&context)?;
     output::text(&format!("signed in as {}", session.user))
+}
+
+fn wants_code(error: &ClientError) -> bool {
+    let document = error.problem().and_then(|p| p.document.as_ref());
+    document.is_some_and(|d| d["error"] == "mfa_required")
+}
+
+/// The path of the user who is signed in, for the verbs that only they themselves may use.
+async fn own_path(cloud: &Cloud) -> anyhow::Result<String> {
+    let me: Value = cloud.client.get("/v1/whoami").await?;
+    if text(&me, "/kind") != "user" {
+        return Err(Fail::usage(format!("{} has no password: only users have", text(&me, "/name"))).into());
+    }
+    let (organization, name) = text(&me, "/name").split_once('/').unwrap_or_default();
+    Ok(format!("/v1/organizations/{organization}/users/{name}"))
+}
+
+pub async fn second_factor(args: &SecondFactorArgs) -> anyhow::Result<()> {
+    let cloud = Cloud::connect(&args.cloud)?;
+    let path = own_path(&cloud).await?;
+    let enrolled: Value = cloud.client.once(Method::POST, &format!("{path}:enroll-totp"), Parts::default()).await?;
+    output::text(&format!("secret for the authenticator: {}", text(&enrolled, "/secret")))?;
+    output::text(&format!("the same as a link:           {}", text(&enrolled, "/uri")))?;
+    output::text("recovery codes, each good once, for when the authenticator is lost:")?;
+    for code in enrolled["recoveryCodes"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        output::text(&format!("  {code}"))?;
+    }
+    let code = ask("The code that the authenticator shows now")?;
+    let body = json!({"code": code.trim()});
+    let at = format!("{path}:confirm-totp");
+    let _: Value = cloud.client.once(Method::POST, &at, Parts::json(&body)?).await?;
+    output::text("from now on a code is asked for beside the password")
 }
 
 pub async fn logout(_: &LogoutArgs) -> anyhow::Result<()> {
@@ -280,14 +331,10 @@ pub async fn who_am_i(args: &WhoAmIArgs) -> anyhow::Result<()> {
 
 pub async fn password(args: &PasswordArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?;
-    let me: Value = cloud.client.get("/v1/whoami").await?;
-    if text(&me, "/kind") != "user" {
-        return Err(Fail::usage(format!("{} has no password: only users have", text(&me, "/name"))).into());
-    }
-    let (organization, name) = text(&me, "/name").split_once('/').unwrap_or_default();
+    let path = own_path(&cloud).await?;
     let old = ask("Old password")?;
     let body = json!({"old": old, "new": new_password(false)?});
-    let at = format!("/v1/organizations/{organization}/users/{name}:set-password");
+    let at = format!("{path}:set-password");
     let _: Value = cloud.client.once(Method::POST, &at, Parts::json(&body)?).await?;
     output::text("the password is changed; your other sessions have ended")
 }

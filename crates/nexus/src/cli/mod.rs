@@ -2,6 +2,7 @@
 //!
 //! Results go to standard output, progress and advice to standard error.
 
+mod access_key;
 mod apply;
 mod audit;
 mod backup;
@@ -132,6 +133,8 @@ pub enum UserCommand {
     Password(login::PasswordArgs),
     User(user::UserArgs),
     Token(token::TokenArgs),
+    AccessKey(access_key::AccessKeyArgs),
+    SecondFactor(login::SecondFactorArgs),
     Can(can::CanArgs),
     Policy(can::PolicyArgs),
     JoinToken(host::JoinTokenArgs),
@@ -190,6 +193,8 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::Password(args) => login::password(&args).await?,
         UserCommand::User(args) => user::run(&args).await?,
         UserCommand::Token(args) => token::run(&args).await?,
+        UserCommand::AccessKey(args) => access_key::run(&args).await?,
+        UserCommand::SecondFactor(args) => login::second_factor(&args).await?,
         UserCommand::Can(args) => return can::can(&args).await,
         UserCommand::Policy(args) => can::policy(&args).await?,
         UserCommand::JoinToken(args) => host::tokens(&args).await?,

@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use nexus_api::operations::{JoinRole, Named, Nothing, Replace, ServerJoin, ServerJoined};
 use nexus_env::{Env, RngExt as _};
+use nexus_iam::envelope::FileKeys;
 use nexus_iam::{CertRequest, CertificateAuthority, SpiffeId, TokenSecret};
 use nexus_model::Name;
 use nexus_model::kind::Tier;
@@ -128,6 +129,9 @@ pub struct ServerJoinArgs {
     /// The API's address as users write it [default: https:// and --api-listen]
     #[arg(long, value_name = "URL")]
     api_url: Option<String>,
+    /// A copy of another server's master keys; without it this one can't check second factors and signed requests
+    #[arg(long, value_name = "FILE")]
+    master_keys: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -280,6 +284,7 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
     let secret = TokenSecret::generate(env.rng.bytes());
     let token = home.write("token", &secret.reveal())?;
     home.write("token.sha256", &secret.hash().to_string())?;
+    home.write("master-keys", &FileKeys::generate().to_text())?;
     let config = ServerConfig {
         name: args.name.clone(),
         node_id: 1,
@@ -295,6 +300,7 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
         api_http_listen: None,
         api_peer_listen: None,
         token_hash: home.path("token.sha256"),
+        master_keys: Some(home.path("master-keys")),
         domain: args.domain.clone(),
         issuer: None,
         zones: args.zones.clone(),
@@ -362,6 +368,11 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
     home.write("tls/server.pem", &joined.cert)?;
     home.write("tls/api.pem", &joined.api_cert)?;
     home.write("token.sha256", &joined.token_hash)?;
+    if let Some(keys) = &args.master_keys {
+        let text = std::fs::read_to_string(keys).with_context(|| format!("reading {}", keys.display()))?;
+        FileKeys::parse(&text).with_context(|| format!("the master keys {}", keys.display()))?;
+        home.write("master-keys", &text)?;
+    }
     let authority = match &joined.authority_key {
         Some(key) => {
             home.write("tls/ca.key", key)?;
@@ -391,6 +402,7 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         api_http_listen: None,
         api_peer_listen: None,
         token_hash: home.path("token.sha256"),
+        master_keys: args.master_keys.as_ref().map(|_| home.path("master-keys")),
         domain: joined.domain,
         issuer: joined.issuer,
         zones: joined.zones,

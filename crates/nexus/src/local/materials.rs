@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use nexus_env::{Endpoint, Env, RngExt as _};
+use nexus_iam::envelope::FileKeys;
 use nexus_iam::{CertificateAuthority, Identity, SpiffeId, TokenSecret};
 use nexus_model::kind::Capacity;
 use nexus_model::{Bytes, MilliCpu};
@@ -76,6 +77,7 @@ pub fn prepare(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) -> 
     let now = SystemTime::UNIX_EPOCH + Duration::from_millis(env.now_millis().try_into().unwrap_or(0));
     let ca = authority(dir, plan, now)?;
     token(dir, &env)?;
+    master_keys(dir)?;
     let issue = |name: &str, id: SpiffeId, public: Option<Vec<IpAddr>>| certificate(dir, &ca, now, name, &id, public);
     let domain = &plan.cluster_id;
     for server in plan.servers() {
@@ -124,6 +126,14 @@ fn token(dir: &DataDir, env: &Env) -> anyhow::Result<()> {
         }
     };
     write_if_changed(&dir.token_hash(), &secret.hash().to_string())
+}
+
+/// The keys that all of the cloud's servers seal secrets with.
+fn master_keys(dir: &DataDir) -> anyhow::Result<()> {
+    match read_optional(&dir.master_keys())? {
+        Some(_) => Ok(()),
+        None => write_private(&dir.master_keys(), FileKeys::generate().to_text().as_bytes()),
+    }
 }
 
 fn certificate(
@@ -184,6 +194,7 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 api_http_listen: Some(server.api_http),
                 api_peer_listen: server.api_peer,
                 token_hash: dir.token_hash(),
+                master_keys: Some(dir.master_keys()),
                 domain: DOMAIN.to_owned(),
                 issuer: None,
                 zones: plan.zones.clone(),

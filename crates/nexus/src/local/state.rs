@@ -99,6 +99,10 @@ impl DataDir {
         self.root.join("token")
     }
 
+    pub fn master_keys(&self) -> PathBuf {
+        self.root.join("master-keys")
+    }
+
     pub fn token_hash(&self) -> PathBuf {
         self.root.join("token.sha256")
     }
@@ -197,7 +201,7 @@ impl DataDir {
         for folder in ["ca", "certs", "config", "data", "logs", "run"] {
             remove_tree(&self.root.join(folder))?;
         }
-        for file in ["token", "token.sha256", "lock", "setup.lock", MARKER] {
+        for file in ["token", "token.sha256", "master-keys", "lock", "setup.lock", MARKER] {
             match fs::remove_file(self.root.join(file)) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
                     return Err(e).with_context(|| format!("removing {file}"));

@@ -11,6 +11,7 @@ mod fleet;
 mod groups;
 mod hosts;
 mod join;
+mod keys;
 mod membership;
 pub mod northbound;
 mod operations;
@@ -264,6 +265,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         directory,
         operators: Operators::new([(hash, "admin".into())]),
         signer,
+        master_keys: keys::load(config.master_keys.as_deref())?,
         issuer: config.issuer(),
         blobs: blobs.clone(),
         hosts: Arc::new(hosts::Hosts::new(view.clone(), pool.clone())),
