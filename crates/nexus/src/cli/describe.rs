@@ -178,9 +178,8 @@ pub async fn events_of(cloud: &Cloud, kind: &KindDescriptor, object: &Value) -> 
     Ok(found)
 }
 
-fn is_refused(error: &anyhow::Error) -> bool {
-    let problem = error.downcast_ref::<ClientError>().and_then(ClientError::problem);
-    problem.is_some_and(|p| matches!(p.status.as_u16(), 403 | 404))
+fn is_refused(error: &ClientError) -> bool {
+    error.problem().is_some_and(|p| matches!(p.status.as_u16(), 403 | 404))
 }
 
 pub fn event_table(events: &[Value], now: Timestamp) -> String {
