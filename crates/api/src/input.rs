@@ -157,7 +157,7 @@ fn metadata(errors: &mut Errors, value: &Value, expected: &Expected<'_>, patch: 
                 agreeing(errors, &field, value, expected.place.organization.as_ref());
             }
             // Of what all regions share, the path may name a region too.
-            "region" if value.as_str() == expected.place.region.as_ref().map(Name::as_str) => {}
+            "region" if value.is_string() && value.as_str() == expected.place.region.as_ref().map(Name::as_str) => {}
             "region" if expected.place.kind.home == Home::Global && expected.place.region.is_none() => {
                 agreeing(errors, &field, value, None);
             }

@@ -13,6 +13,9 @@ use crate::{Condition, FieldError, Name, Timestamp};
 
 /// The most members of a group, and subjects of a role binding.
 pub const MAX_SUBJECTS: usize = 256;
+/// Texts for people hold no control characters.
+const PRINTABLE: &str = r"^[^\u0000-\u001f\u007f-\u009f]*$";
+const ADDRESS: &str = r"^$|^[^\u0000-\u001f\u007f-\u009f]*@[^\u0000-\u001f\u007f-\u009f]*$";
 /// The most bytes of a policy.
 pub const MAX_POLICY: usize = 16 << 10;
 
@@ -22,10 +25,10 @@ pub struct User;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct UserSpec {
-    #[schemars(length(max = 200))]
+    #[schemars(length(max = 200), regex(pattern = PRINTABLE))]
     pub display_name: String,
     /// Where invitations go. Not an identity: people sign in by organization and name.
-    #[schemars(length(max = 254))]
+    #[schemars(length(max = 254), regex(pattern = ADDRESS))]
     pub email: String,
     /// Nothing is allowed to it, and its sessions end.
     pub disabled: bool,
@@ -78,7 +81,7 @@ pub struct ServiceAccount;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceAccountSpec {
-    #[schemars(length(max = 200))]
+    #[schemars(length(max = 200), regex(pattern = PRINTABLE))]
     pub display_name: String,
     /// Nothing is allowed to it, and its tokens and keys are refused.
     pub disabled: bool,
@@ -118,7 +121,7 @@ pub struct Group;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct GroupSpec {
-    #[schemars(length(max = 200))]
+    #[schemars(length(max = 200), regex(pattern = PRINTABLE))]
     pub display_name: String,
     #[schemars(length(max = 256))]
     pub users: BTreeSet<Name>,
@@ -322,7 +325,7 @@ pub struct TokenSpec {
     /// Opens nothing but this project.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub project: Option<Name>,
-    #[schemars(length(max = 200))]
+    #[schemars(length(max = 200), regex(pattern = PRINTABLE))]
     pub description: String,
     /// By which the token is known: the SHA-256 of its text. Written by the server.
     #[serde(skip_serializing_if = "Option::is_none")]

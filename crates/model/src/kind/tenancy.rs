@@ -25,7 +25,7 @@ pub struct OrganizationSpec {
 impl Default for OrganizationSpec {
     /// As much as a large region has: a bound for mistakes. Operators who bill or ration set their own.
     fn default() -> Self {
-        let quota = Quota { instances: 1_000_000, cpu: MilliCpu(1_000_000_000), memory: Bytes(4 << 50) };
+        let quota = Quota { instances: 1_000_000, cpu: MilliCpu(999_999_000), memory: Bytes(4 << 50) };
         Self { display_name: String::new(), quota }
     }
 }

@@ -291,7 +291,8 @@ def repair_body(case):
         # There are no others.
         spec.pop("zone", None)
     if kind == "images" and case.method != "PATCH":
-        spec["digest"] = spec["blobs"][0]["digest"]
+        # What was uploaded; anything else is refused.
+        spec["digest"], spec["blobs"] = EMPTY, [{"digest": EMPTY, "size": 0}]
     # Who and what is named has to be there.
     if kind == "groups":
         spec.pop("users", None)
@@ -302,6 +303,8 @@ def repair_body(case):
         spec["role"], spec["subjects"] = "viewer", ADMIN
     if kind == "policies":
         spec["text"] = NOTHING
+        # A guard-rail permits nothing, not even nothing.
+        spec.pop("guardRail", None)
     if kind == "tokens":
         spec["holder"] = {"kind": "User", "name": "admin"}
         spec.pop("expires", None)
