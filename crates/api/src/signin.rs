@@ -297,20 +297,19 @@ async fn by_password(
     let password = Password::new(needed(form, "password")?.to_owned());
     let counted = who.counted(address);
     may_try(server, &counted)?;
-    let credential = server.api.directory.read(|known| {
-        let active = known.is_active(&who.organization, &who.holder());
-        known.credential(&who.organization, &who.name).filter(|_| active).cloned()
-    });
-    let stored = credential.as_ref().and_then(|c| c.spec.password.clone());
-    let right = check(server, stored, password).await?;
+    let active = server.api.directory.read(|known| known.is_active(&who.organization, &who.holder()));
+    // Read in any case: whether there is such a user must not be told by the time that it takes.
+    let credential = held(server, &who.organization, &who.name).await?;
+    let credential = if active { credential } else { Held::default() };
+    let right = check(server, credential.spec.password.clone(), password).await?;
     let wrong = || {
         server.sign_ins.wrong(&counted, server.api.env.monotonic());
         tracing::info!(user = %format!("{}/{}", who.organization, who.name), %address, "a sign-in was refused");
     };
-    let Some(credential) = credential.filter(|_| right) else {
+    if !right {
         wrong();
         return Err(Denied::wrong());
-    };
+    }
     let mut factors = vec!["pwd".to_owned()];
     if credential.spec.second_factor.as_ref().is_some_and(|f| f.confirmed) {
         // Only who knows the password learns that there is a second factor.
@@ -321,7 +320,7 @@ async fn by_password(
             return Err(Denied::new("invalid_grant", "the code of the second factor is wrong, or was used already"));
         };
         // A code is good once: of two who bring it at once, one finds the credential changed.
-        keep(server, &who.organization, &who.name, spec, Some(&credential), request_id).await?;
+        keep(server, &who.organization, &who.name, spec, &credential, request_id).await?;
         factors.push("otp".to_owned());
     }
     server.sign_ins.right(&counted);
@@ -409,24 +408,20 @@ async fn by_invitation(
     let password = Password::new(needed(form, "password")?.to_owned());
     // It may have been made at another server a moment ago.
     server.catch_up().await;
-    let found = server.api.directory.read(|known| {
-        let active = known.is_active(&who.organization, &who.holder());
-        known.credential(&who.organization, &who.name).filter(|_| active).cloned()
-    });
+    let active = server.api.directory.read(|known| known.is_active(&who.organization, &who.holder()));
+    let credential = if active { held(server, &who.organization, &who.name).await? } else { Held::default() };
     let now = server.now();
-    let good = |c: &Object<Credential>| {
-        let told = c.spec.invitation.as_ref().filter(|i| i.expires > now);
-        told.and_then(|i| i.hash.parse::<TokenHash>().ok()).zip(invitation.as_ref().ok()).is_some_and(|(a, b)| a == *b)
-    };
-    let Some(credential) = found.filter(good) else {
+    let told = credential.spec.invitation.as_ref().filter(|i| i.expires > now);
+    let told = told.and_then(|i| i.hash.parse::<TokenHash>().ok());
+    if !told.zip(invitation.ok()).is_some_and(|(told, brought)| told == brought) {
         server.sign_ins.wrong(&counted, server.api.env.monotonic());
         return Err(Denied::new("invalid_grant", "this invitation is not known, was used already or has expired"));
-    };
+    }
     let password = hash(server, &who.name, password).await?;
     // Who lost their password may have lost what makes the codes with it.
     let spec = CredentialSpec { password: Some(password), ..CredentialSpec::default() };
     // Once only: of two who bring it at once, one finds the credential changed.
-    keep(server, &who.organization, &who.name, spec, Some(&credential), request_id).await?;
+    keep(server, &who.organization, &who.name, spec, &credential, request_id).await?;
     server.sign_ins.right(&counted);
     end_sessions(server, &who, None, request_id).await?;
     let opening = Opening { factors: vec!["pwd".to_owned()], project: None };
@@ -464,34 +459,38 @@ fn object<K: Kind>(organization: &Name, name: &Name, spec: K::Spec) -> AnyObject
     Object::<K>::new(metadata, spec).to_any()
 }
 
-/// Writes a user's credential, in place of the one that was read.
+/// A user's credential, and the revision at which it stands.
+#[derive(Default)]
+struct Held {
+    spec: CredentialSpec,
+    /// 0 if there is none yet.
+    revision: u64,
+}
+
+/// Reads a user's credential as it is now: a server's own copy may not have the last code that was taken.
+async fn held(server: &Server, organization: &Name, name: &Name) -> Result<Held, ApiError> {
+    let kind = nexus_model::kind::stored(Credential::PLURAL).expect("every kind is listed");
+    let key = nexus_model::key::object(kind, Some(organization), name);
+    let found = server.api.global_store.range(nexus_store::RangeRequest::get(key)).await;
+    let found = found.map_err(crate::problem::from_store)?;
+    let Some(kv) = found.kvs.first() else { return Ok(Held::default()) };
+    let object = Object::<Credential>::from_slice(&kv.value).map_err(|e| crate::list::unreadable(kv, &e))?;
+    Ok(Held { spec: object.spec, revision: kv.mod_revision.0 })
+}
+
+/// Writes a user's credential, unless it was changed since it was read.
 async fn keep(
     server: &Server,
     organization: &Name,
     name: &Name,
     spec: CredentialSpec,
-    before: Option<&Object<Credential>>,
+    before: &Held,
     request_id: &RequestId,
 ) -> Result<(), ApiError> {
     let object = object::<Credential>(organization, name, spec);
-    let (change, if_match) = match before {
-        None => (Change::Create { object }, None),
-        Some(before) => {
-            let key = nexus_model::key::of(
-                nexus_model::kind::stored(Credential::PLURAL).expect("every kind is listed"),
-                &before.to_any(),
-            );
-            let mut request = nexus_store::RangeRequest::get(key);
-            request.consistency = nexus_store::Consistency::Linearizable;
-            let found = server.api.global_store.range(request).await.map_err(crate::problem::from_store)?;
-            let same = |kv: &nexus_store::KeyValue| {
-                Object::<Credential>::from_slice(&kv.value).is_ok_and(|now| now.spec == before.spec)
-            };
-            let Some(kv) = found.kvs.first().filter(|kv| same(kv)) else {
-                return Err(ApiError::new(Code::Conflict, "the password was changed meanwhile: try again"));
-            };
-            (Change::Put { object }, Some(kv.mod_revision.0))
-        }
+    let (change, if_match) = match before.revision {
+        0 => (Change::Create { object }, None),
+        revision => (Change::Put { object }, Some(revision)),
     };
     let actor = format!("{organization}/{name}");
     submit::<Credential>(server, (Some(organization), name), change, if_match, &actor, request_id).await.map(drop)
@@ -825,28 +824,23 @@ pub(crate) async fn change(
     let organization = place.organization.clone().ok_or_else(|| ApiError::not_found(User::KIND, name.as_str()))?;
     let holder = Holder { kind: HolderKind::User, name: name.clone() };
     server.catch_up().await;
-    let (there, credential) = server
-        .api
-        .directory
-        .read(|known| (known.is_active(&organization, &holder), known.credential(&organization, name).cloned()));
-    if !there {
+    if !server.api.directory.read(|known| known.is_active(&organization, &holder)) {
         return Err(ApiError::not_found(User::KIND, name.as_str()).into());
     }
+    let before = held(server, &organization, name).await?;
     match verb {
         Verb::Invite => {
             let secret = new_secret(server);
             let expires = server.now().plus(INVITATION);
             let invitation = Some(Invitation { hash: secret.hash().to_string(), expires });
-            let before = credential.as_ref().map(|c| c.spec.clone()).unwrap_or_default();
-            let spec = CredentialSpec { invitation, ..before };
-            keep(server, &organization, name, spec, credential.as_ref(), &context.request_id).await?;
+            let spec = CredentialSpec { invitation, ..before.spec.clone() };
+            keep(server, &organization, name, spec, &before, &context.request_id).await?;
             let user = format!("{organization}/{name}");
             Ok(answer_json(&json!({"user": user, "invitation": secret.reveal(), "expires": expires})))
         }
         Verb::EnrollTotp => {
             let who = Claimant { organization: organization.clone(), name: name.clone() };
-            let before = credential.as_ref().map(|c| c.spec.clone()).unwrap_or_default();
-            if before.second_factor.as_ref().is_some_and(|f| f.confirmed) {
+            if before.spec.second_factor.as_ref().is_some_and(|f| f.confirmed) {
                 let detail = "there is a second factor already; an invitation by an administrator takes it away";
                 return Err(Refusal::new(Code::Conflict, detail));
             }
@@ -861,8 +855,8 @@ pub(crate) async fn change(
                 last_step: None,
                 recovery: recovery.into_hashes(),
             };
-            let spec = CredentialSpec { second_factor: Some(factor), ..before };
-            keep(server, &organization, name, spec, credential.as_ref(), &context.request_id).await?;
+            let spec = CredentialSpec { second_factor: Some(factor), ..before.spec.clone() };
+            keep(server, &organization, name, spec, &before, &context.request_id).await?;
             let codes: Vec<&str> = codes.iter().map(|c| c.as_str()).collect();
             let uri = secret.uri("CloudNexus", &format!("{organization}/{name}"));
             Ok(answer_json(&json!({"uri": &*uri, "secret": &*secret.to_base32(), "recoveryCodes": codes})))
@@ -874,15 +868,14 @@ pub(crate) async fn change(
             let who = Claimant { organization: organization.clone(), name: name.clone() };
             let counted = who.counted(context.caller.address);
             may_try(server, &counted).map_err(|d| Refusal::new(Code::Overloaded, d.description))?;
-            let before = credential.as_ref().map(|c| c.spec.clone()).unwrap_or_default();
-            let Some(mut spec) = second_factor(server, &who, &before, &asked.code)? else {
+            let Some(mut spec) = second_factor(server, &who, &before.spec, &asked.code)? else {
                 server.sign_ins.wrong(&counted, server.api.env.monotonic());
                 return Err(Refusal::new(Code::Forbidden, "this is not the code of now: is the device's clock right?"));
             };
             if let Some(factor) = &mut spec.second_factor {
                 factor.confirmed = true;
             }
-            keep(server, &organization, name, spec, credential.as_ref(), &context.request_id).await?;
+            keep(server, &organization, name, spec, &before, &context.request_id).await?;
             Ok(answer_json(&json!({"user": format!("{organization}/{name}")})))
         }
         _ => {
@@ -892,16 +885,14 @@ pub(crate) async fn change(
             let who = Claimant { organization: organization.clone(), name: name.clone() };
             let counted = who.counted(context.caller.address);
             may_try(server, &counted).map_err(|d| Refusal::new(Code::Overloaded, d.description))?;
-            let stored = credential.as_ref().and_then(|c| c.spec.password.clone());
-            if !check(server, stored, asked.old).await? {
+            if !check(server, before.spec.password.clone(), asked.old).await? {
                 server.sign_ins.wrong(&counted, server.api.env.monotonic());
                 return Err(Refusal::new(Code::Forbidden, "the old password is wrong"));
             }
             server.sign_ins.right(&counted);
             let password = Some(hash(server, name, asked.new).await?);
-            let before = credential.as_ref().map(|c| c.spec.clone()).unwrap_or_default();
-            let spec = CredentialSpec { password, invitation: None, ..before };
-            keep(server, &organization, name, spec, credential.as_ref(), &context.request_id).await?;
+            let spec = CredentialSpec { password, invitation: None, ..before.spec.clone() };
+            keep(server, &organization, name, spec, &before, &context.request_id).await?;
             let this = match &context.caller.proof {
                 Proof::Session { name, .. } => Some(name),
                 _ => None,

@@ -23,7 +23,6 @@ use crate::world::{Place, World};
 /// What it is made of.
 const PREFIXES: &[&str] = &[
     "o/access-keys/",
-    "o/credentials/",
     "o/groups/",
     "o/organizations/",
     "o/policies/",
@@ -170,10 +169,6 @@ impl Known {
 
     pub fn user(&self, organization: &Name, name: &Name) -> Option<&Object<User>> {
         self.world.users.get(Some(organization), name)
-    }
-
-    pub fn credential(&self, organization: &Name, user: &Name) -> Option<&Object<Credential>> {
-        self.world.credentials.get(Some(organization), user)
     }
 
     pub fn session(&self, organization: &Name, name: &Name) -> Option<&Object<Session>> {
