@@ -3,6 +3,7 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -16,11 +17,14 @@ pub struct Cloud {
     pub gateway_port: u16,
 }
 
-/// A range of `n` consecutive ports that are free now.
+/// A range of `n` consecutive ports that are free now, and below those that the kernel gives to outgoing connections: one of
+/// these could take a port before its server does.
 fn free_ports(n: u16) -> u16 {
-    for _ in 0..200 {
-        let first = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port() / 100 * 100;
-        if first > 10_000 && (first..first + n).all(|p| TcpListener::bind(("127.0.0.1", p)).is_ok()) {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    for _ in 0..400 {
+        let turn = std::process::id().wrapping_mul(17).wrapping_add(NEXT.fetch_add(3, Ordering::Relaxed));
+        let first = 10_000 + u16::try_from(turn % 220).expect("below 220") * 100;
+        if (first..first + n).all(|p| TcpListener::bind(("127.0.0.1", p)).is_ok()) {
             return first;
         }
     }
