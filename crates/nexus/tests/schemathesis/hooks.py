@@ -43,7 +43,7 @@ def call(method, url, **more):
 
 
 def made(url, body):
-    if "/tokens/" in url:
+    if "/tokens/" in url or "/access-keys/" in url:
         # Its text is told once, so there is no PUT.
         url, name = url.rsplit("/", 1)
         answer = call("POST", url, json={**body, "metadata": {"name": name}})
@@ -77,6 +77,7 @@ BODIES = {
     "role-bindings": (f"{ORGANIZATION}/role-bindings", lambda n: {"spec": {"role": "viewer", "subjects": ADMIN}}),
     "policies": (f"{ORGANIZATION}/policies", lambda n: {"spec": {"text": NOTHING}}),
     "tokens": (f"{ORGANIZATION}/tokens", lambda n: {"spec": {"holder": {"kind": "User", "name": "admin"}}}),
+    "access-keys": (f"{ORGANIZATION}/access-keys", lambda n: {"spec": {"holder": {"kind": "User", "name": "admin"}}}),
     "zones": (f"{REGION}/zones", lambda n: {"spec": {}}),
     "cells": (f"{REGION}/cells", lambda n: {"spec": {}}),
     "images": (f"{PROJECT}/images", lambda n: {"spec": WASM}),
@@ -230,7 +231,7 @@ def repair_headers(case):
         # Hardly ever is it the object's revision; what comes after this check wants to be reached too.
         if value and is_positive(case, "header") and next(numbers) % 8:
             del case.headers[name]
-    if case.headers and case.path.endswith("/tokens"):
+    if case.headers and case.path.endswith(("/tokens", "/access-keys")):
         # Its answer can't be repeated.
         case.headers.pop("Idempotency-Key", None)
     # Generators are fond of a few keys, and all but the first request with one would be refused. Some stay.
@@ -300,7 +301,7 @@ def repair_body(case):
     if kind == "groups":
         spec.pop("users", None)
         spec.pop("serviceAccounts", None)
-    if kind in ("role-bindings", "policies", "tokens"):
+    if kind in ("role-bindings", "policies", "tokens", "access-keys"):
         spec.pop("project", None)
     if kind == "role-bindings":
         spec["role"], spec["subjects"] = "viewer", ADMIN
@@ -308,11 +309,12 @@ def repair_body(case):
         spec["text"] = NOTHING
         # A guard-rail permits nothing, not even nothing.
         spec.pop("guardRail", None)
-    if kind == "tokens":
+    if kind in ("tokens", "access-keys"):
         spec["holder"] = {"kind": "User", "name": "admin"}
         spec.pop("expires", None)
-        # The server writes it.
-        spec.pop("hash", None)
+        # The server writes these.
+        for field in ("hash", "id", "sealed"):
+            spec.pop(field, None)
     if kind == "projects" and "organization" in spec:
         # Who owns a project can't change.
         spec["organization"] = "default"
