@@ -18,6 +18,8 @@ mod remote;
 mod signing;
 mod southbound;
 mod status;
+#[cfg(test)]
+mod testing;
 mod voters;
 mod webhook;
 mod workloads;
