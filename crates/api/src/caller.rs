@@ -267,7 +267,14 @@ impl Server {
 /// Access tokens whose signature was found good, by their hash, until they expire or the keys change: a token comes with
 /// many requests, and checking it takes longer than all else about them.
 #[derive(Debug, Default)]
-pub(crate) struct Checked(Mutex<(u64, HashMap<[u8; 32], Arc<Claims>>)>);
+pub(crate) struct Checked(Mutex<Good>);
+
+#[derive(Debug, Default)]
+struct Good {
+    /// Of the keys by which they were checked.
+    epoch: u64,
+    claims: HashMap<[u8; 32], Arc<Claims>>,
+}
 
 /// The most that are remembered.
 const CHECKED: usize = 10_000;
@@ -275,16 +282,16 @@ const CHECKED: usize = 10_000;
 impl Checked {
     fn get(&self, hash: &[u8; 32], epoch: u64, now_millis: i64) -> Option<Arc<Claims>> {
         let checked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let claims = checked.1.get(hash).filter(|_| checked.0 == epoch)?;
+        let claims = checked.claims.get(hash).filter(|_| checked.epoch == epoch)?;
         let now = u64::try_from(now_millis / 1000).unwrap_or(0);
         (claims.iat <= now && now < claims.exp).then(|| Arc::clone(claims))
     }
 
     fn put(&self, hash: [u8; 32], epoch: u64, claims: &Arc<Claims>) {
         let mut checked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if checked.0 != epoch || checked.1.len() >= CHECKED {
-            *checked = (epoch, HashMap::new());
+        if checked.epoch != epoch || checked.claims.len() >= CHECKED {
+            *checked = Good { epoch, claims: HashMap::new() };
         }
-        checked.1.insert(hash, Arc::clone(claims));
+        checked.claims.insert(hash, Arc::clone(claims));
     }
 }

@@ -12,6 +12,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -31,8 +32,8 @@ const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
 const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
 
-/// Buckets that are full again are forgotten when there are more than this.
-const KEPT: usize = 10_000;
+/// Requests between two looks for buckets that are full again, which are forgotten.
+const SWEEP: u32 = 1024;
 
 /// How often something may be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,8 +45,8 @@ pub struct Rate {
 }
 
 impl Rate {
+    /// Of 0 it makes 1: a cloud that takes nothing is none.
     pub const fn new(per_second: u32, burst: u32) -> Self {
-        // Nothing at all would be a cloud that nobody can use.
         Self { per_second: at_least_one(per_second), burst: at_least_one(burst) }
     }
 }
@@ -63,6 +64,7 @@ type Limiter<K> = RateLimiter<K, DashMapStateStore<K>, DefaultClock, StateInform
 struct Buckets<K: std::hash::Hash + Eq + Clone> {
     rate: Rate,
     limiter: Limiter<K>,
+    taken: AtomicU32,
 }
 
 /// Where a bucket stands.
@@ -76,12 +78,13 @@ pub(crate) struct Standing {
 impl<K: std::hash::Hash + Eq + Clone> Buckets<K> {
     fn new(rate: Rate) -> Self {
         let quota = Quota::per_second(rate.per_second).allow_burst(rate.burst);
-        Self { rate, limiter: RateLimiter::dashmap(quota).with_middleware::<StateInformationMiddleware>() }
+        let limiter = RateLimiter::dashmap(quota).with_middleware::<StateInformationMiddleware>();
+        Self { rate, limiter, taken: AtomicU32::new(0) }
     }
 
     /// Takes one request out of a bucket. An error says how long until there is one again.
     fn take(&self, key: &K) -> Result<Standing, Duration> {
-        if self.limiter.len() > KEPT {
+        if self.taken.fetch_add(1, Ordering::Relaxed) % SWEEP == SWEEP - 1 {
             self.limiter.retain_recent();
         }
         match self.limiter.check_key(key) {

@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -29,7 +29,7 @@ use nexus_env::RngExt;
 use nexus_iam::envelope;
 use nexus_iam::jwt::{self, Claims};
 use nexus_iam::password::{self, Password, PasswordHash};
-use nexus_iam::policy::{self, Place as PolicyPlace, Principal, Reach};
+use nexus_iam::policy::{self, Place as PolicyPlace, Principal};
 use nexus_iam::totp::{RecoveryCodes, TotpSecret};
 use nexus_iam::{TokenHash, TokenSecret};
 use nexus_model::kind::{
@@ -63,11 +63,14 @@ const LONGEST: Duration = Duration::from_secs(300);
 const COUNTED: usize = 20_000;
 /// Passwords that are hashed at once: each takes 19 MiB and some tens of milliseconds of a core.
 const HASHING: usize = 2;
+/// Those that are hashed or wait for it: whoever finds no place comes again, before they fill the places of all requests.
+const LINE: usize = 64;
 
 /// What a server remembers of sign-ins.
 pub(crate) struct SignIns {
     tries: Mutex<HashMap<String, Tries>>,
-    hashing: Semaphore,
+    hashing: Arc<Semaphore>,
+    line: Arc<Semaphore>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -79,7 +82,8 @@ struct Tries {
 
 impl Default for SignIns {
     fn default() -> Self {
-        Self { tries: Mutex::default(), hashing: Semaphore::new(HASHING) }
+        let places = |n| Arc::new(Semaphore::new(n));
+        Self { tries: Mutex::default(), hashing: places(HASHING), line: places(LINE) }
     }
 }
 
@@ -104,10 +108,9 @@ impl SignIns {
     fn wrong(&self, who: &[String], now: Duration) {
         let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
         if tries.len() + who.len() > COUNTED {
-            tries.retain(|_, t| now.saturating_sub(t.last) < LONGEST);
-        }
-        if tries.len() + who.len() > COUNTED {
-            tries.clear();
+            let mut ages: Vec<Duration> = tries.values().map(|t| t.last).collect();
+            let half = *ages.select_nth_unstable(COUNTED / 2).1;
+            tries.retain(|_, t| t.last > half);
         }
         for who in who {
             let entry = tries.entry(who.clone()).or_insert(Tries { wrong: 0, last: now });
@@ -119,7 +122,30 @@ impl SignIns {
 
     fn right(&self, who: &[String]) {
         let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
-        tries.retain(|w, _| !who.contains(w));
+        for who in who {
+            tries.remove(who);
+        }
+    }
+
+    /// Does what takes a core for a while, when its turn has come. The turn lasts as long as the work, also for a caller who
+    /// has hung up.
+    async fn work<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
+        let full = |_| ApiError::new(Code::Overloaded, "too many sign in at once: try again in a moment");
+        let place = Arc::clone(&self.line).try_acquire_owned().map_err(full)?;
+        let turn = Arc::clone(&self.hashing).acquire_owned().await.expect("never closed");
+        let done = tokio::task::spawn_blocking(move || {
+            let _held = (place, turn);
+            f()
+        });
+        done.await.map_err(|_| ApiError::new(Code::Internal, "working on a password failed"))
+    }
+}
+
+/// The address that tries are counted by: of IPv6 the /64, which is what one customer has at least.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) >> 64 << 64).into()),
+        v4 => v4,
     }
 }
 
@@ -144,7 +170,11 @@ impl Denied {
 impl From<ApiError> for Denied {
     fn from(error: ApiError) -> Self {
         let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let name = if error.status >= 500 { "temporarily_unavailable" } else { "invalid_request" };
+        let name = match error.code {
+            Code::Overloaded => "slow_down",
+            _ if error.status >= 500 => "temporarily_unavailable",
+            _ => "invalid_request",
+        };
         let retry_after = (error.code == Code::Unavailable || error.code == Code::Overloaded).then_some(1);
         Self { status, error: name, description: error.detail, retry_after }
     }
@@ -246,7 +276,7 @@ async fn grant(server: &Server, parts: &Parts, body: Body, request_id: &RequestI
 impl Claimant {
     /// What is counted: tries for this user, and tries from this address.
     fn counted(&self, address: IpAddr) -> Vec<String> {
-        vec![format!("user {}/{}", self.organization, self.name), format!("from {address}")]
+        vec![format!("user {}/{}", self.organization, self.name), format!("from {}", network(address))]
     }
 
     fn holder(&self) -> Holder {
@@ -269,21 +299,18 @@ fn may_try(server: &Server, who: &[String]) -> Result<(), Denied> {
 
 /// Checks a password with the work that it takes, also for an account that is not there.
 async fn check(server: &Server, stored: Option<String>, password: Password) -> Result<bool, ApiError> {
-    let _turn = server.sign_ins.hashing.acquire().await.expect("never closed");
     let work = move || {
         let stored = stored.and_then(|s| s.parse::<PasswordHash>().ok());
         password::verify(stored.as_ref(), &password)
     };
-    tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::new(Code::Internal, "checking the password failed"))
+    server.sign_ins.work(work).await
 }
 
 async fn hash(server: &Server, name: &Name, password: Password) -> Result<String, ApiError> {
     let weak =
         |e: password::WeakPassword| ApiError::invalid(vec![nexus_model::FieldError::new("password", e.to_string())]);
     password.check_strength(name.as_str()).map_err(weak)?;
-    let _turn = server.sign_ins.hashing.acquire().await.expect("never closed");
-    let made = tokio::task::spawn_blocking(move || PasswordHash::of(&password)).await;
-    let made = made.map_err(|_| ApiError::new(Code::Internal, "hashing the password failed"))?;
+    let made = server.sign_ins.work(move || PasswordHash::of(&password)).await?;
     made.map(|h| h.as_str().to_owned()).map_err(|e| ApiError::new(Code::Internal, e.to_string()))
 }
 
@@ -677,11 +704,11 @@ struct WhoAmI {
     project: Option<Name>,
     mfa: bool,
     groups: Vec<String>,
-    roles: Vec<Held>,
+    roles: Vec<HeldRole>,
 }
 
 #[derive(Debug, Serialize)]
-struct Held {
+struct HeldRole {
     role: policy::Role,
     over: String,
 }
@@ -706,12 +733,8 @@ pub(crate) fn who_am_i(server: &Server, context: &Context) -> impl Serialize + u
         project: caller.project.clone(),
         mfa: caller.mfa,
         groups,
-        roles: roles.into_iter().map(|(role, reach)| Held { role, over: over(&reach) }).collect(),
+        roles: roles.into_iter().map(|(role, reach)| HeldRole { role, over: reach.to_string() }).collect(),
     }
-}
-
-fn over(reach: &Reach) -> String {
-    reach.to_string()
 }
 
 /// What `/v1/can` is asked.
@@ -914,4 +937,69 @@ struct Code6 {
 struct NewPassword {
     old: Password,
     new: Password,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn tries_are_counted_by_what_one_customer_has() {
+        let of = |text: &str| network(text.parse().unwrap()).to_string();
+        assert_eq!(of("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
+        assert_eq!(of("192.0.2.7"), "192.0.2.7");
+        assert_eq!(of("::ffff:192.0.2.7"), "192.0.2.7");
+    }
+
+    #[test]
+    fn a_flood_of_names_does_not_forget_who_is_being_guessed_at() {
+        let sign_ins = SignIns::default();
+        let at = |n: usize| Duration::from_millis(n as u64);
+        let guessed = ["user acme/ada".to_owned()];
+        (0..10).for_each(|_| sign_ins.wrong(&guessed, at(1)));
+        for n in 0..3 * COUNTED {
+            sign_ins.wrong(&[format!("user flood/{n}")], at(n));
+            if n % 1000 == 0 {
+                sign_ins.wrong(&guessed, at(n));
+            }
+        }
+        assert!(!sign_ins.wait(&guessed, at(3 * COUNTED)).is_zero());
+        assert!(sign_ins.tries.lock().unwrap().len() <= COUNTED);
+    }
+
+    #[tokio::test]
+    async fn a_full_line_is_told_so_and_a_turn_outlasts_its_caller() {
+        let sign_ins = Arc::new(SignIns::default());
+        let (begun, seen) = mpsc::channel();
+        let mut gates = Vec::new();
+        let mut tasks = Vec::new();
+        for _ in 0..LINE {
+            let (gate, shut) = mpsc::channel::<()>();
+            gates.push(gate);
+            let (sign_ins, begun) = (Arc::clone(&sign_ins), begun.clone());
+            tasks.push(tokio::spawn(async move {
+                let work = move || {
+                    begun.send(()).unwrap();
+                    shut.recv().unwrap_err();
+                };
+                sign_ins.work(work).await
+            }));
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(sign_ins.work(|| ()).await.unwrap_err().code, Code::Overloaded);
+        for _ in 0..HASHING {
+            seen.recv().unwrap();
+        }
+        // Who hangs up while their password is hashed still holds the turn; nobody else's begins.
+        tasks[0].abort();
+        assert!((&mut tasks[0]).await.unwrap_err().is_cancelled());
+        assert_eq!(sign_ins.hashing.available_permits(), 0);
+        drop(gates);
+        for task in tasks.drain(1..) {
+            task.await.unwrap().unwrap();
+        }
+        sign_ins.work(|| ()).await.unwrap();
+    }
 }

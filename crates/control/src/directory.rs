@@ -167,10 +167,6 @@ impl Known {
         self.world.projects.get(None, name)
     }
 
-    pub fn user(&self, organization: &Name, name: &Name) -> Option<&Object<User>> {
-        self.world.users.get(Some(organization), name)
-    }
-
     pub fn session(&self, organization: &Name, name: &Name) -> Option<&Object<Session>> {
         self.world.sessions.get(Some(organization), name)
     }
@@ -198,10 +194,6 @@ impl Known {
 
     pub fn token_named(&self, organization: &Name, name: &Name) -> Option<&Object<Token>> {
         self.world.tokens.get(Some(organization), name)
-    }
-
-    pub fn role_binding(&self, organization: &Name, name: &Name) -> Option<&Object<RoleBinding>> {
-        self.world.role_bindings.get(Some(organization), name)
     }
 
     /// Whether a holder is there and may sign in.

@@ -125,6 +125,8 @@ pub struct World {
     pub remembered: BTreeMap<String, Remembered>,
     /// Keys whose values can't be read, and why. Nothing is written over them; the rest of the world goes on.
     pub unreadable: BTreeMap<String, String>,
+    /// Living projects by their organization.
+    pub projects_of: BTreeMap<Name, BTreeSet<Name>>,
     /// When each key last changed, as the store counts.
     pub revisions: BTreeMap<String, u64>,
     /// Living instances by uid.
@@ -205,7 +207,7 @@ pub(crate) use for_kind;
 
 stored! {
     Organization => organizations;
-    Project => projects;
+    Project => projects, index_project;
     User => users;
     Group => groups;
     ServiceAccount => service_accounts;
@@ -231,6 +233,17 @@ stored! {
 /// What no two hosts may share: their address, and both prefixes as addresses with port 0.
 pub fn addresses_of(spec: &HostSpec) -> [SocketAddr; 3] {
     [spec.address, (spec.prefix6, 0).into(), (spec.prefix4, 0).into()]
+}
+
+fn index_project(world: &mut World, old: Option<&Object<Project>>, new: Option<&Object<Project>>) {
+    let living = |o: &&Object<Project>| o.metadata.deleting.is_none();
+    if let Some(old) = old.filter(living) {
+        remove_from(&mut world.projects_of, &old.spec.organization, &old.metadata.name);
+    }
+    if let Some(new) = new.filter(living) {
+        let its = world.projects_of.entry(new.spec.organization.clone()).or_default();
+        its.insert(new.metadata.name.clone());
+    }
 }
 
 fn index_host(world: &mut World, old: Option<&Object<Host>>, new: Option<&Object<Host>>) {
@@ -260,7 +273,7 @@ fn index_instance(world: &mut World, old: Option<&Object<Instance>>, new: Option
     let living = |o: &&Object<Instance>| o.metadata.deleting.is_none();
     if let Some(old) = old.filter(living) {
         world.by_uid.remove(&old.metadata.uid);
-        remove_from(&mut world.of_app, &app_uid(old), old.metadata.uid);
+        remove_from(&mut world.of_app, &app_uid(old), &old.metadata.uid);
     }
     if let Some(new) = new.filter(living) {
         let m = &new.metadata;
@@ -272,7 +285,7 @@ fn index_instance(world: &mut World, old: Option<&Object<Instance>>, new: Option
     }
     if host(old) != host(new) {
         if let (Some(old), Some(name)) = (old, host(old)) {
-            remove_from(&mut world.on_host, name, old.metadata.uid);
+            remove_from(&mut world.on_host, name, &old.metadata.uid);
         }
         if let (Some(new), Some(name)) = (new, host(new)) {
             world.on_host.entry(name.clone()).or_default().insert(new.metadata.uid);
@@ -319,9 +332,9 @@ fn index_event(world: &mut World, old: Option<&Object<Event>>, new: Option<&Obje
     }
 }
 
-fn remove_from<K: Ord + Clone>(index: &mut BTreeMap<K, BTreeSet<Uid>>, key: &K, uid: Uid) {
+fn remove_from<K: Ord, V: Ord>(index: &mut BTreeMap<K, BTreeSet<V>>, key: &K, value: &V) {
     if let Some(set) = index.get_mut(key) {
-        set.remove(&uid);
+        set.remove(value);
         if set.is_empty() {
             index.remove(key);
         }
@@ -505,6 +518,11 @@ impl World {
     /// Whether the copy of the global group says what is and what is not.
     pub fn knows_fleet(&self) -> bool {
         self.part != Part::Region || (self.global_revision > 0 && self.global_revision >= self.adopted)
+    }
+
+    /// The living projects of an organization.
+    pub fn projects_of(&self, organization: &Name) -> impl Iterator<Item = &Name> {
+        self.fleet().projects_of.get(organization).into_iter().flatten()
     }
 
     /// What a project uses here.

@@ -11,6 +11,7 @@ mod exit;
 mod inherit;
 mod local;
 mod role;
+mod secret_file;
 mod session;
 
 use clap::Parser as _;

@@ -126,8 +126,8 @@ pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
 fn tear_down_organization(step: &mut Step<'_>, uid: Uid) -> Teardown {
     let Some(organization) = step.world.organizations.buried.get(&uid).cloned() else { return Teardown::Gone };
     let name = &organization.metadata.name;
-    let mine = |p: &&Object<Project>| p.spec.organization == *name;
-    let projects: Vec<_> = step.world.projects.live.values().filter(mine).take(PER_STEP).cloned().collect();
+    let mine = step.world.projects_of(name).filter_map(|project| step.world.project(project));
+    let projects: Vec<_> = mine.take(PER_STEP).cloned().collect();
     for p in &projects {
         step.bury(p);
         step.mark(Dirty::Buried(Project::PLURAL, p.metadata.uid));

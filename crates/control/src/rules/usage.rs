@@ -52,10 +52,8 @@ pub fn open(step: &mut Step<'_>, project: &Name) -> Result<Object<Usage>, ApiErr
 
 /// What all projects of an organization use in this region.
 fn used_by(step: &Step<'_>, organization: &Name) -> [u64; 3] {
-    let of = |usage: &&Object<Usage>| {
-        step.world.project(&usage.metadata.name).is_some_and(|p| p.spec.organization == *organization)
-    };
-    step.world.usages.live.values().filter(of).fold([0; 3], |sum: [u64; 3], usage| {
+    let usages = step.world.projects_of(organization).filter_map(|project| step.world.usage(project));
+    usages.fold([0; 3], |sum: [u64; 3], usage| {
         let used = amounts(&usage.status.used);
         std::array::from_fn(|i| sum[i].saturating_add(used[i]))
     })

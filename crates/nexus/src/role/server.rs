@@ -19,6 +19,8 @@ mod remote;
 mod signing;
 mod southbound;
 mod status;
+#[cfg(test)]
+mod testing;
 mod voters;
 mod webhook;
 mod workloads;

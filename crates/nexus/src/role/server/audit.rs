@@ -1,7 +1,6 @@
 //! This server's part in the audit logs: the key that it signs heads with, and its own chain of refusals.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,6 +16,7 @@ use prometheus_client::registry::Registry;
 
 use super::groups::Groups;
 use crate::config::ServerConfig;
+use crate::secret_file;
 
 /// Opens what is under `<data_dir>/audit`, and makes it if it is not there.
 pub fn open(config: &ServerConfig, env: &Env, groups: &Groups) -> anyhow::Result<(Arc<Audit>, NotesKeeper)> {
@@ -54,23 +54,10 @@ pub fn register(notes: &Notes, registry: &Mutex<Registry>) {
 
 /// The secret half of the key: 32 bytes in a file that only its owner may read.
 fn secret(env: &Env, path: &Path) -> anyhow::Result<[u8; 32]> {
-    let reading = || format!("reading {}", path.display());
-    if path.exists() {
-        let mode = fs::metadata(path).with_context(reading)?.permissions().mode();
-        anyhow::ensure!(
-            mode & 0o077 == 0,
-            "others may read {} (mode {:o}): move it away, and this server makes a new one; tell those who keep its public half",
-            path.display(),
-            mode & 0o777
-        );
-        let bytes = fs::read(path).with_context(reading)?;
-        return bytes.try_into().map_err(|_| {
-            anyhow::anyhow!("{} is no key of 32 bytes: restore it, or move it away for a new one", path.display())
-        });
-    }
-    let key: [u8; 32] = env.rng.bytes();
-    crate::local::state::write_private(path, &key)?;
-    Ok(key)
+    let key = secret_file::read_or_make(path, || Ok(env.rng.bytes::<32>().to_vec()))?;
+    let wrong =
+        |_| anyhow::anyhow!("{} is no key of 32 bytes: restore it, or move it away for a new one", path.display());
+    key.try_into().map_err(wrong)
 }
 
 #[cfg(test)]
@@ -78,16 +65,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_made_once_and_kept_from_others() {
+    fn a_key_is_made_once_and_a_damaged_one_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("signing.key");
         let env = Env::real();
         let made = secret(&env, &path).unwrap();
         assert_eq!(secret(&env, &path).unwrap(), made);
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(secret(&env, &path).unwrap_err().to_string().contains("others may read"));
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         fs::write(&path, b"short").unwrap();
         assert!(secret(&env, &path).unwrap_err().to_string().contains("32 bytes"));
     }

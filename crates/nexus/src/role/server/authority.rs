@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -138,23 +137,9 @@ impl Authority {
 }
 
 fn read(files: &AuthorityFiles) -> anyhow::Result<CertificateAuthority> {
-    refuse_readable(&files.key)?;
-    let text = |path: &Path| std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()));
-    CertificateAuthority::from_pem(&text(&files.cert)?, &text(&files.key)?)
+    let cert = std::fs::read_to_string(&files.cert).with_context(|| format!("reading {}", files.cert.display()))?;
+    CertificateAuthority::from_pem(&cert, &crate::secret_file::read_text(&files.key)?)
         .with_context(|| format!("the authority {}", files.cert.display()))
-}
-
-/// A key that others on the machine can read is no secret.
-pub fn refuse_readable(path: &Path) -> anyhow::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-    let mode = std::fs::metadata(path).with_context(|| format!("reading {}", path.display()))?.permissions().mode();
-    anyhow::ensure!(
-        mode & 0o077 == 0,
-        "others may read {} (mode {:o}): `chmod 600` it, and think of a new authority if anyone has",
-        path.display(),
-        mode & 0o777
-    );
-    Ok(())
 }
 
 #[cfg(test)]

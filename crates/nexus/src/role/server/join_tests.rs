@@ -1,30 +1,16 @@
 //! Joining, against a store of one member and a clock that moves when it is told to.
 
-use std::path::PathBuf;
-
-use async_trait::async_trait;
 use bytes::Bytes;
-use nexus_env::{ManualClock, MemDisk};
-use nexus_iam::{CertificateAuthority, RequestKey, at_millis};
+use nexus_env::ManualClock;
+use nexus_iam::RequestKey;
 use nexus_model::kind::{self, Cell, CellSpec, Zone, ZoneSpec};
 use nexus_model::{Metadata, Object};
-use nexus_store::embedded::{self, EmbeddedStore, PeerRef, Peers};
-use nexus_store::{GroupId, PeerError, RangeRequest};
+use nexus_store::RangeRequest;
+use nexus_store::embedded::EmbeddedStore;
 use tokio_util::sync::CancellationToken;
 
+use super::super::testing::{HOUR, START, config, store};
 use super::*;
-
-const START: i64 = 1_800_000_000_000;
-const HOUR: Duration = Duration::from_secs(3600);
-
-struct Alone;
-
-#[async_trait]
-impl Peers for Alone {
-    async fn call(&self, _: &PeerRef, _: &GroupId, _: Bytes) -> Result<Bytes, PeerError> {
-        Err(PeerError::Unreachable("there is nobody else".into()))
-    }
-}
 
 struct World {
     joins: Arc<Joins>,
@@ -40,13 +26,8 @@ fn name(text: &str) -> Name {
 
 impl World {
     async fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let group: GroupId = "local".parse().unwrap();
-        let members = std::collections::BTreeMap::from([(1, "tcp:10.0.0.1:7440".to_owned())]);
-        let config = embedded::Config::new(1, group, PathBuf::from("/store"), members);
-        let disk = Arc::new(MemDisk::new(7).mount());
-        let store = EmbeddedStore::open(config, Env::real().with_disk(disk), Arc::new(Alone)).await.unwrap();
-        let store = Arc::new(store);
+        let (config, dir) = config();
+        let store = store("local").await;
         put::<Zone>(&store, "zone-a", ZoneSpec::default()).await;
         put::<Zone>(&store, "zone-b", ZoneSpec::default()).await;
         let cell = CellSpec { zone: Some(name("zone-a")), ..CellSpec::default() };
@@ -54,24 +35,6 @@ impl World {
 
         let clock = Arc::new(ManualClock::at(START));
         let env = Env::real().with_clock(clock.clone());
-        let ca = CertificateAuthority::generate("home", at_millis(START), 9000 * HOUR).unwrap().to_pem();
-        let write = |file: &str, text: &str| {
-            let path = dir.path().join(file);
-            crate::local::state::write_private(&path, text.as_bytes()).unwrap();
-            path
-        };
-        let (cert, key) = (write("ca.pem", &ca.cert), write("ca.key", &ca.key));
-        let text = format!(
-            "name = 'm1'\nnode_id = 1\ncluster_id = 'home'\nregion = 'local'\nzone = 'zone-a'\ndata_dir = 'data'\n\
-             wire_listen = '10.0.0.1:7440'\napi_tls_listen = '10.0.0.1:8443'\ntoken_hash = 'hash'\nzones = ['zone-a']\n\
-             [authority]\ncert = '{cert}'\nkey = '{key}'\n[tls]\nca = '{cert}'\ncert = 'c'\nkey = 'k'\n\
-             [api_tls]\nca = '{cert}'\ncert = 'c'\nkey = 'k'\n\
-             [members.1]\nname = 'm1'\nwire = 'tcp:10.0.0.1:7440'\napi = 'https://10.0.0.1:8443'\n",
-            cert = cert.display(),
-            key = key.display(),
-        );
-        let path = write("nexus.toml", &text);
-        let config = <ServerConfig as crate::config::Config>::load(&path).unwrap();
         let (fleet, view) = (Fleet::new(&config), View::new("localhost"));
         let stop = CancellationToken::new();
         let (follower, followed, end) = (view.clone(), store.clone() as Arc<dyn Store>, stop.clone());

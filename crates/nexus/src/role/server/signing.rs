@@ -13,22 +13,15 @@ use nexus_model::kind::{self, Kind};
 use nexus_model::{Metadata, Name, Object, RequestId};
 use tokio_util::sync::CancellationToken;
 
-use crate::local::state::write_private;
+use crate::secret_file;
 
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Reads the key, or makes it.
 pub fn load(data_dir: &Path) -> anyhow::Result<SigningKey> {
     let path = data_dir.join("signing-key.pem");
-    match std::fs::read_to_string(&path) {
-        Ok(pem) => SigningKey::from_pem(&pem).with_context(|| format!("the key {}", path.display())),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let key = SigningKey::generate()?;
-            write_private(&path, key.to_pem().as_bytes())?;
-            Ok(key)
-        }
-        Err(e) => Err(e).with_context(|| format!("reading {}", path.display())),
-    }
+    let pem = secret_file::read_or_make(&path, || Ok(SigningKey::generate()?.to_pem().as_bytes().to_vec()))?;
+    SigningKey::from_pem(&String::from_utf8_lossy(&pem)).with_context(|| format!("the key {}", path.display()))
 }
 
 /// Publishes the public half, as soon as the group that all regions share takes it.

@@ -50,11 +50,7 @@ struct Position {
 
 /// The secret in a file that only its owner may read.
 fn secret(path: &Path) -> anyhow::Result<Vec<u8>> {
-    use std::os::unix::fs::PermissionsExt as _;
-    let reading = || format!("reading {}", path.display());
-    let mode = std::fs::metadata(path).with_context(reading)?.permissions().mode();
-    anyhow::ensure!(mode & 0o077 == 0, "others may read {}: `chmod 600` it, and change the secret", path.display());
-    let secret = std::fs::read(path).with_context(reading)?.trim_ascii().to_vec();
+    let secret = crate::secret_file::read(path)?.trim_ascii().to_vec();
     anyhow::ensure!(secret.len() >= LEAST_SECRET, "{} has fewer than {LEAST_SECRET} bytes", path.display());
     Ok(secret)
 }
@@ -154,32 +150,15 @@ impl Webhook {
 mod tests {
     use std::collections::BTreeMap;
 
-    use async_trait::async_trait;
-    use bytes::Bytes;
     use nexus_audit::{Actor, ActorKind, Answer, Draft, Entry, Line, Log, Retention, webhook};
-    use nexus_env::MemDisk;
-    use nexus_store::embedded::{self, EmbeddedStore, PeerRef, Peers};
-    use nexus_store::{GroupId, PeerError};
+
+    use nexus_store::embedded::EmbeddedStore;
+
     use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
     use tokio::net::TcpListener;
 
+    use super::super::testing::store;
     use super::*;
-
-    struct Alone;
-
-    #[async_trait]
-    impl Peers for Alone {
-        async fn call(&self, _: &PeerRef, _: &GroupId, _: Bytes) -> Result<Bytes, PeerError> {
-            Err(PeerError::Unreachable("there is nobody else".into()))
-        }
-    }
-
-    async fn store() -> Arc<EmbeddedStore> {
-        let members = BTreeMap::from([(1, "tcp:10.0.0.1:7440".to_owned())]);
-        let config = embedded::Config::new(1, "local".parse().unwrap(), "/store", members);
-        let env = Env::real().with_disk(Arc::new(MemDisk::new(7).mount()));
-        Arc::new(EmbeddedStore::open(config, env, Arc::new(Alone)).await.unwrap())
-    }
 
     fn draft(n: u64) -> Draft {
         let (access_key, organization, session) = (None, None, None);
@@ -231,7 +210,7 @@ mod tests {
 
     #[tokio::test]
     async fn records_come_signed_in_order_and_none_is_lost_when_the_receiver_is_down() {
-        let (store, mut log) = (store().await, Log::new("local"));
+        let (store, mut log) = (store("local").await, Log::new("local"));
         grow(&store, &mut log, 250).await;
         let dir = tempfile::tempdir().unwrap();
         let secret_file = dir.path().join("secret");

@@ -35,6 +35,7 @@ use super::authority::Authority;
 use super::fleet::{self, Fleet, Stored, VERSION};
 use super::southbound::{changes, is_host, listed};
 use crate::config::ServerConfig;
+use crate::secret_file;
 
 /// The file in the data folder.
 const KEY_FILE: &str = "workload-token.key";
@@ -78,15 +79,9 @@ pub struct Workloads {
 /// The key in the data folder, made if there is none.
 fn own_key(data_dir: &Path) -> anyhow::Result<SvidKey> {
     let path = data_dir.join(KEY_FILE);
-    if path.exists() {
-        super::authority::refuse_readable(&path)?;
-        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        return SvidKey::from_pem(&text)
-            .with_context(|| format!("{}: remove the file, and the server makes a new key", path.display()));
-    }
-    let key = SvidKey::generate()?;
-    crate::local::state::write_private(&path, key.to_pem().as_bytes())?;
-    Ok(key)
+    let pem = secret_file::read_or_make(&path, || Ok(SvidKey::generate()?.to_pem().as_bytes().to_vec()))?;
+    SvidKey::from_pem(&String::from_utf8_lossy(&pem))
+        .with_context(|| format!("{}: remove the file, and the server makes a new key", path.display()))
 }
 
 impl Workloads {

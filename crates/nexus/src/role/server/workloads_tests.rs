@@ -1,40 +1,18 @@
 //! What is signed for hosts' instances, against stores of one member and a clock that moves when it is told to.
 
-use std::path::PathBuf;
-
-use async_trait::async_trait;
-use bytes::Bytes;
-use nexus_env::{ManualClock, MemDisk};
+use nexus_env::ManualClock;
 use nexus_iam::svid::SvidError;
 use nexus_iam::tls::{ExpiryPolicy, Policy};
-use nexus_iam::{CertificateAuthority, Identity, RequestKey, Role};
+use nexus_iam::{Identity, RequestKey, Role};
 use nexus_model::kind::{self, Instance, InstanceSpec, InstanceStatus};
 use nexus_model::{Metadata, Object};
-use nexus_store::embedded::{self, EmbeddedStore, PeerRef, Peers};
-use nexus_store::{GroupId, PeerError, Txn};
+use nexus_store::Txn;
+use nexus_store::embedded::EmbeddedStore;
 
+use super::super::testing::{HOUR, START, config, store};
 use super::*;
 
-const START: i64 = 1_800_000_000_000;
-const HOUR: Duration = Duration::from_secs(3600);
 const PATIENCE: Duration = Duration::from_secs(30);
-
-struct Alone;
-
-#[async_trait]
-impl Peers for Alone {
-    async fn call(&self, _: &PeerRef, _: &GroupId, _: Bytes) -> Result<Bytes, PeerError> {
-        Err(PeerError::Unreachable("there is nobody else".into()))
-    }
-}
-
-async fn store(group: &str) -> Arc<EmbeddedStore> {
-    let group: GroupId = group.parse().unwrap();
-    let members = BTreeMap::from([(1, "tcp:10.0.0.1:7440".to_owned())]);
-    let config = embedded::Config::new(1, group, PathBuf::from("/store"), members);
-    let disk = Arc::new(MemDisk::new(7).mount());
-    Arc::new(EmbeddedStore::open(config, Env::real().with_disk(disk), Arc::new(Alone)).await.unwrap())
-}
 
 /// A region of two hosts, `h1` and `h2`, and a global group.
 struct World {
@@ -56,26 +34,10 @@ fn name(text: &str) -> Name {
 
 impl World {
     async fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let (config, dir) = config();
         let (region, global) = (store("local").await, store("global").await);
         let clock = Arc::new(ManualClock::at(START));
         let env = Env::real().with_clock(clock.clone());
-        let ca = CertificateAuthority::generate("home", at_millis(START), 9000 * HOUR).unwrap().to_pem();
-        let write = |file: &str, text: &str| {
-            let path = dir.path().join(file);
-            crate::local::state::write_private(&path, text.as_bytes()).unwrap();
-            path.display().to_string()
-        };
-        let (cert, key) = (write("ca.pem", &ca.cert), write("ca.key", &ca.key));
-        let text = format!(
-            "name = 'm1'\nnode_id = 1\ncluster_id = 'home'\nregion = 'local'\nzone = 'zone-a'\ndata_dir = '.'\n\
-             wire_listen = '10.0.0.1:7440'\napi_tls_listen = '10.0.0.1:8443'\ntoken_hash = 'hash'\nzones = ['zone-a']\n\
-             [authority]\ncert = '{cert}'\nkey = '{key}'\n[tls]\nca = '{cert}'\ncert = 'c'\nkey = 'k'\n\
-             [api_tls]\nca = '{cert}'\ncert = 'c'\nkey = 'k'\n\
-             [members.1]\nname = 'm1'\nwire = 'tcp:10.0.0.1:7440'\napi = 'https://10.0.0.1:8443'\n",
-        );
-        let config = write("nexus.toml", &text);
-        let config = <ServerConfig as crate::config::Config>::load(config.as_ref()).unwrap();
         let (fleet, view, stop) = (Fleet::new(&config), View::new("localhost"), CancellationToken::new());
         let (follower, followed, end) = (view.clone(), region.clone() as Arc<dyn Store>, stop.clone());
         tokio::spawn(async move { follower.follow(followed, end).await });
@@ -281,15 +243,4 @@ async fn a_key_outlives_its_server_by_a_week_and_one_in_use_is_renewed() {
     workloads.publish_once(&kids()).await.unwrap();
     until("the key that nobody has is gone", || kids().len() == 1 && kids().contains_key(&own)).await;
     world.end().await;
-}
-
-#[test]
-fn a_key_that_others_may_read_is_refused() {
-    use std::os::unix::fs::PermissionsExt as _;
-    let dir = tempfile::tempdir().unwrap();
-    own_key(dir.path()).unwrap();
-    let file = dir.path().join(KEY_FILE);
-    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
-    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
-    assert!(own_key(dir.path()).unwrap_err().to_string().contains("chmod 600"));
 }
