@@ -35,6 +35,7 @@ mod serve;
 mod settle;
 mod signin;
 mod streams;
+mod tries;
 mod watch;
 mod write;
 
