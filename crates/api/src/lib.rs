@@ -36,6 +36,7 @@ mod settle;
 mod signature;
 mod signin;
 mod streams;
+mod tries;
 mod watch;
 mod write;
 

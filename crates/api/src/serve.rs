@@ -32,8 +32,9 @@ use crate::problem::{Refusal, from_store};
 use crate::query::Query;
 use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
-use crate::signin::SignIns;
+use crate::tries::SignIns;
 use crate::{Api, audit, blobs, elsewhere, list, operations, settle, signature, signin, streams, watch, write};
+use crate::{Api, audit, blobs, elsewhere, list, operations, settle, signin, streams, watch, write};
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
 const STRANGERS: usize = 16;

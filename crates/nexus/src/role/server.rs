@@ -20,7 +20,7 @@ mod signing;
 mod southbound;
 mod status;
 #[cfg(test)]
-mod testing;
+mod tests;
 mod voters;
 mod webhook;
 mod workloads;

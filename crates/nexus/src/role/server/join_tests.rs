@@ -9,7 +9,7 @@ use nexus_store::RangeRequest;
 use nexus_store::embedded::EmbeddedStore;
 use tokio_util::sync::CancellationToken;
 
-use super::super::testing::{HOUR, START, config, store};
+use super::super::tests::{HOUR, START, config, store};
 use super::*;
 
 struct World {

@@ -157,7 +157,7 @@ mod tests {
     use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
     use tokio::net::TcpListener;
 
-    use super::super::testing::store;
+    use super::super::tests::store;
     use super::*;
 
     fn draft(n: u64) -> Draft {

@@ -9,7 +9,7 @@ use nexus_model::{Metadata, Object};
 use nexus_store::Txn;
 use nexus_store::embedded::EmbeddedStore;
 
-use super::super::testing::{HOUR, START, config, store};
+use super::super::tests::{HOUR, START, config, store};
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(30);
