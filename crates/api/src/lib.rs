@@ -18,6 +18,7 @@ mod audit;
 mod authorize;
 mod blobs;
 mod caller;
+mod credentials;
 mod doors;
 mod elsewhere;
 mod headers;
@@ -38,6 +39,7 @@ mod signin;
 mod streams;
 mod tries;
 mod watch;
+mod whoami;
 mod write;
 
 use std::sync::{Arc, Mutex};

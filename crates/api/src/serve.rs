@@ -33,8 +33,10 @@ use crate::query::Query;
 use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
-use crate::{Api, audit, blobs, elsewhere, list, operations, settle, signature, signin, streams, watch, write};
-use crate::{Api, audit, blobs, elsewhere, list, operations, settle, signin, streams, watch, write};
+use crate::{
+    Api, audit, blobs, credentials, elsewhere, list, operations, settle, signature, signin, streams, watch, whoami,
+    write,
+};
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
 const STRANGERS: usize = 16;
@@ -304,7 +306,7 @@ async fn answer(
         }
         Target::WhoAmI => {
             Query::parse(parts.uri.query(), &[], &[])?;
-            Ok(json(&signin::who_am_i(&server, &context)))
+            Ok(json(&whoami::who_am_i(&server, &context)))
         }
         Target::PolicySchema => {
             Query::parse(parts.uri.query(), &[], &[])?;
@@ -312,7 +314,7 @@ async fn answer(
         }
         Target::Can => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
-            Ok(server.deadline(signin::can(&server, &context, &parts, body)).await?)
+            Ok(server.deadline(whoami::can(&server, &context, &parts, body)).await?)
         }
         Target::Blob(_, project, digest) => {
             let permit = server.transfer_permit()?;
@@ -324,7 +326,7 @@ async fn answer(
             verb @ (Verb::SetPassword | Verb::Invite | Verb::EnrollTotp | Verb::ConfirmTotp),
         ) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
-            Ok(server.deadline(signin::change(&server, &place, &name, verb, &parts, body, &context)).await?)
+            Ok(server.deadline(credentials::change(&server, &place, &name, verb, &parts, body, &context)).await?)
         }
         Target::Audit(region, asked) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;

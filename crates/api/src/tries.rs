@@ -5,8 +5,12 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use http::HeaderValue;
+use http::header::RETRY_AFTER;
 use nexus_model::{ApiError, Code};
 use tokio::sync::Semaphore;
+
+use crate::problem::Refusal;
 
 /// Wrong tries before the next must wait.
 const FREE_TRIES: u32 = 5;
@@ -52,10 +56,16 @@ impl Tries {
 
 impl SignIns {
     /// How long somebody has to wait before they may try.
-    pub fn wait(&self, who: &[String], now: Duration) -> Duration {
+    fn wait(&self, who: &[String], now: Duration) -> Duration {
         let tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
         let left = who.iter().filter_map(|w| tries.get(w)).map(|t| (t.last + t.pause()).saturating_sub(now));
         left.max().unwrap_or_default()
+    }
+
+    /// Whether somebody's next try is due.
+    pub fn may_try(&self, who: &[String], now: Duration) -> Result<(), TooSoon> {
+        let wait = self.wait(who, now);
+        if wait.is_zero() { Ok(()) } else { Err(TooSoon { seconds: wait.as_secs() + 1 }) }
     }
 
     pub fn wrong(&self, who: &[String], now: Duration) {
@@ -91,6 +101,23 @@ impl SignIns {
             f()
         });
         done.await.map_err(|_| ApiError::new(Code::Internal, "working on a password failed"))
+    }
+}
+
+/// A try that came before it was due.
+pub(crate) struct TooSoon {
+    pub seconds: u64,
+}
+
+impl std::fmt::Display for TooSoon {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "too many wrong tries: the next one counts in {} s", self.seconds)
+    }
+}
+
+impl From<TooSoon> for Refusal {
+    fn from(error: TooSoon) -> Self {
+        Self::new(Code::Overloaded, error.to_string()).with(RETRY_AFTER, HeaderValue::from(error.seconds))
     }
 }
 
