@@ -55,8 +55,8 @@ pub(crate) enum Proof {
         hash: TokenHash,
     },
     AccessKey {
-        organization: Name,
         name: Name,
+        id: String,
     },
     Session {
         organization: Name,
@@ -115,8 +115,8 @@ impl Caller {
                     return Err("this token was revoked");
                 }
             }
-            Proof::AccessKey { organization, name } => {
-                if known.access_key_named(organization, name).is_none() {
+            Proof::AccessKey { id, .. } => {
+                if known.access_key(id).is_none() {
                     return Err("this access key was deleted");
                 }
             }
@@ -124,6 +124,7 @@ impl Caller {
                 let ended = "this session has ended: sign in again";
                 match known.session(organization, name) {
                     Some(session) if session.spec.expires.is_some_and(|e| e < now) => return Err(ended),
+                    Some(session) if !known.has_key_of(&session.spec) => return Err("this access key was deleted"),
                     Some(_) => {}
                     None if known.has_ended(name) || now.since(*issued) > YOUNG => return Err(ended),
                     None => {}
@@ -176,7 +177,7 @@ impl Server {
         let address = parts.extensions.get::<PeerAddress>().map_or(Ipv4Addr::LOCALHOST.into(), |p| p.0);
         if signature::is_signed(parts) {
             let signed = self.by_signature(parts).map_err(|why| unauthenticated(why, SIGNED))?;
-            let proof = Proof::AccessKey { organization: signed.organization.clone(), name: signed.name };
+            let proof = Proof::AccessKey { name: signed.name, id: signed.id };
             let caller = Caller::of_holder(signed.organization, signed.holder, proof, address);
             let caller = Caller { project: signed.project, signed_body: signed.body, ..caller };
             let now = self.now();

@@ -30,6 +30,7 @@ pub(crate) const REMEMBERED: usize = 100_000;
 pub(crate) struct Signed {
     pub organization: Name,
     pub name: Name,
+    pub id: String,
     pub holder: Holder,
     pub project: Option<Name>,
     /// What its body must hash to, if that was signed.
@@ -88,7 +89,8 @@ impl Server {
         let m = &key.metadata;
         let organization = m.organization.clone().ok_or_else(unknown)?;
         let holder = key.spec.holder.clone().ok_or_else(unknown)?;
-        Ok(Signed { organization, name: m.name.clone(), holder, project: key.spec.project.clone(), body })
+        let id = presented.access_key().as_str().to_owned();
+        Ok(Signed { organization, name: m.name.clone(), id, holder, project: key.spec.project.clone(), body })
     }
 
     /// The secret half of an access key.

@@ -209,8 +209,8 @@ async fn by_password(
         factors.push("otp".to_owned());
     }
     server.sign_ins.right(&counted);
-    let factors = Opening { factors, project: None };
-    open(server, &who.organization, who.holder(), factors, address, request_id).await
+    let opening = Opening { factors, ..Opening::default() };
+    open(server, &who.organization, who.holder(), opening, address, request_id).await
 }
 
 /// Trades an access key for a session.
@@ -241,7 +241,8 @@ async fn by_access_key(
         return Err(wrong());
     }
     server.sign_ins.right(&counted);
-    let opening = Opening { factors: vec!["key".to_owned()], project: key.spec.project.clone() };
+    let (factors, project) = (vec!["key".to_owned()], key.spec.project.clone());
+    let opening = Opening { factors, access_key: Some(id), project };
     open(server, &organization, holder, opening, address, request_id).await
 }
 
@@ -274,7 +275,7 @@ async fn by_invitation(
     keep(server, &who.organization, &who.name, spec, &credential, request_id).await?;
     server.sign_ins.right(&counted);
     end_sessions(server, &who, None, request_id).await?;
-    let opening = Opening { factors: vec!["pwd".to_owned()], project: None };
+    let opening = Opening { factors: vec!["pwd".to_owned()], ..Opening::default() };
     open(server, &who.organization, who.holder(), opening, address, request_id).await
 }
 
@@ -328,8 +329,10 @@ fn granted(
 }
 
 /// What a session begins with.
+#[derive(Default)]
 struct Opening {
     factors: Vec<String>,
+    access_key: Option<String>,
     project: Option<Name>,
 }
 
@@ -351,6 +354,7 @@ async fn open(
         expires: Some(server.now().plus(SESSION)),
         factors: opening.factors,
         project: opening.project,
+        access_key: opening.access_key,
         address: address.to_string(),
         refresh: Some(refresh.hash().to_string()),
         spent: None,
@@ -380,10 +384,10 @@ async fn refresh(server: &Server, form: &Query, address: IpAddr, request_id: &Re
         submit::<Session>(server, (Some(&organization), &session), Change::Delete, None, &actor, request_id).await?;
         return Err(unknown());
     }
-    let active = server
-        .api
-        .directory
-        .read(|known| stored.spec.holder.as_ref().is_some_and(|holder| known.is_active(&organization, holder)));
+    let active = server.api.directory.read(|known| {
+        let holder = stored.spec.holder.as_ref();
+        holder.is_some_and(|h| known.is_active(&organization, h)) && known.has_key_of(&stored.spec)
+    });
     if !is(stored.spec.refresh.as_ref()) || !active || stored.spec.expires.is_none_or(|e| e < server.now()) {
         return Err(unknown());
     }

@@ -779,7 +779,7 @@ async fn signed_requests_are_their_signers_and_nothing_of_them_may_change() {
         [("grant_type", "client_credentials"), ("client_id", key.id.as_str()), ("client_secret", key.secret.expose())];
     let granted = sign_in(&cloud, &form).await;
     assert_eq!(granted.status, StatusCode::OK, "{:?}", granted.body);
-    let access = granted.json()["access_token"].as_str().unwrap().to_owned();
+    let [access, refresh] = ["access_token", "refresh_token"].map(|f| granted.json()[f].as_str().unwrap().to_owned());
     assert_eq!(as_bearer(&cloud, &access, "/v1/whoami").await.json()["name"], "acme/editor");
     let wrong = [form[0], form[1], ("client_secret", "not the secret of this key")];
     assert_eq!(sign_in(&cloud, &wrong).await.json()["error"], "invalid_client");
@@ -794,4 +794,9 @@ async fn signed_requests_are_their_signers_and_nothing_of_them_may_change() {
         send(signed(&key, "GET", apps, "", at)).await.status == StatusCode::UNAUTHORIZED
     })
     .await;
+    // Nor do the tokens that it got.
+    support::eventually(async || as_bearer(&cloud, &access, "/v1/whoami").await.status == StatusCode::UNAUTHORIZED)
+        .await;
+    let again = [("grant_type", "refresh_token"), ("refresh_token", refresh.as_str())];
+    assert_eq!(sign_in(&cloud, &again).await.json()["error"], "invalid_grant");
 }

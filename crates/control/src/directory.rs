@@ -171,6 +171,11 @@ impl Known {
         self.world.sessions.get(Some(organization), name)
     }
 
+    /// Whether the access key is still there by which a session was opened, if it was by one.
+    pub fn has_key_of(&self, session: &SessionSpec) -> bool {
+        session.access_key.as_deref().is_none_or(|id| self.access_key(id).is_some())
+    }
+
     /// The names of a holder's sessions.
     pub fn sessions_of(&self, organization: &Name, holder: &Holder) -> Vec<Name> {
         let theirs = self.world.sessions.within(organization).filter(|s| s.spec.holder.as_ref() == Some(holder));
@@ -186,10 +191,6 @@ impl Known {
     pub fn access_key(&self, id: &str) -> Option<&Object<AccessKey>> {
         let (organization, name) = self.access_keys.get(id)?;
         self.world.access_keys.get(organization.as_ref(), name)
-    }
-
-    pub fn access_key_named(&self, organization: &Name, name: &Name) -> Option<&Object<AccessKey>> {
-        self.world.access_keys.get(Some(organization), name)
     }
 
     pub fn token_named(&self, organization: &Name, name: &Name) -> Option<&Object<Token>> {

@@ -457,6 +457,10 @@ pub struct SessionSpec {
     /// Opens nothing but this project.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub project: Option<Name>,
+    /// The id of the access key by which it was opened, and with which it ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub access_key: Option<String>,
     /// From where it was opened.
     #[schemars(length(max = 64))]
     pub address: String,
