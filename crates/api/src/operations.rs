@@ -200,14 +200,17 @@ pub struct ServerJoined {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub issuer: Option<String>,
     pub zones: Vec<Name>,
-    /// The authority's certificate and the two new ones, in PEM.
+    /// The root's certificate and the two new ones, in PEM.
     pub ca: String,
     pub cert: String,
     pub api_cert: String,
     /// The hash of the administrator's token.
     pub token_hash: String,
     pub members: Vec<ServerEntry>,
-    /// The authority's key, so that the new server can sign too. Never kept in the store.
+    /// The region's authority, so that the new server can sign too: its certificate with those above it, and its key, which is
+    /// never kept in the store. Older servers sign with the root, and give its key alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authority_cert: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub authority_key: Option<String>,
     /// What else the server that answered has in its configuration and the new one needs, by field.

@@ -174,8 +174,8 @@ mod tests {
     #[test]
     fn an_authority_has_one_pin() {
         let ca = CertificateAuthority::generate("home", now(), DAY).unwrap();
-        let pin = pin_of(ca.cert_pem()).unwrap();
-        assert_eq!(pin, pin_of(&format!("\n{}", ca.cert_pem())).unwrap());
+        let pin = pin_of(ca.root_pem()).unwrap();
+        assert_eq!(pin, pin_of(&format!("\n{}", ca.root_pem())).unwrap());
         assert!(pin.starts_with("sha256:") && pin.len() == 71);
         assert!(pin_of("nothing").is_err());
     }

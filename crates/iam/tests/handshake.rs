@@ -27,7 +27,7 @@ fn member(ca: &CertificateAuthority, role: Role, name: &str) -> Identity {
 }
 
 fn roots(ca: &CertificateAuthority) -> Roots {
-    Roots::from_pem(ca.cert_pem()).unwrap()
+    Roots::from_pem(ca.root_pem()).unwrap()
 }
 
 /// Whom each side saw, or why one refused.
@@ -77,6 +77,26 @@ async fn members_know_each_other_by_id() {
 }
 
 #[tokio::test]
+async fn members_of_regions_with_authorities_of_their_own_know_each_other_by_the_root_alone() {
+    let root = authority("home");
+    let [west, east] = ["west", "east"].map(|region| root.intermediate(region, now(), 30 * DAY).unwrap());
+    let (agent, server) = (member(&west, Role::Agent, "h1"), member(&east, Role::Server, "s1"));
+    let direct = member(&root, Role::Agent, "h2");
+    for agent in [&agent, &direct] {
+        let met = agent_meets_server(&root, agent, &server, ExpiryPolicy::Strict, now()).await.unwrap();
+        assert_eq!(met, (Some(server.id()), Some(agent.id())));
+    }
+    // An intermediate under a root of the same name is as strange as that root.
+    let forged = member(&authority("home").intermediate("west", now(), DAY).unwrap(), Role::Agent, "h1");
+    agent_meets_server(&root, &forged, &server, ExpiryPolicy::Strict, now()).await.unwrap_err();
+    // Tolerance is for a leaf's end, also under an intermediate.
+    let late = now() + 3 * DAY;
+    agent_meets_server(&root, &agent, &server, ExpiryPolicy::Strict, late).await.unwrap_err();
+    let tolerate = ExpiryPolicy::Tolerate { grace: 7 * DAY };
+    agent_meets_server(&root, &agent, &server, tolerate, late).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_certificate_of_another_authority_is_refused() {
     let (ca, impostor) = (authority("home"), authority("home"));
     let (agent, server) = (member(&ca, Role::Agent, "h1"), member(&ca, Role::Server, "s1"));
@@ -118,7 +138,7 @@ async fn the_wrong_role_is_refused_on_both_sides() {
 #[tokio::test]
 async fn another_trust_domain_is_refused_even_under_a_trusted_root() {
     let (home, away) = (authority("home"), authority("away"));
-    let both = Roots::from_pem(&format!("{}{}", home.cert_pem(), away.cert_pem())).unwrap();
+    let both = Roots::from_pem(&format!("{}{}", home.root_pem(), away.root_pem())).unwrap();
     let policy = |role| Policy::roles("home", &[role]);
     let stranger = member(&away, Role::Agent, "h1");
     let server = member(&home, Role::Server, "s1");

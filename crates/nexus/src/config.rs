@@ -36,27 +36,37 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// The certificate authority of the cluster: whoever reads its key can let anyone in.
+/// The certificate authority of the server's region: whoever reads its key can let anyone in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AuthorityFiles {
+    /// Its certificate, and after it the root's.
     pub cert: PathBuf,
     /// Readable by its owner alone.
     pub key: PathBuf,
-    /// How long the certificates that this server signs are good, in seconds; they are renewed when two thirds of it are
-    /// over. Every server of a region should say the same [default: 90 days]
+    /// How long the certificates that this server signs are good, in seconds; they are renewed when half of it is over.
+    /// Every server of a region should say the same [default: an hour, and 90 days for those that users see]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate_seconds: Option<u64>,
 }
 
-/// How long certificates are good, unless an authority is configured otherwise.
-pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// How long members' certificates are good, unless an authority is configured otherwise.
+pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(3600);
+/// How long those are good that users see, whose tools tolerate nothing that has ended.
+pub const PUBLIC_CERTIFICATE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// How long a root is good, and a region's authority under it.
+pub const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+pub const REGION_AUTHORITY_LIFE: Duration = Duration::from_secs(2 * 365 * 24 * 3600);
 /// What an authority may be configured to. Whoever must renew more often than every twenty seconds does little else.
 pub const CERTIFICATE_SECONDS: std::ops::RangeInclusive<u64> = 30..=366 * 24 * 3600;
 
 impl AuthorityFiles {
     pub fn certificate_life(&self) -> Duration {
         self.certificate_seconds.map_or(CERTIFICATE_LIFE, Duration::from_secs)
+    }
+
+    pub fn public_certificate_life(&self) -> Duration {
+        self.certificate_seconds.map_or(PUBLIC_CERTIFICATE_LIFE, Duration::from_secs)
     }
 }
 

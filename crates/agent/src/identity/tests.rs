@@ -96,7 +96,7 @@ impl Host {
     fn agent(&self) -> Identities {
         let settings = IdentityConfig {
             trust_domain: "home".into(),
-            roots: self.server.ca.cert_pem().to_owned(),
+            roots: self.server.ca.root_pem().to_owned(),
             run_dir: self.run_dir(),
         };
         let (issuer, keys) = (self.server.clone(), self.keys.subscribe());
@@ -477,7 +477,7 @@ async fn a_long_run_folder_is_no_obstacle() {
     let host = Host::new(HOUR);
     let settings = IdentityConfig {
         trust_domain: "home".into(),
-        roots: host.server.ca.cert_pem().to_owned(),
+        roots: host.server.ca.root_pem().to_owned(),
         run_dir: host.dir.path().join("long".repeat(40)),
     };
     let (issuer, keys) = (host.server.clone(), host.keys.subscribe());

@@ -29,7 +29,7 @@ impl Pki {
         let env = Env::real();
         let now = nexus_iam::at_millis(env.now_millis());
         let authority = CertificateAuthority::generate("home", now, YEAR).unwrap();
-        let roots = Roots::from_pem(authority.cert_pem()).unwrap();
+        let roots = Roots::from_pem(authority.root_pem()).unwrap();
         Self { authority, roots, env }
     }
 

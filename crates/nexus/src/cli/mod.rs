@@ -6,6 +6,7 @@ mod access_key;
 mod apply;
 mod audit;
 mod backup;
+mod ca;
 mod can;
 mod cell;
 mod cloud;
@@ -137,6 +138,7 @@ pub enum UserCommand {
     SecondFactor(login::SecondFactorArgs),
     Can(can::CanArgs),
     Policy(can::PolicyArgs),
+    Ca(ca::CaArgs),
     JoinToken(host::JoinTokenArgs),
     Install(install::InstallArgs),
     Backup(backup::BackupArgs),
@@ -197,6 +199,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::SecondFactor(args) => login::second_factor(&args).await?,
         UserCommand::Can(args) => return can::can(&args).await,
         UserCommand::Policy(args) => can::policy(&args).await?,
+        UserCommand::Ca(args) => ca::run(&args)?,
         UserCommand::JoinToken(args) => host::tokens(&args).await?,
         UserCommand::Install(args) => install::run(&args)?,
         UserCommand::Backup(args) => backup::run(&args).await?,

@@ -21,13 +21,13 @@ use super::output::{self, Format};
 use super::resource::new_name;
 use super::table::Printer;
 use crate::config::{
-    AuthorityFiles, BootstrapCell, CERTIFICATE_SECONDS, GlobalConfig, Member, ServerConfig, StoreConfig, TlsFiles,
+    AuthorityFiles, BootstrapCell, CERTIFICATE_SECONDS, GlobalConfig, Member, REGION_AUTHORITY_LIFE, ROOT_LIFE,
+    ServerConfig, StoreConfig, TlsFiles,
 };
 use crate::context::Context;
 use crate::exit::Fail;
 use crate::role::server::authority::PublicNames;
 
-const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const CONFIG: &str = "nexus.toml";
 
 /// Runs a control plane server, or changes who belongs to the control plane
@@ -109,7 +109,7 @@ pub struct InitArgs {
     domain: String,
     #[command(flatten)]
     store: StoreArgs,
-    /// How long certificates are good; they are renewed when two thirds of it are over [default: 90d]
+    /// How long certificates are good; they are renewed when half of it is over [default: 1h, and 90d for those of the API]
     #[arg(long, value_name = "TIME", value_parser = life)]
     certificate_life: Option<Duration>,
 }
@@ -248,7 +248,7 @@ fn tls(home: &Home, cert: &str) -> TlsFiles {
 }
 
 fn authority_of(home: &Home, certificate_seconds: Option<u64>) -> AuthorityFiles {
-    AuthorityFiles { cert: home.path("tls/ca.pem"), key: home.path("tls/ca.key"), certificate_seconds }
+    AuthorityFiles { cert: home.path("tls/authority.pem"), key: home.path("tls/authority.key"), certificate_seconds }
 }
 
 /// How long certificates are to be good.
@@ -269,16 +269,19 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
     let now = join::now();
     let api = api_url(args.api_url.as_ref(), args.api_listen);
     let names = PublicNames::of(args.name.as_str(), &api, &[]).map_err(Fail::usage)?;
-    let ca = CertificateAuthority::generate(&cluster, now, CA_LIFE).context("making the certificate authority")?;
+    let root = CertificateAuthority::generate(&cluster, now, ROOT_LIFE).context("making the root authority")?;
+    let ca = root.intermediate(args.region.as_str(), now, REGION_AUTHORITY_LIFE).context("making the authority")?;
     let (own, public) = (SpiffeId::server(&cluster, args.name.as_str())?, SpiffeId::api(&cluster, args.name.as_str())?);
     let request = CertRequest::from_pem(&home.key.request(&[own.clone(), public.clone()])?)?;
     let authority = authority_of(&home, args.certificate_life.map(|life| life.as_secs()));
-    let life = authority.certificate_life();
-    let cert = ca.sign(&request, &own, &[], &[], now, life)?;
+    let cert = ca.sign(&request, &own, &[], &[], now, authority.certificate_life())?;
+    let life = authority.public_certificate_life();
     let api_cert = ca.sign(&request, &public, &names.dns, &names.ips, now, life)?;
-    let pem = ca.to_pem();
-    home.write("tls/ca.pem", &pem.cert)?;
-    home.write("tls/ca.key", &pem.key)?;
+    let (root, ca) = (root.to_pem(), ca.to_pem());
+    home.write("tls/ca.pem", &root.cert)?;
+    let root_key = home.write("root.key", &root.key)?;
+    home.write("tls/authority.pem", &ca.cert)?;
+    home.write("tls/authority.key", &ca.key)?;
     home.write("tls/server.pem", &cert.cert_chain_pem)?;
     home.write("tls/api.pem", &api_cert.cert_chain_pem)?;
     let secret = TokenSecret::generate(env.rng.bytes());
@@ -331,9 +334,11 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
     output::text(&format!("{cluster} is made; its first server is {}", args.name))?;
     output::note(&format!(
         "Next:\n  nexus install --role server --config {}\n  nexus server token          # for the second one\nThe \
-         context {} speaks to it.",
+         context {} speaks to it.\nNo server needs {}, the root's key: take it away from this machine, and keep it for \
+         `nexus ca region`.",
         path.display(),
-        context.display()
+        context.display(),
+        root_key.display()
     ));
     Ok(())
 }
@@ -375,7 +380,8 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
     }
     let authority = match &joined.authority_key {
         Some(key) => {
-            home.write("tls/ca.key", key)?;
+            home.write("tls/authority.pem", joined.authority_cert.as_ref().unwrap_or(&joined.ca))?;
+            home.write("tls/authority.key", key)?;
             let seconds = joined.config.get("certificate_seconds").cloned().unwrap_or(Value::Null);
             Some(authority_of(&home, serde_json::from_value(seconds).context("how long certificates are good")?))
         }

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context as _;
 use nexus_env::{Endpoint, Env, RngExt as _};
 use nexus_iam::envelope::FileKeys;
-use nexus_iam::{CertificateAuthority, Identity, SpiffeId, TokenSecret};
+use nexus_iam::{CaError, CertificateAuthority, Identity, SpiffeId, TokenSecret};
 use nexus_model::kind::Capacity;
 use nexus_model::{Bytes, MilliCpu};
 use serde::Serialize;
@@ -22,14 +22,14 @@ use super::cgroup;
 use super::plan::{HostPlan, Plan, ServerPlan};
 use super::state::{DataDir, make_private_dir, write_private};
 use crate::config::{
-    AgentConfig, AuthorityFiles, BootstrapCell, GatewayConfig, GlobalConfig, HostInitConfig, KeeperConfig, Member,
-    ServerConfig, StoreConfig, TlsFiles,
+    AgentConfig, AuthorityFiles, BootstrapCell, CERTIFICATE_LIFE, GatewayConfig, GlobalConfig, HostInitConfig,
+    KeeperConfig, Member, PUBLIC_CERTIFICATE_LIFE, REGION_AUTHORITY_LIFE, ROOT_LIFE, ServerConfig, StoreConfig,
+    TlsFiles,
 };
+use crate::secret_file;
 
-const DAY: Duration = Duration::from_secs(24 * 3600);
-const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-const CERT_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
-const RENEW_BEFORE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// A region's authority is made anew when it ends within this.
+const RENEW_AUTHORITY: Duration = Duration::from_secs(90 * 24 * 3600);
 /// On the host's own tmpfs.
 const RUN_DIR: &str = "/run/nexus";
 const DOMAIN: &str = "localhost";
@@ -75,21 +75,24 @@ impl Machine {
 pub fn prepare(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) -> anyhow::Result<()> {
     let env = Env::real();
     let now = SystemTime::UNIX_EPOCH + Duration::from_millis(env.now_millis().try_into().unwrap_or(0));
-    let ca = authority(dir, plan, now)?;
     token(dir, &env)?;
     master_keys(dir)?;
-    let issue = |name: &str, id: SpiffeId, public: Option<Vec<IpAddr>>| certificate(dir, &ca, now, name, &id, public);
     let domain = &plan.cluster_id;
-    for server in plan.servers() {
-        issue(server.name.as_str(), SpiffeId::server(domain, server.name.as_str())?, None)?;
-        let addresses = server.api_peer.iter().map(|a| a.ip()).collect();
-        issue(&format!("{}-api", server.name), SpiffeId::api(domain, server.name.as_str())?, Some(addresses))?;
-    }
-    for host in plan.hosts() {
-        issue(host.name.as_str(), SpiffeId::agent(domain, host.name.as_str())?, None)?;
-    }
-    for gateway in plan.gateways() {
-        issue(gateway.name.as_str(), SpiffeId::gateway(domain, gateway.name.as_str())?, None)?;
+    for region in &plan.regions {
+        let ca = region_authority(dir, plan, region.name.as_str(), now)?;
+        let issue =
+            |name: &str, id: SpiffeId, public: Option<Vec<IpAddr>>| certificate(dir, &ca, now, name, &id, public);
+        for server in plan.servers_of(region) {
+            issue(server.name.as_str(), SpiffeId::server(domain, server.name.as_str())?, None)?;
+            let addresses = server.api_peer.iter().map(|a| a.ip()).collect();
+            issue(&format!("{}-api", server.name), SpiffeId::api(domain, server.name.as_str())?, Some(addresses))?;
+        }
+        for host in plan.hosts_of(region) {
+            issue(host.name.as_str(), SpiffeId::agent(domain, host.name.as_str())?, None)?;
+        }
+        for gateway in plan.gateways_of(region) {
+            issue(gateway.name.as_str(), SpiffeId::gateway(domain, gateway.name.as_str())?, None)?;
+        }
     }
     configurations(dir, plan, program, machine)
 }
@@ -102,17 +105,42 @@ fn read_optional(path: &Path) -> anyhow::Result<Option<String>> {
     }
 }
 
-fn authority(dir: &DataDir, plan: &Plan, now: SystemTime) -> anyhow::Result<CertificateAuthority> {
-    // The certificate is written last: with it, the pair is whole.
-    if let Some(cert) = read_optional(&dir.ca())? {
-        let key = fs::read_to_string(dir.ca_key()).context("reading the authority's key")?;
-        return CertificateAuthority::from_pem(&cert, &key).context("reading the cloud's certificate authority");
-    }
-    let ca =
-        CertificateAuthority::generate(&plan.cluster_id, now, CA_LIFE).context("making the certificate authority")?;
+/// Writes an authority. The certificate comes last: with it, the pair is whole.
+pub fn keep_authority(ca: &CertificateAuthority, cert: &Path, key: &Path) -> anyhow::Result<()> {
     let pem = ca.to_pem();
-    write_private(&dir.ca_key(), pem.key.as_bytes())?;
-    write_private(&dir.ca(), pem.cert.as_bytes())?;
+    write_private(key, pem.key.as_bytes())?;
+    write_private(cert, pem.cert.as_bytes())
+}
+
+/// The root, made at the first start.
+fn root(dir: &DataDir, plan: &Plan, now: SystemTime) -> anyhow::Result<CertificateAuthority> {
+    if let Some(cert) = read_optional(&dir.ca())? {
+        let key = secret_file::read_text(&dir.ca_key())
+            .context("the root's key is needed to make a region's authority: put it back for this start")?;
+        return CertificateAuthority::from_pem(&cert, &key).context("reading the cloud's root authority");
+    }
+    let root = CertificateAuthority::generate(&plan.cluster_id, now, ROOT_LIFE).context("making the root authority")?;
+    keep_authority(&root, &dir.ca(), &dir.ca_key())?;
+    Ok(root)
+}
+
+/// A region's authority. Once all are there, the root's key may be taken away until one comes near its end.
+fn region_authority(dir: &DataDir, plan: &Plan, region: &str, now: SystemTime) -> anyhow::Result<CertificateAuthority> {
+    let (cert, key) = dir.region_ca(region);
+    if let Some(text) = read_optional(&cert)? {
+        let ca = CertificateAuthority::from_pem(&text, &secret_file::read_text(&key)?)
+            .with_context(|| format!("reading the authority of region {region}"))?;
+        if ca.not_after() > now + RENEW_AUTHORITY {
+            return Ok(ca);
+        }
+    }
+    let root = root(dir, plan, now)?;
+    let ca = match root.intermediate(region, now, REGION_AUTHORITY_LIFE) {
+        // A root of an earlier release may sign leafs alone.
+        Err(CaError::NotARoot) => root,
+        made => made.with_context(|| format!("making the authority of region {region}"))?,
+    };
+    keep_authority(&ca, &cert, &key)?;
     Ok(ca)
 }
 
@@ -146,8 +174,9 @@ fn certificate(
     public: Option<Vec<IpAddr>>,
 ) -> anyhow::Result<()> {
     let (cert_path, key_path) = (dir.cert(name), dir.key(name));
+    let life = if public.is_some() { PUBLIC_CERTIFICATE_LIFE } else { CERTIFICATE_LIFE };
     if let (Some(cert), Some(key)) = (read_optional(&cert_path)?, read_optional(&key_path)?) {
-        let good = Identity::from_pem(&cert, &key).is_ok_and(|i| i.id() == *id && i.not_after() > now + RENEW_BEFORE);
+        let good = Identity::from_pem(&cert, &key).is_ok_and(|i| i.id() == *id && i.not_after() > now + life / 2);
         if good {
             return Ok(());
         }
@@ -159,8 +188,6 @@ fn certificate(
         }
         None => (Vec::new(), Vec::new()),
     };
-    let left = ca.not_after().duration_since(now).unwrap_or_default();
-    let life = CERT_LIFE.min(left.saturating_sub(DAY));
     let issued =
         ca.issue(id, &names, &addresses, now, life).with_context(|| format!("issuing a certificate to {id}"))?;
     write_private(&key_path, issued.key_pem.as_bytes())?;
@@ -177,6 +204,8 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
     let global = plan.apart.then(|| GlobalConfig { members: members(&plan.founding_voters()) });
     for region in &plan.regions {
         let servers = plan.servers_of(region);
+        let (cert, key) = dir.region_ca(region.name.as_str());
+        let authority = AuthorityFiles { cert, key, certificate_seconds: None };
         let endpoints: Vec<Endpoint> = servers.iter().map(|s| s.wire.into()).collect();
         for server in &servers {
             let config = ServerConfig {
@@ -199,7 +228,7 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 issuer: None,
                 zones: plan.zones.clone(),
                 join: false,
-                authority: Some(AuthorityFiles { cert: dir.ca(), key: dir.ca_key(), certificate_seconds: None }),
+                authority: Some(authority.clone()),
                 tls: tls(server.name.as_str()),
                 api_tls: tls(&format!("{}-api", server.name)),
                 cells: plan.cells().into_iter().map(|(name, zone)| BootstrapCell { name, zone }).collect(),

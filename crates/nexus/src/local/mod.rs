@@ -18,7 +18,7 @@ mod down;
 pub mod host_init;
 mod leave;
 mod link;
-mod materials;
+pub mod materials;
 mod plan;
 pub mod preflight;
 mod procs;

@@ -87,6 +87,12 @@ impl DataDir {
         self.root.join("ca/ca.key")
     }
 
+    /// A region's authority and its key.
+    pub fn region_ca(&self, region: &str) -> (PathBuf, PathBuf) {
+        let file = |end: &str| self.root.join("ca").join(format!("{region}.{end}"));
+        (file("pem"), file("key"))
+    }
+
     pub fn cert(&self, name: &str) -> PathBuf {
         self.root.join("certs").join(format!("{name}.pem"))
     }

@@ -1,4 +1,4 @@
-//! Keeps a role's certificates good: asks for new ones when two thirds of their life are over.
+//! Keeps a role's certificates good: asks for new ones when half of their life is over.
 //!
 //! The key stays, only the certificate changes, so one atomic write of one file is all that happens on disk. Whatever
 //! fails is tried again later: a data plane tolerates certificates that have ended for a while, and nothing here ever ends
@@ -23,10 +23,10 @@ use super::server::certificates::end_of;
 use crate::config::TlsFiles;
 
 /// Clocks jump, so the time left is looked at again this often.
-const LOOK: Duration = Duration::from_secs(3600);
+const LOOK: Duration = Duration::from_secs(60);
 /// Between tries when nobody renews.
 const REST_FIRST: Duration = Duration::from_secs(30);
-const REST_LONGEST: Duration = Duration::from_secs(1800);
+const REST_LONGEST: Duration = Duration::from_secs(120);
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How often a gateway says when its certificate ends, for servers that came since.
 const TELL: Duration = Duration::from_secs(30);
@@ -74,11 +74,11 @@ pub struct Certificates {
     failing: Arc<AtomicBool>,
 }
 
-/// When a certificate should be renewed: two thirds into its life, which began when it was signed and not when it says.
+/// When a certificate should be renewed: at half of its life, which began when it was signed and not when it says.
 fn due(not_before: SystemTime, not_after: SystemTime) -> SystemTime {
     let signed = not_before + CLOCK_SKEW;
     let life = not_after.duration_since(signed).unwrap_or_default();
-    not_after - life / 3
+    not_after - life / 2
 }
 
 impl Certificates {

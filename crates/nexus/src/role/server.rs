@@ -217,6 +217,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
             view.clone(),
             fleet.clone(),
             vec![("wire", identity.clone()), ("api", api_identity.clone())],
+            authority.as_deref(),
         ),
     ));
     status.register(&metrics);

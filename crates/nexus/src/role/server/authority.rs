@@ -1,5 +1,5 @@
-//! The cluster's authority at a server that holds its key: certificates for those who join, and new ones for those whose
-//! end comes near.
+//! The region's authority at a server that holds its key: certificates for those who join, and new ones for those whose
+//! end comes near. Everybody trusts the root above it, whose key no server needs.
 //!
 //! Who asks proves that it has the key (PKCS #10) and names exactly the ids that it may have; what else a certificate says
 //! is decided here.
@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use nexus_env::Env;
@@ -22,8 +22,9 @@ const WORKLOAD_LIFE: Duration = Duration::from_secs(3600);
 
 pub struct Authority {
     ca: CertificateAuthority,
-    /// How long what is signed here is good.
+    /// How long what is signed here is good, for members and for what users see.
     life: Duration,
+    public_life: Duration,
     env: Env,
 }
 
@@ -85,11 +86,21 @@ impl Authority {
             ca.trust_domain(),
             config.cluster_id
         );
-        Ok(Some(Arc::new(Self { ca, life: files.certificate_life(), env: env.clone() })))
+        let (life, public_life) = (files.certificate_life(), files.public_certificate_life());
+        Ok(Some(Arc::new(Self { ca, life, public_life, env: env.clone() })))
     }
 
-    pub fn cert_pem(&self) -> &str {
-        self.ca.cert_pem()
+    pub fn root_pem(&self) -> &str {
+        self.ca.root_pem()
+    }
+
+    /// The authority's certificate and those above it.
+    pub fn cert_pem(&self) -> String {
+        self.ca.to_pem().cert
+    }
+
+    pub fn not_after(&self) -> SystemTime {
+        self.ca.not_after()
     }
 
     /// For another server, which then can sign too.
@@ -98,13 +109,15 @@ impl Authority {
     }
 
     pub fn pin(&self) -> String {
-        pin_of(self.ca.cert_pem()).expect("read when the authority was loaded")
+        pin_of(self.ca.root_pem()).expect("read when the authority was loaded")
     }
 
     /// Signs for one id. Names are for the ids under `api/` alone.
     pub fn sign(&self, request: &CertRequest, id: &SpiffeId, names: &PublicNames) -> Result<String, ApiError> {
         let now = at_millis(self.env.now_millis());
-        let signed = self.ca.sign(request, id, &names.dns, &names.ips, now, self.life).map_err(|e| failed(&e))?;
+        let public = SpiffeId::api(id.trust_domain(), id.name()).is_ok_and(|api| api == *id);
+        let life = if public { self.public_life } else { self.life };
+        let signed = self.ca.sign(request, id, &names.dns, &names.ips, now, life).map_err(|e| failed(&e))?;
         Ok(signed.cert_chain_pem)
     }
 
@@ -145,14 +158,17 @@ fn read(files: &AuthorityFiles) -> anyhow::Result<CertificateAuthority> {
 #[cfg(test)]
 mod tests {
     use nexus_iam::RequestKey;
+    use nexus_iam::ca::CLOCK_SKEW;
 
     use super::*;
+    use crate::config::{CERTIFICATE_LIFE, PUBLIC_CERTIFICATE_LIFE};
 
     fn authority() -> Authority {
         let env = Env::real();
         let now = at_millis(env.now_millis());
-        let life = crate::config::CERTIFICATE_LIFE;
-        Authority { ca: CertificateAuthority::generate("home", now, 10 * life).unwrap(), life, env }
+        let (life, public_life) = (CERTIFICATE_LIFE, PUBLIC_CERTIFICATE_LIFE);
+        let ca = CertificateAuthority::generate("home", now, 10 * public_life).unwrap();
+        Authority { ca: ca.intermediate("local", now, 5 * public_life).unwrap(), life, public_life, env }
     }
 
     #[test]
@@ -180,6 +196,9 @@ mod tests {
         assert_eq!(server.certs.len(), 2);
         let again = nexus_iam::Identity::from_pem(&server.certs["spiffe://home/api/s1"], &key.to_pem()).unwrap();
         assert_eq!(again.id(), id("api", "s1"));
+        let member = nexus_iam::Identity::from_pem(&server.certs["spiffe://home/server/s1"], &key.to_pem()).unwrap();
+        let life = |of: &nexus_iam::Identity| of.not_after().duration_since(of.not_before() + CLOCK_SKEW).unwrap();
+        assert_eq!((life(&member), life(&again)), (CERTIFICATE_LIFE, PUBLIC_CERTIFICATE_LIFE));
         assert_eq!(renew(&id("agent", "h1"), &[id("agent", "h1")]).unwrap().certs.len(), 1);
 
         for (caller, wanted) in [

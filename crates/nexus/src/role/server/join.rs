@@ -338,7 +338,7 @@ impl Joins {
 
     /// The cluster, region and authority that a newcomer is to trust.
     pub fn trust(&self) -> Result<Value, ApiError> {
-        let ca = self.authority()?.cert_pem();
+        let ca = self.authority()?.root_pem();
         Ok(json!({"clusterId": self.config.cluster_id, "region": self.config.region, "ca": ca}))
     }
 
@@ -351,7 +351,9 @@ impl Joins {
         );
         let redeemed = self.redeem(&asked.token, JoinRole::Server, &asked.csr, &[own.clone(), api.clone()]).await?;
         let with_key = |mut answer: Value| -> Result<Value, ApiError> {
-            answer["authorityKey"] = self.authority()?.key_pem().into();
+            let authority = self.authority()?;
+            answer["authorityCert"] = authority.cert_pem().into();
+            answer["authorityKey"] = authority.key_pem().into();
             Ok(answer)
         };
         let (token_key, token_at, hash, record, request) = match redeemed {
@@ -402,11 +404,12 @@ impl Joins {
                 domain: self.config.domain.clone(),
                 issuer: self.config.issuer.clone(),
                 zones: self.config.zones.clone(),
-                ca: authority.cert_pem().to_owned(),
+                ca: authority.root_pem().to_owned(),
                 cert: authority.sign(&request, &own, &none)?,
                 api_cert: authority.sign(&request, &api, &names)?,
                 token_hash: self.token_hash.clone(),
                 members,
+                authority_cert: None,
                 authority_key: None,
                 config: self.shared_config(),
             };
@@ -509,7 +512,7 @@ impl Joins {
                 cell: cell.clone(),
                 prefix6,
                 prefix4,
-                ca: authority.cert_pem().to_owned(),
+                ca: authority.root_pem().to_owned(),
                 cert: cert.clone(),
                 servers: self.fleet.wires(),
             };
@@ -601,7 +604,7 @@ impl Joins {
             cluster_id: self.config.cluster_id.clone(),
             region: self.config.region.clone(),
             zone,
-            ca: authority.cert_pem().to_owned(),
+            ca: authority.root_pem().to_owned(),
             cert: authority.sign(&request, &id, &PublicNames::default())?,
             servers: self.fleet.wires(),
         };
