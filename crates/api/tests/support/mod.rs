@@ -65,6 +65,87 @@ impl MemStore {
     }
 }
 
+/// A way to a store that can be cut: what is asked fails then, and what is watched falls silent.
+pub struct Link {
+    store: Arc<MemStore>,
+    cut: watch::Sender<bool>,
+}
+
+impl Link {
+    pub fn to(store: &Arc<MemStore>) -> Arc<Self> {
+        Arc::new(Self { store: store.clone(), cut: watch::Sender::new(false) })
+    }
+
+    pub fn set_cut(&self, cut: bool) {
+        self.cut.send_replace(cut);
+    }
+
+    fn whole(&self) -> Result<&MemStore, StoreError> {
+        if *self.cut.borrow() {
+            return Err(StoreError::Unavailable { reason: "the link is cut".into() });
+        }
+        Ok(&self.store)
+    }
+}
+
+struct Silent {
+    watch: Watch,
+    cut: watch::Receiver<bool>,
+}
+
+#[async_trait]
+impl WatchSource for Silent {
+    async fn next(&mut self) -> Option<Result<WatchBatch, WatchError>> {
+        let batch = self.watch.next().await;
+        self.cut.wait_for(|cut| !cut).await.ok()?;
+        batch
+    }
+}
+
+#[async_trait]
+impl Store for Link {
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        self.whole()?.txn(txn).await
+    }
+
+    fn keeps_order(&self) -> bool {
+        true
+    }
+
+    async fn range(&self, request: RangeRequest) -> Result<RangeResponse, StoreError> {
+        self.whole()?.range(request).await
+    }
+
+    async fn watch(&self, start: Bytes, end: Bytes, after: Revision) -> Result<Watch, StoreError> {
+        let watch = self.whole()?.watch(start, end, after).await?;
+        Ok(Watch::new(Box::new(Silent { watch, cut: self.cut.subscribe() })))
+    }
+
+    async fn lease_grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
+        self.store.lease_grant(ttl).await
+    }
+
+    async fn lease_keep_alive(&self, lease: LeaseId) -> Result<Duration, StoreError> {
+        self.store.lease_keep_alive(lease).await
+    }
+
+    async fn lease_revoke(&self, lease: LeaseId) -> Result<(), StoreError> {
+        self.store.lease_revoke(lease).await
+    }
+
+    async fn compact(&self, before: Revision) -> Result<(), StoreError> {
+        self.whole()?.compact(before).await
+    }
+
+    async fn status(&self) -> StoreStatus {
+        self.store.status().await
+    }
+
+    fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.store.leadership()
+    }
+}
+
 fn within(key: &[u8], start: &[u8], end: &[u8]) -> bool {
     key >= start && (end.is_empty() || key < end)
 }
@@ -484,20 +565,29 @@ impl World {
 
     pub fn with(limits: Limits) -> Self {
         let (store, global) = (MemStore::new(), MemStore::new());
+        Self::over(store, global.clone(), global, Env::real(), limits)
+    }
+
+    /// Another server of the same region and fleet, which reaches the group that all share by a link.
+    pub fn beside(&self, link: Arc<Link>, env: Env) -> Self {
+        Self::over(self.store.clone(), self.global.clone(), link, env, Limits::default())
+    }
+
+    fn over(store: Arc<MemStore>, global: Arc<MemStore>, reached: Arc<dyn Store>, env: Env, limits: Limits) -> Self {
         let secret = TokenSecret::generate([7; 32]);
         let shutdown = CancellationToken::new();
         let directory = Directory::default();
         let signer = Arc::new(SigningKey::generate().unwrap());
         tokio::spawn({
-            let (directory, global, shutdown) = (directory.clone(), global.clone(), shutdown.clone());
-            async move { directory.follow(global, shutdown).await }
+            let (directory, reached, shutdown) = (directory.clone(), reached.clone(), shutdown.clone());
+            async move { directory.follow(reached, shutdown).await }
         });
         let api = Api {
             region: "local".parse().unwrap(),
-            env: Env::real(),
+            env,
             store: store.clone(),
             writer: Arc::new(FakeWriter { store: store.clone(), answers: Default::default() }),
-            global_store: global.clone(),
+            global_store: reached,
             global_writer: Arc::new(FakeWriter { store: global.clone(), answers: Default::default() }),
             remote: Arc::new(Mirror),
             directory: directory.clone(),

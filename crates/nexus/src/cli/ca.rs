@@ -15,6 +15,10 @@ use crate::secret_file;
 
 /// Makes regions' certificate authorities by the root's key, on a machine that needs no network
 #[derive(Debug, Args)]
+#[command(after_help = "Examples, where the root's key is kept:\n  \
+    nexus ca region west --root ca.pem --root-key root.key --out new\n\n\
+    Put both files where `[authority]` in the nexus.toml of the region's servers says, and restart these one after another. \
+    Certificates that the former authority signed stay good until they end.")]
 pub struct CaArgs {
     #[command(subcommand)]
     command: CaCommand,
@@ -23,10 +27,6 @@ pub struct CaArgs {
 #[derive(Debug, Subcommand)]
 enum CaCommand {
     /// Makes an authority for a region, for two years: a new region's, or one in place of one that ends
-    #[command(after_help = "Example, where the root's key is:\n  \
-        nexus ca region west --root ca.pem --root-key root.key --out .\n\n\
-        Put both files where `[authority]` in the nexus.toml of the region's servers says, and restart these one after \
-        another. Certificates that the former authority signed stay good until they end.")]
     Region {
         region: Name,
         /// The root's certificate

@@ -256,9 +256,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_certificate_is_renewed_in_the_last_third_of_its_life_on_disk_and_in_use() {
+    async fn a_certificate_is_renewed_in_the_second_half_of_its_life_on_disk_and_in_use() {
         let dir = tempfile::tempdir().unwrap();
-        let (certificates, fake) = made(dir.path(), 9 * DAY, 7 * DAY);
+        let (certificates, fake) = made(dir.path(), 9 * DAY, 5 * DAY);
         let before = certificates.ends()[0].1;
         let now = at_millis(fake.env.now_millis());
         let stop = CancellationToken::new();
@@ -300,8 +300,8 @@ mod tests {
     fn a_young_certificate_is_left_alone() {
         let from = at_millis(1_000_000_000_000);
         let signed = from + CLOCK_SKEW;
-        assert_eq!(due(from, signed + 9 * DAY), signed + 6 * DAY);
+        assert_eq!(due(from, signed + 9 * DAY), signed + 9 * DAY / 2);
         let short = Duration::from_secs(30);
-        assert_eq!(due(from, signed + short), signed + short * 2 / 3, "however short it is");
+        assert_eq!(due(from, signed + short), signed + short / 2, "however short it is");
     }
 }
