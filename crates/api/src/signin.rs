@@ -283,8 +283,8 @@ fn claims(server: &Server, organization: &Name, session: &Name, spec: &SessionSp
     let holder = spec.holder.clone().unwrap_or(Holder { kind: HolderKind::User, name: session.clone() });
     let principal = directory::principal(organization, &holder);
     let groups = server.api.directory.read(|known| {
-        let groups = known.groups_of(&principal).map(|g| g.name().to_owned());
-        groups.take(MAX_GROUPS_TOLD).collect()
+        let groups = known.groups_of(&principal).into_iter().take(MAX_GROUPS_TOLD);
+        groups.map(|g| g.name().to_owned()).collect()
     });
     Claims {
         iss: server.api.issuer.clone(),

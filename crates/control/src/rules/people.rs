@@ -24,7 +24,7 @@ pub fn user(object: &Object<User>) -> Principal {
     Principal::user(organization, object.metadata.name.as_str())
 }
 
-fn invalid(field: &str, message: impl Into<String>) -> ApiError {
+pub(super) fn invalid(field: &str, message: impl Into<String>) -> ApiError {
     ApiError::invalid(vec![FieldError::new(field, message)])
 }
 
@@ -119,7 +119,7 @@ fn subject_is_there(world: &World, organization: &Name, subject: &Subject) -> bo
     }
 }
 
-fn check_project(step: &Step<'_>, organization: &Name, project: Option<&Name>) -> Result<(), ApiError> {
+pub(super) fn check_project(step: &Step<'_>, organization: &Name, project: Option<&Name>) -> Result<(), ApiError> {
     let Some(project) = project else { return Ok(()) };
     let known = step.world.project(project).is_some_and(|p| p.spec.organization == *organization);
     if known && *organization != *SYSTEM_ORGANIZATION {
