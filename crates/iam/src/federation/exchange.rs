@@ -50,6 +50,21 @@ pub enum OAuthErrorCode {
     InvalidTarget,
 }
 
+impl OAuthErrorCode {
+    /// As the answer's `error` says it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::InvalidRequest => "invalid_request",
+            Self::InvalidClient => "invalid_client",
+            Self::InvalidGrant => "invalid_grant",
+            Self::UnauthorizedClient => "unauthorized_client",
+            Self::UnsupportedGrantType => "unsupported_grant_type",
+            Self::InvalidScope => "invalid_scope",
+            Self::InvalidTarget => "invalid_target",
+        }
+    }
+}
+
 /// What the token endpoint answers when it refuses; as JSON it is the answer's body.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{description}")]

@@ -80,7 +80,8 @@ pub struct IdentityProviderSpec {
     /// The cloud's id with the provider. Without it nobody signs in by the provider; tokens of CI systems are still taken.
     #[schemars(length(max = 256), regex(pattern = PRINTABLE))]
     pub client_id: String,
-    /// For providers that don't take public clients. Never shown: the server keeps it sealed.
+    /// For providers that don't take public clients. Never shown: the server keeps it sealed, for this issuer and client, also
+    /// when a later change leaves it out.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512), extend("writeOnly" = true))]
     pub client_secret: Option<String>,
