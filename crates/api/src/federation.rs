@@ -59,10 +59,9 @@ pub(crate) struct Offered {
 }
 
 /// The providers by which people of an organization sign in. An organization that has none looks like one that is not there.
-pub(crate) fn offered(server: &Server, organization: Option<&str>) -> Value {
-    let organization: Option<Name> = organization.and_then(|o| o.parse().ok());
+pub(crate) fn offered(server: &Server, organization: &Name) -> Value {
     let offered: Vec<Offered> = server.api.directory.read(|known| {
-        let all = organization.iter().flat_map(|organization| known.identity_providers(organization));
+        let all = known.identity_providers(organization);
         let of = |p: &nexus_model::Object<IdentityProvider>| Offered {
             name: p.metadata.name.clone(),
             display_name: p.spec.display_name.clone(),
@@ -123,12 +122,18 @@ struct Named {
 
 impl Named {
     /// Finds it. What is not there is told in the same words whatever is missing.
-    async fn find(server: &Server, organization: &str, name: &str, usable: fn(&IdentityProviderSpec) -> bool) -> Result<Self, Denied> {
+    async fn find(
+        server: &Server,
+        organization: &str,
+        name: &str,
+        usable: fn(&IdentityProviderSpec) -> bool,
+    ) -> Result<Self, Denied> {
         let missing = || Denied::new("invalid_grant", "there is no such organization, or no such provider of it");
         let (Ok(organization), Ok(name)) = (organization.parse::<Name>(), name.parse::<Name>()) else {
             return Err(missing());
         };
-        let look = || server.api.directory.read(|known| known.identity_provider(&organization, &name).map(|p| p.spec.clone()));
+        let look =
+            || server.api.directory.read(|known| known.identity_provider(&organization, &name).map(|p| p.spec.clone()));
         let mut spec = look();
         if spec.is_none() {
             // It may have been made at another server a moment ago.
@@ -157,7 +162,14 @@ impl Named {
     }
 
     /// Trades a code for tokens.
-    async fn redeem(&self, server: &Server, at: &Discovery, code: &str, redirect: &str, pkce: &Pkce) -> Result<TokenAnswer, Denied> {
+    async fn redeem(
+        &self,
+        server: &Server,
+        at: &Discovery,
+        code: &str,
+        redirect: &str,
+        pkce: &Pkce,
+    ) -> Result<TokenAnswer, Denied> {
         let spec = &self.spec;
         let mut form = Zeroizing::new(code_form(&spec.client_id, redirect, code, pkce));
         let mut authorization = None;
@@ -176,7 +188,11 @@ impl Named {
         let url = at.token_endpoint.clone();
         let request = ProviderRequest { url, form: Some(form), authorization, max: MAX_TOKEN_ANSWER };
         let body = server.providers.ask(&spec.issuer, request).await?;
-        Ok(TokenAnswer::parse(&body)?)
+        TokenAnswer::parse(&body).map_err(|error| match error {
+            FederationError::Refused { .. } => error.into(),
+            // What can't be read is no fault of whoever signs in.
+            _ => ApiError::new(Code::Unavailable, error.to_string()).into(),
+        })
     }
 
     /// Our groups of somebody.
@@ -190,13 +206,7 @@ impl Named {
 
 impl From<FederationError> for Denied {
     fn from(error: FederationError) -> Self {
-        match error {
-            // What the provider itself says and this cloud can't read is no fault of whoever signs in.
-            FederationError::Unreadable { .. } | FederationError::TooLong { .. } => {
-                ApiError::new(Code::Unavailable, error.to_string()).into()
-            }
-            _ => Self::new("invalid_grant", error.to_string()),
-        }
+        Self::new("invalid_grant", error.to_string())
     }
 }
 
@@ -212,7 +222,11 @@ fn is_loopback(redirect: &str) -> bool {
 }
 
 /// Counts what fails against its address, and nothing else: whoever knows a provider's name must not shut its people out.
-async fn counted<T>(server: &Server, address: IpAddr, work: impl Future<Output = Result<T, Denied>>) -> Result<T, Denied> {
+async fn counted<T>(
+    server: &Server,
+    address: IpAddr,
+    work: impl Future<Output = Result<T, Denied>>,
+) -> Result<T, Denied> {
     let counted = [format!("from {}", network(address))];
     server.sign_ins.may_try(&counted, server.api.env.monotonic())?;
     let done = work.await;
@@ -377,7 +391,9 @@ fn name_of(token: &IdToken, by: &str) -> Result<Name, Denied> {
     let letters = local.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' });
     let name: String = letters.take(64).collect();
     name.trim_matches('-').parse().map_err(|e| {
-        let detail = format!("the token's claim `{by}` names no user: {e}; the provider's `usernameClaim` says which claim does");
+        let detail = format!(
+            "the token's claim `{by}` names no user: {e}; the provider's `usernameClaim` says which claim does"
+        );
         Denied::new("invalid_grant", detail)
     })
 }
@@ -407,7 +423,10 @@ pub(crate) async fn exchange(
         return Err(refused(OAuthErrorCode::InvalidTarget, "access tokens are for this cloud: name no other target"));
     }
     if !asked.scope.is_empty() {
-        return Err(refused(OAuthErrorCode::InvalidScope, "what is allowed are the service account's roles, no scopes"));
+        return Err(refused(
+            OAuthErrorCode::InvalidScope,
+            "what is allowed are the service account's roles, no scopes",
+        ));
     }
     let ours = |name: &str| {
         let found = asked.others.iter().find(|(k, _)| k == name).map(|(_, v)| v.as_str());

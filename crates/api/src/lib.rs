@@ -61,8 +61,8 @@ use tokio_util::sync::CancellationToken;
 pub use audit::Audit;
 pub use doors::{
     BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint, EtcdStatus, Frame,
-    FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, ProviderDoor, ProviderRequest, Remote, ServerStatus, StatusSource,
-    Topology,
+    FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, ProviderDoor, ProviderRequest, Remote,
+    ServerStatus, StatusSource, Topology,
 };
 
 pub use caller::PeerAddress;

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nexus_env::Env;
-use nexus_iam::federation::{Discovery, FederationError, IssuerUrl, MAX_DISCOVERY, MAX_PROVIDER_JWKS, Plaintext, ProviderKeys};
+use nexus_iam::federation::{
+    Discovery, FederationError, IssuerUrl, MAX_DISCOVERY, MAX_PROVIDER_JWKS, Plaintext, ProviderKeys,
+};
 use nexus_model::{ApiError, Code};
 use tokio::sync::{Mutex as AsyncMutex, Semaphore};
 

@@ -35,8 +35,8 @@ use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
 use crate::{
-    Api, audit, blobs, credentials, elsewhere, federation, list, operations, settle, signature, signin, streams, watch, whoami,
-    write,
+    Api, audit, blobs, credentials, elsewhere, federation, list, operations, settle, signature, signin, streams, watch,
+    whoami, write,
 };
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
@@ -196,7 +196,9 @@ fn plain(content_type: &'static str, body: impl Into<Body>) -> Response {
 async fn open(server: &Server, target: &Target, parts: &Parts) -> Result<Response, Refusal> {
     if let Target::Providers = target {
         let query = Query::parse(parts.uri.query(), &["organization"], &[])?;
-        return Ok(json(&federation::offered(server, query.get("organization"))));
+        let organization = query.get("organization").and_then(|o| o.parse().ok());
+        let organization = organization.ok_or_else(|| Refusal::new(Code::BadRequest, "say ?organization=NAME"))?;
+        return Ok(json(&federation::offered(server, &organization)));
     }
     Query::parse(parts.uri.query(), &[], &[])?;
     match target {

@@ -16,7 +16,7 @@ use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use nexus_api::{
     Api, Audit, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations,
-    Operators, Remote, StatusSource, Topology,
+    Operators, ProviderDoor, ProviderRequest, Remote, StatusSource, Topology,
 };
 use nexus_control::audit::{Heads, Notes};
 use nexus_control::directory::Directory;
@@ -438,6 +438,16 @@ impl Remote for Mirror {
     }
 }
 
+/// Other identity providers can't be reached.
+pub struct NoProviders;
+
+#[async_trait]
+impl ProviderDoor for NoProviders {
+    async fn ask(&self, _: ProviderRequest) -> Result<Bytes, String> {
+        Err("nobody is asked".into())
+    }
+}
+
 pub struct World {
     pub store: Arc<MemStore>,
     /// Of the group that all regions share.
@@ -483,6 +493,10 @@ impl World {
     }
 
     pub fn with(limits: Limits) -> Self {
+        Self::with_providers(limits, Arc::new(NoProviders))
+    }
+
+    pub fn with_providers(limits: Limits, providers: Arc<dyn ProviderDoor>) -> Self {
         let (store, global) = (MemStore::new(), MemStore::new());
         let secret = TokenSecret::generate([7; 32]);
         let shutdown = CancellationToken::new();
@@ -507,6 +521,7 @@ impl World {
             issuer: "https://cloud.test".into(),
             blobs: Arc::new(MemBlobs::default()),
             hosts: Arc::new(EchoHost),
+            providers,
             operations: Arc::new(EchoOperations),
             status: Arc::new(Status),
             audit: Arc::new(audit(&store, &global)),
@@ -578,6 +593,12 @@ impl World {
     /// The same in the group that all regions share.
     pub async fn store_global(&self, plural: &str, object: &Value) -> u64 {
         Self::store_in(&self.global, plural, object).await
+    }
+
+    /// Whether any row of the group that all regions share holds a text.
+    pub async fn stores_text(&self, text: &str) -> bool {
+        let all = self.global.range(RangeRequest::new(Bytes::new(), Bytes::new())).await.unwrap();
+        all.kvs.iter().any(|kv| kv.value.windows(text.len()).any(|w| w == text.as_bytes()))
     }
 
     async fn store_in(store: &MemStore, plural: &str, object: &Value) -> u64 {

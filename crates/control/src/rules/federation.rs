@@ -58,11 +58,7 @@ pub fn check_provider(
 }
 
 /// Keeps what a user is at a provider: it is said once, it is nobody else's, and a change that does not speak of it leaves it.
-pub fn check_identity(
-    step: &Step<'_>,
-    old: Option<&Object<User>>,
-    new: &mut Object<User>,
-) -> Result<(), ApiError> {
+pub fn check_identity(step: &Step<'_>, old: Option<&Object<User>>, new: &mut Object<User>) -> Result<(), ApiError> {
     let before = old.and_then(|o| o.spec.identity.as_ref());
     let Some(asked) = new.spec.identity.take() else {
         new.spec.identity = before.cloned();
@@ -89,12 +85,7 @@ fn kept(before: &UserIdentity, asked: UserIdentity) -> Result<UserIdentity, ApiE
     Ok(UserIdentity { groups, ..before.clone() })
 }
 
-fn linked(
-    step: &Step<'_>,
-    organization: &Name,
-    user: &Name,
-    asked: UserIdentity,
-) -> Result<UserIdentity, ApiError> {
+fn linked(step: &Step<'_>, organization: &Name, user: &Name, asked: UserIdentity) -> Result<UserIdentity, ApiError> {
     let provider = step.world.identity_providers.get(Some(organization), &asked.provider);
     let provider = provider.ok_or_else(|| {
         invalid("spec.identity.provider", format!("there is no identity provider {}", asked.provider))

@@ -16,10 +16,7 @@ pub fn claim<'c>(claims: &'c Map<String, Value>, name: &str) -> Option<&'c Value
 
 /// Whether every claim has the value that is wanted of it, or has it among its values. Numbers and truth values are compared
 /// by their text: `true` is `"true"`.
-pub fn require_claims(
-    claims: &Map<String, Value>,
-    wanted: &BTreeMap<String, String>,
-) -> Result<(), FederationError> {
+pub fn require_claims(claims: &Map<String, Value>, wanted: &BTreeMap<String, String>) -> Result<(), FederationError> {
     let is = |value: &Value, text: &str| match value {
         Value::String(found) => found == text,
         Value::Bool(_) | Value::Number(_) => value.to_string() == text,

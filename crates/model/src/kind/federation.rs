@@ -285,12 +285,14 @@ mod tests {
     #[test]
     fn what_would_let_strangers_in_is_refused() {
         assert!(fields(|s| s.exchange = vec![rule()]).is_empty());
-        assert_eq!(fields(|s| s.exchange = vec![ExchangeRule { claims: BTreeMap::new(), ..rule() }]), [
-            "spec.exchange[0].claims"
-        ]);
-        assert_eq!(fields(|s| s.exchange = vec![ExchangeRule { audience: String::new(), ..rule() }]), [
-            "spec.exchange[0].audience"
-        ]);
+        assert_eq!(
+            fields(|s| s.exchange = vec![ExchangeRule { claims: BTreeMap::new(), ..rule() }]),
+            ["spec.exchange[0].claims"]
+        );
+        assert_eq!(
+            fields(|s| s.exchange = vec![ExchangeRule { audience: String::new(), ..rule() }]),
+            ["spec.exchange[0].audience"]
+        );
         assert_eq!(fields(|s| s.require = [("hd".to_owned(), String::new())].into()), ["spec.require.hd"]);
     }
 

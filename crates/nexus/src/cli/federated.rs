@@ -52,7 +52,8 @@ struct Offered {
 
 /// Signs a person in by a browser.
 pub async fn by_browser(client: &Client, organization: &Name, provider: &Name) -> anyhow::Result<Session> {
-    let offers: Offers = client.get(&format!("/oauth2/providers?organization={}", encode(organization.as_str()))).await?;
+    let offers: Offers =
+        client.get(&format!("/oauth2/providers?organization={}", encode(organization.as_str()))).await?;
     let names: Vec<&str> = offers.providers.iter().map(|p| p.name.as_str()).collect();
     let Some(offered) = offers.providers.iter().find(|p| p.name == provider.as_str()) else {
         let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
@@ -169,7 +170,9 @@ async fn serve(mut stream: TcpStream, expected: &Expected) -> std::io::Result<Op
     };
     let page = format!("<!doctype html><meta charset=\"utf-8\"><title>CloudNexus</title><p>{said}</p>\n");
     let length = page.len();
-    let head = format!("HTTP/1.1 {status}\r\ncontent-type: text/html\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n");
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: text/html\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
+    );
     stream.write_all(format!("{head}{page}").as_bytes()).await?;
     stream.shutdown().await?;
     Ok(outcome)
@@ -202,12 +205,21 @@ mod tests {
     #[tokio::test]
     async fn only_what_belongs_to_this_sign_in_is_taken() {
         let expected = || Expected { state: "s-1".into(), issuer: "https://login.example".into() };
-        for other in ["/", "/favicon.ico", "/callback", "/callback?code=x", "/callback?code=x&state=s-2", "//evil/callback?state=s-1"] {
+        for other in [
+            "/",
+            "/favicon.ico",
+            "/callback",
+            "/callback?code=x",
+            "/callback?code=x&state=s-2",
+            "//evil/callback?state=s-1",
+        ] {
             assert!(code_of(other, &expected()).is_none() || other.starts_with("//"), "{other}");
         }
         let code = |target: &str| code_of(target, &expected()).unwrap().map_err(|e| e.to_string());
         assert_eq!(code("/callback?code=a%2Fb&state=s-1&iss=https%3A%2F%2Flogin.example").unwrap(), "a/b");
-        assert!(code("/callback?code=x&state=s-1&iss=https%3A%2F%2Fevil.example").unwrap_err().contains("another provider"));
+        assert!(
+            code("/callback?code=x&state=s-1&iss=https%3A%2F%2Fevil.example").unwrap_err().contains("another provider")
+        );
         let denied = code("/callback?error=access_denied&error_description=no%0Athanks&state=s-1").unwrap_err();
         assert!(denied.contains("nothanks"), "{denied}");
 

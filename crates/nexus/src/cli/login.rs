@@ -232,9 +232,7 @@ pub async fn login(args: &LoginArgs) -> anyhow::Result<()> {
     let (mut context, target) = contexts(args)?;
     let client = Client::new(&target)?;
     let session = match (&args.provider, &args.exchange_token, &args.user) {
-        (Some(provider), Some(file), _) => {
-            federated::by_token(&client, &target.organization, provider, file).await?
-        }
+        (Some(provider), Some(file), _) => federated::by_token(&client, &target.organization, provider, file).await?,
         (Some(provider), None, _) => federated::by_browser(&client, &target.organization, provider).await?,
         (None, _, Some(user)) => by_password(args, &client, &user.to_string()).await?,
         (None, _, None) => return Err(Fail::usage("who signs in? say it with --user or --provider").into()),
