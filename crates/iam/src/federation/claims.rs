@@ -19,7 +19,7 @@ pub fn claim<'c>(claims: &'c Map<String, Value>, name: &str) -> Option<&'c Value
 pub fn require_claims(claims: &Map<String, Value>, wanted: &BTreeMap<String, String>) -> Result<(), FederationError> {
     let is = |value: &Value, text: &str| match value {
         Value::String(found) => found == text,
-        Value::Bool(_) | Value::Number(_) => value.to_string() == text,
+        Value::Bool(_) | Value::Number(_) => serde_json::from_str(text).is_ok_and(|wanted: Value| wanted == *value),
         _ => false,
     };
     let unmet = wanted.iter().find(|(name, text)| match claim(claims, name) {
