@@ -21,7 +21,7 @@ use nexus_iam::federation::{
 use nexus_model::kind::{
     ExchangeRule, Holder, HolderKind, IdentityProvider, IdentityProviderSpec, Kind, User, UserIdentity, UserSpec,
 };
-use nexus_model::{AnyObject, ApiError, Code, Name, RequestId};
+use nexus_model::{AnyObject, ApiError, Code, FieldError, Name, RequestId};
 use serde::Serialize;
 use serde_json::{Value, json};
 use url::form_urlencoded::byte_serialize;
@@ -74,6 +74,12 @@ pub(crate) fn offered(server: &Server, organization: &Name) -> Value {
     json!({ "providers": offered })
 }
 
+const SECRET: &str = "a text of 1 to 512 characters, none of them a control character";
+
+fn is_secret(text: &str) -> bool {
+    (1..=512).contains(&text.chars().count()) && !text.chars().any(char::is_control)
+}
+
 fn sealing(organization: &Name, provider: &Name, issuer: &str) -> envelope::Context {
     envelope::Context::client_secret(organization.as_str(), provider.as_str(), issuer)
 }
@@ -103,8 +109,12 @@ pub(crate) fn prepare(
     let (IdentityProvider::PLURAL, Some(organization)) = (place.kind.plural, &place.organization) else {
         return Ok(false);
     };
-    let Some(Value::String(secret)) = spec.shift_remove("clientSecret") else { return Ok(false) };
-    let secret = Zeroizing::new(secret);
+    let secret = match spec.shift_remove("clientSecret") {
+        None | Some(Value::Null) => return Ok(false),
+        Some(Value::String(secret)) if is_secret(&secret) => Zeroizing::new(secret),
+        // A patch was not read as a whole yet.
+        Some(_) => return Err(ApiError::invalid(vec![FieldError::new("spec.clientSecret", SECRET)])),
+    };
     let issuer = left.and_then(|l| l.spec["issuer"].as_str()).unwrap_or_default();
     let sealed = envelope::seal(&*server.api.master_keys, &sealing(organization, name, issuer), secret.as_bytes());
     let sealed = sealed.map_err(|e| ApiError::new(Code::Unavailable, format!("the secret can't be sealed: {e}")))?;

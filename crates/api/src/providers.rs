@@ -119,7 +119,8 @@ impl Providers {
                 Ok(Arc::clone(state.fetched.as_ref().expect("set above")))
             }
             Err(error) => {
-                if !state.failed.as_ref().is_some_and(|(at, _)| young(*at, REST)) {
+                let rests = state.failed.as_ref().is_some_and(|(at, _)| young(*at, REST));
+                if !rests && error.code == Code::Unavailable {
                     state.failed = Some((env.monotonic(), error.clone()));
                 }
                 // Who only hoped for newer keys goes on with those that are still believed.

@@ -611,6 +611,10 @@ async fn a_clients_secret_is_told_to_its_provider_and_nobody_else() {
     let body = json!({"spec": {"clientSecret": secret}});
     let changed = cloud.call("PATCH", path, Some(body)).await;
     assert_eq!(changed.status, StatusCode::OK, "{:?}", changed.body);
+    for wrong in [json!(7), json!(""), json!("x".repeat(600)), json!("a\nb")] {
+        let refused = cloud.call("PATCH", path, Some(json!({"spec": {"clientSecret": wrong}}))).await;
+        assert_eq!(refused.problem("invalid")["errors"][0]["field"], "spec.clientSecret", "{wrong}");
+    }
     let seen = cloud.call("GET", path, None).await;
     for answer in [&changed, &seen] {
         assert!(!String::from_utf8_lossy(&answer.body).contains("s3cret"), "{:?}", answer.body);

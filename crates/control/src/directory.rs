@@ -242,16 +242,15 @@ impl Known {
         named.chain(self.given_to(principal)).collect()
     }
 
-    /// What a provider gave counts as long as the provider is there and maps to it, and the group is.
+    /// What a provider gave counts as long as one of that issuer is there and maps to it, and the group is.
     fn given_to(&self, principal: &Principal) -> Vec<Principal> {
         let given = || {
             let organization: Name = principal.organization().parse().ok()?;
             let user = self.user(&organization, &principal.name().parse().ok()?)?;
             let identity = user.spec.identity.as_ref()?;
-            let provider = self.identity_provider(&organization, &identity.provider)?;
+            let theirs = || self.identity_providers(&organization).filter(|p| p.spec.issuer == identity.issuer);
             let counts = |group: &&Name| {
-                provider.spec.issuer == identity.issuer
-                    && provider.spec.groups.values().any(|ours| ours.contains(*group))
+                theirs().any(|p| p.spec.groups.values().any(|ours| ours.contains(*group)))
                     && self.world.groups.get(Some(&organization), group).is_some()
             };
             let groups = identity.groups.iter().flatten().filter(counts);
@@ -341,7 +340,7 @@ impl Known {
                 self.refresh_given(&organization, |i| i.groups.as_ref().is_some_and(|g| g.contains(&group)));
             }
             (p, Some(organization)) if p == IdentityProvider::PLURAL => {
-                self.refresh_given(&organization, |i| i.provider == name);
+                self.refresh_given(&organization, |i| i.groups.is_some());
             }
             (p, Some(_)) if p == RoleBinding::PLURAL => {
                 let now = self.world.role_bindings.live.get(&at).map(binding);

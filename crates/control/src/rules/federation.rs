@@ -4,7 +4,7 @@ use nexus_iam::federation::{IssuerUrl, Plaintext, Subject};
 use nexus_model::kind::{Departure, DepartureSpec, IdentityProvider, User, UserIdentity};
 use nexus_model::{ApiError, Code, FieldError, Name, Object};
 
-use super::people::{check_project, invalid};
+use super::people::{check_project, invalid, refuse_many};
 use crate::step::Step;
 
 /// The most providers of one organization.
@@ -94,6 +94,8 @@ fn linked(step: &Step<'_>, organization: &Name, user: &Name, asked: UserIdentity
     if !asked.issuer.is_empty() && asked.issuer != issuer {
         return Err(invalid("spec.identity.issuer", format!("{} is {issuer}", asked.provider)));
     }
+    // Whoever has an account with a public provider could come.
+    refuse_many(organization, "users", step.world.users.within(organization).count())?;
     let is_them = |i: &UserIdentity| i.issuer == issuer && i.subject == asked.subject;
     let mut users = step.world.users.within(organization);
     if let Some(taken) = users.find(|u| u.metadata.name != *user && u.spec.identity.as_ref().is_some_and(is_them)) {

@@ -221,7 +221,7 @@ fn check_holder(step: &Step<'_>, organization: &Name, holder: Option<&Holder>) -
     Err(invalid("spec.holder", message))
 }
 
-fn refuse_many(organization: &Name, what: &str, count: usize) -> Result<(), ApiError> {
+pub(super) fn refuse_many(organization: &Name, what: &str, count: usize) -> Result<(), ApiError> {
     if count < CREDENTIALS {
         return Ok(());
     }
