@@ -301,7 +301,14 @@ async fn a_person_becomes_a_user_with_the_groups_that_the_table_gives() {
     let renamed = with(ann(), "preferred_username", json!("ann-jones"));
     let granted = cloud.come(renamed).await;
     assert_eq!(cloud.whoami(&granted).await["name"], "acme/ann-smith");
-    // Without the provider, or its table, its groups give nothing.
+    // A group gives nothing while it is not there, nor without the provider's table.
+    let groups = async || cloud.whoami(&granted).await["groups"].clone();
+    assert_eq!(groups().await, json!(["choir", "developers"]));
+    let gone = cloud.call("DELETE", "/v1/organizations/acme/groups/developers", None).await;
+    assert_eq!(gone.status, StatusCode::OK, "{:?}", gone.body);
+    eventually(async || groups().await == json!(["choir"])).await;
+    cloud.write("groups", "Group", "developers", json!({})).await;
+    assert_eq!(groups().await, json!(["choir", "developers"]));
     cloud.write("identity-providers", "IdentityProvider", "corp", json!({"issuer": ISSUER, "clientId": CLIENT})).await;
     assert_eq!(cloud.whoami(&granted).await["groups"], json!(["choir"]));
 }

@@ -145,6 +145,10 @@ pub struct Providers {
 
 impl Providers {
     pub fn new(networks: &[String]) -> anyhow::Result<Self> {
+        Self::patient(networks, PATIENCE)
+    }
+
+    fn patient(networks: &[String], patience: Duration) -> anyhow::Result<Self> {
         let networks: Result<Vec<Network>, String> = networks.iter().map(|n| n.parse()).collect();
         let allowed = Allowed(networks.map_err(anyhow::Error::msg)?.into());
         crate::install_crypto();
@@ -154,7 +158,7 @@ impl Providers {
             .no_proxy()
             .dns_resolver(Lookup(allowed.clone()))
             .connect_timeout(CONNECT)
-            .timeout(PATIENCE)
+            .timeout(patience)
             .build()
             .context("making the client for identity providers")?;
         Ok(Self { http, allowed })
@@ -322,6 +326,24 @@ mod tests {
         for inside in [url, by_name] {
             assert_eq!(local.ask(get(inside)).await.unwrap(), "hello");
         }
+    }
+
+    #[tokio::test]
+    async fn a_provider_that_does_not_end_its_answer_is_left() {
+        let hasty = Providers::patient(&["127.0.0.0/8".into()], Duration::from_millis(300)).unwrap();
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", silent.local_addr().unwrap());
+        assert_eq!(hasty.ask(get(url)).await.unwrap_err(), "it takes too long");
+        // It says how much will come, and stops.
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", silent.local_addr().unwrap());
+        let held = std::thread::spawn(move || {
+            let mut stream = silent.accept().unwrap().0;
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhalf").unwrap();
+            stream
+        });
+        assert_eq!(hasty.ask(get(url)).await.unwrap_err(), "it takes too long");
+        drop(held.join());
     }
 
     #[tokio::test]
