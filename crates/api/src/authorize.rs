@@ -83,7 +83,8 @@ pub(crate) fn action_of(target: &Target, method: &Method, exists: bool) -> Optio
         // Every one is named here, so that a new route is nobody's before somebody has decided about it.
         Target::WhoAmI | Target::Can | Target::PolicySchema => return None,
         Target::Health | Target::Ready | Target::Metrics | Target::OpenApi => return None,
-        Target::SignIn | Target::Discovery | Target::Keys | Target::Operation(_) => return None,
+        Target::SignIn | Target::Discovery | Target::Keys | Target::Providers => return None,
+        Target::Operation(_) => return None,
         // Its own region decides.
         Target::Elsewhere(..) => return None,
     })

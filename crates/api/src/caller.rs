@@ -140,6 +140,12 @@ impl Caller {
     }
 }
 
+/// Whether these factors are several (RFC 8176). A provider may let people in by a code alone.
+fn is_mfa(factors: &[String]) -> bool {
+    let has = |factor: &str| factors.iter().any(|f| f == factor);
+    has("mfa") || (has("pwd") && has("otp"))
+}
+
 /// `user:acme/ada`, as an access token's subject.
 pub(crate) fn subject(organization: &Name, holder: &Holder) -> String {
     let kind = match holder.kind {
@@ -244,7 +250,7 @@ impl Server {
         let project = claims.project.as_deref().map(str::parse).transpose();
         Ok(Caller {
             project: project.map_err(|_| "the token's project has no proper name")?,
-            mfa: claims.amr.iter().any(|f| f == "otp"),
+            mfa: is_mfa(&claims.amr),
             until: Some(seconds(claims.exp)),
             ..caller
         })

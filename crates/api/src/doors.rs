@@ -13,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::mpsc;
+use zeroize::Zeroizing;
 
 /// The fleet's own keys, known by their hashes: whoever has one is an operator who may do everything.
 #[derive(Debug, Clone, Default)]
@@ -96,6 +97,26 @@ pub trait Remote: Send + Sync {
     /// Has a server of another region answer a request, with its headers as they are and [`PASSED_ON`](crate::PASSED_ON)
     /// beside them. Streams and upgrades pass through. The next server is tried when one can't be reached.
     async fn pass(&self, region: &Name, request: Request) -> Result<Response, ApiError>;
+}
+
+/// A question to another identity provider.
+#[derive(Clone)]
+pub struct ProviderRequest {
+    pub url: String,
+    /// Posted, as `application/x-www-form-urlencoded`. Without it, the question is a GET.
+    pub form: Option<Zeroizing<String>>,
+    /// The header `Authorization`.
+    pub authorization: Option<Zeroizing<String>>,
+    /// The most bytes of an answer.
+    pub max: usize,
+}
+
+/// The way to other identity providers. Whoever implements it bounds the time, follows no redirect, uses no proxy, and reaches
+/// only addresses that the operator of the servers allows: the URLs are tenants'.
+#[async_trait]
+pub trait ProviderDoor: Send + Sync {
+    /// The body of a 200; after a POST, also that of a refusal (RFC 6749, section 5.2). Else why there is none, in few words.
+    async fn ask(&self, request: ProviderRequest) -> Result<Bytes, String>;
 }
 
 /// How the control plane does, in a word.

@@ -21,6 +21,7 @@ mod caller;
 mod credentials;
 mod doors;
 mod elsewhere;
+mod federation;
 mod headers;
 mod input;
 mod list;
@@ -28,6 +29,7 @@ mod metrics;
 mod openapi;
 pub mod operations;
 mod problem;
+mod providers;
 mod query;
 mod rates;
 mod render;
@@ -59,8 +61,8 @@ use tokio_util::sync::CancellationToken;
 pub use audit::Audit;
 pub use doors::{
     BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint, EtcdStatus, Frame,
-    FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, Remote, ServerStatus, StatusSource,
-    Topology,
+    FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, ProviderDoor, ProviderRequest, Remote,
+    ServerStatus, StatusSource, Topology,
 };
 
 pub use caller::PeerAddress;
@@ -91,6 +93,7 @@ pub struct Api {
     pub issuer: String,
     pub blobs: Arc<dyn Blobs>,
     pub hosts: Arc<dyn HostDoor>,
+    pub providers: Arc<dyn ProviderDoor>,
     pub operations: Arc<dyn Operations>,
     pub status: Arc<dyn StatusSource>,
     /// How this server signs the audit logs, and where it notes what it refuses.

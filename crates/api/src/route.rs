@@ -8,7 +8,7 @@
 //! | project | `/v1/regions/{region}/projects/{project}/{plural}` | `…/{plural}/{name}` |
 //! | organization | `/v1/organizations/{organization}/{plural}` | `…/{plural}/{name}` |
 //!
-//! `/v1/operations/{name}` are the operators' verbs ([`operations`]); `/oauth2/token` and what is below `/.well-known` are
+//! `/v1/operations/{name}` are the operators' verbs ([`operations`]); `/oauth2/…` and what is below `/.well-known` are
 //! where people and programs sign in ([`crate::signin`]); `/v1/whoami`, `/v1/can` and `/v1/policy-schema` say who asks and
 //! what they may do.
 //!
@@ -87,6 +87,7 @@ pub(crate) enum Target {
     SignIn,
     Discovery,
     Keys,
+    Providers,
     WhoAmI,
     Can,
     PolicySchema,
@@ -108,7 +109,14 @@ impl Target {
     pub fn is_open(&self) -> bool {
         matches!(
             self,
-            Self::Health | Self::Ready | Self::Metrics | Self::OpenApi | Self::Discovery | Self::Keys | Self::SignIn
+            Self::Health
+                | Self::Ready
+                | Self::Metrics
+                | Self::OpenApi
+                | Self::Discovery
+                | Self::Keys
+                | Self::Providers
+                | Self::SignIn
         )
     }
 
@@ -123,6 +131,7 @@ impl Target {
             Self::SignIn => SIGN_IN.into(),
             Self::Discovery => DISCOVERY.into(),
             Self::Keys => KEYS.into(),
+            Self::Providers => PROVIDERS.into(),
             Self::WhoAmI => "/v1/whoami".into(),
             Self::Can => "/v1/can".into(),
             Self::PolicySchema => "/v1/policy-schema".into(),
@@ -180,6 +189,7 @@ impl Target {
 }
 
 pub(crate) const SIGN_IN: &str = "/oauth2/token";
+pub(crate) const PROVIDERS: &str = "/oauth2/providers";
 pub(crate) const DISCOVERY: &str = "/.well-known/openid-configuration";
 pub(crate) const KEYS: &str = "/.well-known/jwks.json";
 pub(crate) const BLOB_TEMPLATE: &str = "/v1/regions/{region}/projects/{project}/blobs/{digest}";
@@ -312,6 +322,7 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
         SIGN_IN => return Ok(Target::SignIn),
         DISCOVERY => return Ok(Target::Discovery),
         KEYS => return Ok(Target::Keys),
+        PROVIDERS => return Ok(Target::Providers),
         _ => {}
     }
     let Some(rest) = path.strip_prefix("/v1/") else {

@@ -29,13 +29,14 @@ use crate::headers::{self, STALE_MS};
 use crate::metrics::{self, Metrics};
 use crate::openapi::{self, Schemas};
 use crate::problem::{Refusal, from_store};
+use crate::providers::Providers;
 use crate::query::Query;
 use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
 use crate::{
-    Api, audit, blobs, credentials, elsewhere, list, operations, settle, signature, signin, streams, watch, whoami,
-    write,
+    Api, audit, blobs, credentials, elsewhere, federation, list, operations, settle, signature, signin, streams, watch,
+    whoami, write,
 };
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
@@ -49,6 +50,7 @@ pub(crate) struct Server {
     streams: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
     pub sign_ins: SignIns,
+    pub providers: Providers,
     pub checked: Checked,
     pub replays: Mutex<Replays>,
     rates: Rates,
@@ -77,6 +79,7 @@ impl Server {
             streams: Arc::new(Semaphore::new(api.limits.streams)),
             transfers: Arc::new(Semaphore::new(api.limits.transfers)),
             sign_ins: SignIns::default(),
+            providers: Providers::new(Arc::clone(&api.providers)),
             checked: Checked::default(),
             replays: Mutex::new(Replays::new(signature::REMEMBERED)),
             rates: Rates::new(api.limits.caller_rate, api.limits.project_rate, api.limits.caller_requests),
@@ -191,6 +194,12 @@ fn plain(content_type: &'static str, body: impl Into<Body>) -> Response {
 }
 
 async fn open(server: &Server, target: &Target, parts: &Parts) -> Result<Response, Refusal> {
+    if let Target::Providers = target {
+        let query = Query::parse(parts.uri.query(), &["organization"], &[])?;
+        let organization = query.get("organization").and_then(|o| o.parse().ok());
+        let organization = organization.ok_or_else(|| Refusal::new(Code::BadRequest, "say ?organization=NAME"))?;
+        return Ok(json(&federation::offered(server, &organization)));
+    }
     Query::parse(parts.uri.query(), &[], &[])?;
     match target {
         Target::Ready => match server.api.status.ready().await {
@@ -374,6 +383,7 @@ async fn answer(
         | Target::SignIn
         | Target::Discovery
         | Target::Keys
+        | Target::Providers
         | Target::Elsewhere(..) => Err(Refusal::new(Code::NotFound, "nothing is at this path")),
     }
 }

@@ -9,6 +9,8 @@
 //! | `client_credentials` | `client_id`, `client_secret` | An access key's id and secret. |
 //! | `refresh_token` | `refresh_token` | The refresh token changes every time. Who brings one twice has copied it: the session ends. |
 //! | `urn:cloudnexus:invitation` | `username`, `invitation`, `password` | Sets a password, by what an invitation told. |
+//! | `urn:cloudnexus:oidc-code` | `organization`, `provider`, `code`, `code_verifier`, `redirect_uri`, `nonce` | What an identity provider gave the browser ([`crate::federation`]). |
+//! | `urn:ietf:params:oauth:grant-type:token-exchange` | those of RFC 8693, `organization`, `provider` | A CI system's token becomes a service account's, without a refresh token. |
 //!
 //! Guessing is slow: after a few wrong passwords for a user, or from an address, each further one has to wait longer.
 
@@ -17,6 +19,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
+use bytes::Bytes;
 use http::header::{CACHE_CONTROL, RETRY_AFTER};
 use http::request::Parts;
 use http::{HeaderValue, StatusCode};
@@ -24,6 +27,7 @@ use http_body_util::{BodyExt, Limited};
 use nexus_control::directory;
 use nexus_control::intent::Change;
 use nexus_env::RngExt;
+use nexus_iam::federation::{ExchangeRequest, GRANT_TOKEN_EXCHANGE, OAuthError, TokenType};
 use nexus_iam::jwt::{self, Claims};
 use nexus_iam::password::Password;
 use nexus_iam::{TokenHash, TokenSecret};
@@ -36,6 +40,7 @@ use crate::caller::{ACCESS, AUDIENCE, subject};
 use crate::credentials::{
     Claimant, Held, check, end_sessions, hash, held, keep, new_secret, object, second_factor, submit,
 };
+use crate::federation;
 use crate::headers;
 use crate::query::Query;
 use crate::route::{KEYS, SIGN_IN};
@@ -44,11 +49,15 @@ use crate::tries::{TooSoon, network};
 
 /// How long a session can be refreshed.
 const SESSION: Duration = Duration::from_secs(12 * 3600);
-const MAX_FORM: usize = 16 << 10;
+/// The tokens of other providers are long.
+const MAX_FORM: usize = 64 << 10;
 const FORM: &[&str] = &["application/x-www-form-urlencoded"];
 const INVITED: &str = "urn:cloudnexus:invitation";
+const GRANTS: [&str; 6] =
+    ["password", "refresh_token", "client_credentials", INVITED, federation::CODE, GRANT_TOKEN_EXCHANGE];
+
 /// Why no token is given (RFC 6749, section 5.2).
-struct Denied {
+pub(crate) struct Denied {
     status: StatusCode,
     error: &'static str,
     description: String,
@@ -56,8 +65,13 @@ struct Denied {
 }
 
 impl Denied {
-    fn new(error: &'static str, description: impl Into<String>) -> Self {
+    pub fn new(error: &'static str, description: impl Into<String>) -> Self {
         Self { status: StatusCode::BAD_REQUEST, error, description: description.into(), retry_after: None }
+    }
+
+    /// Whether it was refused for what was brought.
+    pub fn is_wrong(&self) -> bool {
+        self.error == "invalid_grant"
     }
 
     fn wrong() -> Self {
@@ -78,6 +92,13 @@ impl From<ApiError> for Denied {
     }
 }
 
+impl From<OAuthError> for Denied {
+    fn from(error: OAuthError) -> Self {
+        let status = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::BAD_REQUEST);
+        Self { status, ..Self::new(error.code.word(), error.description) }
+    }
+}
+
 impl From<TooSoon> for Denied {
     fn from(error: TooSoon) -> Self {
         let (status, retry_after) = (StatusCode::TOO_MANY_REQUESTS, Some(error.seconds));
@@ -87,11 +108,15 @@ impl From<TooSoon> for Denied {
 
 /// What the token endpoint answers.
 #[derive(Debug, Serialize)]
-struct Granted {
+pub(crate) struct Granted {
     access_token: String,
     token_type: &'static str,
     expires_in: u64,
-    refresh_token: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refresh_token: Option<String>,
+    /// Of an exchange (RFC 8693, section 2.2.1).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub issued_token_type: Option<TokenType>,
     session: Name,
     organization: Name,
     user: Name,
@@ -123,13 +148,16 @@ pub(crate) async fn token(server: &Server, parts: &Parts, body: Body, request_id
     response
 }
 
-async fn form(parts: &Parts, body: Body) -> Result<Query, Denied> {
+async fn read(parts: &Parts, body: Body) -> Result<Bytes, Denied> {
     headers::check_content_type(&parts.headers, FORM)?;
     let collected = Limited::new(body, MAX_FORM).collect().await;
     let bytes =
         collected.map_err(|_| Denied::new("invalid_request", format!("a form has at most {MAX_FORM} bytes")))?;
-    let bytes = bytes.to_bytes();
-    let text = std::str::from_utf8(&bytes).map_err(|_| Denied::new("invalid_request", "the form is not UTF-8"))?;
+    Ok(bytes.to_bytes())
+}
+
+fn form(body: &[u8]) -> Result<Query, Denied> {
+    let text = std::str::from_utf8(body).map_err(|_| Denied::new("invalid_request", "the form is not UTF-8"))?;
     let known = [
         "grant_type",
         "username",
@@ -140,11 +168,17 @@ async fn form(parts: &Parts, body: Body) -> Result<Query, Denied> {
         "client_id",
         "client_secret",
         "scope",
+        "organization",
+        "provider",
+        "code",
+        "code_verifier",
+        "redirect_uri",
+        "nonce",
     ];
     Ok(Query::parse(Some(text), &known, &[])?)
 }
 
-fn needed<'a>(form: &'a Query, name: &str) -> Result<&'a str, Denied> {
+pub(crate) fn needed<'a>(form: &'a Query, name: &str) -> Result<&'a str, Denied> {
     form.get(name).filter(|v| !v.is_empty()).ok_or_else(|| Denied::new("invalid_request", format!("{name} is missing")))
 }
 
@@ -158,16 +192,21 @@ fn claimant(form: &Query) -> Result<Claimant, Denied> {
 }
 
 async fn grant(server: &Server, parts: &Parts, body: Body, request_id: &RequestId) -> Result<Granted, Denied> {
-    let form = form(parts, body).await?;
+    let body = read(parts, body).await?;
     let address = parts.extensions.get::<crate::PeerAddress>().map_or(IpAddr::from([127, 0, 0, 1]), |p| p.0);
+    if ExchangeRequest::is_asked_in(&body) {
+        return federation::exchange(server, &body, address, request_id).await;
+    }
+    let form = form(&body)?;
     match needed(&form, "grant_type")? {
         "password" => by_password(server, &form, address, request_id).await,
         "refresh_token" => refresh(server, &form, address, request_id).await,
         INVITED => by_invitation(server, &form, address, request_id).await,
         "client_credentials" => by_access_key(server, &form, address, request_id).await,
+        federation::CODE => federation::by_code(server, &form, address, request_id).await,
         _ => Err(Denied::new(
             "unsupported_grant_type",
-            format!("the grants are `password`, `refresh_token`, `client_credentials` and `{INVITED}`"),
+            format!("the grants are {}", GRANTS.map(|g| format!("`{g}`")).join(", ")),
         )),
     }
 }
@@ -209,8 +248,7 @@ async fn by_password(
         factors.push("otp".to_owned());
     }
     server.sign_ins.right(&counted);
-    let opening = Opening { factors, ..Opening::default() };
-    open(server, &who.organization, who.holder(), opening, address, request_id).await
+    open(server, &who.organization, who.holder(), Opening::by(factors), address, request_id).await
 }
 
 /// Trades an access key for a session.
@@ -241,8 +279,8 @@ async fn by_access_key(
         return Err(wrong());
     }
     server.sign_ins.right(&counted);
-    let (factors, project) = (vec!["key".to_owned()], key.spec.project.clone());
-    let opening = Opening { factors, access_key: Some(id), project };
+    let project = key.spec.project.clone();
+    let opening = Opening { project, access_key: Some(id), ..Opening::by(vec!["key".to_owned()]) };
     open(server, &organization, holder, opening, address, request_id).await
 }
 
@@ -264,7 +302,7 @@ async fn by_invitation(
     let now = server.now();
     let told = credential.spec.invitation.as_ref().filter(|i| i.expires > now);
     let told = told.and_then(|i| i.hash.parse::<TokenHash>().ok());
-    if !told.zip(invitation.ok()).is_some_and(|(told, brought)| told == brought) {
+    if told.zip(invitation.ok()).is_none_or(|(told, brought)| told != brought) {
         server.sign_ins.wrong(&counted, server.api.env.monotonic());
         return Err(Denied::new("invalid_grant", "this invitation is not known, was used already or has expired"));
     }
@@ -275,7 +313,7 @@ async fn by_invitation(
     keep(server, &who.organization, &who.name, spec, &credential, request_id).await?;
     server.sign_ins.right(&counted);
     end_sessions(server, &who, None, request_id).await?;
-    let opening = Opening { factors: vec!["pwd".to_owned()], ..Opening::default() };
+    let opening = Opening::by(vec!["pwd".to_owned()]);
     open(server, &who.organization, who.holder(), opening, address, request_id).await
 }
 
@@ -284,8 +322,8 @@ fn claims(server: &Server, organization: &Name, session: &Name, spec: &SessionSp
     let holder = spec.holder.clone().unwrap_or(Holder { kind: HolderKind::User, name: session.clone() });
     let principal = directory::principal(organization, &holder);
     let groups = server.api.directory.read(|known| {
-        let groups = known.groups_of(&principal).map(|g| g.name().to_owned());
-        groups.take(MAX_GROUPS_TOLD).collect()
+        let groups = known.groups_of(&principal).into_iter().take(MAX_GROUPS_TOLD);
+        groups.map(|g| g.name().to_owned()).collect()
     });
     Claims {
         iss: server.api.issuer.clone(),
@@ -312,7 +350,7 @@ fn granted(
     organization: &Name,
     session: &Name,
     spec: &SessionSpec,
-    refresh: &TokenSecret,
+    refresh: Option<&TokenSecret>,
 ) -> Result<Granted, ApiError> {
     let access = server.api.signer.sign(&claims(server, organization, session, spec));
     let user = spec.holder.as_ref().map_or_else(|| session.clone(), |h| h.name.clone());
@@ -321,7 +359,8 @@ fn granted(
         token_type: "Bearer",
         expires_in: ACCESS.as_secs(),
         // Says which session it is of, so that it can be found without an index.
-        refresh_token: format!("{organization}.{session}.{}", refresh.reveal()),
+        refresh_token: refresh.map(|refresh| format!("{organization}.{session}.{}", refresh.reveal())),
+        issued_token_type: None,
         session: session.clone(),
         organization: organization.clone(),
         user,
@@ -329,15 +368,23 @@ fn granted(
 }
 
 /// What a session begins with.
-#[derive(Default)]
-struct Opening {
-    factors: Vec<String>,
-    access_key: Option<String>,
-    project: Option<Name>,
+pub(crate) struct Opening {
+    pub factors: Vec<String>,
+    pub project: Option<Name>,
+    /// The id of the access key that was brought.
+    pub access_key: Option<String>,
+    /// Whether it can be refreshed.
+    pub lasts: bool,
+}
+
+impl Opening {
+    pub fn by(factors: Vec<String>) -> Self {
+        Self { factors, project: None, access_key: None, lasts: true }
+    }
 }
 
 /// Opens a session.
-async fn open(
+pub(crate) async fn open(
     server: &Server,
     organization: &Name,
     holder: Holder,
@@ -347,21 +394,22 @@ async fn open(
 ) -> Result<Granted, Denied> {
     let id: [u8; 16] = RngExt::bytes(&*server.api.env.rng);
     let session: Name = format!("s-{}", hex::encode(id)).parse().expect("hexadecimal digits");
-    let refresh = new_secret(server);
+    let refresh = opening.lasts.then(|| new_secret(server));
+    let life = if opening.lasts { SESSION } else { ACCESS };
     let actor = format!("{organization}/{}", holder.name);
     let spec = SessionSpec {
         holder: Some(holder),
-        expires: Some(server.now().plus(SESSION)),
+        expires: Some(server.now().plus(life)),
         factors: opening.factors,
         project: opening.project,
         access_key: opening.access_key,
         address: address.to_string(),
-        refresh: Some(refresh.hash().to_string()),
+        refresh: refresh.as_ref().map(|r| r.hash().to_string()),
         spent: None,
     };
     let change = Change::Create { object: object::<Session>(organization, &session, spec.clone()) };
     submit::<Session>(server, (Some(organization), &session), change, None, &actor, request_id).await?;
-    Ok(granted(server, organization, &session, &spec, &refresh)?)
+    Ok(granted(server, organization, &session, &spec, refresh.as_ref())?)
 }
 
 async fn refresh(server: &Server, form: &Query, address: IpAddr, request_id: &RequestId) -> Result<Granted, Denied> {
@@ -400,7 +448,7 @@ async fn refresh(server: &Server, form: &Query, address: IpAddr, request_id: &Re
     let change = Change::Put { object: object::<Session>(&organization, &session, spec.clone()) };
     let at = Some(kv.mod_revision.0);
     submit::<Session>(server, (Some(&organization), &session), change, at, &actor, request_id).await?;
-    Ok(granted(server, &organization, &session, &spec, &next)?)
+    Ok(granted(server, &organization, &session, &spec, Some(&next))?)
 }
 
 /// OpenID Connect Discovery, as far as whoever checks our tokens needs it.
@@ -410,7 +458,7 @@ pub(crate) fn discovery(server: &Server) -> Value {
         "issuer": issuer,
         "jwks_uri": format!("{issuer}{KEYS}"),
         "token_endpoint": format!("{issuer}{SIGN_IN}"),
-        "grant_types_supported": ["password", "refresh_token", "client_credentials", INVITED],
+        "grant_types_supported": GRANTS,
         "response_types_supported": ["token"],
         "subject_types_supported": ["public"],
         "id_token_signing_alg_values_supported": ["EdDSA"],

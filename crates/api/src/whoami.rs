@@ -44,7 +44,7 @@ struct HeldRole {
 pub(crate) fn who_am_i(server: &Server, context: &Context) -> impl Serialize + use<> {
     let caller = &context.caller;
     let (groups, roles) = server.api.directory.read(|known| {
-        let groups: Vec<String> = known.groups_of(&caller.principal).map(|g| g.name().to_owned()).collect();
+        let groups: Vec<String> = known.groups_of(&caller.principal).iter().map(|g| g.name().to_owned()).collect();
         (groups, known.engine.roles_of(&caller.principal))
     });
     WhoAmI {

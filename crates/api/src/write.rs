@@ -15,6 +15,7 @@ use nexus_store::Consistency;
 use serde_json::Value;
 
 use crate::audit;
+use crate::federation;
 use crate::headers::{self, IfMatch, IfNoneMatch};
 use crate::input::{self, Expected};
 use crate::list::{find, parse_name, unreadable};
@@ -234,6 +235,9 @@ pub(crate) async fn submit(
         }
     }
     let left = left_by(server, place, &name, &change).await?;
+    // A sealed value is another each time, so that a repetition would look like another request; it does no harm.
+    let sealed = federation::prepare(server, place, &name, &mut change, left.as_ref())?;
+    let idempotency_key = idempotency_key.filter(|_| !sealed);
     let allowed = server.authorize(context, target, &parts.method, left.as_ref()).await?;
     if place.kind.plural == Image::PLURAL {
         refuse_others_blobs(server, place, left.as_ref()).await?;

@@ -119,6 +119,7 @@ fn routes() -> Vec<(&'static str, String, Option<Value>)> {
     for path in ["/healthz", "/readyz", "/metrics", "/v1/openapi.json", "/.well-known/openid-configuration"] {
         add("GET", path, None);
     }
+    add("GET", "/oauth2/providers?organization=acme", None);
     for path in ["/.well-known/jwks.json", "/v1/status", "/v1/whoami", "/v1/policy-schema"] {
         add("GET", path, None);
     }

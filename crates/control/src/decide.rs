@@ -392,6 +392,7 @@ impl Admit for Project {
 
 impl Admit for User {
     fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::federation::check_identity(step, old, new)?;
         if old.is_some() && new.spec.disabled {
             let principal = rules::people::user(new);
             rules::people::refuse_lock_out(step, new.metadata.organization.as_ref(), Grant::RemoveMember(principal))?;
@@ -406,6 +407,7 @@ impl Admit for User {
 
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
         rules::people::sign_out(step, old.metadata.organization.as_ref(), HolderKind::User, &old.metadata.name);
+        rules::federation::depart(step, old);
         erased(step, old)
     }
 }
@@ -466,6 +468,16 @@ impl Admit for Session {
 }
 
 impl Admit for Credential {
+    const TOLD: bool = false;
+}
+
+impl Admit for IdentityProvider {
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::federation::check_provider(step, old, new)
+    }
+}
+
+impl Admit for Departure {
     const TOLD: bool = false;
 }
 

@@ -17,13 +17,16 @@ use nexus_store::{Store, StoreError, WatchEvent};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::rules::federation;
 use crate::view::load;
 use crate::world::{Place, World};
 
 /// What it is made of.
 const PREFIXES: &[&str] = &[
     "o/access-keys/",
+    "o/departures/",
     "o/groups/",
+    "o/identity-providers/",
     "o/organizations/",
     "o/policies/",
     "o/projects/",
@@ -208,8 +211,63 @@ impl Known {
         }
     }
 
-    pub fn groups_of(&self, principal: &Principal) -> impl Iterator<Item = &Principal> {
-        self.groups.get(principal).into_iter().flatten()
+    pub fn identity_provider(&self, organization: &Name, name: &Name) -> Option<&Object<IdentityProvider>> {
+        self.world.identity_providers.get(Some(organization), name)
+    }
+
+    pub fn identity_providers<'a>(
+        &'a self,
+        organization: &'a Name,
+    ) -> impl Iterator<Item = &'a Object<IdentityProvider>> {
+        self.world.identity_providers.within(organization)
+    }
+
+    pub fn user(&self, organization: &Name, name: &Name) -> Option<&Object<User>> {
+        self.world.users.get(Some(organization), name)
+    }
+
+    /// The user who is this person of a provider.
+    pub fn user_of<'a>(&'a self, organization: &'a Name, issuer: &str, subject: &str) -> Option<&'a Object<User>> {
+        let is_them = |i: &UserIdentity| i.issuer == issuer && i.subject == subject;
+        self.world.users.within(organization).find(|u| u.spec.identity.as_ref().is_some_and(is_them))
+    }
+
+    /// Whether this person of a provider was a user who was deleted.
+    pub fn has_departed(&self, organization: &Name, issuer: &str, subject: &str) -> bool {
+        self.world.departures.get(Some(organization), &federation::person(issuer, subject)).is_some()
+    }
+
+    /// The groups that somebody is in: those that name them, and those that their provider gave.
+    pub fn groups_of(&self, principal: &Principal) -> BTreeSet<Principal> {
+        let named = self.groups.get(principal).into_iter().flatten().cloned();
+        named.chain(self.given_to(principal)).collect()
+    }
+
+    /// What a provider gave counts as long as one of that issuer is there and maps to it, and the group is.
+    fn given_to(&self, principal: &Principal) -> Vec<Principal> {
+        let given = || {
+            let organization: Name = principal.organization().parse().ok()?;
+            let user = self.user(&organization, &principal.name().parse().ok()?)?;
+            let identity = user.spec.identity.as_ref()?;
+            let theirs = || self.identity_providers(&organization).filter(|p| p.spec.issuer == identity.issuer);
+            let counts = |group: &&Name| {
+                theirs().any(|p| p.spec.groups.values().any(|ours| ours.contains(*group)))
+                    && self.world.groups.get(Some(&organization), group).is_some()
+            };
+            let groups = identity.groups.iter().flatten().filter(counts);
+            Some(groups.map(|group| Principal::group(organization.as_str(), group.as_str())).collect())
+        };
+        let is_user = principal.kind() == policy::PrincipalKind::User;
+        is_user.then(given).flatten().unwrap_or_default()
+    }
+
+    /// Looks anew at the users of an organization to whom a provider gave groups.
+    fn refresh_given(&mut self, organization: &Name, concerned: impl Fn(&UserIdentity) -> bool) {
+        let theirs = self.world.users.within(organization);
+        let theirs = theirs.filter(|u| u.spec.identity.as_ref().is_some_and(&concerned));
+        let theirs: Vec<Principal> =
+            theirs.map(|u| Principal::user(organization.as_str(), u.metadata.name.as_str())).collect();
+        theirs.into_iter().for_each(|principal| self.refresh(principal));
     }
 
     /// Whether this session was there and was ended.
@@ -233,7 +291,7 @@ impl Known {
             _ => HolderKind::ServiceAccount,
         };
         if self.is_active(&organization, &Holder { kind, name }) {
-            let groups = self.groups.get(&principal).into_iter().flatten().take(policy::MAX_GROUPS).cloned().collect();
+            let groups = self.groups_of(&principal).into_iter().take(policy::MAX_GROUPS).collect();
             self.apply(Change::Member { principal, groups });
         } else {
             self.apply(Change::RemoveMember(principal));
@@ -276,9 +334,14 @@ impl Known {
             (p, Some(organization)) if p == ServiceAccount::PLURAL => {
                 self.refresh(Principal::service_account(organization.as_str(), name.as_str()));
             }
-            (p, Some(_)) if p == Group::PLURAL => {
+            (p, Some(organization)) if p == Group::PLURAL => {
                 let now = self.world.groups.live.get(&at).map(members).unwrap_or_default();
                 self.regroup(&at, now);
+                let (organization, group) = (organization, at.1);
+                self.refresh_given(&organization, |i| i.groups.as_ref().is_some_and(|g| g.contains(&group)));
+            }
+            (p, Some(organization)) if p == IdentityProvider::PLURAL => {
+                self.refresh_given(&organization, |i| i.groups.is_some());
             }
             (p, Some(_)) if p == RoleBinding::PLURAL => {
                 let now = self.world.role_bindings.live.get(&at).map(binding);

@@ -4,6 +4,7 @@
 pub mod app;
 pub mod buried;
 pub mod child;
+pub mod federation;
 pub mod fleet;
 pub mod host;
 pub mod instance;

@@ -111,6 +111,8 @@ pub struct World {
     pub access_keys: Table<AccessKey>,
     pub sessions: Table<Session>,
     pub credentials: Table<Credential>,
+    pub identity_providers: Table<IdentityProvider>,
+    pub departures: Table<Departure>,
     pub signing_keys: Table<SigningKey>,
     pub regions: Table<Region>,
     pub zones: Table<Zone>,
@@ -190,7 +192,7 @@ macro_rules! for_kind {
     ($plural:expr, $K:ident => $body:expr) => {
         for_kind!(@ $plural, $K, $body,
             Organization Project User Group ServiceAccount RoleBinding Policy Token AccessKey Session Credential
-            SigningKey Region Zone Cell Host Image App Instance Route Event Usage)
+            IdentityProvider Departure SigningKey Region Zone Cell Host Image App Instance Route Event Usage)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -217,6 +219,8 @@ stored! {
     AccessKey => access_keys;
     Session => sessions;
     Credential => credentials;
+    IdentityProvider => identity_providers;
+    Departure => departures;
     SigningKey => signing_keys;
     Region => regions;
     Zone => zones;

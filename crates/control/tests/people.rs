@@ -234,3 +234,127 @@ fn an_organizations_projects_share_its_quota() {
     lab.with(|core, at| core.intent(&intent("apps", Some("shop"), "web", Change::Delete), at)).unwrap();
     deploy(&mut lab, "till", "more", 3).unwrap();
 }
+
+fn corp() -> IdentityProviderSpec {
+    IdentityProviderSpec { groups: Default::default(), ..IdentityProvider::example() }
+}
+
+fn is(provider: &str, subject: &str) -> UserSpec {
+    let identity =
+        UserIdentity { provider: name(provider), issuer: String::new(), subject: subject.into(), groups: None };
+    UserSpec { identity: Some(identity), ..UserSpec::default() }
+}
+
+#[test]
+fn a_provider_names_what_is_there_and_keeps_its_secret_for_its_issuer() {
+    let mut lab = Lab::new();
+    let refused = |lab: &mut Lab, spec: IdentityProviderSpec| {
+        let error = lab.make::<IdentityProvider>(Some("acme"), "corp", spec).unwrap_err();
+        fields(&error).join(" ")
+    };
+    let groups = [("eng".to_owned(), [name("ghosts")].into())].into();
+    assert_eq!(refused(&mut lab, IdentityProviderSpec { groups, ..corp() }), "spec.groups");
+    for issuer in ["http://login.acme.example", "ftp://x", "https://u@login.acme.example", "https://a/?b"] {
+        assert_eq!(
+            refused(&mut lab, IdentityProviderSpec { issuer: issuer.into(), ..corp() }),
+            "spec.issuer",
+            "{issuer}"
+        );
+    }
+    let rule = |account: &str, project: &str| {
+        let claims = [("repository".to_owned(), "acme/shop".to_owned())].into();
+        let (service_account, project) = (name(account), Some(name(project)));
+        let rule = ExchangeRule { audience: "cloud".into(), claims, service_account, project };
+        IdentityProviderSpec { exchange: vec![rule], ..corp() }
+    };
+    assert_eq!(refused(&mut lab, rule("ghost", "shop")), "spec.exchange[0].serviceAccount");
+    lab.make::<ServiceAccount>(Some("acme"), "deployer", ServiceAccountSpec::default()).unwrap();
+    assert_eq!(refused(&mut lab, rule("deployer", "lab")), "spec.project");
+    let error = lab.make::<IdentityProvider>(
+        Some("acme"),
+        "corp",
+        IdentityProviderSpec { client_secret: Some("bare".into()), ..corp() },
+    );
+    assert_eq!(error.unwrap_err().code, Code::Internal, "never as it is");
+
+    let sealed = IdentityProviderSpec { sealed_secret: Some("sealed".into()), ..rule("deployer", "shop") };
+    lab.make::<IdentityProvider>(Some("acme"), "corp", sealed).unwrap();
+    let kept = |lab: &mut Lab, spec: IdentityProviderSpec| {
+        let accepted = lab.put::<IdentityProvider>(Some("acme"), "corp", spec).unwrap();
+        accepted.object.spec["sealedSecret"].as_str().is_some()
+    };
+    assert!(kept(&mut lab, corp()), "a manifest leaves it out");
+    assert!(!kept(&mut lab, IdentityProviderSpec { issuer: "https://other.example".into(), ..corp() }));
+}
+
+#[test]
+fn a_user_is_one_person_of_a_provider_and_whoever_was_deleted_is_remembered() {
+    let mut lab = Lab::new();
+    lab.make::<IdentityProvider>(Some("acme"), "corp", corp()).unwrap();
+    let error = lab.make::<User>(Some("acme"), "ann", is("ghost", "u-1")).unwrap_err();
+    assert_eq!(fields(&error), ["spec.identity.provider"]);
+    let issued = |lab: &Lab, user: &str| {
+        let user = lab.core.world.users.get(Some(&name("acme")), &name(user)).unwrap();
+        user.spec.identity.clone().map(|i| (i.issuer, i.subject, i.groups))
+    };
+    lab.make::<User>(Some("acme"), "ann", is("corp", "u-1")).unwrap();
+    let her = Some((corp().issuer, "u-1".to_owned(), None));
+    assert_eq!(issued(&lab, "ann"), her);
+    // Nobody else is, and she is nobody else from now on.
+    assert_eq!(lab.make::<User>(Some("acme"), "ann-2", is("corp", "u-1")).unwrap_err().code, Code::Conflict);
+    assert_eq!(lab.put::<User>(Some("acme"), "eve", is("corp", "u-1")).unwrap_err().code, Code::Conflict);
+    assert_eq!(fields(&lab.put::<User>(Some("acme"), "ann", is("corp", "u-2")).unwrap_err()), ["spec.identity"]);
+    lab.put::<User>(Some("acme"), "ann", UserSpec { email: "ann@acme.example".into(), ..UserSpec::default() }).unwrap();
+    assert_eq!(issued(&lab, "ann"), her, "what a change does not speak of stays");
+    // In another organization she is another user.
+    lab.make::<IdentityProvider>(Some("globex"), "corp", corp()).unwrap();
+    lab.make::<User>(Some("globex"), "ann", is("corp", "u-1")).unwrap();
+
+    lab.ask::<User>(Some("acme"), "ann", Change::Delete).unwrap();
+    lab.ask::<User>(Some("acme"), "eve", Change::Delete).unwrap();
+    let departed = |lab: &Lab| lab.core.world.departures.live.keys().cloned().collect::<Vec<_>>();
+    let person = nexus_control::rules::federation::person(&corp().issuer, "u-1");
+    assert_eq!(departed(&lab), [(Some(name("acme")), person)]);
+    // Let in again and deleted again, she is remembered once; with the organization, all of it goes.
+    lab.make::<User>(Some("acme"), "annie", is("corp", "u-1")).unwrap();
+    lab.ask::<User>(Some("acme"), "annie", Change::Delete).unwrap();
+    assert_eq!(departed(&lab).len(), 1);
+    lab.ask::<Organization>(None, "acme", Change::Delete).unwrap();
+    for _ in 0..20 {
+        lab.with(|core, at| core.forget_old(at));
+    }
+    assert_eq!((departed(&lab).len(), lab.core.world.identity_providers.live.len()), (0, 1));
+}
+
+#[test]
+fn an_owner_by_a_provider_is_not_the_last_one() {
+    let mut lab = Lab::new();
+    lab.make::<Group>(Some("acme"), "board", GroupSpec::default()).unwrap();
+    lab.bind("board", "owner", None, SubjectKind::Group, "board").unwrap();
+    let groups = [("board".to_owned(), [name("board")].into())].into();
+    lab.make::<IdentityProvider>(Some("acme"), "corp", IdentityProviderSpec { groups, ..corp() }).unwrap();
+    let mut spec = is("corp", "u-1");
+    spec.identity.as_mut().unwrap().groups = Some([name("board")].into());
+    lab.make::<User>(Some("acme"), "ann", spec).unwrap();
+    // The provider may take it tomorrow.
+    assert_eq!(lab.ask::<User>(Some("acme"), "ada", Change::Delete).unwrap_err().code, Code::Conflict);
+}
+
+#[test]
+fn a_pipelines_short_sessions_end_nobodys_long_ones() {
+    let mut lab = Lab::new();
+    let holder = Some(Holder { kind: HolderKind::User, name: name("eve") });
+    let expires = Some(Timestamp::from_millis(lab.now + 86_400_000));
+    let short = SessionSpec { holder, expires, ..SessionSpec::default() };
+    let long = SessionSpec { refresh: Some("00".repeat(32)), ..short.clone() };
+    lab.make::<Session>(Some("acme"), "s-long", long.clone()).unwrap();
+    for n in 0..60 {
+        lab.make::<Session>(Some("acme"), &format!("s-{n}"), short.clone()).unwrap();
+    }
+    assert_eq!(lab.core.world.sessions.live.len(), 61);
+    for n in 0..60 {
+        lab.now += 1;
+        lab.make::<Session>(Some("acme"), &format!("l-{n}"), long.clone()).unwrap();
+    }
+    assert_eq!(lab.core.world.sessions.live.len(), 60 + 50);
+}

@@ -166,6 +166,11 @@ impl Context {
         Self::new("totp", &[user])
     }
 
+    /// The secret by which an identity provider knows the cloud: opened for no other issuer.
+    pub fn client_secret(organization: &str, provider: &str, issuer: &str) -> Self {
+        Self::new("client-secret", &[organization, provider, issuer])
+    }
+
     /// The private key that signs tokens.
     pub fn signing_key(kid: &str) -> Self {
         Self::new("signing-key", &[kid])

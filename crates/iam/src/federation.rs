@@ -14,6 +14,7 @@
 //! A person is the pair of issuer and subject. An e-mail address is never a key: a provider may hand it to somebody
 //! else, and another provider may claim it.
 
+mod claims;
 mod exchange;
 mod groups;
 mod id_token;
@@ -21,7 +22,8 @@ mod keys;
 mod login;
 mod provider;
 
-pub use exchange::{ExchangeRequest, ExchangeResponse, GRANT_TOKEN_EXCHANGE, OAuthError, OAuthErrorCode, TokenType};
+pub use claims::{claim, require_claims};
+pub use exchange::{ExchangeRequest, GRANT_TOKEN_EXCHANGE, OAuthError, OAuthErrorCode, TokenType};
 pub use groups::{GroupMapping, MAX_GROUPS};
 pub use id_token::{IdToken, IdTokenRules, Subject, verify_id_token};
 pub use keys::{MAX_PROVIDER_JWKS, ProviderKeys};
@@ -67,6 +69,8 @@ pub enum FederationError {
     Nonce,
     #[error("the ID token belongs to another access token (`at_hash`)")]
     AtHash,
+    #[error("the token's claim `{claim}` has not the value that is asked of it")]
+    Unmet { claim: String },
     #[error("the claim `{claim}` holds {what}: let the provider send fewer or shorter groups")]
     Groups { claim: String, what: &'static str },
     #[error("the provider left the groups out of the token because there are too many: let it send only assigned ones")]

@@ -6,6 +6,7 @@
 
 mod app;
 mod event;
+mod federation;
 mod fleet;
 mod identity;
 mod image;
@@ -17,6 +18,7 @@ use std::fmt::Debug;
 
 pub use app::*;
 pub use event::*;
+pub use federation::*;
 pub use fleet::*;
 pub use identity::*;
 pub use image::*;
@@ -263,7 +265,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 20] = [
+static ALL: [KindDescriptor; 21] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -274,6 +276,7 @@ static ALL: [KindDescriptor; 20] = [
     KindDescriptor::of::<Token>(),
     KindDescriptor::of::<AccessKey>(),
     KindDescriptor::of::<Session>(),
+    KindDescriptor::of::<IdentityProvider>(),
     KindDescriptor::of::<Region>(),
     KindDescriptor::of::<Zone>(),
     KindDescriptor::of::<Cell>(),
@@ -287,7 +290,8 @@ static ALL: [KindDescriptor; 20] = [
 ];
 
 /// Kinds that only servers read and write: they are stored like all others, and nothing else is made of their declaration.
-static PRIVATE: [KindDescriptor; 2] = [KindDescriptor::of::<Credential>(), KindDescriptor::of::<SigningKey>()];
+static PRIVATE: [KindDescriptor; 3] =
+    [KindDescriptor::of::<Credential>(), KindDescriptor::of::<SigningKey>(), KindDescriptor::of::<Departure>()];
 
 /// Every kind that users meet, in the order in which a reader meets them.
 pub fn all() -> &'static [KindDescriptor] {

@@ -203,8 +203,9 @@ impl Client {
             let _turn = crate::session::lock(path).map_err(setup)?;
             let mut session = Session::read(path).map_err(setup)?;
             if !session.is_fresh(now) {
-                let form = [("grant_type", "refresh_token"), ("refresh_token", session.refresh_token.as_str())];
-                session = self.sign_in(&form).await?;
+                let refresh = session.refresh_token.as_deref();
+                let refresh = refresh.ok_or_else(|| setup(anyhow::anyhow!("it has ended: sign in again")))?;
+                session = self.sign_in(&[("grant_type", "refresh_token"), ("refresh_token", refresh)]).await?;
                 session.write(path).map_err(setup)?;
             }
             *held = Some(session);

@@ -14,6 +14,8 @@ use nexus_model::kind::{Capacity, Classes, GLOBAL, Tier};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::role::server::providers::Network;
+
 /// Why a role can't use its configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -133,6 +135,10 @@ pub struct ServerConfig {
     /// [default: `https://<domain>`]
     #[serde(default)]
     pub issuer: Option<String>,
+    /// Where identity providers of tenants may be beside the public internet, such as `10.1.0.0/16`: servers ask them, and so
+    /// would tell a tenant what answers there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub provider_networks: Vec<String>,
     /// The zones that the first start creates, beside the region, the organization `default` and the projects `default`
     /// and `system`.
     #[serde(default)]
@@ -468,6 +474,9 @@ impl Config for ServerConfig {
                 "it is an https:// URL of at most 256 bytes, without a slash at its end".to_owned(),
             ));
         }
+        for network in &self.provider_networks {
+            network.parse::<Network>().map_err(|why| ("provider_networks", why))?;
+        }
         if self.region == GLOBAL {
             return Err(("region", format!("`{GLOBAL}` is the name of what belongs to no region")));
         }
@@ -691,6 +700,7 @@ mod tests {
             master_keys: None,
             domain: "localhost".into(),
             issuer: None,
+            provider_networks: Vec::new(),
             zones: vec!["zone-a".parse().unwrap()],
             join: false,
             authority: None,

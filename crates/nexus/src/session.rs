@@ -22,7 +22,9 @@ pub struct Session {
     /// Its name, by which it is ended.
     pub session: String,
     pub access_token: String,
-    pub refresh_token: String,
+    /// Absent from a session that was exchanged for a CI system's token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refresh_token: Option<String>,
     /// When the access token ends, in milliseconds since 1970.
     pub expires: i64,
 }
@@ -31,7 +33,8 @@ pub struct Session {
 #[derive(Debug, Deserialize)]
 pub struct Granted {
     access_token: String,
-    refresh_token: String,
+    #[serde(default)]
+    refresh_token: Option<String>,
     expires_in: i64,
     session: String,
     organization: String,

@@ -55,12 +55,17 @@ pub const PACKAGES: &[Package] = &[
     package(Need::Test, "skopeo", "converts between image formats"),
     package(Need::Test, "busybox-static", "the smallest useful container"),
     package(Need::Test, "python3-venv", "the place for Python tools such as schemathesis"),
+    package(Need::Test, "nodejs", "runs the identity provider that federation is tested against"),
+    package(Need::Test, "npm", "installs it"),
     package(Need::Test, "etcd-server", "the metadata engine beside our own, and the peer of its bench"),
     package(Need::Test, "etcd-client", "sets up users of etcd"),
     package(Need::Bench, "runc", "the peer of the container runtime"),
     package(Need::Bench, "nginx-light", "the peer of the API and the gateway"),
     package(Need::Bench, "wrk", "makes the load of HTTP benches"),
 ];
+
+/// Packages that people often have from elsewhere, by the program that tells: Debian's own would clash with it.
+const ELSEWHERE: &[(&str, &str)] = &[("nodejs", "node"), ("npm", "npm")];
 
 /// Targets that rustup installs.
 pub const TARGETS: &[(Need, &str, &str)] = &[(Need::Test, "wasm32-wasip2", "functions written in Rust")];
@@ -71,6 +76,11 @@ fn missing_packages(needs: &[Need]) -> Option<Vec<&'static Package>> {
     process::output("dpkg-query", &["--version"])?;
     let mut installed = BTreeSet::new();
     for package in &all {
+        let program = ELSEWHERE.iter().find(|(name, _)| *name == package.name);
+        if program.is_some_and(|(_, program)| process::output(program, &["--version"]).is_some()) {
+            installed.insert(package.name);
+            continue;
+        }
         let query = ["-W", "-f", "${db:Status-Status}", package.name];
         if process::output("dpkg-query", &query).is_some_and(|s| s.trim() == "installed") {
             installed.insert(package.name);

@@ -21,6 +21,9 @@ const PYTHON_TOOLS: &[(&str, &str)] = &[("schemathesis", "schemathesis==4.32.5")
 /// requirement, and the version of Python in those images (Debian 12's).
 const PYTHON_LIBRARIES: &[(&str, &str, &str)] = &[("spiffe", "spiffe==0.3.2", "3.11")];
 
+/// What tests run in Node.js, each in a folder of its own below the target folder: the package, and the release.
+const NODE_PACKAGES: &[(&str, &str)] = &[("oidc-provider", "8.8.1")];
+
 /// A program full of tests.
 #[derive(Debug, PartialEq, Eq)]
 struct Program {
@@ -49,6 +52,7 @@ pub fn run(root: &Path, filters: &[String]) -> anyhow::Result<()> {
     let started = Instant::now();
     packages::ensure(&[Need::Up, Need::Test])?;
     let python = python_tools(root)?;
+    node_packages(root)?;
     let mut programs = build(root)?;
     // What is quick and says most comes first.
     programs.sort_by_key(Program::is_end_to_end);
@@ -111,6 +115,21 @@ fn python_tools(root: &Path) -> anyhow::Result<PathBuf> {
         process::run(pip.arg(&place))?;
     }
     Ok(bin)
+}
+
+/// Installs the packages of Node.js, once. None of their own scripts is run.
+fn node_packages(root: &Path) -> anyhow::Result<()> {
+    for (package, release) in NODE_PACKAGES {
+        let folder = target_dir(root).join(format!("node-{package}"));
+        if folder.join("node_modules").join(package).is_dir() {
+            continue;
+        }
+        std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        let mut npm = Command::new("npm");
+        npm.args(["install", "--no-audit", "--no-fund", "--no-save", "--ignore-scripts", "--prefix"]);
+        process::run(npm.arg(&folder).arg(format!("{package}@{release}")))?;
+    }
+    Ok(())
 }
 
 fn build(root: &Path) -> anyhow::Result<Vec<Program>> {

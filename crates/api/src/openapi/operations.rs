@@ -5,7 +5,7 @@ use nexus_model::{API_VERSION, Code, Digest, Name};
 use serde_json::{Map, Value, json};
 
 use crate::list::{DEFAULT_LIMIT, MAX_LIMIT};
-use crate::route::{BLOB_TEMPLATE, DISCOVERY, KEYS, SIGN_IN, collection_template};
+use crate::route::{BLOB_TEMPLATE, DISCOVERY, KEYS, PROVIDERS, SIGN_IN, collection_template};
 use crate::streams::MAX_TAIL;
 
 /// The name that examples give to an object.
@@ -428,11 +428,25 @@ fn identity_paths(paths: &mut Map<String, Value>) {
     let form = json!({"type": "object", "additionalProperties": false, "required": ["grant_type"], "properties": {
         "grant_type": text(64), "username": text(127), "password": text(1024), "refresh_token": text(256),
         "invitation": text(64), "otp": text(32), "client_id": text(64), "client_secret": text(64),
+        "organization": name(), "provider": name(), "code": text(4096), "code_verifier": text(128),
+        "redirect_uri": text(2048), "nonce": text(4096), "subject_token": text(32768), "subject_token_type": text(64),
+        "requested_token_type": text(64),
     }});
     token["requestBody"] =
         json!({"required": true, "content": {"application/x-www-form-urlencoded": {"schema": form}}});
     token["security"] = json!([]);
     paths.insert(SIGN_IN.into(), json!({"post": token}));
+
+    let about = "By which identity providers people of an organization sign in";
+    let organization = json!({"name": "organization", "in": "query", "required": true, "schema": name()});
+    let responses = json!({
+        "200": success("The providers; none of an organization that is not there", any(), &[]),
+        "400": {"$ref": "#/components/responses/Problem400"},
+        "default": {"$ref": "#/components/responses/Problem"},
+    });
+    let mut providers = operation("signInProviders", "server", about, vec![organization], responses);
+    providers["security"] = json!([]);
+    paths.insert(PROVIDERS.into(), json!({"get": providers}));
 
     let users = kind::find("users").expect("a kind");
     let path = format!("{}/{{name}}", collection_template(users, true));

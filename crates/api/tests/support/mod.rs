@@ -16,7 +16,7 @@ use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use nexus_api::{
     Api, Audit, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations,
-    Operators, Remote, StatusSource, Topology,
+    Operators, ProviderDoor, ProviderRequest, Remote, StatusSource, Topology,
 };
 use nexus_control::audit::{Heads, Notes};
 use nexus_control::directory::Directory;
@@ -519,6 +519,16 @@ impl Remote for Mirror {
     }
 }
 
+/// Other identity providers can't be reached.
+pub struct NoProviders;
+
+#[async_trait]
+impl ProviderDoor for NoProviders {
+    async fn ask(&self, _: ProviderRequest) -> Result<Bytes, String> {
+        Err("nobody is asked".into())
+    }
+}
+
 pub struct World {
     pub store: Arc<MemStore>,
     /// Of the group that all regions share.
@@ -564,16 +574,27 @@ impl World {
     }
 
     pub fn with(limits: Limits) -> Self {
+        Self::with_providers(limits, Arc::new(NoProviders))
+    }
+
+    pub fn with_providers(limits: Limits, providers: Arc<dyn ProviderDoor>) -> Self {
         let (store, global) = (MemStore::new(), MemStore::new());
-        Self::over(store, global.clone(), global, Env::real(), limits)
+        Self::over(store, global.clone(), global, Env::real(), limits, providers)
     }
 
     /// Another server of the same region and fleet, which reaches the group that all share by a link.
     pub fn beside(&self, link: Arc<Link>, env: Env) -> Self {
-        Self::over(self.store.clone(), self.global.clone(), link, env, Limits::default())
+        Self::over(self.store.clone(), self.global.clone(), link, env, Limits::default(), Arc::new(NoProviders))
     }
 
-    fn over(store: Arc<MemStore>, global: Arc<MemStore>, reached: Arc<dyn Store>, env: Env, limits: Limits) -> Self {
+    fn over(
+        store: Arc<MemStore>,
+        global: Arc<MemStore>,
+        reached: Arc<dyn Store>,
+        env: Env,
+        limits: Limits,
+        providers: Arc<dyn ProviderDoor>,
+    ) -> Self {
         let secret = TokenSecret::generate([7; 32]);
         let shutdown = CancellationToken::new();
         let directory = Directory::default();
@@ -597,6 +618,7 @@ impl World {
             issuer: "https://cloud.test".into(),
             blobs: Arc::new(MemBlobs::default()),
             hosts: Arc::new(EchoHost),
+            providers,
             operations: Arc::new(EchoOperations),
             status: Arc::new(Status),
             audit: Arc::new(audit(&store, &global)),
@@ -668,6 +690,12 @@ impl World {
     /// The same in the group that all regions share.
     pub async fn store_global(&self, plural: &str, object: &Value) -> u64 {
         Self::store_in(&self.global, plural, object).await
+    }
+
+    /// Whether any row of the group that all regions share holds a text.
+    pub async fn stores_text(&self, text: &str) -> bool {
+        let all = self.global.range(RangeRequest::new(Bytes::new(), Bytes::new())).await.unwrap();
+        all.kvs.iter().any(|kv| kv.value.windows(text.len()).any(|w| w == text.as_bytes()))
     }
 
     async fn store_in(store: &MemStore, plural: &str, object: &Value) -> u64 {

@@ -145,6 +145,8 @@ fn tear_down_organization(step: &mut Step<'_>, uid: Uid) -> Teardown {
         || take_away::<Group>(step, name)
         || take_away::<ServiceAccount>(step, name)
         || take_away::<User>(step, name)
+        || take_away::<IdentityProvider>(step, name)
+        || take_away::<Departure>(step, name)
     {
         Teardown::Progressed
     } else {

@@ -12,6 +12,8 @@ use crate::world::World;
 
 /// The most sessions of one user: with one more, the oldest ends.
 const SESSIONS: usize = 50;
+/// The same of those that can't be refreshed.
+const SHORT_SESSIONS: usize = 1_000;
 /// The most tokens, and the most access keys, of one organization.
 const CREDENTIALS: usize = 10_000;
 /// Sessions, and tokens, that one step erases.
@@ -24,7 +26,7 @@ pub fn user(object: &Object<User>) -> Principal {
     Principal::user(organization, object.metadata.name.as_str())
 }
 
-fn invalid(field: &str, message: impl Into<String>) -> ApiError {
+pub(super) fn invalid(field: &str, message: impl Into<String>) -> ApiError {
     ApiError::invalid(vec![FieldError::new(field, message)])
 }
 
@@ -119,7 +121,7 @@ fn subject_is_there(world: &World, organization: &Name, subject: &Subject) -> bo
     }
 }
 
-fn check_project(step: &Step<'_>, organization: &Name, project: Option<&Name>) -> Result<(), ApiError> {
+pub(super) fn check_project(step: &Step<'_>, organization: &Name, project: Option<&Name>) -> Result<(), ApiError> {
     let Some(project) = project else { return Ok(()) };
     let known = step.world.project(project).is_some_and(|p| p.spec.organization == *organization);
     if known && *organization != *SYSTEM_ORGANIZATION {
@@ -219,7 +221,7 @@ fn check_holder(step: &Step<'_>, organization: &Name, holder: Option<&Holder>) -
     Err(invalid("spec.holder", message))
 }
 
-fn refuse_many(organization: &Name, what: &str, count: usize) -> Result<(), ApiError> {
+pub(super) fn refuse_many(organization: &Name, what: &str, count: usize) -> Result<(), ApiError> {
     if count < CREDENTIALS {
         return Ok(());
     }
@@ -243,10 +245,13 @@ pub fn check_session(
         return Ok(());
     }
     let organization = new.metadata.organization.as_ref().expect("sessions belong to an organization");
-    let of = |s: &&Object<Session>| s.spec.holder == new.spec.holder;
+    // A pipeline has many short ones at once, and must not end a program's long ones by them.
+    let lasts = new.spec.refresh.is_some();
+    let most = if lasts { SESSIONS } else { SHORT_SESSIONS };
+    let of = |s: &&Object<Session>| s.spec.holder == new.spec.holder && s.spec.refresh.is_some() == lasts;
     let mut theirs: Vec<_> = step.world.sessions.within(organization).filter(of).cloned().collect();
     theirs.sort_by_key(|s| s.metadata.created);
-    let many = (theirs.len() + 1).saturating_sub(SESSIONS).min(8);
+    let many = (theirs.len() + 1).saturating_sub(most).min(8);
     theirs.iter().take(many).for_each(|s| step.erase(s));
     Ok(())
 }

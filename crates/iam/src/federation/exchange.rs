@@ -1,5 +1,5 @@
-//! Token exchange (RFC 8693): a CI system's token becomes one of ours. The shapes of question and answer, and the errors
-//! of our token endpoint (RFC 6749, section 5.2).
+//! Token exchange (RFC 8693): a CI system's token becomes one of ours. The shape of the question, and the errors of
+//! our token endpoint (RFC 6749, section 5.2).
 
 use std::fmt;
 
@@ -48,6 +48,21 @@ pub enum OAuthErrorCode {
     UnsupportedGrantType,
     InvalidScope,
     InvalidTarget,
+}
+
+impl OAuthErrorCode {
+    /// As the answer's `error` says it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::InvalidRequest => "invalid_request",
+            Self::InvalidClient => "invalid_client",
+            Self::InvalidGrant => "invalid_grant",
+            Self::UnauthorizedClient => "unauthorized_client",
+            Self::UnsupportedGrantType => "unsupported_grant_type",
+            Self::InvalidScope => "invalid_scope",
+            Self::InvalidTarget => "invalid_target",
+        }
+    }
 }
 
 /// What the token endpoint answers when it refuses; as JSON it is the answer's body.
@@ -104,6 +119,12 @@ impl fmt::Debug for ExchangeRequest {
 }
 
 impl ExchangeRequest {
+    /// Whether a body's grant is this one.
+    pub fn is_asked_in(body: &[u8]) -> bool {
+        let mut pairs = url::form_urlencoded::parse(body).take(MAX_PARAMETERS);
+        pairs.any(|(k, v)| k == "grant_type" && v == GRANT_TOKEN_EXCHANGE)
+    }
+
     /// Reads a body of type `application/x-www-form-urlencoded`.
     pub fn from_form(body: &[u8]) -> Result<Self, OAuthError> {
         if body.len() > MAX_FORM {
@@ -187,30 +208,5 @@ impl Form {
             return Err(OAuthError::new(OAuthErrorCode::InvalidTarget, "too many targets"));
         }
         Ok(found)
-    }
-}
-
-/// The answer; as JSON it is the answer's body. Not printed: it holds a token.
-#[derive(Clone, Serialize)]
-pub struct ExchangeResponse {
-    access_token: String,
-    issued_token_type: TokenType,
-    token_type: &'static str,
-    expires_in: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    scope: Option<String>,
-}
-
-impl ExchangeResponse {
-    /// An access token that is good for `expires_in` seconds; `scope` where it differs from what was asked for.
-    pub fn access_token(token: String, expires_in: u64, scope: Option<String>) -> Self {
-        let issued_token_type = TokenType::AccessToken;
-        Self { access_token: token, issued_token_type, token_type: "Bearer", expires_in, scope }
-    }
-}
-
-impl fmt::Debug for ExchangeResponse {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ExchangeResponse").field("expires_in", &self.expires_in).finish_non_exhaustive()
     }
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::FederationError;
+use super::{FederationError, claim};
 
 /// Groups of one token. With more, the token is refused: leaving some out would take or, with a deny, give rights.
 pub const MAX_GROUPS: usize = 1000;
@@ -28,7 +28,7 @@ impl GroupMapping {
     /// Our groups of the token's holder, sorted, each once. A missing claim gives none.
     pub fn groups(&self, claims: &Map<String, Value>) -> Result<Vec<String>, FederationError> {
         let fault = |what| FederationError::Groups { claim: self.claim.clone(), what };
-        let theirs: Vec<&str> = match self.find(claims) {
+        let theirs: Vec<&str> = match claim(claims, &self.claim) {
             None if self.is_elsewhere(claims) => return Err(FederationError::GroupsElsewhere),
             None | Some(Value::Null) => Vec::new(),
             Some(Value::String(one)) => vec![one],
@@ -44,13 +44,6 @@ impl GroupMapping {
         }
         let ours: BTreeSet<&String> = theirs.iter().filter_map(|g| self.table.get(*g)).flatten().collect();
         Ok(ours.into_iter().cloned().collect())
-    }
-
-    fn find<'c>(&self, claims: &'c Map<String, Value>) -> Option<&'c Value> {
-        let Some(path) = self.claim.strip_prefix('/') else { return claims.get(&self.claim) };
-        let mut words = path.split('/').map(|w| w.replace("~1", "/").replace("~0", "~"));
-        let first = claims.get(&words.next()?)?;
-        words.try_fold(first, |value, word| value.get(&word))
     }
 
     /// Microsoft's way to say that there are too many groups for a token.

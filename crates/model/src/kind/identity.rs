@@ -8,13 +8,13 @@ use std::collections::BTreeSet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Column, Home, Kind, Scope, Verbs};
+use super::{Column, Home, Kind, Scope, UserIdentity, Verbs};
 use crate::{Condition, FieldError, Name, Timestamp};
 
 /// The most members of a group, and subjects of a role binding.
 pub const MAX_SUBJECTS: usize = 256;
 /// Texts for people hold no control characters.
-const PRINTABLE: &str = r"^[^\u0000-\u001f\u007f-\u009f]*$";
+pub(super) const PRINTABLE: &str = r"^[^\u0000-\u001f\u007f-\u009f]*$";
 const ADDRESS: &str = r"^$|^[^\u0000-\u001f\u007f-\u009f]*@[^\u0000-\u001f\u007f-\u009f]*$";
 /// The most bytes of a policy.
 pub const MAX_POLICY: usize = 16 << 10;
@@ -32,6 +32,9 @@ pub struct UserSpec {
     pub email: String,
     /// Nothing is allowed to it, and its sessions end.
     pub disabled: bool,
+    /// Who signs in as this user by an identity provider. A replace that leaves it out keeps it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub identity: Option<UserIdentity>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -40,7 +43,7 @@ pub struct UserStatus {
     pub conditions: Vec<Condition>,
 }
 
-fn text(field: &str, value: &str, most: usize) -> Vec<FieldError> {
+pub(super) fn text(field: &str, value: &str, most: usize) -> Vec<FieldError> {
     if value.chars().count() > most || value.chars().any(char::is_control) {
         vec![FieldError::new(field, format!("at most {most} characters, none of them a control character"))]
     } else {
@@ -67,11 +70,12 @@ impl Kind for User {
         if !spec.email.is_empty() && !spec.email.contains('@') {
             errors.push(FieldError::new("spec.email", "an address such as ada@example.org"));
         }
+        errors.extend(spec.identity.iter().flat_map(UserIdentity::validate));
         errors
     }
 
     fn example() -> UserSpec {
-        UserSpec { display_name: "Ada Lovelace".into(), email: "ada@example.org".into(), disabled: false }
+        UserSpec { display_name: "Ada Lovelace".into(), email: "ada@example.org".into(), ..UserSpec::default() }
     }
 }
 

@@ -12,6 +12,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::cloud::{Cloud, CloudArgs, text};
+use super::federated;
 use super::output::{self, Format};
 use super::table::Printer;
 use crate::client::{Client, ClientError, Parts};
@@ -28,14 +29,25 @@ const MAX_PASSWORD: u64 = 4096;
     nexus login --user acme/ada\n  \
     nexus login https://cloud.example.org --user acme/ada\n  \
     nexus login --user acme/ada --invitation cnx_…    # sets the password\n  \
-    pass cloud | nexus login --user acme/ada --password-stdin")]
+    pass cloud | nexus login --user acme/ada --password-stdin\n  \
+    nexus login --org acme --provider corp            # by the browser\n  \
+    nexus login --org acme --provider ci --exchange-token id.jwt    # in a pipeline")]
 pub struct LoginArgs {
     /// Where the cloud is [default: the context's]
     #[arg(value_name = "URL")]
     endpoint: Option<String>,
     /// The user, as ORGANIZATION/NAME
-    #[arg(long, value_name = "ORG/NAME", value_parser = user_arg)]
-    user: User,
+    #[arg(long, value_name = "ORG/NAME", value_parser = user_arg, required_unless_present = "provider")]
+    user: Option<User>,
+    /// Signs in by an identity provider of the organization: the browser does the rest
+    #[arg(long, value_name = "NAME", value_parser = super::resource::new_name, conflicts_with_all = ["user", "invitation", "otp", "password_stdin"])]
+    provider: Option<Name>,
+    /// The organization that has the provider [default: the context's]
+    #[arg(long, alias = "organization", value_name = "NAME", value_parser = super::resource::new_name, requires = "provider")]
+    org: Option<Name>,
+    /// Becomes a service account by a CI system's token, which is in this file or is standard input (`-`)
+    #[arg(long, value_name = "FILE", requires = "provider")]
+    exchange_token: Option<PathBuf>,
     /// Sets a new password by an invitation, which is good once
     #[arg(long, value_name = "TEXT", value_parser = invitation_arg)]
     invitation: Option<String>,
@@ -198,7 +210,10 @@ fn contexts(args: &LoginArgs) -> anyhow::Result<(Context, context::Target)> {
     if let Some(project) = &args.project {
         context.project = project.clone();
     }
-    context.organization = Some(args.user.organization.clone());
+    let named = args.user.as_ref().map(|user| &user.organization).or(args.org.as_ref());
+    let organization = named.or(context.organization.as_ref()).cloned();
+    let organization = organization.ok_or_else(|| Fail::usage("which organization? say it with --org"))?;
+    context.organization = Some(organization.clone());
     let ca =
         context.ca.as_ref().map(|ca| std::fs::read_to_string(ca).with_context(|| format!("reading {}", ca.display())));
     let target = context::Target {
@@ -208,7 +223,7 @@ fn contexts(args: &LoginArgs) -> anyhow::Result<(Context, context::Target)> {
         session: None,
         region: context.region.clone(),
         project: context.project.clone(),
-        organization: args.user.organization.clone(),
+        organization,
     };
     Ok((context, target))
 }
@@ -216,13 +231,28 @@ fn contexts(args: &LoginArgs) -> anyhow::Result<(Context, context::Target)> {
 pub async fn login(args: &LoginArgs) -> anyhow::Result<()> {
     let (mut context, target) = contexts(args)?;
     let client = Client::new(&target)?;
-    let user = args.user.to_string();
-    let session = match &args.invitation {
+    let session = match (&args.provider, &args.exchange_token, &args.user) {
+        (Some(provider), Some(file), _) => federated::by_token(&client, &target.organization, provider, file).await?,
+        (Some(provider), None, _) => federated::by_browser(&client, &target.organization, provider).await?,
+        (None, _, Some(user)) => by_password(args, &client, &user.to_string()).await?,
+        (None, _, None) => return Err(Fail::usage("who signs in? say it with --user or --provider").into()),
+    };
+    let path = session::path_beside(&context::path()?);
+    let _turn = session::lock(&path)?;
+    session.write(&path)?;
+    context.session_file = Some(path);
+    context::write(&context)?;
+    output::text(&format!("signed in as {}", session.user))
+}
+
+/// By a password, or by the invitation that sets it.
+async fn by_password(args: &LoginArgs, client: &Client, user: &str) -> anyhow::Result<Session> {
+    Ok(match &args.invitation {
         Some(invitation) => {
             let password = new_password(args.password_stdin)?;
             let form = [
                 ("grant_type", "urn:cloudnexus:invitation"),
-                ("username", user.as_str()),
+                ("username", user),
                 ("invitation", invitation.as_str()),
                 ("password", password.as_str()),
             ];
@@ -230,7 +260,7 @@ pub async fn login(args: &LoginArgs) -> anyhow::Result<()> {
         }
         None => {
             let password = if args.password_stdin { from_stdin()? } else { ask(&format!("Password of {user}"))? };
-            let mut form = vec![("grant_type", "password"), ("username", &user), ("password", &password)];
+            let mut form = vec![("grant_type", "password"), ("username", user), ("password", &password)];
             form.extend(args.otp.as_deref().map(|otp| ("otp", otp)));
             match client.sign_in(&form).await {
                 Err(error) if wants_code(&error) && std::io::stdin().is_terminal() => {
@@ -241,13 +271,7 @@ pub async fn login(args: &LoginArgs) -> anyhow::Result<()> {
                 signed_in => signed_in?,
             }
         }
-    };
-    let path = session::path_beside(&context::path()?);
-    let _turn = session::lock(&path)?;
-    session.write(&path)?;
-    context.session_file = Some(path);
-    context::write(&context)?;
-    output::text(&format!("signed in as {}", session.user))
+    })
 }
 
 fn wants_code(error: &ClientError) -> bool {

@@ -17,6 +17,7 @@ mod describe;
 mod events;
 mod exec;
 mod explain;
+mod federated;
 mod get;
 pub mod host;
 mod image;

@@ -38,7 +38,8 @@ pub fn problem(document: &Value) -> String {
     let mut text = match (part("title"), detail) {
         (Some(title), Some(detail)) => format!("{title}: {detail}"),
         (Some(one), None) | (None, Some(one)) => one.to_owned(),
-        (None, None) => "the API refused".to_owned(),
+        // The token endpoint's refusals have another form (RFC 6749, section 5.2).
+        (None, None) => part("error_description").unwrap_or("the API refused").to_owned(),
     };
     for field in fields {
         let part = |key: &str| field[key].as_str().unwrap_or("?");
@@ -74,6 +75,8 @@ mod tests {
         assert_eq!(text(&error), "error: app web: The object is not valid\n  spec.image: x\n  request req-1");
         let error = refused(json!({"title": "Not found", "detail": "there is no App \"x\""})).into();
         assert_eq!(text(&error), "error: Not found: there is no App \"x\"");
+        let error = refused(json!({"error": "invalid_grant", "error_description": "it was used"})).into();
+        assert_eq!(text(&error), "error: it was used");
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod keys;
 mod membership;
 pub mod northbound;
 mod operations;
+pub mod providers;
 mod remote;
 mod signing;
 mod southbound;
@@ -272,6 +273,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         issuer: config.issuer(),
         blobs: blobs.clone(),
         hosts: Arc::new(hosts::Hosts::new(view.clone(), pool.clone())),
+        providers: Arc::new(providers::Providers::new(&config.provider_networks)?),
         operations: Arc::new(operations),
         status: status.clone(),
         audit,

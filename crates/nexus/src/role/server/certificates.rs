@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use nexus_api::{Certificate, CertificateState};
 use nexus_control::view::View;
 use nexus_env::Env;
+use nexus_iam::ca::CLOCK_SKEW;
 use nexus_iam::tls::Identity;
 use nexus_model::kind::Host;
 use nexus_model::{Object, Timestamp};
@@ -71,7 +72,8 @@ impl Expiry {
     fn own(&self) -> Vec<End> {
         let of = |name: &str, at, soon| End { name: name.to_owned(), at, soon };
         let own = self.own.iter().map(|(name, identity)| {
-            let life = identity.not_after().duration_since(identity.not_before()).unwrap_or_default();
+            let signed = identity.not_before() + CLOCK_SKEW;
+            let life = identity.not_after().duration_since(signed).unwrap_or_default();
             of(name, end_of(identity), soon(life))
         });
         own.chain(self.authority.map(|end| of("authority", end, AUTHORITY_SOON))).collect()
