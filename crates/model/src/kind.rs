@@ -11,6 +11,7 @@ mod identity;
 mod image;
 mod instance;
 mod route;
+mod secret;
 mod tenancy;
 
 use std::fmt::Debug;
@@ -23,6 +24,7 @@ pub use image::*;
 pub use instance::*;
 pub use route::*;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
+pub use secret::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -263,7 +265,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 20] = [
+static ALL: [KindDescriptor; 21] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -279,6 +281,8 @@ static ALL: [KindDescriptor; 20] = [
     KindDescriptor::of::<Cell>(),
     KindDescriptor::of::<Host>(),
     KindDescriptor::of::<Image>(),
+    // Before those who name them, so that a folder of manifests is applied in an order that works at once.
+    KindDescriptor::of::<Secret>(),
     KindDescriptor::of::<App>(),
     KindDescriptor::of::<Instance>(),
     KindDescriptor::of::<Route>(),
