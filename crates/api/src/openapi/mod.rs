@@ -112,7 +112,7 @@ mod tests {
         }
         for (plural, word, verb) in route::VERBS {
             let list = route::collection_template(kind::find(plural).unwrap(), true);
-            let posts = !matches!(verb, route::Verb::Logs | route::Verb::Exec);
+            let posts = !matches!(verb, route::Verb::Logs | route::Verb::Exec | route::Verb::Reveal);
             assert!(has(&format!("{list}/{{name}}:{word}"), if posts { "post" } else { "get" }), "{word}");
         }
         let mut ids = std::collections::BTreeSet::new();
