@@ -72,6 +72,12 @@ impl Cloud {
             if d.plural == "policies" {
                 example["spec"] = json!({"text": "permit (principal, action, resource) when { false };"});
             }
+            if d.plural == "secrets" {
+                // Its values are sealed on the way in.
+                let path = "/v1/regions/local/projects/shop/secrets/example";
+                world.call("PUT", path, &[], json!({"spec": (d.example)()})).await;
+                continue;
+            }
             world.store_object(d.plural, &example).await;
             put(d.plural, example).await;
         }

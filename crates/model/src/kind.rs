@@ -196,6 +196,10 @@ pub struct KindDescriptor {
 }
 
 fn parse_spec<K: Kind>(value: &Value) -> Result<Value, Vec<FieldError>> {
+    // What serde says of a wrong type shows the value, which may be a secret.
+    if !value.is_object() && !value.is_null() {
+        return Err(vec![FieldError::new("spec", "must be an object")]);
+    }
     let mut unknown = Vec::new();
     let mut track = serde_path_to_error::Track::new();
     let spec: K::Spec = {

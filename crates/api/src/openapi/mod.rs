@@ -83,7 +83,7 @@ mod tests {
             if is_object && is_schema && !at.ends_with("/properties") {
                 let open = value.get("additionalProperties");
                 assert!(open.is_some(), "{at} is open");
-                let maps = ["labels", "annotations", "env", "classes", "instanceLabels", "status"];
+                let maps = ["labels", "annotations", "env", "classes", "instanceLabels", "status", "data", "binary"];
                 let is_map = maps.iter().any(|m| at.contains(&format!("/{m}")));
                 assert!(is_map || open == Some(&Value::Bool(false)), "{at} is open: {open:?}");
             }

@@ -9,7 +9,7 @@ use std::fmt;
 
 use indexmap::IndexMap;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use zeroize::Zeroize as _;
 
 use super::{Column, Home, Kind, Scope, Verbs};
@@ -53,14 +53,14 @@ pub struct Secret;
 #[serde(rename_all = "camelCase", default)]
 pub struct SecretSpec {
     /// Texts by key. Written and never read back; without it and `binary`, the values stay as they are.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "texts")]
     #[schemars(
         with = "Option<BTreeMap<String, String>>",
         extend("maxProperties" = MAX_KEYS, "propertyNames" = {"pattern": KEY_PATTERN}, "writeOnly" = true),
     )]
     pub data: Option<BTreeMap<String, ClearText>>,
     /// Likewise, values in base64 that are no text.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "texts")]
     #[schemars(
         with = "Option<BTreeMap<String, String>>",
         extend("maxProperties" = MAX_KEYS, "propertyNames" = {"pattern": KEY_PATTERN}, "writeOnly" = true),
@@ -73,6 +73,21 @@ pub struct SecretSpec {
     pub version: u64,
     /// The keys of the newest version. Written by the server.
     pub keys: Vec<String>,
+}
+
+/// Texts by key. What serde says of a wrong type would show the value.
+fn texts<'de, D: Deserializer<'de>>(d: D) -> Result<Option<BTreeMap<String, ClearText>>, D::Error> {
+    let wrong = || serde::de::Error::custom("an object of texts by key");
+    let map = match serde_json::Value::deserialize(d)? {
+        serde_json::Value::Null => return Ok(None),
+        serde_json::Value::Object(map) => map,
+        _ => return Err(wrong()),
+    };
+    let text = |(key, value)| match value {
+        serde_json::Value::String(text) => Ok((key, ClearText(text))),
+        _ => Err(wrong()),
+    };
+    map.into_iter().map(text).collect::<Result<_, _>>().map(Some)
 }
 
 /// A version that is kept.
@@ -251,6 +266,8 @@ mod tests {
         for (wrong, field) in [
             (json!({"data": {"a/b": "x"}}), "spec.data.a/b"),
             (json!({"data": {}}), "spec.data"),
+            (json!({"data": "hunter2"}), "spec.data"),
+            (json!({"data": {"a": ["hunter2"]}}), "spec.data"),
             (json!({"binary": {"b": "hunter2!"}}), "spec.binary.b"),
             (json!({"data": {"b": "x"}, "binary": {"b": "AP8="}}), "spec.binary.b"),
         ] {
