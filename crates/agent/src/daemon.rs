@@ -16,8 +16,8 @@ use crate::config::{AgentConfig, AgentError, Engines, IdentityConfig};
 use crate::identity::issuer::WireIssuer;
 use crate::identity::{Identities, keys};
 use crate::observer::{Observer, View};
-use crate::servers::Servers;
 use crate::secrets::{Secrets, mount_memory};
+use crate::servers::Servers;
 use crate::worker::{Order, Shared, Worker};
 use crate::{ahead, plans, report, serve};
 

@@ -101,7 +101,8 @@ impl Secrets {
     pub fn mounts(&self, plan: &InstancePlan) -> SecretMounts {
         let (refs, dir) = (&plan.template.secrets, self.of(plan.uid));
         let folders = refs.iter().enumerate();
-        let folders = folders.filter_map(|(i, r)| Some(SecretFolder { source: folder(&dir, i), destination: r.folder()? }));
+        let folders =
+            folders.filter_map(|(i, r)| Some(SecretFolder { source: folder(&dir, i), destination: r.folder()? }));
         let env = refs.iter().any(|r| !r.env.is_empty()).then(|| dir.join("env"));
         SecretMounts { env, folders: folders.collect() }
     }

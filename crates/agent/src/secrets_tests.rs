@@ -72,7 +72,8 @@ async fn files_and_variables_are_laid_ready_and_only_their_owner_reads_them() {
     let (_dir, source, secrets) = host();
     source.put("tls", &[("tls.crt", b"cert"), ("tls.key", &[0, 255])]);
     source.put("db", &[("password", b"a=b c\n")]);
-    let refs = serde_json::json!([{"name": "tls", "path": "/srv/tls"}, {"name": "db", "env": {"PASSWORD": "password"}}]);
+    let refs =
+        serde_json::json!([{"name": "tls", "path": "/srv/tls"}, {"name": "db", "env": {"PASSWORD": "password"}}]);
     let plan = plan(refs, &[("tls", 1)]);
     secrets.prepare(&plan).await.unwrap();
     let mounts = secrets.mounts(&plan);

@@ -280,7 +280,8 @@ mod tests {
     #[test]
     fn a_whole_object_loses_its_values_too() {
         let object = |spec: Value| {
-            let object = json!({"apiVersion": "cloudnexus/v1", "kind": "Secret", "metadata": {"name": "db"}, "spec": spec});
+            let object =
+                json!({"apiVersion": "cloudnexus/v1", "kind": "Secret", "metadata": {"name": "db"}, "spec": spec});
             serde_json::from_value::<AnyObject>(object).unwrap()
         };
         let mut change = Change::Put { object: object(json!({"data": {"a": "hunter2"}})) };

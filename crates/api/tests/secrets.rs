@@ -58,11 +58,13 @@ impl Cloud {
             let spec = json!({"role": role, "subjects": [{"kind": "User", "name": who, "organization": organization}]});
             put("role-bindings", "RoleBinding", who, Some(organization), spec).await;
             let holder = json!({"kind": "User", "name": who});
-            let spec = json!({"holder": holder, "expires": "2090-01-01T00:00:00Z", "hash": token(who).hash().to_string()});
+            let spec =
+                json!({"holder": holder, "expires": "2090-01-01T00:00:00Z", "hash": token(who).hash().to_string()});
             put("tokens", "Token", &format!("t-{who}"), Some(organization), spec).await;
         }
         let cloud = Self { world };
-        eventually(async || cloud.call("viewer", "GET", SECRETS, &[], Value::Null).await.status == StatusCode::OK).await;
+        eventually(async || cloud.call("viewer", "GET", SECRETS, &[], Value::Null).await.status == StatusCode::OK)
+            .await;
         cloud
     }
 
@@ -104,7 +106,9 @@ async fn a_value_is_stored_sealed_and_read_back_by_reveal_alone() {
     assert_eq!(again.header("idempotency-replayed"), "true");
     look(cloud.call("editor", "PATCH", DB, &[], json!({"metadata": {"labels": {"a": "b"}}})).await);
     look(cloud.call("editor", "PATCH", DB, &[], json!({"spec": {"data": {"user": CANARY}}})).await);
-    look(cloud.call("editor", "PUT", &format!("{DB}?dryRun=true"), &[], json!({"spec": {"data": {"x": CANARY}}})).await);
+    look(
+        cloud.call("editor", "PUT", &format!("{DB}?dryRun=true"), &[], json!({"spec": {"data": {"x": CANARY}}})).await,
+    );
     look(cloud.call("viewer", "GET", DB, &[], Value::Null).await);
     look(cloud.call("viewer", "GET", SECRETS, &[], Value::Null).await);
     // What is wrong is told without what was brought.

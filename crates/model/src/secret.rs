@@ -147,7 +147,8 @@ mod tests {
         for bad in ["", ".", "..", ".hidden", "-f", "a/b", "a b", "é", &"k".repeat(129)] {
             assert!(!is_key(bad), "{bad}");
         }
-        let one = |key: &str, size: usize| SecretData(BTreeMap::from([(key.to_owned(), SecretValue::new(vec![0; size]))]));
+        let one =
+            |key: &str, size: usize| SecretData(BTreeMap::from([(key.to_owned(), SecretValue::new(vec![0; size]))]));
         assert!(one("k", MAX_BYTES - 1).check().is_empty());
         assert_eq!(one("k", MAX_BYTES).check()[0].field, "spec.data");
         assert_eq!(one("a/b", 1).check()[0].field, "spec.data.a/b");

@@ -126,7 +126,9 @@ fn no_disk_holds(cloud: &Cloud) {
     for value in [FIRST, SECOND, VARIABLE] {
         assert_eq!(holders(&cloud.data_dir(), value), Vec::<String>::new(), "{value}");
     }
-    for listed in [&["get", "secrets", "-o", "yaml"][..], &["events"], &["audit", "list"], &["get", "instances", "-o", "yaml"]] {
+    for listed in
+        [&["get", "secrets", "-o", "yaml"][..], &["events"], &["audit", "list"], &["get", "instances", "-o", "yaml"]]
+    {
         let said = cloud.ok(listed);
         assert!(!said.contains("canary"), "{listed:?}: {said}");
     }
@@ -140,7 +142,8 @@ fn process() -> Option<i32> {
     let has = |pid: &i32| {
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        environment.split(|b| *b == 0).any(|pair| pair == wanted.as_bytes()) && command.starts_with(b"/bin/busybox\0httpd")
+        environment.split(|b| *b == 0).any(|pair| pair == wanted.as_bytes())
+            && command.starts_with(b"/bin/busybox\0httpd")
     };
     let pids = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
     pids.into_iter().find(has)

@@ -53,7 +53,11 @@ impl WireIssuer {
     }
 
     /// A server that refuses may only be behind, or hold no key: the next one is asked all the same.
-    pub async fn ask<Q: Serialize + Sync, A: DeserializeOwned>(&self, method: &str, request: &Q) -> Result<A, IssueError> {
+    pub async fn ask<Q: Serialize + Sync, A: DeserializeOwned>(
+        &self,
+        method: &str,
+        request: &Q,
+    ) -> Result<A, IssueError> {
         let first = self.turn.load(Ordering::Relaxed);
         let mut failed = IssueError::Unreachable("none is known".to_owned());
         for turn in first..first + ASKED {

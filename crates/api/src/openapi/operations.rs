@@ -469,7 +469,8 @@ fn reveal_path(secrets: &KindDescriptor) -> Value {
             "data": values(), "binary": values(),
         },
     });
-    let found = success("The values, in base64 those that are no text", json!({"application/json": {"schema": body}}), &[]);
+    let found =
+        success("The values, in base64 those that are no text", json!({"application/json": {"schema": body}}), &[]);
     let mut parameters = place(secrets, true);
     parameters.push(name_parameter(secrets));
     parameters.push(json!({

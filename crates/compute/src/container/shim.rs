@@ -230,11 +230,8 @@ fn exec(dir: &Path, id: &str, command: &[&str]) -> Result<i32, Failure> {
     let file = dir.join(format!("exec-{}.json", std::process::id()));
     fs::write(&file, process.to_string()).map_err(Failure::io("writing the process"))?;
     let launch = Launch { dies_with_shim: true, secret: secret_env(&read_plan(dir)?.secrets)? };
-    let built = builder(&dir.join("state"), id, launch)?
-        .as_tenant()
-        .with_process(Some(&file))
-        .with_detach(false)
-        .build();
+    let built =
+        builder(&dir.join("state"), id, launch)?.as_tenant().with_process(Some(&file)).with_detach(false).build();
     let removed = fs::remove_file(&file);
     let pid = built.map_err(Failure::of("running the command"))?;
     removed.map_err(Failure::io("removing the process's file"))?;

@@ -107,7 +107,10 @@ pub fn resolve(world: &World, app: &Object<App>) -> Result<Template, Missing> {
     for wanted in &mut template.secrets {
         let name = &wanted.name;
         let Some(secret) = world.secret(project, name) else {
-            return Err(("SecretNotFound", format!("there is no secret {name}: set it with `nexus secret set {name} KEY`")));
+            return Err((
+                "SecretNotFound",
+                format!("there is no secret {name}: set it with `nexus secret set {name} KEY`"),
+            ));
         };
         if let Some(version) = wanted.version {
             if !secret.status.versions.iter().any(|v| v.version == version) {

@@ -134,13 +134,11 @@ impl Kind for Secret {
     const KIND: &'static str = "Secret";
     const PLURAL: &'static str = "secrets";
     const SHORT: &'static [&'static str] = &[];
-    const ABOUT: &'static str =
-        "Values that apps get as files or variables. They are sealed at rest, have versions, and are never read back but by `:reveal`.";
+    const ABOUT: &'static str = "Values that apps get as files or variables. They are sealed at rest, have versions, and are never read back but by `:reveal`.";
     const SCOPE: Scope = Scope::Project;
     const HOME: Home = Home::Either;
     const VERBS: Verbs = Verbs::ALL;
-    const COLUMNS: &'static [Column] =
-        &[Column::new("VERSION", "/spec/version"), Column::count("KEYS", "/spec/keys")];
+    const COLUMNS: &'static [Column] = &[Column::new("VERSION", "/spec/version"), Column::count("KEYS", "/spec/keys")];
     type Spec = SecretSpec;
     type Status = SecretStatus;
 
@@ -260,7 +258,8 @@ mod tests {
     fn values_are_read_and_never_shown() {
         let parse = super::super::find("secret").unwrap().parse_spec;
         let spec: SecretSpec =
-            serde_json::from_value(parse(&json!({"data": {"a": "hunter2"}, "binary": {"b": "AP8="}})).unwrap()).unwrap();
+            serde_json::from_value(parse(&json!({"data": {"a": "hunter2"}, "binary": {"b": "AP8="}})).unwrap())
+                .unwrap();
         assert_eq!(spec.brought().unwrap().unwrap().keys(), ["a", "b"]);
         assert!(!format!("{spec:?}").contains("hunter2"));
         for (wrong, field) in [

@@ -264,7 +264,8 @@ fn show(revealed: &Value, name: &Name, key: Option<&str>, format: Format) -> any
             return output::bytes(text.as_bytes());
         }
         let value = revealed["binary"][key].as_str().and_then(SecretValue::from_base64);
-        let missing = || Fail::not_found(format!("secret {name} has no key {key:?} in version {}", revealed["version"]));
+        let missing =
+            || Fail::not_found(format!("secret {name} has no key {key:?} in version {}", revealed["version"]));
         return output::bytes(value.ok_or_else(missing)?.expose());
     }
     match format {

@@ -64,7 +64,8 @@ impl World {
 
     async fn place(&self, uid: u8, host: &str, secrets: serde_json::Value) -> Uid {
         let metadata = Metadata::new(name(&format!("web-{uid}")), Some(name("shop")));
-        let mut object = Object::<Instance>::new(metadata, InstanceSpec { app: name("web"), ..InstanceSpec::default() });
+        let mut object =
+            Object::<Instance>::new(metadata, InstanceSpec { app: name("web"), ..InstanceSpec::default() });
         object.metadata.uid = Uid::from_random([uid; 16]);
         object.spec.template.secrets = serde_json::from_value::<Vec<SecretRef>>(secrets).unwrap();
         object.status = InstanceStatus { host: Some(name(host)), ..InstanceStatus::default() };
