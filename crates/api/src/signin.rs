@@ -263,7 +263,7 @@ async fn by_invitation(
     let now = server.now();
     let told = credential.spec.invitation.as_ref().filter(|i| i.expires > now);
     let told = told.and_then(|i| i.hash.parse::<TokenHash>().ok());
-    if !told.zip(invitation.ok()).is_some_and(|(told, brought)| told == brought) {
+    if told.zip(invitation.ok()).is_none_or(|(told, brought)| told != brought) {
         server.sign_ins.wrong(&counted, server.api.env.monotonic());
         return Err(Denied::new("invalid_grant", "this invitation is not known, was used already or has expired"));
     }

@@ -213,8 +213,8 @@ pub fn merge_patch(target: &mut Value, patch: &Value) {
     }
 }
 
-/// The largest object of most kinds, in bytes of its stored form: a step that makes a dozen instances of one template still fits in a
-/// transaction.
+/// The largest object of most kinds, in bytes of its stored form: a step that makes a dozen instances of one template
+/// still fits in a transaction.
 const MAX_OBJECT: usize = 64 << 10;
 
 fn check_size<K: Admit>(object: &Object<K>) -> Result<(), ApiError> {
@@ -583,10 +583,8 @@ impl Admit for Secret {
     }
 
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
-        rules::secret::erase(step, old);
-        let mut any = old.to_any();
-        any.metadata.deleting = Some(step.now);
-        any
+        rules::secret::forget_versions(step, old);
+        erased(step, old)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::world::{Stored, World};
 const PER_STEP: usize = 8;
 
 /// Each with its versions.
-const SECRETS_PER_STEP: usize = 4;
+const SECRETS_PER_STEP: usize = 2;
 
 /// How far one step of a teardown came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,7 +109,10 @@ pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
     apps.iter().for_each(|a| drop(app::bury(step, a)));
     routes.iter().for_each(|r| step.erase(r));
     images.iter().for_each(|i| step.erase(i));
-    secrets.iter().take(SECRETS_PER_STEP).for_each(|s| secret::erase(step, s));
+    for s in secrets.iter().take(SECRETS_PER_STEP) {
+        secret::forget_versions(step, s);
+        step.erase(s);
+    }
     // Instances of an app that is buried above are found again in the next step, with their app's own teardown.
     if apps.is_empty() {
         instances.iter().for_each(|i| drop(instance::bury(step, i, "its project was deleted")));

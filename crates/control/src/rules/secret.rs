@@ -90,14 +90,13 @@ pub fn refuse_used(step: &Step<'_>, secret: &Object<Secret>) -> Result<(), ApiEr
     Err(ApiError::new(Code::Conflict, detail))
 }
 
-/// Removes a secret with all its versions.
-pub fn erase(step: &mut Step<'_>, secret: &Object<Secret>) {
+/// Removes the sealed values of a secret that is erased.
+pub fn forget_versions(step: &mut Step<'_>, secret: &Object<Secret>) {
     if let Some(project) = &secret.metadata.project {
         for kept in &secret.status.versions {
             step.set(key::secret_version(project, &secret.metadata.name, kept.version), None);
         }
     }
-    step.erase(secret);
 }
 
 /// What instances of an app are made from: its template, in which each variable's secret has a version.
