@@ -40,6 +40,8 @@ pub struct AgentConfig {
     pub certificate_ends: Arc<dyn Fn() -> Option<Timestamp> + Send + Sync>,
     /// What instances' identities are made from; without it they have none.
     pub identity: Option<IdentityConfig>,
+    /// Where the values of secrets are kept in memory; without it, no instance that names one starts.
+    pub secrets_dir: Option<PathBuf>,
     /// Where the daemon shows itself to whoever serves its health and metrics.
     pub handle: AgentHandle,
 }

@@ -16,6 +16,7 @@ use crate::config::{AgentConfig, AgentError, Engines, IdentityConfig};
 use crate::identity::issuer::WireIssuer;
 use crate::identity::{Identities, keys};
 use crate::observer::{Observer, View};
+use crate::secrets::{Secrets, mount_memory};
 use crate::servers::Servers;
 use crate::worker::{Order, Shared, Worker};
 use crate::{ahead, plans, report, serve};
@@ -60,11 +61,22 @@ pub async fn run(
         }
         None => None,
     };
+    let secrets = match config.secrets_dir.clone() {
+        Some(dir) => {
+            let mounted = dir.clone();
+            let done = tokio::task::spawn_blocking(move || mount_memory(&mounted)).await;
+            done.map_err(std::io::Error::other).flatten().map_err(system("keeping secrets in memory"))?;
+            let source = Arc::new(WireIssuer::new(config.name.clone(), servers.clone()));
+            Some(Arc::new(Secrets::new(dir, source)))
+        }
+        None => None,
+    };
     let shared = Arc::new(Shared {
         env: env.clone(),
         observer: Observer::new(engines.runtimes.clone(), engines.keep.clone()),
         engines: engines.clone(),
         identities,
+        secrets,
         handle: config.handle.clone(),
         logs_dir,
         starts: Semaphore::new(STARTS_AT_ONCE),
@@ -215,11 +227,14 @@ impl Manager {
         }
     }
 
-    /// Instances of which a network or an identity is here, whether they are or not.
+    /// Instances of which a network, an identity or a secret is here, whether they are or not.
     async fn leftovers(&self) -> Result<Vec<Uid>, String> {
         let mut left = self.shared.engines.net.plugged().await.map_err(|e| e.to_string())?;
         if let Some(identities) = &self.shared.identities {
             left.extend(identities.known().await.map_err(|e| e.to_string())?);
+        }
+        if let Some(secrets) = &self.shared.secrets {
+            left.extend(secrets.known().await.map_err(|e| e.to_string())?);
         }
         Ok(left)
     }

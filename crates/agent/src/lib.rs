@@ -21,6 +21,7 @@ mod observer;
 mod plans;
 mod plug;
 mod report;
+mod secrets;
 mod serve;
 mod servers;
 pub mod step;

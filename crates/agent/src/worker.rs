@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nexus_compute::keep::LogFiles;
-use nexus_compute::{Runtime, Sandbox, State};
+use nexus_compute::{Runtime, Sandbox, SecretMounts, State};
 use nexus_env::Env;
 use nexus_model::kind::{self, HealthCheck, InstancePhase};
 use nexus_model::plan::{Desired, InstancePlan, InstanceReport};
@@ -20,6 +20,7 @@ use crate::config::Engines;
 use crate::health;
 use crate::identity::{Identities, Identity};
 use crate::observer::{Observer, View};
+use crate::secrets::{Follower, Secrets};
 use crate::step::{Memory, Seen, Step, WELL_AFTER, Want, backoff, next_step};
 
 const LOG_FILE_BYTES: u64 = 10 << 20;
@@ -36,6 +37,7 @@ pub(crate) struct Shared {
     pub engines: Engines,
     pub observer: Observer,
     pub identities: Option<Arc<Identities>>,
+    pub secrets: Option<Arc<Secrets>>,
     pub handle: AgentHandle,
     pub logs_dir: PathBuf,
     /// Starts at once.
@@ -68,6 +70,8 @@ pub(crate) struct Worker {
     report: InstanceReport,
     /// Served from before the instance starts until it is cleared away.
     identity: Option<Identity>,
+    /// Keeps the files of its secrets new while it runs.
+    follower: Option<Follower>,
 }
 
 impl Worker {
@@ -84,7 +88,7 @@ impl Worker {
             exit_code: None,
             message: String::new(),
         };
-        Self { shared, uid, orders, views, memory: Memory::default(), report, identity: None }
+        Self { shared, uid, orders, views, memory: Memory::default(), report, identity: None, follower: None }
     }
 
     /// Works until the instance is gone and nothing of it is left.
@@ -173,6 +177,7 @@ impl Worker {
 
     async fn start(&mut self, plan: &Arc<InstancePlan>) {
         self.tell(InstancePhase::Starting, self.report.message.clone());
+        self.follower = None;
         self.memory = Memory { grace: self.memory.grace, failures: self.memory.failures, ..Memory::default() };
         let mut orders = self.orders.clone();
         let begun = tokio::select! {
@@ -266,6 +271,10 @@ impl Worker {
             if let Some(identities) = &self.shared.identities {
                 identities.remove(self.uid).await?;
             }
+            self.follower = None;
+            if let Some(secrets) = &self.shared.secrets {
+                secrets.remove(self.uid).await?;
+            }
             let (disk, dir) = (self.shared.env.disk.clone(), self.shared.logs(self.uid));
             let removed = tokio::task::spawn_blocking(move || disk.remove_dir_all(&dir)).await;
             removed.map_err(|e| e.to_string())?.map_err(|e| format!("its logs can't be removed: {e}"))
@@ -292,6 +301,7 @@ impl Worker {
         if let Err(reason) = identify(&self.shared, plan, &mut self.identity).await {
             tracing::warn!(uid = %self.uid, name = %plan.name, reason, "a running instance can't ask who it is");
         }
+        self.follower = self.shared.secrets.as_ref().and_then(|secrets| secrets.follow(plan));
         let Some(runtime) = self.runtime(plan.template.runtime) else { return self.wait(None).await };
         let first_port = plan.template.served_ports().first().map(|p| p.port);
         let (ready, live) = (plan.template.health.readiness.clone(), plan.template.health.liveness.clone());
@@ -422,6 +432,14 @@ async fn begin(shared: &Shared, plan: &InstancePlan, identity: &mut Option<Ident
     };
     // First, so that there is a certificate by the time that the program asks.
     identify(shared, plan, identity).await?;
+    let secrets = match &shared.secrets {
+        Some(secrets) => {
+            secrets.prepare(plan).await?;
+            secrets.mounts(plan)
+        }
+        None if plan.template.secrets.is_empty() => SecretMounts::default(),
+        None => return Err("this host keeps no secrets".to_owned()),
+    };
     // Not under the permit: a slow download must not keep other instances from starting.
     shared.engines.images.ensure(&plan.image).await.map_err(|e| e.to_string())?;
     let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
@@ -439,6 +457,7 @@ async fn begin(shared: &Shared, plan: &InstancePlan, identity: &mut Option<Ident
         address6: plan.address6,
         address4: plan.address4,
         identity: identity.as_ref().map(|i| i.folder.clone()),
+        secrets,
         logs: LogFiles { dir: log_dir(&shared.logs_dir, plan.uid), max_bytes: LOG_FILE_BYTES, keep: LOG_FILES },
     };
     runtime.start(&sandbox).await.map_err(|e| e.to_string())

@@ -308,6 +308,7 @@ fn instance(n: u8, epoch: u64) -> InstancePlan {
         image: ImagePlan { format: kind::ImageFormat::Oci, digest: Digest::of(b"image") },
         address6: Ipv6Addr::LOCALHOST,
         address4: Ipv4Addr::LOCALHOST,
+        secrets: Default::default(),
         request_id: None,
     }
 }
@@ -356,6 +357,7 @@ impl Host {
             identify: Arc::new(|_| Some("server".into())),
             authorize: Arc::new(|_, _| true),
             certificate_ends: Arc::new(|| None),
+            secrets_dir: None,
             identity: Some(IdentityConfig {
                 trust_domain: "home".into(),
                 roots: self.pki.root_pem.clone(),

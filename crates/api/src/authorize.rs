@@ -444,6 +444,11 @@ impl Server {
         Err(refusal)
     }
 
+    /// Whether a request would be allowed by what is known now. Nothing is refused by it, so nothing is noted.
+    pub async fn may(&self, context: &Context, target: &Target, method: &Method) -> bool {
+        matches!(self.attempt(context, target, method, None).await, Ok(Ok(_)))
+    }
+
     async fn attempt(
         &self,
         context: &Context,

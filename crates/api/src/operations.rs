@@ -300,6 +300,37 @@ pub struct BackupCreate {
     pub stale: bool,
 }
 
+/// How many sealed values a server found, and what became of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SealedCount {
+    pub seen: u64,
+    /// Put under the current master key.
+    pub rewrapped: u64,
+    /// Neither opened nor changed: damaged, or under a key that is not in the file.
+    pub failed: u64,
+}
+
+/// The answer to `master-key-status` and `master-key-rewrap`: of one region and of what all regions share.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MasterKeys {
+    pub region: String,
+    pub server: String,
+    /// The key by which this server seals now.
+    pub current: String,
+    /// How many values need each key, after whatever was done.
+    pub used: std::collections::BTreeMap<String, u64>,
+    pub secrets: SealedCount,
+    pub access_keys: SealedCount,
+    pub second_factors: SealedCount,
+    /// Of identity providers.
+    pub client_secrets: SealedCount,
+    /// Some of what failed, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failures: Vec<String>,
+}
+
 fn schema<T: JsonSchema>() -> Value {
     let mut settings = SchemaSettings::draft2020_12();
     settings.meta_schema = None;
@@ -339,6 +370,14 @@ pub static OPERATIONS: &[Operation] = &[
     of("host-leave", "hostLeave", "Take a host out of the region", false, schema::<HostLeave>),
     of("backup-create", "backupCreate", "Write a backup", false, schema::<BackupCreate>),
     of("backup-list", "backupList", "The backups that are there", false, schema::<Nothing>),
+    of("master-key-status", "masterKeyStatus", "Which master keys sealed values need", false, schema::<Nothing>),
+    of(
+        "master-key-rewrap",
+        "masterKeyRewrap",
+        "Put every sealed value under the current master key",
+        false,
+        schema::<Nothing>,
+    ),
 ];
 
 pub(crate) fn find(name: &str) -> Option<&'static Operation> {

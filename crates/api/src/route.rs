@@ -33,6 +33,7 @@ use crate::problem::Refusal;
 pub(crate) enum Verb {
     Logs,
     Exec,
+    Reveal,
     SetPassword,
     Invite,
     EnrollTotp,
@@ -40,9 +41,10 @@ pub(crate) enum Verb {
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 6] = [
+pub(crate) const VERBS: [(&str, &str, Verb); 7] = [
     ("instances", "logs", Verb::Logs),
     ("instances", "exec", Verb::Exec),
+    ("secrets", "reveal", Verb::Reveal),
     ("users", "set-password", Verb::SetPassword),
     ("users", "invite", Verb::Invite),
     ("users", "enroll-totp", Verb::EnrollTotp),
@@ -57,6 +59,7 @@ impl Verb {
     fn methods(self) -> &'static [Method] {
         match self {
             Self::Logs | Self::Exec => READ,
+            Self::Reveal => &[Method::GET],
             Self::SetPassword | Self::Invite | Self::EnrollTotp | Self::ConfirmTotp => &[Method::POST],
         }
     }

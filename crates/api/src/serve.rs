@@ -35,8 +35,8 @@ use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
 use crate::{
-    Api, audit, blobs, credentials, elsewhere, federation, list, operations, settle, signature, signin, streams, watch,
-    whoami, write,
+    Api, audit, blobs, credentials, elsewhere, federation, list, operations, secrets, settle, signature, signin,
+    streams, watch, whoami, write,
 };
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
@@ -336,6 +336,14 @@ async fn answer(
         ) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
             Ok(server.deadline(credentials::change(&server, &place, &name, verb, &parts, body, &context)).await?)
+        }
+        Target::Custom(place, name, Verb::Reveal) => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            let done = server.deadline(secrets::reveal(&server, &place, &name, &parts)).await;
+            let answer = done.as_ref().map(drop).map_err(|refusal| refusal.error.code);
+            let of = Some(audit::target(&place, name.as_str()));
+            audit::note(&server, Some(&context), &context.request_id, "secrets:reveal".to_owned(), of, answer);
+            done
         }
         Target::Audit(region, asked) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;

@@ -54,8 +54,8 @@ pub(crate) async fn handle(
     match verb {
         Verb::Logs => logs(server, place, name, parts, ended).await,
         Verb::Exec => exec(server, place, name, parts, ended).await,
-        Verb::SetPassword | Verb::Invite | Verb::EnrollTotp | Verb::ConfirmTotp => {
-            Err(Refusal::new(Code::NotFound, "users have no streams"))
+        Verb::Reveal | Verb::SetPassword | Verb::Invite | Verb::EnrollTotp | Verb::ConfirmTotp => {
+            Err(Refusal::new(Code::NotFound, "only instances have streams"))
         }
     }
 }

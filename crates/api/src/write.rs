@@ -22,6 +22,7 @@ use crate::list::{find, parse_name, unreadable};
 use crate::problem::Refusal;
 use crate::query::Query;
 use crate::route::{self, Place};
+use crate::secrets;
 use crate::serve::{Context, Server};
 
 pub(crate) const JSON: &[&str] = &["application/json"];
@@ -48,7 +49,7 @@ struct Asked {
 }
 
 /// What an object here says of its region.
-fn region_of(server: &Server, place: &Place) -> Name {
+pub(crate) fn region_of(server: &Server, place: &Place) -> Name {
     let global = || GLOBAL.parse().expect("a well-formed name");
     if place.is_global() { global() } else { server.api.region.clone() }
 }
@@ -131,14 +132,14 @@ fn holder_of(object: &AnyObject, asked: Option<Holder>, context: &Context) -> Re
     Err(ApiError::invalid(vec![FieldError::new("spec.holder", message)]))
 }
 
-fn refuse_written(field: &str, given: bool) -> Result<(), ApiError> {
+pub(crate) fn refuse_written(field: &str, given: bool) -> Result<(), ApiError> {
     if given {
         return Err(ApiError::invalid(vec![FieldError::new(field, "is written by the server: leave it out")]));
     }
     Ok(())
 }
 
-fn read_spec<T: serde::de::DeserializeOwned>(object: &AnyObject) -> Result<T, ApiError> {
+pub(crate) fn read_spec<T: serde::de::DeserializeOwned>(object: &AnyObject) -> Result<T, ApiError> {
     serde_json::from_value(object.spec.clone())
         .map_err(|e| ApiError::invalid(vec![FieldError::new("spec", e.to_string())]))
 }
@@ -207,6 +208,34 @@ fn verb(change: &Change) -> &'static str {
     }
 }
 
+/// A secret is sealed for the version that comes next: again, when another write was faster.
+const SEALED_AT_MOST: usize = 5;
+
+async fn submit_secret(
+    server: &Server,
+    place: &Place,
+    intent: Intent,
+    brought: &secrets::Brought,
+    context: &Context,
+) -> Result<Accepted, ApiError> {
+    let name = &intent.target.name;
+    let compare = !intent.dry_run || secrets::may_reveal(server, place, name, context).await;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let mut sealed = intent.clone();
+        secrets::seal(server, place, name, &mut sealed.change, brought, compare).await?;
+        match server.writer(place).submit(sealed).await {
+            Err(e) if e.code == Code::PreconditionFailed && intent.if_match.is_none() && tries < SEALED_AT_MOST => {}
+            Ok(accepted) if accepted.replayed => {
+                secrets::refuse_other_values(server, place, &accepted, brought).await?;
+                return Ok(accepted);
+            }
+            other => return other,
+        }
+    }
+}
+
 /// Reads a mutation, asks whether it may be done, submits it, and answers what the writer did.
 pub(crate) async fn submit(
     server: &Server,
@@ -225,6 +254,7 @@ pub(crate) async fn submit(
     let idempotency_key = headers::idempotency_key(&parts.headers)?;
     let wait = headers::prefer_wait(&parts.headers)?;
     let Asked { name, mut change, if_match } = read(server, place, name, parts, body).await?;
+    let brought = if secrets::is_secret(place) { Some(secrets::take(&mut change)?) } else { None };
     let mut secret = None;
     if let Change::Create { object } = &mut change {
         secret = mint(server, object, place.kind.plural, context)?;
@@ -278,7 +308,11 @@ pub(crate) async fn submit(
         dry_run,
     };
     let (verb, noted) = (verb(&intent.change), audit::target(place, intent.target.name.as_str()));
-    let mut accepted = server.writer(place).submit(intent).await.inspect_err(|error| {
+    let mut accepted = match &brought {
+        None => server.writer(place).submit(intent).await,
+        Some(brought) => submit_secret(server, place, intent, brought, context).await,
+    }
+    .inspect_err(|error| {
         // What is only late is no refusal.
         if (400..500).contains(&error.status) && error.code != Code::Overloaded {
             let action = format!("{}:{verb}", place.kind.plural);

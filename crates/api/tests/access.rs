@@ -12,6 +12,8 @@ use support::{Answer, World};
 /// The digest of nothing.
 const EMPTY: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
+const SECRET: &str = "/v1/regions/local/projects/shop/secrets/example";
+
 /// An organization with a project, its own people of every role, and a stranger.
 struct Cloud {
     world: World,
@@ -72,6 +74,11 @@ impl Cloud {
             if d.plural == "policies" {
                 example["spec"] = json!({"text": "permit (principal, action, resource) when { false };"});
             }
+            // Its values are sealed on the way in.
+            if d.plural == "secrets" {
+                world.call("PUT", SECRET, &[], json!({"spec": (d.example)()})).await;
+                continue;
+            }
             world.store_object(d.plural, &example).await;
             put(d.plural, example).await;
         }
@@ -116,13 +123,11 @@ fn verdict(answer: &Answer) -> &'static str {
 fn routes() -> Vec<(&'static str, String, Option<Value>)> {
     let mut routes = Vec::new();
     let mut add = |method: &'static str, path: &str, body: Option<Value>| routes.push((method, path.to_owned(), body));
-    for path in ["/healthz", "/readyz", "/metrics", "/v1/openapi.json", "/.well-known/openid-configuration"] {
-        add("GET", path, None);
-    }
+    let open = ["/healthz", "/readyz", "/metrics", "/v1/openapi.json", "/.well-known/openid-configuration"];
+    let known = ["/.well-known/jwks.json", "/v1/status", "/v1/whoami", "/v1/policy-schema"];
+    open.iter().for_each(|path| add("GET", path, None));
     add("GET", "/oauth2/providers?organization=acme", None);
-    for path in ["/.well-known/jwks.json", "/v1/status", "/v1/whoami", "/v1/policy-schema"] {
-        add("GET", path, None);
-    }
+    known.iter().for_each(|path| add("GET", path, None));
     add("POST", "/v1/can", Some(json!({"verb": "list", "kind": "apps", "project": "shop"})));
     for operation in nexus_api::operations::OPERATIONS {
         add("POST", &operation.path(), Some(json!({})));
@@ -131,9 +136,8 @@ fn routes() -> Vec<(&'static str, String, Option<Value>)> {
         add("GET", &format!("/v1/regions/local/audit/{asked}"), None);
     }
     add("POST", "/v1/regions/local/audit/forget", Some(json!({"principal": "user:acme/nobody"})));
-    for method in ["GET", "PUT"] {
-        add(method, &format!("/v1/regions/local/projects/shop/blobs/{EMPTY}"), None);
-    }
+    let blob = format!("/v1/regions/local/projects/shop/blobs/{EMPTY}");
+    ["GET", "PUT"].iter().for_each(|method| add(method, &blob, None));
     for d in kind::all() {
         let base = match d.scope {
             Scope::Global => format!("/v1/{}", d.plural),

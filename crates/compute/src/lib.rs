@@ -12,4 +12,6 @@ pub mod image;
 pub mod keep;
 pub mod runtime;
 
-pub use runtime::{ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, Runtime, RuntimeError, Sandbox, State};
+pub use runtime::{
+    ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, Runtime, RuntimeError, Sandbox, SecretFolder, SecretMounts, State,
+};

@@ -34,7 +34,36 @@ pub struct Sandbox {
     /// The host's folder with the socket at which the instance learns who it is. Containers find it at [`IDENTITY_DIR`].
     #[serde(default)]
     pub identity: Option<PathBuf>,
+    #[serde(default)]
+    pub secrets: SecretMounts,
     pub logs: LogFiles,
+}
+
+/// Where the values of an instance's secrets are: in memory (a tmpfs of the host), in files that only root reads until the
+/// container's user owns them. No value is in here, so that this may be written to disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretMounts {
+    /// A file of `KEY=VALUE`, a zero byte after each.
+    pub env: Option<PathBuf>,
+    pub folders: Vec<SecretFolder>,
+}
+
+/// A folder of files that a container sees, read-only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretFolder {
+    pub source: PathBuf,
+    pub destination: String,
+}
+
+impl SecretMounts {
+    /// The variables.
+    pub fn read_env(&self) -> std::io::Result<Vec<String>> {
+        let Some(path) = &self.env else { return Ok(Vec::new()) };
+        let text = std::fs::read(path)?;
+        let pairs = text.split(|b| *b == 0).filter(|pair| !pair.is_empty());
+        pairs.map(|pair| String::from_utf8(pair.to_vec()).map_err(|_| std::io::Error::other("not text"))).collect()
+    }
 }
 
 /// Where a container finds the folder of its identity …

@@ -47,7 +47,11 @@ pub fn decide(step: &mut Step<'_>, intent: &Intent) -> Result<Accepted, ApiError
 }
 
 fn fingerprint(intent: &Intent) -> String {
-    let what = serde_json::to_vec(&(&intent.target, &intent.change, intent.if_match)).expect("intents are plain data");
+    let mut change = intent.change.clone();
+    if intent.target.plural == Secret::PLURAL {
+        rules::secret::leave_out_values(&mut change);
+    }
+    let what = serde_json::to_vec(&(&intent.target, &change, intent.if_match)).expect("intents are plain data");
     nexus_model::Digest::of(&what).hex()[..32].to_owned()
 }
 
@@ -209,15 +213,15 @@ pub fn merge_patch(target: &mut Value, patch: &Value) {
     }
 }
 
-/// The largest object, in bytes of its stored form: a step that makes a dozen instances of one template still fits in a
-/// transaction.
+/// The largest object of most kinds, in bytes of its stored form: a step that makes a dozen instances of one template
+/// still fits in a transaction.
 const MAX_OBJECT: usize = 64 << 10;
 
-fn check_size<K: Kind>(object: &Object<K>) -> Result<(), ApiError> {
+fn check_size<K: Admit>(object: &Object<K>) -> Result<(), ApiError> {
     let size = serde_json::to_vec(&object.to_any()).expect("objects are plain data").len();
-    if size > MAX_OBJECT {
+    if size > K::LARGEST {
         let detail =
-            format!("the object has {size} bytes, at most {MAX_OBJECT} are kept: put data into images or files");
+            format!("the object has {size} bytes, at most {} are kept: put data into images or files", K::LARGEST);
         return Err(ApiError::new(Code::TooLarge, detail));
     }
     Ok(())
@@ -332,6 +336,9 @@ pub trait Admit: Stored {
 
     /// Whether its changes are events that people read.
     const TOLD: bool = true;
+
+    /// Bytes of an object as it is brought.
+    const LARGEST: usize = MAX_OBJECT;
 }
 
 /// Erases what needs no teardown. Answers the tombstone.
@@ -569,6 +576,27 @@ impl Admit for Image {
         for place in users {
             step.mark(Dirty::App(place));
         }
+    }
+}
+
+impl Admit for Secret {
+    const LARGEST: usize = 256 << 10;
+
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::secret::admit(step, old, new)
+    }
+
+    fn changed(step: &mut Step<'_>, new: &Object<Self>) {
+        rules::secret::changed(step, new);
+    }
+
+    fn may_delete(step: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
+        rules::secret::refuse_used(step, old)
+    }
+
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        rules::secret::forget_versions(step, old);
+        erased(step, old)
     }
 }
 

@@ -9,6 +9,7 @@ pub mod fleet;
 pub mod host;
 pub mod instance;
 pub mod people;
+pub mod secret;
 pub mod usage;
 
 use crate::step::{Dirty, Step};

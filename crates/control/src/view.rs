@@ -34,7 +34,7 @@ const PREPARE_AT_MOST: usize = 256;
 
 /// Kinds of the global group that a region goes by.
 pub(crate) const FLEET: &[&str] =
-    &["o/apps/", "o/images/", "o/organizations/", "o/projects/", "o/regions/", "o/routes/"];
+    &["o/apps/", "o/images/", "o/organizations/", "o/projects/", "o/regions/", "o/routes/", "o/secrets/"];
 
 #[derive(Default)]
 struct State {
@@ -198,12 +198,12 @@ impl View {
 
     fn apply_global(&self, events: &[WatchEvent], revision: u64) -> bool {
         let mut state = self.state();
-        let (mut routing, mut images) = (false, false);
+        let (mut routing, mut planned) = (false, false);
         for event in events {
             let key = String::from_utf8_lossy(event.key()).into_owned();
             let Some(global) = state.world.global.as_deref_mut() else { break };
             let Some(kind) = FLEET.iter().find(|prefix| key.starts_with(**prefix)) else { continue };
-            images |= *kind == "o/images/";
+            planned |= matches!(*kind, "o/images/" | "o/secrets/");
             routing |= matches!(*kind, "o/apps/" | "o/routes/" | "o/regions/");
             match event {
                 WatchEvent::Put { kv, .. } => {
@@ -214,7 +214,7 @@ impl View {
                 WatchEvent::Delete { .. } => global.leave_out(&key),
             }
         }
-        if images {
+        if planned {
             let hosts: Vec<Name> = state.plans.keys().cloned().collect();
             for host in hosts {
                 publish_plan(&state, &host, *self.revision.borrow());
@@ -241,7 +241,8 @@ impl View {
             }
         }
         let mut hosts = state.world.replanned.replace(BTreeSet::new()).unwrap_or_default();
-        if events.iter().any(|event| event.key().starts_with(b"o/images/")) {
+        let planned = |key: &[u8]| key.starts_with(b"o/images/") || key.starts_with(b"o/secrets/");
+        if events.iter().any(|event| planned(event.key())) {
             hosts.extend(state.plans.keys().cloned());
         }
         for host in hosts {
@@ -320,7 +321,7 @@ pub(crate) async fn load(
 }
 
 fn build_plan(world: &World, host: &Name, revision: u64) -> HostPlan {
-    let mut instances: Vec<InstancePlan> = world.instances_on(host).filter_map(instance_plan).collect();
+    let mut instances: Vec<InstancePlan> = world.instances_on(host).filter_map(|i| instance_plan(world, i)).collect();
     instances.sort_by_key(|i| i.uid);
     HostPlan { version: PLAN_VERSION, host: host.clone(), revision, instances, prepare: functions(world) }
 }
@@ -334,7 +335,10 @@ fn functions(world: &World) -> Vec<ImagePlan> {
     images.into_iter().map(|i| ImagePlan { format: ImageFormat::Wasm, digest: i.spec.digest }).collect()
 }
 
-fn instance_plan(i: &Object<Instance>) -> Option<InstancePlan> {
+fn instance_plan(world: &World, i: &Object<Instance>) -> Option<InstancePlan> {
+    let project = i.metadata.project.as_ref()?;
+    let followed = i.spec.template.secrets.iter().filter(|s| s.follows());
+    let newest = |name: &Name| world.secret(project, name).map(|s| (name.clone(), s.spec.version));
     let format = match i.spec.template.runtime {
         Runtime::Container => ImageFormat::Oci,
         Runtime::Function => ImageFormat::Wasm,
@@ -342,7 +346,7 @@ fn instance_plan(i: &Object<Instance>) -> Option<InstancePlan> {
     Some(InstancePlan {
         uid: i.metadata.uid,
         name: i.metadata.name.clone(),
-        project: i.metadata.project.clone()?,
+        project: project.clone(),
         app: i.spec.app.clone(),
         epoch: i.status.epoch,
         desired: if i.metadata.deleting.is_some() { Desired::Gone } else { Desired::Running },
@@ -350,6 +354,7 @@ fn instance_plan(i: &Object<Instance>) -> Option<InstancePlan> {
         image: ImagePlan { format, digest: i.spec.image_digest },
         address6: i.status.address6?,
         address4: i.status.address4?,
+        secrets: followed.filter_map(|s| newest(&s.name)).collect(),
         request_id: i.metadata.request_id.clone(),
     })
 }

@@ -119,6 +119,7 @@ pub struct World {
     pub cells: Table<Cell>,
     pub hosts: Table<Host>,
     pub images: Table<Image>,
+    pub secrets: Table<Secret>,
     pub apps: Table<App>,
     pub instances: Table<Instance>,
     pub routes: Table<Route>,
@@ -192,7 +193,7 @@ macro_rules! for_kind {
     ($plural:expr, $K:ident => $body:expr) => {
         for_kind!(@ $plural, $K, $body,
             Organization Project User Group ServiceAccount RoleBinding Policy Token AccessKey Session Credential
-            IdentityProvider Departure SigningKey Region Zone Cell Host Image App Instance Route Event Usage)
+            IdentityProvider Departure SigningKey Region Zone Cell Host Image Secret App Instance Route Event Usage)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -227,6 +228,7 @@ stored! {
     Cell => cells;
     Host => hosts, index_host;
     Image => images;
+    Secret => secrets;
     App => apps;
     Instance => instances, index_instance;
     Route => routes;
@@ -532,6 +534,12 @@ impl World {
     /// What a project uses here.
     pub fn usage(&self, project: &Name) -> Option<&Object<Usage>> {
         self.usages.get(Some(project), project)
+    }
+
+    /// The secret that an app of a project means by a name: the region's own, else that of all regions.
+    pub fn secret(&self, project: &Name, name: &Name) -> Option<&Object<Secret>> {
+        let own = self.secrets.get(Some(project), name);
+        own.or_else(|| self.global.as_ref()?.secrets.get(Some(project), name))
     }
 
     pub fn host(&self, name: &Name) -> Option<&Object<Host>> {

@@ -151,9 +151,9 @@ impl Context {
         Self(bytes)
     }
 
-    /// A version of a `Secret`.
-    pub fn secret(project: &str, name: &str, version: u64) -> Self {
-        Self::new("secret", &[project, name, &version.to_string()])
+    /// A version of a `Secret`; a project may have secrets of one name in several regions.
+    pub fn secret(region: &str, project: &str, name: &str, version: u64) -> Self {
+        Self::new("secret", &[region, project, name, &version.to_string()])
     }
 
     /// The secret half of an access key.
@@ -257,14 +257,28 @@ impl FileKeys {
         Self(vec![named(DataKey::generate())])
     }
 
-    /// Puts a new key first. The old ones go on opening what they sealed; store [`Self::to_text`] on every server
-    /// before the first value is sealed by the new one.
-    pub fn rotate(&mut self) -> Result<KeyId, EnvelopeError> {
+    /// Adds a new key that seals nothing yet: first every server gets it, then it is made the current one.
+    pub fn add(&mut self) -> Result<KeyId, EnvelopeError> {
         if self.0.len() >= MAX_MASTER_KEYS {
             return Err(EnvelopeError::File(format!("it holds {MAX_MASTER_KEYS} keys already: remove unused ones")));
         }
-        self.0.insert(0, named(DataKey::generate()));
-        Ok(self.current())
+        let (id, key) = named(DataKey::generate());
+        self.0.push((id.clone(), key));
+        Ok(id)
+    }
+
+    /// Makes a key the current one. The others go on opening what they sealed.
+    pub fn promote(&mut self, id: &KeyId) -> Result<(), EnvelopeError> {
+        let at = self.0.iter().position(|(k, _)| k == id).ok_or_else(|| EnvelopeError::UnknownKey(id.clone()))?;
+        self.0[..=at].rotate_right(1);
+        Ok(())
+    }
+
+    /// Both at once, for a file that all servers read.
+    pub fn rotate(&mut self) -> Result<KeyId, EnvelopeError> {
+        let id = self.add()?;
+        self.promote(&id)?;
+        Ok(id)
     }
 
     /// Forgets a key whose values were all rewrapped. What is still under it can never be opened again.
@@ -387,15 +401,16 @@ mod tests {
     #[test]
     fn a_value_opens_where_it_was_sealed_and_nowhere_else() {
         let keys = FileKeys::generate();
-        let here = Context::secret("shop", "db", 3);
+        let here = Context::secret("eu", "shop", "db", 3);
         let sealed = seal(&keys, &here, b"hunter2").unwrap();
         let json = serde_json::to_string(&sealed).unwrap();
         let stored: Sealed = serde_json::from_str(&json).unwrap();
         assert_eq!(**open(&keys, &here, &stored).unwrap(), *b"hunter2");
         for there in [
-            Context::secret("shop", "db", 4),
-            Context::secret("shop", "db2", 3),
-            Context::secret("sho", "pdb", 3),
+            Context::secret("eu", "shop", "db", 4),
+            Context::secret("eu", "shop", "db2", 3),
+            Context::secret("eu", "sho", "pdb", 3),
+            Context::secret("us", "shop", "db", 3),
             Context::access_key("db"),
             Context::new("", &[]),
         ] {
@@ -414,7 +429,7 @@ mod tests {
     #[test]
     fn every_changed_byte_is_noticed() {
         let keys = FileKeys::generate();
-        let here = Context::secret("shop", "db", 1);
+        let here = Context::secret("eu", "shop", "db", 1);
         let sealed = seal(&keys, &here, b"hunter2").unwrap();
         for at in 0..sealed.ciphertext.len() {
             let mut bad = sealed.clone();
@@ -451,6 +466,10 @@ mod tests {
         let second = keys.rotate().unwrap();
         assert_ne!(first, second);
         assert_eq!(keys.remove(&second), Err(EnvelopeError::Current));
+        let staged = keys.add().unwrap();
+        assert_eq!(keys.current(), second, "a key that was only added seals nothing");
+        keys.remove(&staged).unwrap();
+        assert_eq!(keys.promote(&staged), Err(EnvelopeError::UnknownKey(staged)));
         let new = rewrap(&keys, &here, &old).unwrap().unwrap();
         assert_eq!((new.master_key(), &new.ciphertext), (&second, &old.ciphertext));
         let mut reread = FileKeys::parse(&keys.to_text()).unwrap();

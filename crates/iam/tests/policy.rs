@@ -188,10 +188,10 @@ fn an_editor_changes_no_policies_bindings_quotas_and_reads_no_secret() {
     assert!(!world.may(&bob(), "projects:set-quota", Resource::project("acme", "shop")));
     let secret = Resource::in_project("Secret", "acme", "shop", "eu", "db", &none);
     assert!(world.may(&bob(), "secrets:update", secret));
-    assert!(!world.may(&bob(), "secrets:read-value", secret));
+    assert!(!world.may(&bob(), "secrets:reveal", secret));
     assert!(world.may(&ann(), "audit:list", Resource::organization("acme")));
     assert!(world.may(&ann(), "secrets:get", secret));
-    assert!(!world.may(&ann(), "secrets:read-value", secret));
+    assert!(!world.may(&ann(), "secrets:reveal", secret));
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! | `o/{plural}/{project, organization or -}/{name}` | an object |
 //! | `t/{plural}/{uid}` | a tombstone: a deleted object whose teardown goes on |
 //! | `i/{project, organization or -}/{key}` | the first answer to an idempotency key |
+//! | `s/{project}/{name}/{version, 20 digits}` | the sealed values of a version of a secret |
 //! | `sys/writer` | the epoch of the region's writer |
 //! | `sys/adopted` | the newest revision of the global group that a region has decided upon |
 //! | `sys/format` | the version of everything stored here |
@@ -38,6 +39,9 @@ pub const BLOBS: &str = "sys/blob/";
 pub const JOIN_TOKENS: &str = "sys/join/token/";
 pub const JOIN_ANSWERS: &str = "sys/join/answer/";
 pub const WORKLOAD_KEYS: &str = "sys/workload/key/";
+
+/// The sealed values of secrets. No view and no table holds them.
+pub const SECRETS: &str = "s/";
 
 /// Everything of the audit log. No view and no table holds it.
 pub const AUDIT: &str = "a/";
@@ -85,6 +89,11 @@ pub fn tombstones(kind: &KindDescriptor) -> String {
 
 pub fn idempotency(within: Option<&Name>, key: &str) -> String {
     format!("i/{}/{key}", scope(within))
+}
+
+/// The sealed values of one version of a secret.
+pub fn secret_version(project: &Name, name: &Name, version: u64) -> String {
+    format!("{SECRETS}{project}/{name}/{version:020}")
 }
 
 pub fn audit_record(index: u64) -> String {

@@ -12,6 +12,7 @@ mod identity;
 mod image;
 mod instance;
 mod route;
+mod secret;
 mod tenancy;
 
 use std::fmt::Debug;
@@ -25,6 +26,7 @@ pub use image::*;
 pub use instance::*;
 pub use route::*;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
+pub use secret::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -196,6 +198,10 @@ pub struct KindDescriptor {
 }
 
 fn parse_spec<K: Kind>(value: &Value) -> Result<Value, Vec<FieldError>> {
+    // What serde says of a wrong type shows the value, which may be a secret.
+    if !value.is_object() && !value.is_null() {
+        return Err(vec![FieldError::new("spec", "must be an object")]);
+    }
     let mut unknown = Vec::new();
     let mut track = serde_path_to_error::Track::new();
     let spec: K::Spec = {
@@ -265,7 +271,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 21] = [
+static ALL: [KindDescriptor; 22] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -282,6 +288,8 @@ static ALL: [KindDescriptor; 21] = [
     KindDescriptor::of::<Cell>(),
     KindDescriptor::of::<Host>(),
     KindDescriptor::of::<Image>(),
+    // Before those who name them, so that a folder of manifests is applied in an order that works at once.
+    KindDescriptor::of::<Secret>(),
     KindDescriptor::of::<App>(),
     KindDescriptor::of::<Instance>(),
     KindDescriptor::of::<Route>(),

@@ -12,6 +12,7 @@ pub mod name;
 pub mod object;
 pub mod plan;
 pub mod quantity;
+pub mod secret;
 pub mod selector;
 pub mod time;
 
@@ -20,6 +21,7 @@ pub use id::{Digest, RequestId, Uid};
 pub use name::Name;
 pub use object::{AnyObject, Condition, Metadata, Object, OwnerRef};
 pub use quantity::{Bytes, MilliCpu};
+pub use secret::{SecretData, SecretValue};
 pub use time::Timestamp;
 
 /// The one version of the API and of the stored objects that this release writes.

@@ -3,12 +3,13 @@
 //! A plan is whole, never a difference, and says which revision it is of, so that applying it twice or skipping one is
 //! harmless. Readers pass over fields they don't know, so that releases can differ by one.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
 use crate::kind::{HostSpec, ImageFormat, InstancePhase, Protocol, QuotaUse, RegionServer, Runtime, Template, Tier};
-use crate::{Digest, Name, RequestId, Timestamp, Uid};
+use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 
 /// Names of the southbound calls.
 pub mod method {
@@ -51,6 +52,8 @@ pub mod method {
     pub const WORKLOAD_CERTIFICATE: &str = "workload.certificate";
     /// Likewise: [`super::WorkloadTokenRequest`] → [`super::WorkloadToken`].
     pub const WORKLOAD_TOKEN: &str = "workload.token";
+    /// Likewise: [`super::WorkloadSecretRequest`] → [`super::WorkloadSecret`], for a secret that the instance's app names.
+    pub const WORKLOAD_SECRET: &str = "workload.secret";
     /// Agent to a server, stream of [`super::WorkloadKeys`].
     pub const WORKLOAD_KEYS: &str = "workload.keys";
     /// Server to agent, frames: see [`super::LogsRequest`].
@@ -91,6 +94,9 @@ pub struct InstancePlan {
     pub image: ImagePlan,
     pub address6: Ipv6Addr,
     pub address4: Ipv4Addr,
+    /// The newest versions of the secrets whose files follow them. Never a value: a plan is kept on disk.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub secrets: BTreeMap<Name, u64>,
     #[serde(default)]
     pub request_id: Option<RequestId>,
 }
@@ -349,7 +355,7 @@ pub struct RenewRequest {
 #[serde(rename_all = "camelCase")]
 pub struct Renewed {
     /// In PEM, by SPIFFE id.
-    pub certs: std::collections::BTreeMap<String, String>,
+    pub certs: BTreeMap<String, String>,
 }
 
 /// Asks for a certificate of a workload, for a key that stays on its host.
@@ -387,6 +393,25 @@ pub struct WorkloadTokenRequest {
 pub struct WorkloadToken {
     pub token: String,
     pub expires: Timestamp,
+}
+
+/// Asks for the values of a secret that an instance of the caller's host names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadSecretRequest {
+    pub host: Name,
+    pub instance: Uid,
+    pub name: Name,
+    /// As the app names it; the newest, without it.
+    #[serde(default)]
+    pub version: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadSecret {
+    pub version: u64,
+    pub data: SecretData,
 }
 
 /// The public keys of all servers that sign workloads' tokens.

@@ -47,8 +47,17 @@ impl WireIssuer {
         Self { host, servers, turn }
     }
 
+    /// Whose instances it asks for.
+    pub fn host(&self) -> &Name {
+        &self.host
+    }
+
     /// A server that refuses may only be behind, or hold no key: the next one is asked all the same.
-    async fn ask<Q: Serialize + Sync, A: DeserializeOwned>(&self, method: &str, request: &Q) -> Result<A, IssueError> {
+    pub async fn ask<Q: Serialize + Sync, A: DeserializeOwned>(
+        &self,
+        method: &str,
+        request: &Q,
+    ) -> Result<A, IssueError> {
         let first = self.turn.load(Ordering::Relaxed);
         let mut failed = IssueError::Unreachable("none is known".to_owned());
         for turn in first..first + ASKED {

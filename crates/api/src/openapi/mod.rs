@@ -83,7 +83,7 @@ mod tests {
             if is_object && is_schema && !at.ends_with("/properties") {
                 let open = value.get("additionalProperties");
                 assert!(open.is_some(), "{at} is open");
-                let maps = ["labels", "annotations", "env", "classes", "instanceLabels", "status"];
+                let maps = ["labels", "annotations", "env", "classes", "instanceLabels", "status", "data", "binary"];
                 // Words that elsewhere name what is closed.
                 let maps_of = |kind: &str, fields: &[&str]| {
                     at.contains(kind) && fields.iter().any(|f| at.contains(&format!("/properties/{f}")))
@@ -118,7 +118,7 @@ mod tests {
         }
         for (plural, word, verb) in route::VERBS {
             let list = route::collection_template(kind::find(plural).unwrap(), true);
-            let posts = !matches!(verb, route::Verb::Logs | route::Verb::Exec);
+            let posts = !matches!(verb, route::Verb::Logs | route::Verb::Exec | route::Verb::Reveal);
             assert!(has(&format!("{list}/{{name}}:{word}"), if posts { "post" } else { "get" }), "{word}");
         }
         let mut ids = std::collections::BTreeSet::new();

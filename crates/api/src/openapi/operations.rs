@@ -4,6 +4,7 @@ use nexus_model::kind::{self, GLOBAL, Home, KindDescriptor, Scope};
 use nexus_model::{API_VERSION, Code, Digest, Name};
 use serde_json::{Map, Value, json};
 
+use crate::input::MAX_INTEGER;
 use crate::list::{DEFAULT_LIMIT, MAX_LIMIT};
 use crate::route::{BLOB_TEMPLATE, DISCOVERY, KEYS, PROVIDERS, SIGN_IN, collection_template};
 use crate::streams::MAX_TAIL;
@@ -471,6 +472,28 @@ fn identity_paths(paths: &mut Map<String, Value>) {
     paths.insert(format!("{path}:invite"), json!({"post": invite}));
 }
 
+/// The one path that answers the values of a secret.
+fn reveal_path(secrets: &KindDescriptor) -> Value {
+    let values = || json!({"type": "object", "additionalProperties": {"type": "string"}});
+    let version = json!({"type": "integer", "minimum": 1, "maximum": MAX_INTEGER});
+    let body = json!({
+        "type": "object", "additionalProperties": false, "required": ["name", "version", "created", "data", "binary"],
+        "properties": {
+            "name": {"type": "string"}, "version": version, "created": {"type": "string"},
+            "data": values(), "binary": values(),
+        },
+    });
+    let found =
+        success("The values, in base64 those that are no text", json!({"application/json": {"schema": body}}), &[]);
+    let mut parameters = place(secrets, true);
+    parameters.push(name_parameter(secrets));
+    parameters.push(json!({
+        "name": "version", "in": "query", "schema": version, "description": "The newest, without it.",
+    }));
+    let about = "Read the values of a secret, which needs the permission `secrets:reveal` and leaves a record";
+    json!({"get": operation("revealSecret", secrets.plural, about, parameters, answers(vec![("200", found)], &["403", "404"]))})
+}
+
 fn blob_path() -> Value {
     let here = || vec![parameter("Region"), parameter("Project"), parameter("Digest")];
     let octets = json!({"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}});
@@ -554,6 +577,9 @@ pub(super) fn paths() -> Map<String, Value> {
         }
         if d.plural == "instances" {
             instance_paths(&mut paths, d);
+        }
+        if d.plural == "secrets" {
+            paths.insert(format!("{}/{{name}}:reveal", collection_template(d, true)), reveal_path(d));
         }
     }
     paths.insert(BLOB_TEMPLATE.into(), blob_path());

@@ -23,7 +23,7 @@ use nexus_control::directory::Directory;
 use nexus_control::intent::{Accepted, Change, Intent, Writer};
 use nexus_env::Env;
 use nexus_iam::TokenSecret;
-use nexus_iam::envelope::FileKeys;
+use nexus_iam::envelope::{FileKeys, KeyProvider};
 use nexus_iam::jwt::SigningKey;
 use nexus_model::plan::{ExecRequest, LogsRequest};
 use nexus_model::{AnyObject, ApiError, Code, Digest, Name, Timestamp, Uid, key, kind};
@@ -310,6 +310,21 @@ fn merge(target: &mut Value, patch: &Value) {
     }
 }
 
+/// What the writer does with the sealed values of a secret.
+fn split_sealed(object: &mut AnyObject, old: Option<&AnyObject>) -> Result<Option<(String, String)>, ApiError> {
+    let secret = object.spec.as_object_mut().filter(|_| object.kind == "Secret");
+    let Some(sealed) = secret.and_then(|spec| spec.shift_remove("sealed")) else { return Ok(None) };
+    let version = object.spec["version"].as_u64().unwrap();
+    if version != old.map_or(0, |old| old.spec["version"].as_u64().unwrap()) + 1 {
+        return Err(ApiError::new(Code::PreconditionFailed, "it has a new version"));
+    }
+    let mut versions = object.status["versions"].as_array().cloned().unwrap_or_default();
+    versions.push(json!({"version": version, "created": "2026-01-01T00:00:00Z"}));
+    object.status = json!({"versions": versions});
+    let row = key::secret_version(object.metadata.project.as_ref().unwrap(), &object.metadata.name, version);
+    Ok(Some((row, sealed.as_str().unwrap().to_owned())))
+}
+
 #[async_trait]
 impl Writer for FakeWriter {
     async fn submit(&self, intent: Intent) -> Result<Accepted, ApiError> {
@@ -367,12 +382,14 @@ impl Writer for FakeWriter {
         }
         object.metadata.request_id = Some(intent.request_id);
         object.metadata.annotations.insert("actor".into(), intent.actor);
+        let sealed = split_sealed(&mut object, old.as_ref())?;
         if !intent.dry_run {
             let bytes = serde_json::to_vec(&object).unwrap();
-            let ops = match object.metadata.deleting {
+            let mut ops = match object.metadata.deleting {
                 Some(_) => vec![Op::delete(at), Op::put(key::tombstone(kind, object.metadata.uid), bytes)],
                 None => vec![Op::put(at, bytes)],
             };
+            ops.extend(sealed.map(|(row, value)| Op::put(row, value)));
             object.metadata.revision = self.store.txn(Txn::new(vec![], ops)).await.unwrap().revision().0;
         }
         let accepted = Accepted { object, created, replayed: false };
@@ -529,6 +546,19 @@ impl ProviderDoor for NoProviders {
     }
 }
 
+/// What a test may bring of its own.
+struct Parts {
+    env: Env,
+    providers: Arc<dyn ProviderDoor>,
+    master_keys: Arc<dyn KeyProvider>,
+}
+
+impl Default for Parts {
+    fn default() -> Self {
+        Self { env: Env::real(), providers: Arc::new(NoProviders), master_keys: Arc::new(FileKeys::generate()) }
+    }
+}
+
 pub struct World {
     pub store: Arc<MemStore>,
     /// Of the group that all regions share.
@@ -574,26 +604,35 @@ impl World {
     }
 
     pub fn with(limits: Limits) -> Self {
-        Self::with_providers(limits, Arc::new(NoProviders))
+        Self::made(limits, Parts::default())
     }
 
     pub fn with_providers(limits: Limits, providers: Arc<dyn ProviderDoor>) -> Self {
+        Self::made(limits, Parts { providers, ..Parts::default() })
+    }
+
+    /// With the master keys of a test's own.
+    pub fn sealing(limits: Limits, master_keys: Arc<dyn KeyProvider>) -> Self {
+        Self::made(limits, Parts { master_keys, ..Parts::default() })
+    }
+
+    fn made(limits: Limits, parts: Parts) -> Self {
         let (store, global) = (MemStore::new(), MemStore::new());
-        Self::over(store, global.clone(), global, Env::real(), limits, providers)
+        Self::over(store, global.clone(), global, limits, parts)
     }
 
     /// Another server of the same region and fleet, which reaches the group that all share by a link.
     pub fn beside(&self, link: Arc<Link>, env: Env) -> Self {
-        Self::over(self.store.clone(), self.global.clone(), link, env, Limits::default(), Arc::new(NoProviders))
+        let parts = Parts { env, ..Parts::default() };
+        Self::over(self.store.clone(), self.global.clone(), link, Limits::default(), parts)
     }
 
     fn over(
         store: Arc<MemStore>,
         global: Arc<MemStore>,
         reached: Arc<dyn Store>,
-        env: Env,
         limits: Limits,
-        providers: Arc<dyn ProviderDoor>,
+        Parts { env, providers, master_keys }: Parts,
     ) -> Self {
         let secret = TokenSecret::generate([7; 32]);
         let shutdown = CancellationToken::new();
@@ -614,7 +653,7 @@ impl World {
             directory: directory.clone(),
             operators: Operators::new([(secret.hash(), "admin".into())]),
             signer: signer.clone(),
-            master_keys: Arc::new(FileKeys::generate()),
+            master_keys,
             issuer: "https://cloud.test".into(),
             blobs: Arc::new(MemBlobs::default()),
             hosts: Arc::new(EchoHost),
@@ -661,6 +700,17 @@ impl World {
             Body::from(body.to_string())
         };
         self.send(request.body(body).unwrap()).await
+    }
+
+    /// Everything that was ever written to both stores, as text.
+    pub fn written(&self) -> String {
+        let mut all = String::new();
+        for store in [&self.store, &self.global] {
+            for batch in &store.inner.lock().unwrap().log {
+                all.push_str(&format!("{:?}\n", batch.events));
+            }
+        }
+        all
     }
 
     /// Stores a row as the writer would, past the API.

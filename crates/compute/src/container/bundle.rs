@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::image::Execution;
-use crate::{IDENTITY_DIR, IDENTITY_SOCKET, Sandbox};
+use crate::{IDENTITY_DIR, IDENTITY_SOCKET, Sandbox, SecretMounts};
 
 /// Given to the shim as `plan.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,6 +26,9 @@ pub(super) struct Plan {
     pub working_dir: String,
     /// Files that are mounted over the image's: path below `/etc`, content.
     pub etc: BTreeMap<String, String>,
+    /// Variables and files whose values are read when the container is made, and never written to disk.
+    #[serde(default)]
+    pub secrets: SecretMounts,
 }
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -161,6 +164,12 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
         let options = ["bind", "rprivate", "ro", "nosuid", "nodev", "noexec"];
         mounts.push(json!({"destination": IDENTITY_DIR, "type": "bind", "source": source, "options": options}));
     }
+    for folder in &sandbox.secrets.folders {
+        let options = ["bind", "rprivate", "ro", "nosuid", "nodev", "noexec"];
+        mounts.push(json!({
+            "destination": folder.destination, "type": "bind", "source": folder.source, "options": options,
+        }));
+    }
     let spec = json!({
         "ociVersion": "1.1.0",
         "root": {"path": "rootfs", "readonly": false},
@@ -211,7 +220,8 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
         },
     });
     let user = image.user.clone().unwrap_or_default();
-    Ok(Plan { spec, layers, scratch: resources.scratch.0, user, working_dir, etc })
+    let (scratch, secrets) = (resources.scratch.0, sandbox.secrets.clone());
+    Ok(Plan { spec, layers, scratch, user, working_dir, etc, secrets })
 }
 
 fn etc(sandbox: &Sandbox, nameservers: &[IpAddr]) -> BTreeMap<String, String> {

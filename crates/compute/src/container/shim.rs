@@ -14,6 +14,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use libcontainer::container::builder::ContainerBuilder;
@@ -26,6 +27,7 @@ use serde_json::{Value, json};
 
 use super::bundle::Plan;
 use super::{Failure, scratch, seccomp, user};
+use crate::SecretMounts;
 
 /// Exit statuses as shells have them.
 const NOT_EXECUTABLE: i32 = 126;
@@ -74,8 +76,7 @@ fn reap() {
 fn run(dir: &Path, id: &str) -> Result<(), Failure> {
     let bundle = dir.join("bundle");
     let root = bundle.join("rootfs");
-    let plan = fs::read(dir.join("plan.json")).map_err(Failure::io("reading plan.json"))?;
-    let plan: Plan = serde_json::from_slice(&plan).map_err(|e| Failure::new(format!("plan.json: {e}")))?;
+    let plan = read_plan(dir)?;
 
     scratch::enter_private_mounts()?;
     scratch::mount_scratch(&dir.join("scratch.img"), &dir.join("scratch"), plan.scratch)?;
@@ -88,21 +89,50 @@ fn run(dir: &Path, id: &str) -> Result<(), Failure> {
         let mode = fs::Permissions::from_mode(0o644);
         fs::set_permissions(&path, mode).map_err(Failure::io(format!("writing /etc/{name}")))?;
     }
+    let secrets = plan.secrets.clone();
     let mut spec = with_user(plan, &root)?;
+    own_secrets(&secrets, &spec).map_err(Failure::io("handing secrets to the container's user"))?;
     limit_files(&mut spec);
     fs::write(bundle.join("config.json"), spec.to_string()).map_err(Failure::io("writing config.json"))?;
 
-    let pid = create(&bundle, &dir.join("state"), id)?;
+    let launch = Launch { dies_with_shim: false, secret: secret_env(&secrets)? };
+    let pid = create(&bundle, &dir.join("state"), id, launch)?;
     // SAFETY: the keeper opened this descriptor for the shim; nothing else here owns it.
     let mut status = File::from(unsafe { OwnedFd::from_raw_fd(STATUS) });
     write!(status, "{pid}").map_err(Failure::io("telling the keeper the pid"))
 }
 
+fn read_plan(dir: &Path) -> Result<Plan, Failure> {
+    let plan = fs::read(dir.join("plan.json")).map_err(Failure::io("reading plan.json"))?;
+    serde_json::from_slice(&plan).map_err(|e| Failure::new(format!("plan.json: {e}")))
+}
+
+/// The variables that hold secrets. They are in no file of the container's but given to its process alone.
+fn secret_env(secrets: &SecretMounts) -> Result<Arc<Vec<String>>, Failure> {
+    secrets.read_env().map(Arc::new).map_err(Failure::io("reading the variables that hold secrets"))
+}
+
+/// Only the user that the container's process begins as may read the files: here it is known who that is.
+fn own_secrets(secrets: &SecretMounts, spec: &Value) -> io::Result<()> {
+    let id = |field: &str| spec["process"]["user"][field].as_u64().and_then(|id| u32::try_from(id).ok());
+    secrets.folders.iter().try_for_each(|folder| own(&folder.source, id("uid"), id("gid")))
+}
+
+fn own(path: &Path, uid: Option<u32>, gid: Option<u32>) -> io::Result<()> {
+    std::os::unix::fs::lchown(path, uid, gid)?;
+    if fs::symlink_metadata(path)?.is_dir() {
+        for entry in fs::read_dir(path)? {
+            own(&entry?.path(), uid, gid)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes a container of a bundle and lets it run.
-fn create(bundle: &Path, state: &Path, id: &str) -> Result<i32, Failure> {
+fn create(bundle: &Path, state: &Path, id: &str, launch: Launch) -> Result<i32, Failure> {
     let attempt = "making the container";
     fs::create_dir_all(state).map_err(Failure::io(attempt))?;
-    let mut container = builder(state, id, Launch { dies_with_shim: false })?
+    let mut container = builder(state, id, launch)?
         .as_init(bundle)
         .with_systemd(false)
         .with_detach(true)
@@ -199,11 +229,9 @@ fn exec(dir: &Path, id: &str, command: &[&str]) -> Result<i32, Failure> {
     process["args"] = json!(command);
     let file = dir.join(format!("exec-{}.json", std::process::id()));
     fs::write(&file, process.to_string()).map_err(Failure::io("writing the process"))?;
-    let built = builder(&dir.join("state"), id, Launch { dies_with_shim: true })?
-        .as_tenant()
-        .with_process(Some(&file))
-        .with_detach(false)
-        .build();
+    let launch = Launch { dies_with_shim: true, secret: secret_env(&read_plan(dir)?.secrets)? };
+    let built =
+        builder(&dir.join("state"), id, launch)?.as_tenant().with_process(Some(&file)).with_detach(false).build();
     let removed = fs::remove_file(&file);
     let pid = built.map_err(Failure::of("running the command"))?;
     removed.map_err(Failure::io("removing the process's file"))?;
@@ -222,7 +250,7 @@ fn wait(pid: i32) -> Result<i32, Failure> {
 }
 
 fn once(bundle: &Path, state: &Path, id: &str) -> Result<i32, Failure> {
-    let pid = create(bundle, state, id)?;
+    let pid = create(bundle, state, id, Launch::default())?;
     let status = wait(pid)?;
     let mut container = libcontainer::container::Container::load(state.join(id)).map_err(Failure::of("loading"))?;
     container.delete(true).map_err(Failure::of("removing the container"))?;
@@ -237,17 +265,19 @@ pub fn run_once(exe: &Path, bundle: &Path, state: &Path, id: &str) -> io::Result
 }
 
 /// The last steps inside the container: becomes the command.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 struct Launch {
+    /// Variables that stand before all others of their names.
+    secret: Arc<Vec<String>>,
     /// A command that was run by exec does not outlive its shim, which is killed when its deadline passes.
     dies_with_shim: bool,
 }
 
 impl Executor for Launch {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let (words, env) = command(spec);
+        let (words, env) = self.command(spec);
         let refuse = |message: String| Err(ExecutorValidationError::ArgValidationError(message));
-        match find(&words[0], env) {
+        match find(&words[0], &env) {
             Lookup::Found(_) => Ok(()),
             Lookup::Missing => refuse(format!("{MARK}command {:?} is not in the image", words[0])),
             Lookup::NotExecutable => refuse(format!("{MARK}command {:?} is not an executable file", words[0])),
@@ -255,8 +285,8 @@ impl Executor for Launch {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let (words, env) = command(spec);
-        let Lookup::Found(path) = find(&words[0], env) else { give_up(NOT_FOUND, &words[0], "not found") };
+        let (words, env) = self.command(spec);
+        let Lookup::Found(path) = find(&words[0], &env) else { give_up(NOT_FOUND, &words[0], "not found") };
         let text = |word: &String| CString::new(word.as_bytes()).map_err(|_| ExecutorError::InvalidArg);
         let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| ExecutorError::InvalidArg)?;
         let argv = words.iter().map(text).collect::<Result<Vec<_>, _>>()?;
@@ -276,10 +306,15 @@ impl Executor for Launch {
 /// Set before messages that a user is to read without what libcontainer puts around them.
 const MARK: &str = "\u{1}";
 
-fn command(spec: &Spec) -> (&[String], &[String]) {
-    let process = spec.process().as_ref().expect("libcontainer checks that there is a process");
-    let env = process.env().as_deref().unwrap_or_default();
-    (process.args().as_deref().expect("libcontainer checks that there are arguments"), env)
+impl Launch {
+    fn command<'a>(&self, spec: &'a Spec) -> (&'a [String], Vec<String>) {
+        let process = spec.process().as_ref().expect("libcontainer checks that there is a process");
+        let name = |pair: &str| pair.split('=').next().unwrap_or_default().to_owned();
+        let taken: Vec<String> = self.secret.iter().map(|pair| name(pair)).collect();
+        let others = process.env().iter().flatten().filter(|pair| !taken.contains(&name(pair)));
+        let env = self.secret.iter().chain(others).cloned().collect();
+        (process.args().as_deref().expect("libcontainer checks that there are arguments"), env)
+    }
 }
 
 fn give_up(status: i32, command: &str, why: &str) -> ! {

@@ -268,11 +268,14 @@ impl FunctionRuntime {
     /// Hands an instance over.
     async fn hand_over(&self, id: &str, sandbox: &Sandbox) -> Result<Reply, RuntimeError> {
         let template = &sandbox.template;
+        let secret = sandbox.secrets.read_env().map_err(host("reading the variables that hold secrets"))?;
+        let secret = secret.iter().filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let given = template.env.iter().map(|(key, value)| (key.clone(), value.clone()));
         let port = template.ports.first().map_or(DEFAULT_PORT, |port| port.port);
         let add = Add {
             uid: sandbox.uid,
             epoch: sandbox.epoch,
-            env: template.env.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
+            env: given.chain(secret).collect(),
             memory: template.resources.memory.0,
             concurrency: template.function.concurrency,
             timeout_seconds: template.function.timeout_seconds,

@@ -72,6 +72,7 @@ impl World {
             address6: Ipv6Addr::LOCALHOST,
             address4: Ipv4Addr::LOCALHOST,
             identity: None,
+            secrets: Default::default(),
             logs: LogFiles { dir: self.dir.path().join("logs").join(uid.to_string()), max_bytes: 1 << 20, keep: 1 },
         }
     }

@@ -105,6 +105,7 @@ impl World {
             address6: Ipv6Addr::LOCALHOST,
             address4: Ipv4Addr::LOCALHOST,
             identity: None,
+            secrets: Default::default(),
             logs: LogFiles { dir: self.dir.path().join(format!("logs-{uid}")), max_bytes: 1 << 20, keep: 2 },
         }
     }

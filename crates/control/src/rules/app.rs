@@ -9,7 +9,7 @@ use nexus_model::{AnyObject, Digest, Name, Object, Uid};
 
 use crate::rules::buried::Teardown;
 use crate::rules::usage::{charge, recharge};
-use crate::rules::{fleet, instance};
+use crate::rules::{fleet, instance, secret};
 use crate::step::{Dirty, Step};
 use crate::world::{Part, Place, app_uid};
 
@@ -48,7 +48,8 @@ pub fn tear_down(step: &mut Step<'_>, app: Uid) -> Teardown {
     }
 }
 
-/// Identifies what instances of an app are made from: its template and the content of its image.
+/// Identifies what instances of an app are made from: its template, with the versions that variables come from, and the
+/// content of its image.
 fn template_hash(template: &Template, image: Digest) -> String {
     let what = serde_json::to_vec(&(template, image)).expect("templates are plain data");
     Digest::of(&what).hex()[..16].to_owned()
@@ -68,7 +69,11 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let Some(app) = step.world.apps.live.get(place).cloned() else { return };
     let image = step.world.fleet().images.get(app.metadata.project.as_ref(), &app.spec.image);
     let image = image.map(|i| i.spec.digest);
-    let hash = image.map(|digest| template_hash(&app.spec.template(), digest));
+    let made = image.ok_or_else(|| no_image(&app.spec.image)).and_then(|digest| {
+        let template = secret::resolve(step.world, &app)?;
+        Ok((template_hash(&template, digest), template, digest))
+    });
+    let hash = made.as_ref().ok().map(|(hash, ..)| hash.clone());
     let instances = step.world.instances_of(app.metadata.uid);
     let drained = |i: &Object<Instance>| {
         let host = i.status.host.as_ref().and_then(|name| step.world.host(name));
@@ -81,14 +86,14 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let (new, old) = (new.len(), old.len());
     let wanted = app.spec.replicas as usize;
     let mut more = false;
-    if let (Some(digest), Some(hash)) = (image, &hash) {
+    if let Ok((hash, template, digest)) = &made {
         let surge = (wanted / 4).max(1);
         let room = (wanted + surge).saturating_sub(new + old);
         let missing = wanted.saturating_sub(new);
         // With nothing to replace there is no surge to keep to.
         let make = if old == 0 { missing } else { missing.min(room) };
         for _ in 0..make.min(PER_STEP) {
-            make_instance(step, &app, digest, hash);
+            make_instance(step, &app, template, *digest, hash);
         }
         more |= make > PER_STEP;
     }
@@ -98,7 +103,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
             instance::bury(step, &i, why);
         }
     }
-    update_status(step, &app, hash.as_deref());
+    update_status(step, &app, made.as_ref().map(|(hash, ..)| hash.as_str()));
     if more {
         step.mark(Dirty::App(place.clone()));
     }
@@ -144,7 +149,7 @@ fn doomed(
     doomed
 }
 
-fn make_instance(step: &mut Step<'_>, app: &Object<App>, digest: Digest, hash: &str) {
+fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, digest: Digest, hash: &str) {
     let uid = step.new_uid();
     let stem: String = app.metadata.name.as_str().chars().take(54).collect();
     let stem = stem.trim_end_matches('-');
@@ -157,14 +162,22 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, digest: Digest, hash: &
     let spec = InstanceSpec {
         app: app.metadata.name.clone(),
         template_hash: hash.to_owned(),
-        template: app.spec.template(),
+        template: template.clone(),
         image_digest: digest,
     };
     step.put(Object::<Instance>::new(metadata, spec));
     instance::reconcile(step, uid);
 }
 
-fn update_status(step: &mut Step<'_>, app: &Object<App>, hash: Option<&str>) {
+/// Why no instance can be made of an app: a word for programs, and what to do.
+pub type Missing = (&'static str, String);
+
+fn no_image(name: &Name) -> Missing {
+    ("ImageNotFound", format!("there is no image {name}: import it with `nexus image import PATH --name {name}`"))
+}
+
+fn update_status(step: &mut Step<'_>, app: &Object<App>, made: Result<&str, &Missing>) {
+    let hash = made.ok();
     let Some(app) = step.world.apps.get(app.metadata.project.as_ref(), &app.metadata.name).cloned() else { return };
     let instances: Vec<_> = step.world.instances_of(app.metadata.uid).collect();
     let count = |f: &dyn Fn(&Object<Instance>) -> bool| {
@@ -187,12 +200,8 @@ fn update_status(step: &mut Step<'_>, app: &Object<App>, hash: Option<&str>) {
         _ => AppPhase::Progressing,
     };
     let stuck = instances.iter().find(|i| !i.status.ready && !i.status.message.is_empty());
-    let (status, reason, message) = if hash.is_none() {
-        let message = format!(
-            "there is no image {}: import it with `nexus image import PATH --name {}`",
-            app.spec.image, app.spec.image
-        );
-        (ConditionStatus::False, "ImageNotFound", message)
+    let (status, reason, message) = if let Err((reason, message)) = made {
+        (ConditionStatus::False, *reason, message.clone())
     } else if settled {
         (
             ConditionStatus::True,

@@ -3,12 +3,15 @@
 use nexus_model::kind::*;
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::{app, fleet, instance};
+use crate::rules::{app, fleet, instance, secret};
 use crate::step::{Dirty, Step};
 use crate::world::{Stored, World};
 
 /// Objects of each kind handled in one step, so that a step fits in a transaction.
 const PER_STEP: usize = 8;
+
+/// Each with its versions.
+const SECRETS_PER_STEP: usize = 2;
 
 /// How far one step of a teardown came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,11 +103,16 @@ fn tear_down_buried_project(step: &mut Step<'_>, uid: Uid) -> Teardown {
 pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
     let (apps, routes, images) =
         (take::<App>(step.world, name), take::<Route>(step.world, name), take::<Image>(step.world, name));
-    let instances = take::<Instance>(step.world, name);
-    let mut progressed = !(apps.is_empty() && routes.is_empty() && images.is_empty() && instances.is_empty());
+    let (instances, secrets) = (take::<Instance>(step.world, name), take::<Secret>(step.world, name));
+    let mut progressed =
+        !(apps.is_empty() && routes.is_empty() && images.is_empty() && instances.is_empty() && secrets.is_empty());
     apps.iter().for_each(|a| drop(app::bury(step, a)));
     routes.iter().for_each(|r| step.erase(r));
     images.iter().for_each(|i| step.erase(i));
+    for s in secrets.iter().take(SECRETS_PER_STEP) {
+        secret::forget_versions(step, s);
+        step.erase(s);
+    }
     // Instances of an app that is buried above are found again in the next step, with their app's own teardown.
     if apps.is_empty() {
         instances.iter().for_each(|i| drop(instance::bury(step, i, "its project was deleted")));

@@ -101,8 +101,7 @@ impl Rule {
 }
 
 /// Permissions that are finer than a route: a write that changes a quota asks for this one too.
-const IMPLIED: &[(&str, &str)] =
-    &[("organizations", "set-quota"), ("projects", "set-quota"), ("secrets", "read-value")];
+const IMPLIED: &[(&str, &str)] = &[("organizations", "set-quota"), ("projects", "set-quota")];
 
 const PEOPLE: Groups = &["admin"];
 const CREDENTIALS: Groups = &["self", "admin", "audit"];
@@ -130,7 +129,7 @@ const RULES: &[Rule] = &[
     Rule::new("events", Holder::Project, &["view"], &["edit"]),
     Rule::new("usages", Holder::Project, &["view", "bill"], &["edit"]),
     Rule::new("blobs", Holder::Project, &["view"], &[]).verbs(&[("put", &["edit"], Level::Project)]),
-    Rule::new("secrets", Holder::Any, &["view"], &["edit"]).verbs(&[("read-value", &["reveal"], Level::Project)]),
+    Rule::new("secrets", Holder::Project, &["view"], &["edit"]).verbs(&[("reveal", &["reveal"], Level::Project)]),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
     Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization).verbs(&[
         ("set-password", &["self"], Level::Organization),
@@ -168,6 +167,7 @@ const RULES: &[Rule] = &[
 pub const VERBS: &[(&str, &str)] = &[
     ("instances", "logs"),
     ("instances", "exec"),
+    ("secrets", "reveal"),
     ("users", "set-password"),
     ("users", "invite"),
     ("users", "enroll-totp"),
@@ -202,6 +202,8 @@ pub const OPERATIONS: &[&str] = &[
     "host-leave",
     "backup-create",
     "backup-list",
+    "master-key-status",
+    "master-key-rewrap",
 ];
 
 /// Every `operations:NAME` is the fleet's.

@@ -4,7 +4,7 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Classes, Column, Home, Kind, Scope, Verbs};
+use super::{Classes, Column, Home, Kind, Scope, SecretRef, Verbs, secret};
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, FieldError, MilliCpu, Name};
 
@@ -257,6 +257,10 @@ declare_template! {
         "additionalProperties" = {"type": "string", "maxLength": MAX_TEXT, "pattern": TEXT_PATTERN},
     ))]
     env: IndexMap<String, String> = IndexMap::new();
+    /// Secrets that each instance gets, as variables or as files.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = secret::MAX_SECRETS))]
+    secrets: Vec<SecretRef> = Vec::new();
     #[schemars(length(max = 32))]
     ports: Vec<Port> = Vec::new();
     resources: Resources = Resources::default();
@@ -469,6 +473,7 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
             }
         }
     }
+    errors.extend(secret::validate_refs(&t.secrets, &t.env, t.runtime == Runtime::Container));
     errors
 }
 

@@ -142,7 +142,8 @@ impl Drop for Quiet {
     }
 }
 
-fn ask(prompt: &str) -> anyhow::Result<String> {
+/// Asks for what must not be shown.
+pub(super) fn ask(prompt: &str) -> anyhow::Result<String> {
     if !std::io::stdin().is_terminal() {
         return Err(Fail::usage("a password is typed at a terminal; a script gives it with --password-stdin").into());
     }

@@ -27,12 +27,14 @@ mod leave;
 mod login;
 mod logs;
 mod manifest;
+mod master_key;
 mod output;
 mod progress;
 pub mod recover;
 mod region;
 pub mod report;
 mod resource;
+mod secret;
 pub mod server;
 mod settle;
 pub mod status;
@@ -136,6 +138,8 @@ pub enum UserCommand {
     User(user::UserArgs),
     Token(token::TokenArgs),
     AccessKey(access_key::AccessKeyArgs),
+    Secret(secret::SecretArgs),
+    MasterKey(master_key::MasterKeyArgs),
     SecondFactor(login::SecondFactorArgs),
     Can(can::CanArgs),
     Policy(can::PolicyArgs),
@@ -197,6 +201,8 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::User(args) => user::run(&args).await?,
         UserCommand::Token(args) => token::run(&args).await?,
         UserCommand::AccessKey(args) => access_key::run(&args).await?,
+        UserCommand::Secret(args) => secret::run(&args).await?,
+        UserCommand::MasterKey(args) => master_key::run(&args).await?,
         UserCommand::SecondFactor(args) => login::second_factor(&args).await?,
         UserCommand::Can(args) => return can::can(&args).await,
         UserCommand::Policy(args) => can::policy(&args).await?,

@@ -105,8 +105,11 @@ impl DataDir {
         self.root.join("token")
     }
 
+    /// The name of the file of master keys.
+    pub const MASTER_KEYS: &'static str = "master-keys";
+
     pub fn master_keys(&self) -> PathBuf {
-        self.root.join("master-keys")
+        self.root.join(Self::MASTER_KEYS)
     }
 
     pub fn token_hash(&self) -> PathBuf {

@@ -118,6 +118,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             roots: roots_pem,
             run_dir: config.run_dir.clone(),
         }),
+        secrets_dir: Some(config.run_dir.join("secrets")),
         handle: handle.clone(),
     };
     let mut tasks = JoinSet::new();

@@ -17,6 +17,8 @@ pub mod northbound;
 mod operations;
 pub mod providers;
 mod remote;
+mod rewrap;
+mod secrets;
 mod signing;
 mod southbound;
 mod status;
@@ -52,6 +54,8 @@ use self::join::Joins;
 use self::membership::{Group, Membership};
 use self::operations::ServerOperations;
 use self::remote::Remotes;
+use self::rewrap::Rewrap;
+use self::secrets::Secrets;
 use self::southbound::PeerWire;
 use self::workloads::Workloads;
 use super::renew::{Certificates, Kept, WireSigner};
@@ -183,6 +187,20 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         let (workloads, stop) = (workloads.clone(), stop.clone());
         tasks.spawn(async move { workloads.run(stop).await });
     }
+    let keys = keys::Keys::open(config.master_keys.as_deref())?;
+    {
+        let (keys, stop) = (keys.clone(), stop.clone());
+        tasks.spawn(async move { keys.follow(stop).await });
+    }
+    let secrets = Arc::new(Secrets {
+        view: view.clone(),
+        fleet: fleet.clone(),
+        region: contract.clone(),
+        global: groups.global.clone(),
+        keys: keys.clone(),
+        notes: audit.notes.clone(),
+        env: env.clone(),
+    });
     let methods = southbound::server(
         &config,
         &env,
@@ -195,6 +213,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         &fleet,
         authority.clone(),
         &workloads,
+        &secrets,
     );
     let wire = methods.bind().await.with_context(|| format!("listening on {}", config.wire_listen))?;
     {
@@ -248,6 +267,14 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         membership: membership.clone(),
         writer: writers.region.clone(),
         backups: Some(backups),
+        rewrap: Rewrap {
+            region: config.region.clone(),
+            server: config.name.clone(),
+            stores: rewrap::stores(&config.region, contract.clone(), groups.global.clone()),
+            global_writer: writers.global.clone(),
+            keys: keys.clone(),
+            env: env.clone(),
+        },
     };
     {
         let (fleet, store, stop) = (fleet.clone(), contract.clone(), stop.clone());
@@ -269,7 +296,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         directory,
         operators: Operators::new([(hash, "admin".into())]),
         signer,
-        master_keys: keys::load(config.master_keys.as_deref())?,
+        master_keys: keys,
         issuer: config.issuer(),
         blobs: blobs.clone(),
         hosts: Arc::new(hosts::Hosts::new(view.clone(), pool.clone())),

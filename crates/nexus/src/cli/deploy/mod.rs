@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use nexus_model::kind::{self, ImageFormat, Port, Runtime, Spread};
+use nexus_model::kind::{self, ImageFormat, Port, Runtime, SecretRef, Spread};
 use nexus_model::{Bytes, MilliCpu, Name};
 use serde_json::{Value, json};
 
@@ -40,6 +40,7 @@ enum SpreadArg {
     nexus deploy hello --image ./hello.wasm\n  \
     nexus deploy web --image nginx.tar --replicas 3 --port 80\n  \
     nexus deploy web --env MODE=fast --memory 256Mi\n  \
+    nexus deploy web --secret DB_PASSWORD=db/password --secret /run/secrets/tls=tls\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
     nexus deploy job --image tools --command sh -c 'sleep 1000'\n\n\
@@ -61,6 +62,9 @@ pub struct DeployArgs {
     /// Sets a variable
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::variable)]
     env: Vec<(String, String)>,
+    /// Gives a secret to each instance: a variable from a key, or a folder of files
+    #[arg(long = "secret", value_name = "VARIABLE=NAME/KEY[@VERSION]|[PATH=]NAME[@VERSION]", value_parser = spec::secret)]
+    secrets: Vec<SecretRef>,
     /// Sets a label of the app
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::label)]
     label: Vec<(String, String)>,
@@ -128,6 +132,7 @@ impl DeployArgs {
             ports: self.ports.clone(),
             env: self.env.clone(),
             labels: self.label.clone(),
+            secrets: self.secrets.clone(),
             cpu: self.cpu,
             memory: self.memory,
             scratch: self.scratch,

@@ -1,7 +1,7 @@
 //! From flags to an app's spec. Pure: what the command line says, laid over what is there.
 
 use indexmap::IndexMap;
-use nexus_model::kind::{FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, Spread};
+use nexus_model::kind::{FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread};
 use nexus_model::selector::{is_label_key, is_label_value};
 use nexus_model::{API_VERSION, Bytes, MilliCpu, Name};
 use serde_json::{Map, Value, json};
@@ -18,6 +18,7 @@ pub struct Wanted {
     pub ports: Vec<Port>,
     pub env: Vec<(String, String)>,
     pub labels: Vec<(String, String)>,
+    pub secrets: Vec<SecretRef>,
     pub cpu: Option<MilliCpu>,
     pub memory: Option<Bytes>,
     pub scratch: Option<Bytes>,
@@ -100,6 +101,10 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
     if !wanted.env.is_empty() {
         child(spec, "env").extend(wanted.env.iter().map(|(k, v)| (k.clone(), Value::from(v.clone()))));
     }
+    if !wanted.secrets.is_empty() {
+        let before = spec.get("secrets").and_then(|s| serde_json::from_value(s.clone()).ok()).unwrap_or_default();
+        spec.insert("secrets".into(), value(&with_secrets(before, &wanted.secrets)));
+    }
     if !wanted.classes.is_empty() {
         let classes: IndexMap<_, _> = wanted.classes.iter().cloned().collect();
         spec.insert("classes".into(), value(&classes));
@@ -154,6 +159,50 @@ pub fn variable(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
+/// What is asked for stands in the place of what set the same variable or folder.
+fn with_secrets(mut refs: Vec<SecretRef>, wanted: &[SecretRef]) -> Vec<SecretRef> {
+    for new in wanted {
+        refs.retain_mut(|old| {
+            let variables = old.env.len();
+            old.env.retain(|variable, _| !new.env.contains_key(variable));
+            let emptied = variables > 0 && old.env.is_empty();
+            !emptied && (new.folder().is_none() || old.folder() != new.folder())
+        });
+        let alike = |r: &&mut SecretRef| r.name == new.name && r.version == new.version && !r.env.is_empty();
+        match refs.iter_mut().find(alike).filter(|_| !new.env.is_empty()) {
+            Some(old) => old.env.extend(new.env.clone()),
+            None => refs.push(new.clone()),
+        }
+    }
+    refs
+}
+
+/// `VARIABLE=NAME/KEY`, `PATH=NAME` or `NAME`, with `@VERSION` for one that is not the newest.
+pub fn secret(text: &str) -> Result<SecretRef, String> {
+    let (rest, version) = match text.rsplit_once('@') {
+        Some((rest, version)) => {
+            let version = version.parse().ok().filter(|v: &u64| *v > 0);
+            (rest, Some(version.ok_or("versions are whole numbers from 1")?))
+        }
+        None => (text, None),
+    };
+    let name = |text: &str| text.parse::<Name>().map_err(|e| format!("{text:?}: {e}"));
+    let (mut env, mut path) = (IndexMap::new(), None);
+    let name = match rest.split_once('=') {
+        None => name(rest)?,
+        Some((at, named)) if at.starts_with('/') => {
+            path = Some(at.to_owned());
+            name(named)?
+        }
+        Some((variable, from)) => {
+            let (named, key) = from.split_once('/').ok_or("write VARIABLE=NAME/KEY, or /PATH=NAME for files")?;
+            env.insert(variable.to_owned(), key.to_owned());
+            name(named)?
+        }
+    };
+    Ok(SecretRef { name, version, env, path })
+}
+
 pub fn label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or_else(|| format!("{text:?}: write KEY=VALUE"))?;
     if !is_label_key(key) || !is_label_value(value) {
@@ -202,6 +251,22 @@ mod tests {
     }
 
     #[test]
+    fn secrets_are_named_by_what_they_become() {
+        let env = secret("PASSWORD=db/pass.word@3").unwrap();
+        assert_eq!((env.name.as_str(), env.version, &env.env["PASSWORD"]), ("db", Some(3), &"pass.word".to_owned()));
+        assert_eq!(secret("/srv/tls=tls").unwrap().folder().as_deref(), Some("/srv/tls"));
+        assert_eq!(secret("tls").unwrap().folder().as_deref(), Some("/run/secrets/tls"));
+        for wrong in ["A=db", "Db", "db@0", "db@x", "="] {
+            assert!(secret(wrong).is_err(), "{wrong}");
+        }
+        let all = |texts: &[&str]| texts.iter().map(|t| secret(t).unwrap()).collect::<Vec<_>>();
+        let two = with_secrets(all(&["A=db/a", "tls"]), &all(&["B=db/b", "tls@2"]));
+        assert_eq!(two.len(), 2);
+        assert_eq!((two[0].env.len(), two[1].version), (2, Some(2)));
+        assert_eq!(with_secrets(all(&["A=db/a"]), &all(&["A=other/a"])), all(&["A=other/a"]));
+    }
+
+    #[test]
     fn a_new_container_serves_port_80_and_a_function_none_of_its_own() {
         let container = app(&name("web"), None, &Wanted::default(), Some(ImageFormat::Oci));
         assert_eq!(container["spec"]["image"], "web");
@@ -222,6 +287,7 @@ mod tests {
             ports: vec![port("8080/h2c").unwrap(), port("9/tcp").unwrap()],
             env: vec![("A".into(), "b".into())],
             labels: vec![("tier".into(), "front".into())],
+            secrets: vec![secret("A_KEY=db/key").unwrap(), secret("tls").unwrap()],
             cpu: Some("250m".parse().unwrap()),
             memory: Some("128Mi".parse().unwrap()),
             scratch: Some("1Gi".parse().unwrap()),

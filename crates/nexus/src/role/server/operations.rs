@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use super::fleet::{self, HostMembership, HostRecord, ServerRecord, ServerState, Stored, VERSION};
 use super::join::Joins;
 use super::membership::Membership;
+use super::rewrap::Rewrap;
 
 /// How long a server that has joined may take until it is a full member.
 const TAKE_IN: Duration = Duration::from_secs(50);
@@ -40,6 +41,7 @@ pub struct ServerOperations {
     pub membership: Arc<Membership>,
     pub writer: Arc<dyn Writer>,
     pub backups: Option<Arc<dyn Backups>>,
+    pub rewrap: Rewrap,
 }
 
 /// A store's error as an operator reads it.
@@ -85,6 +87,10 @@ impl Operations for ServerOperations {
                 let asked = read::<RegionRemove>(body)?;
                 self.membership.let_region_go(&asked.name, &asked.nodes).await?;
                 Ok(json!({"removed": asked.name}))
+            }
+            "master-key-status" | "master-key-rewrap" => {
+                read::<Nothing>(body)?;
+                Ok(answer(&self.rewrap.run(name == "master-key-rewrap").await?))
             }
             "host-leave" => self.leave(read::<HostLeave>(body)?).await,
             "backup-create" | "backup-list" => {

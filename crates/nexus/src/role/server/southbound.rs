@@ -25,6 +25,7 @@ use super::authority::{Authority, PublicNames};
 use super::blobs::ServerBlobs;
 use super::fleet::Fleet;
 use super::groups::{self, Gateways, Groups, Writers};
+use super::secrets::{self, Secrets};
 use super::workloads::{self, Workloads};
 use crate::config::ServerConfig;
 
@@ -170,7 +171,9 @@ fn allowed(caller: &Caller, called: &str) -> bool {
     let Some((role, _)) = role_of(caller) else { return false };
     match called {
         method::REPORT | method::PLAN => role == Role::Agent,
-        method::WORKLOAD_CERTIFICATE | method::WORKLOAD_TOKEN | method::WORKLOAD_KEYS => role == Role::Agent,
+        method::WORKLOAD_CERTIFICATE | method::WORKLOAD_TOKEN | method::WORKLOAD_KEYS | method::WORKLOAD_SECRET => {
+            role == Role::Agent
+        }
         method::TABLE | method::GATEWAY_NOTE => role == Role::Gateway,
         method::BLOB_GET => matches!(role, Role::Agent | Role::Server),
         method::SERVERS | method::RENEW => matches!(role, Role::Agent | Role::Gateway | Role::Server),
@@ -218,6 +221,7 @@ pub fn server(
     fleet: &Fleet,
     authority: Option<Arc<Authority>>,
     workloads: &Arc<Workloads>,
+    secrets: &Arc<Secrets>,
 ) -> ServerBuilder {
     let (stores, region) = (groups.by_id(), &writers.region);
     let (submit_region, submit_store) = (region.clone(), groups.region.clone());
@@ -289,6 +293,7 @@ pub fn server(
         });
     let (get, put, has) = (blobs.clone(), blobs.clone(), blobs.clone());
     let builder = workloads::methods(fleet_methods(builder, env, fleet, authority), workloads);
+    let builder = secrets::methods(builder, secrets);
     groups::methods(builder, groups, writers)
         .bytes_stream(method::BLOB_GET, move |_, request: BlobRequest| {
             let blobs = get.clone();

@@ -20,11 +20,11 @@ use nexus_control::view::View;
 use nexus_env::Env;
 use nexus_iam::svid::{self, JwtBundle, SvidKey, SvidPublicKey};
 use nexus_iam::{CertRequest, SpiffeId, at_millis};
-use nexus_model::kind::InstancePhase;
+use nexus_model::kind::{Instance, InstancePhase};
 use nexus_model::plan::{
     WorkloadCertificate, WorkloadCertificateRequest, WorkloadKeys, WorkloadToken, WorkloadTokenRequest, method,
 };
-use nexus_model::{Name, Timestamp, Uid, key};
+use nexus_model::{Name, Object, Timestamp, Uid, key};
 use nexus_store::{RangeRequest, Store, StoreError, WatchEvent};
 use nexus_wire::{Refusal, ServerBuilder, code};
 use serde::{Deserialize, Serialize};
@@ -84,6 +84,22 @@ fn own_key(data_dir: &Path) -> anyhow::Result<SvidKey> {
         .with_context(|| format!("{}: remove the file, and the server makes a new key", path.display()))
 }
 
+/// An instance, if it is placed on `host` and is to run there, as far as this server knows.
+pub fn placed(view: &View, fleet: &Fleet, host: &Name, instance: Uid) -> Result<Object<Instance>, Refusal> {
+    let forbidden = |why: String| Refusal::new(code::FORBIDDEN, why);
+    if fleet.has_left(host) {
+        return Err(forbidden(format!("host {host} has left the region: nothing is given to what it runs")));
+    }
+    let found = view.read(|world| {
+        let here = world.instance(instance).filter(|i| i.status.host.as_ref() == Some(host))?;
+        let runs = here.metadata.deleting.is_none() && here.status.phase != InstancePhase::Lost;
+        runs.then(|| here.clone())
+    });
+    found.ok_or_else(|| {
+        forbidden(format!("instance {instance} is not placed on host {host}, as far as this server knows"))
+    })
+}
+
 impl Workloads {
     /// Blocks shortly.
     pub fn open(
@@ -111,19 +127,9 @@ impl Workloads {
 
     /// Who an instance is, if it is placed on `host`.
     fn placed(&self, host: &Name, instance: Uid) -> Result<SpiffeId, Refusal> {
-        let forbidden = |why: String| Err(Refusal::new(code::FORBIDDEN, why));
-        if self.fleet.has_left(host) {
-            return forbidden(format!("host {host} has left the region: nothing is signed for what it runs"));
-        }
-        let found = self.view.read(|world| {
-            let here = world.instance(instance).filter(|i| i.status.host.as_ref() == Some(host))?;
-            let runs = here.metadata.deleting.is_none() && here.status.phase != InstancePhase::Lost;
-            runs.then(|| Some((here.metadata.project.clone()?, here.spec.app.clone())))?
-        });
-        let Some((project, app)) = found else {
-            return forbidden(format!("instance {instance} is not placed on host {host}, as far as this server knows"));
-        };
-        SpiffeId::workload(&self.trust_domain, project.as_str(), app.as_str())
+        let found = placed(&self.view, &self.fleet, host, instance)?;
+        let project = found.metadata.project.as_ref().map_or("", Name::as_str);
+        SpiffeId::workload(&self.trust_domain, project, found.spec.app.as_str())
             .map_err(|e| Refusal::internal(e.to_string()))
     }
 
