@@ -3,6 +3,8 @@
 
 #![allow(dead_code)] // Each test program uses a part of it.
 
+pub mod cloud;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
