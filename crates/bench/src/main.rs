@@ -1,5 +1,6 @@
 //! `cargo xtask bench NAME [--json]`: the benches by name. A new one is a file and a line in [`BENCHES`].
 
+mod access;
 mod api;
 mod cloud;
 mod container;
@@ -32,6 +33,7 @@ struct Bench {
 const BENCHES: &[Bench] = &[
     Bench { name: "placement", about: "decisions of one cell with 50,000 hosts, on one core", run: placement::run },
     Bench { name: "policy", about: "who may do what: decisions with 100 policies, 10,000 entities", run: policy::run },
+    Bench { name: "access", about: "reads by access token, with 100 policies, 10,000 entities", run: access::run },
     Bench {
         name: "function",
         about: "components: deployed to first answer, a fresh instance per request",

@@ -21,12 +21,12 @@ use nexus_model::{Timestamp, kind};
 
 use crate::report::{Row, cpu_seconds, median, percentile};
 
-const ORGANIZATION: &str = "acme";
-const USERS: usize = 4_000;
+pub const ORGANIZATION: &str = "acme";
+pub const USERS: usize = 4_000;
 const GROUPS: usize = 500;
-const PROJECTS: usize = 500;
-const APPS: usize = 5_000;
-const POLICIES: usize = 100;
+pub const PROJECTS: usize = 500;
+pub const APPS: usize = 5_000;
+pub const POLICIES: usize = 100;
 const ROUNDS: usize = 5;
 const QUESTIONS: usize = 40_000;
 const PEER_QUESTIONS: usize = 500;
@@ -44,7 +44,7 @@ struct World {
 }
 
 /// A fifth of the policies each: by group, by label, by address, by time, a guard-rail.
-fn policy(n: usize) -> (bool, String) {
+pub fn policy(n: usize) -> (bool, String) {
     let group = n * 5 % GROUPS;
     match n % 5 {
         0 => (false, format!("permit (principal in Group::\"acme/g{group}\", action in Action::\"edit\", resource);")),
@@ -80,12 +80,12 @@ fn policy(n: usize) -> (bool, String) {
     }
 }
 
-fn groups_of(user: usize) -> Vec<usize> {
+pub fn groups_of(user: usize) -> Vec<usize> {
     (0..1 + user % 4).map(|k| (user * 7 + k * 131) % GROUPS).collect()
 }
 
 /// The group that has a project's role, and the role.
-fn role_of(project: usize) -> (usize, Role) {
+pub fn role_of(project: usize) -> (usize, Role) {
     (project * 3 % GROUPS, if project.is_multiple_of(2) { Role::Editor } else { Role::Viewer })
 }
 

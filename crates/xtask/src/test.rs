@@ -125,9 +125,13 @@ fn node_packages(root: &Path) -> anyhow::Result<()> {
             continue;
         }
         std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        // Not `--prefix`, which would hide the machine's own npm configuration.
+        let manifest = folder.join("package.json");
+        std::fs::write(&manifest, "{\"private\": true}\n")
+            .with_context(|| format!("writing {}", manifest.display()))?;
         let mut npm = Command::new("npm");
-        npm.args(["install", "--no-audit", "--no-fund", "--no-save", "--ignore-scripts", "--prefix"]);
-        process::run(npm.arg(&folder).arg(format!("{package}@{release}")))?;
+        npm.args(["install", "--no-audit", "--no-fund", "--no-save", "--ignore-scripts"]).current_dir(&folder);
+        process::run(npm.arg(format!("{package}@{release}")))?;
     }
     Ok(())
 }
