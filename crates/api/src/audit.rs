@@ -22,10 +22,10 @@ use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http::{HeaderValue, Method};
 use nexus_audit::export::EXPORT_VERSION;
-use nexus_audit::tiles::{consistency_tiles, inclusion_tiles, peaks_at, peaks_tiles};
+use nexus_audit::tiles::{TILE, TileId, consistency_tiles, inclusion_tiles, peaks_at, peaks_tiles};
 use nexus_audit::{
-    Consistency, Dropped, Entry, Header, Line, Mode, SignedHead, chain_line, consistency_proof, entry_line,
-    inclusion_proof,
+    Consistency, Dropped, Entry, Hash, Header, Line, Mode, Pruned, SignedHead, chain_line, consistency_proof,
+    entry_line, inclusion_proof,
 };
 use nexus_control::audit::{Heads, Notes, ReadError, place_of, principal_of, read, read_subject};
 use nexus_control::intent::{Change, Deed, Intent, Provenance, Target};
@@ -217,7 +217,11 @@ async fn inclusion(log: &Log<'_>, query: &Query) -> Result<Response, ApiError> {
     let path = inclusion_proof(&tiles, index, size).map_err(unprovable)?;
     let row = log.store().range(RangeRequest::get(key::audit_record(index))).await.map_err(from_store)?;
     let entry = row.kvs.first().map(|kv| Entry::from_row(&kv.value)).transpose();
-    let hash = entry.ok().flatten().and_then(|entry| entry.record.hash().ok());
+    let mut hash = entry.ok().flatten().and_then(|entry| entry.record.hash().ok());
+    if hash.is_none() {
+        let tiles = read::tiles(&**log.store(), None, [tile_of(index)], size).await.map_err(failed)?;
+        hash = hash_of(&tiles, index);
+    }
     Ok(answer(&json!({"index": index, "size": size, "hash": hash, "path": path, "head": described(&head)})))
 }
 
@@ -424,11 +428,19 @@ fn entries(
             let end = size.min(next + PAGE as u64);
             let request = RangeRequest::new(key::audit_record(next), key::audit_record(end)).limit(PAGE).stale();
             let page = store.range(request).await.map_err(|e: StoreError| broken(e.to_string()))?;
+            let mut hashes = BTreeMap::new();
             if page.kvs.len() as u64 != end - next {
-                return Err(broken(format!("records between {next} and {end} are missing")));
+                let ids = (tile_of(next).number..=tile_of(end - 1).number).map(|number| TileId { level: 0, number });
+                hashes = read::tiles(&*store, None, ids, size).await.map_err(|e| broken(e.to_string()))?;
             }
+            let mut rows = page.kvs.iter().peekable();
             let mut out = Vec::new();
-            for kv in &page.kvs {
+            for index in next..end {
+                let Some(kv) = rows.next_if(|kv| kv.key == key::audit_record(index)) else {
+                    let hash = hash_of(&hashes, index).ok_or_else(|| broken(format!("record {index} is missing")))?;
+                    out.extend(line(Line::Pruned(Pruned { hash, index }).to_json()));
+                    continue;
+                };
                 out.extend(line(entry_line(&kv.value)));
                 let entry = Entry::from_row(&kv.value).map_err(|e| broken(e.to_string()))?;
                 let Some(anchor) = entry.record.anchor else { continue };
@@ -447,6 +459,16 @@ fn entries(
             Ok(Some((Bytes::from(out), (end, permit))))
         }
     })
+}
+
+fn tile_of(index: u64) -> TileId {
+    TileId { level: 0, number: index / TILE as u64 }
+}
+
+/// The hash of a record that may be pruned, from the full tile that it is in.
+fn hash_of(tiles: &BTreeMap<TileId, Vec<Hash>>, index: u64) -> Option<Hash> {
+    let tile = tiles.get(&tile_of(index)).filter(|tile| tile.len() == TILE)?;
+    tile.get(usize::try_from(index % TILE as u64).ok()?).copied()
 }
 
 /// Whose data is to be shredded.

@@ -2,10 +2,15 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use nexus_audit::{
     Actor, ActorKind, Answer, Change, Draft, Hash, Log, Options, PublicKey, Report, Retention, SignedHead, Target,
     TreeHead, Verifier, verify, verify_consistency, verify_inclusion,
 };
+use nexus_control::audit::retention::{Keep, Pruner};
+use nexus_env::{Env, ManualClock};
 use nexus_model::key;
 use serde_json::{Value, json};
 use support::World;
@@ -98,6 +103,63 @@ async fn an_export_verifies_from_any_record_on_and_against_earlier_heads() {
     world.store_row(key::AUDIT_STATE.into(), other.state().to_bytes()).await;
     assert!(check(&world, "", &[]).await.is_right(), "by itself it is a log like any other");
     assert!(!check(&world, "", std::slice::from_ref(&early)).await.is_right(), "an earlier head shows it");
+}
+
+#[tokio::test]
+async fn records_whose_time_is_over_leave_their_hashes_and_every_proof_holds() {
+    let (world, mut log) = (World::new(), Log::new("local"));
+    grow(&world, &mut log, 300).await;
+    let early = head(&world).await;
+    grow(&world, &mut log, 500).await;
+    // The clock stands at the time of record 700; changes are kept for 100 seconds, that is 100 records.
+    let clock = ManualClock::at(1_700_000_700_000);
+    let keep = |change: u64| Keep {
+        security: Duration::from_secs(9_000),
+        change: Duration::from_secs(change),
+        access: Duration::from_secs(1),
+    };
+    let env = Env::real().with_clock(Arc::new(clock));
+    let row = format!("{}hook", key::AUDIT_WEBHOOKS);
+    let pruner = |change: u64, after: Option<&String>| Pruner {
+        env: env.clone(),
+        store: world.store.clone(),
+        keep: keep(change),
+        after: after.cloned(),
+    };
+    let all = async |pruner: Pruner| {
+        for class in [Retention::Security, Retention::Change, Retention::Access] {
+            while pruner.prune_one(class).await.unwrap() {}
+        }
+    };
+    all(pruner(9_000, None)).await;
+    assert_eq!(check(&world, "", &[]).await.records, 800, "all are young");
+    all(pruner(100, Some(&row))).await;
+    assert_eq!(check(&world, "", &[]).await.records, 800, "the webhook has not got any");
+    world.store_row(row.clone(), br#"{"next":300}"#.to_vec()).await;
+    all(pruner(100, Some(&row))).await;
+    let left =
+        async || world.get(&format!("{AUDIT}/records?limit=500")).await.json()["items"].as_array().unwrap().len();
+    assert_eq!(left().await, 500);
+    all(pruner(100, None)).await;
+    assert_eq!(left().await, 199, "as old as that are the first 601");
+
+    let lines = world.get(&format!("{AUDIT}/export")).await.body;
+    let lines = || lines.split(|b| *b == b'\n').filter(|l| !l.is_empty());
+    let keys = keys(&world).await;
+    let strict = verify(lines(), &keys, &[early.clone()], Options::default()).unwrap();
+    assert!(!strict.is_right(), "what is gone is told");
+    let allowed = Options { allow_pruned: true, ..Options::default() };
+    let report = verify(lines(), &keys, &[early], allowed).unwrap();
+    assert!(report.is_right(), "{report:?}");
+    assert_eq!((report.records, report.pruned, report.earlier), (199, 601, 1));
+    let now = head(&world).await;
+    let now = keys.verify(&now).unwrap();
+    for index in [0, 299, 600, 601] {
+        let proof = world.get(&format!("{AUDIT}/inclusion?index={index}")).await.json();
+        let hash = serde_json::from_value(proof["hash"].clone()).unwrap();
+        let path: Vec<Hash> = serde_json::from_value(proof["path"].clone()).unwrap();
+        assert!(verify_inclusion(hash, index, now.size, now.root, &path), "{index}");
+    }
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@
 mod heads;
 mod notes;
 pub mod read;
+pub mod retention;
 
 use std::collections::BTreeMap;
 

@@ -52,6 +52,8 @@ pub const AUDIT_HEADS: &str = "a/h/";
 pub const AUDIT_KEYS: &str = "a/k/";
 pub const AUDIT_ANCHORS: &str = "a/s/";
 pub const AUDIT_WEBHOOKS: &str = "a/w/";
+/// How far each class of records was pruned.
+pub const AUDIT_PRUNED: &str = "a/c/";
 pub const AUDIT_SUBJECTS: &str = "a/p/";
 
 /// Stands for the project or organization in keys of kinds that belong to none.
@@ -98,6 +100,11 @@ pub fn secret_version(project: &Name, name: &Name, version: u64) -> String {
 
 pub fn audit_record(index: u64) -> String {
     format!("{AUDIT_RECORDS}{index:020}")
+}
+
+/// The index of the record with this key.
+pub fn audit_index(key: &[u8]) -> Option<u64> {
+    std::str::from_utf8(key.strip_prefix(AUDIT_RECORDS.as_bytes())?).ok()?.parse().ok()
 }
 
 pub fn audit_head(size: u64) -> String {

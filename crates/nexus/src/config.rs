@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nexus_control::audit::retention::Keep;
 use nexus_env::Endpoint;
 use nexus_model::Name;
 use nexus_model::kind::{Capacity, Classes, GLOBAL, Tier};
@@ -113,6 +114,9 @@ pub struct ServerConfig {
     /// Sends the records of the audit logs elsewhere too
     #[serde(default)]
     pub audit_webhook: Option<WebhookConfig>,
+    /// How long records of the audit logs are kept
+    #[serde(default)]
+    pub audit_keep: AuditKeep,
     /// Southbound listener (mTLS): peers, agents, gateways.
     pub wire_listen: SocketAddr,
     /// Northbound listener (TLS, bearer tokens).
@@ -423,6 +427,31 @@ pub struct WebhookConfig {
     pub secret_file: PathBuf,
 }
 
+/// For how many days what audit records say is kept, by their class; their hashes stay. See `docs/guide/audit.md`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuditKeep {
+    /// Identity, policies, refusals, anchors [default: 1096]
+    pub security_days: u32,
+    /// Changes of resources [default: 400]
+    pub change_days: u32,
+    /// Reads and sign-ins [default: 90]
+    pub access_days: u32,
+}
+
+impl Default for AuditKeep {
+    fn default() -> Self {
+        Self { security_days: 1096, change_days: 400, access_days: 90 }
+    }
+}
+
+impl From<AuditKeep> for Keep {
+    fn from(days: AuditKeep) -> Self {
+        let of = |days: u32| Duration::from_secs(u64::from(days) * 24 * 3600);
+        Self { security: of(days.security_days), change: of(days.change_days), access: of(days.access_days) }
+    }
+}
+
 impl WebhookConfig {
     fn check(&self) -> Result<(), String> {
         let url: http::Uri = self.url.parse().map_err(|e| format!("{:?} is no address: {e}", self.url))?;
@@ -490,6 +519,10 @@ impl Config for ServerConfig {
                 "authority",
                 format!("certificate_seconds = {seconds}: between {least} and {most} is needed"),
             ));
+        }
+        let AuditKeep { security_days, change_days, access_days } = self.audit_keep;
+        if let Some(days) = [security_days, change_days, access_days].into_iter().find(|days| *days < 7) {
+            return Err(("audit_keep", format!("{days} days are too few to look into anything: at least 7")));
         }
         if let Some(webhook) = &self.audit_webhook {
             webhook.check().map_err(|why| ("audit_webhook", why))?;
@@ -692,6 +725,7 @@ mod tests {
             backup_dir: None,
             store: None,
             audit_webhook: None,
+            audit_keep: AuditKeep::default(),
             wire_listen: "[fd00::1]:7440".parse().unwrap(),
             api_tls_listen: "127.0.0.1:8443".parse().unwrap(),
             api_http_listen: Some("127.0.0.1:8453".parse().unwrap()),

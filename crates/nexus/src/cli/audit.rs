@@ -125,6 +125,9 @@ struct VerifyArgs {
     /// Fails if refusals that an anchor settles are not in the export, as when it was made by another server
     #[arg(long)]
     strict: bool,
+    /// Puts up with records whose time was over, of which only the hash is left. They are counted
+    #[arg(long, conflicts_with = "strict")]
+    allow_pruned: bool,
     #[arg(short, long, value_enum, default_value_t = Form::Table)]
     output: Form,
 }
@@ -296,7 +299,7 @@ fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
     }
     let keys = Verifier::new(keys);
     let heads = args.heads.iter().map(|file| head_in(file)).collect::<anyhow::Result<Vec<_>>>()?;
-    let options = Options { allow_dropped: !args.strict, ..Options::default() };
+    let options = Options { allow_dropped: !args.strict, allow_pruned: args.allow_pruned };
     let verifier = ExportVerifier::new(&keys, &heads, options).context("a head that you kept")?;
     let reading = || format!("reading {}", args.export.display());
     let report = match args.export.to_str() {

@@ -21,8 +21,8 @@ use super::output::{self, Format};
 use super::resource::new_name;
 use super::table::Printer;
 use crate::config::{
-    AuthorityFiles, BootstrapCell, CERTIFICATE_SECONDS, GlobalConfig, Member, REGION_AUTHORITY_LIFE, ROOT_LIFE,
-    ServerConfig, StoreConfig, TlsFiles,
+    AuditKeep, AuthorityFiles, BootstrapCell, CERTIFICATE_SECONDS, GlobalConfig, Member, REGION_AUTHORITY_LIFE,
+    ROOT_LIFE, ServerConfig, StoreConfig, TlsFiles,
 };
 use crate::context::Context;
 use crate::exit::Fail;
@@ -297,6 +297,7 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
         data_dir: home.folder("data")?,
         backup_dir: None,
         audit_webhook: None,
+        audit_keep: AuditKeep::default(),
         store: args.store.url.clone(),
         wire_listen: args.wire,
         api_tls_listen: args.api_listen,
@@ -403,6 +404,7 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         data_dir: home.folder("data")?,
         backup_dir: None,
         audit_webhook: None,
+        audit_keep: AuditKeep::default(),
         store,
         wire_listen: args.wire,
         api_tls_listen: args.api_listen,

@@ -22,9 +22,9 @@ use super::cgroup;
 use super::plan::{HostPlan, Plan, ServerPlan};
 use super::state::{DataDir, make_private_dir, write_private};
 use crate::config::{
-    AgentConfig, AuthorityFiles, BootstrapCell, CERTIFICATE_LIFE, GatewayConfig, GlobalConfig, HostInitConfig,
-    KeeperConfig, Member, PUBLIC_CERTIFICATE_LIFE, REGION_AUTHORITY_LIFE, ROOT_LIFE, ServerConfig, StoreConfig,
-    TlsFiles,
+    AgentConfig, AuditKeep, AuthorityFiles, BootstrapCell, CERTIFICATE_LIFE, GatewayConfig, GlobalConfig,
+    HostInitConfig, KeeperConfig, Member, PUBLIC_CERTIFICATE_LIFE, REGION_AUTHORITY_LIFE, ROOT_LIFE, ServerConfig,
+    StoreConfig, TlsFiles,
 };
 use crate::secret_file;
 
@@ -217,6 +217,7 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 data_dir: dir.data(server.name.as_str()),
                 backup_dir: None,
                 audit_webhook: None,
+                audit_keep: AuditKeep::default(),
                 store: store.clone(),
                 wire_listen: server.wire,
                 api_tls_listen: server.api_tls,

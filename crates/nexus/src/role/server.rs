@@ -33,6 +33,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use nexus_api::{Api, Limits, Operators};
+use nexus_control::audit::retention::Pruner;
 use nexus_control::directory::Directory;
 use nexus_control::view::View;
 use nexus_env::{Endpoint, Env};
@@ -148,9 +149,14 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     let signer = Arc::new(signing::load(&config.data_dir)?);
     let writer = writers.global.clone();
     tasks.spawn(signing::publish(signer.clone(), config.name.clone(), writer, env.clone(), stop.clone()));
-    if let Some(to) = &config.audit_webhook {
-        for (group, store) in [(config.region.as_str(), &groups.region), (GLOBAL, &groups.global)] {
-            tasks.spawn(webhook::Webhook::new(to, group, &env, store.clone())?.run(stop.clone()));
+    for (group, store) in [(config.region.as_str(), &groups.region), (GLOBAL, &groups.global)] {
+        let hook = config.audit_webhook.as_ref();
+        let hook = hook.map(|to| webhook::Webhook::new(to, group, &env, store.clone())).transpose()?;
+        let (store, after) = (store.clone(), hook.as_ref().map(webhook::Webhook::row));
+        let pruner = Pruner { env: env.clone(), store, keep: config.audit_keep.into(), after };
+        tasks.spawn(pruner.run(stop.clone()));
+        if let Some(hook) = hook {
+            tasks.spawn(hook.run(stop.clone()));
         }
     }
     tasks.spawn(noted.run(contract.clone(), writers.region.clone(), stop.clone()));

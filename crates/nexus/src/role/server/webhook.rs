@@ -14,10 +14,10 @@ use anyhow::Context as _;
 use nexus_audit::webhook::{SIGNATURE_HEADER, signature};
 use nexus_audit::{Hash, entry_line};
 use nexus_control::audit::read;
+use nexus_control::audit::retention::Position;
 use nexus_env::Env;
 use nexus_model::key;
-use nexus_store::{Compare, Op, RangeRequest, Revision, Store, Txn};
-use serde::{Deserialize, Serialize};
+use nexus_store::{RangeRequest, Store};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::WebhookConfig;
@@ -42,12 +42,6 @@ pub struct Webhook {
     http: reqwest::Client,
 }
 
-/// The row that says how far it has come.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Position {
-    next: u64,
-}
-
 /// The secret in a file that only its owner may read.
 fn secret(path: &Path) -> anyhow::Result<Vec<u8>> {
     let secret = crate::secret_file::read(path)?.trim_ascii().to_vec();
@@ -70,7 +64,7 @@ impl Webhook {
     }
 
     /// Another address begins at the first record.
-    fn row(&self) -> String {
+    pub fn row(&self) -> String {
         format!("{}{}", key::AUDIT_WEBHOOKS, &Hash::of(self.url.as_bytes()).to_string()[..16])
     }
 
@@ -104,44 +98,41 @@ impl Webhook {
 
     /// Sends the next batch. False if there is none.
     async fn send_one(&self) -> anyhow::Result<bool> {
-        let row = self.store.range(RangeRequest::get(self.row())).await?.kvs.pop();
-        let was = row.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
-        let position: Position = match &row {
-            Some(kv) => serde_json::from_slice(&kv.value).context("reading how far the webhook has come")?,
-            None => Position::default(),
-        };
+        let (position, was) = Position::read(&*self.store, &self.row()).await?;
         let size = read::state(&*self.store).await?.frontier.size();
         if position.next >= size {
             return Ok(false);
         }
         let end = size.min(position.next + BATCH as u64);
         let records = RangeRequest::new(key::audit_record(position.next), key::audit_record(end)).limit(BATCH);
-        let (mut body, mut next) = (Vec::new(), position.next);
+        let (mut body, mut from, mut next) = (Vec::new(), None, end);
         for kv in self.store.range(records).await?.kvs {
-            if kv.key != key::audit_record(next) {
-                anyhow::bail!("record {next} is missing");
-            }
+            let index = key::audit_index(&kv.key).with_context(|| format!("{:?} is no record's key", kv.key))?;
             let line = entry_line(&kv.value);
             if !body.is_empty() && body.len() + line.len() > MAX_BYTES {
+                next = index;
                 break;
             }
+            from.get_or_insert(index);
             body.extend(line);
             body.push(b'\n');
-            next += 1;
         }
+        // Those whose time was over before this webhook was there are not sent.
+        let Some(from) = from else {
+            Position { next }.write(&*self.store, &self.row(), was, Vec::new()).await?;
+            return Ok(true);
+        };
         let time = u64::try_from(self.env.now_millis() / 1000).unwrap_or(0);
         let request = self
             .http
             .post(&self.url)
             .header("content-type", "application/x-ndjson")
             .header("nexus-audit-group", &self.group)
-            .header("nexus-audit-from", position.next.to_string())
+            .header("nexus-audit-from", from.to_string())
             .header(SIGNATURE_HEADER, signature(&self.secret, time, &body));
         let answer = request.body(body).send().await.map_err(reqwest::Error::without_url)?;
         anyhow::ensure!(answer.status().is_success(), "it answered {}", answer.status());
-        let value = serde_json::to_vec(&Position { next })?;
-        let unchanged = Compare::mod_revision(self.row(), was);
-        self.store.txn(Txn::new(vec![unchanged], vec![Op::put(self.row(), value)])).await?;
+        Position { next }.write(&*self.store, &self.row(), was, Vec::new()).await?;
         Ok(true)
     }
 }
@@ -153,6 +144,7 @@ mod tests {
     use nexus_audit::{Actor, ActorKind, Answer, Draft, Entry, Line, Log, Retention, webhook};
 
     use nexus_store::embedded::EmbeddedStore;
+    use nexus_store::{Op, Txn};
 
     use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
     use tokio::net::TcpListener;
