@@ -92,6 +92,11 @@ fn changes(mut spec: Map<String, Value>) -> Result<Brought, ApiError> {
             }
         }
     }
+    // What else a read shows may be sent back; it changes nothing.
+    spec.retain(|_, value| !value.is_null());
+    if serde_json::from_value::<SecretSpec>(Value::Object(spec)).is_err() {
+        errors.push(FieldError::new("spec", "`version` is a number and `keys` a list of texts: leave them out"));
+    }
     match (errors.is_empty(), changes.is_empty()) {
         (false, _) => Err(ApiError::invalid(errors)),
         (_, true) => Ok(Brought::Nothing),

@@ -391,7 +391,7 @@ pub struct AccessKeySpec {
     /// Opens nothing but this project.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub project: Option<Name>,
-    #[schemars(length(max = 200))]
+    #[schemars(length(max = 200), regex(pattern = PRINTABLE))]
     pub description: String,
     /// The public half. Written by the server.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -183,6 +183,8 @@ pub struct SecretRef {
 const VARIABLE: &str = "^[A-Za-z_][A-Za-z0-9_]{0,127}$";
 const PATH: &str = "^(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+$";
 const MAX_PATH: usize = 255;
+/// JSON has no whole numbers beyond this that all readers agree on.
+const MAX_VERSION: u64 = (1 << 53) - 1;
 /// What is not ours to mount over.
 const TAKEN: [&str; 5] = ["/proc", "/sys", "/dev", "/etc", "/run/spiffe"];
 
@@ -228,7 +230,7 @@ pub(super) fn validate_refs(refs: &[SecretRef], env: &IndexMap<String, String>, 
     check(refs.len() <= MAX_SECRETS, "spec.secrets".into(), "at most 16");
     for (i, r) in refs.iter().enumerate().take(MAX_SECRETS) {
         let at = |field: &str| format!("spec.secrets[{i}].{field}");
-        check(r.version != Some(0), at("version"), "versions begin at 1");
+        check(r.version.is_none_or(|v| (1..=MAX_VERSION).contains(&v)), at("version"), "versions begin at 1");
         check(r.env.is_empty() || r.path.is_none(), at("path"), "a reference has variables or files: write two");
         check(r.env.len() <= MAX_KEYS, at("env"), "at most 64 variables");
         for (variable, key) in &r.env {

@@ -15,9 +15,9 @@ use crate::secret_file;
 
 /// Makes regions' certificate authorities by the root's key, on a machine that needs no network
 #[derive(Debug, Args)]
-#[command(after_help = "Examples, where the root's key is kept:\n  \
+#[command(after_help = "Examples:\n  \
     nexus ca region west --root ca.pem --root-key root.key --out new\n\n\
-    Put both files where `[authority]` in the nexus.toml of the region's servers says, and restart these one after another. \
+    Run it where the root's key is kept. Put both files where `[authority]` in the nexus.toml of the region's servers says, and restart these one after another. \
     Certificates that the former authority signed stay good until they end.")]
 pub struct CaArgs {
     #[command(subcommand)]
