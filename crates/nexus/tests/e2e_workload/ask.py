@@ -22,7 +22,10 @@ def everything(client):
     roots = client.fetch_x509_bundles(timeout=30).get_bundle_for_trust_domain(domain)
     keys = client.fetch_jwt_bundles(timeout=30).get_bundle_for_trust_domain(domain)
     life = svid.leaf.not_valid_after_utc - svid.leaf.not_valid_before_utc
-    svid.leaf.verify_directly_issued_by(next(iter(roots.x509_authorities)))
+    # The region's authority stands between the certificate and the root that is trusted.
+    chain = [*svid.cert_chain, next(iter(roots.x509_authorities))]
+    for certificate, issuer in zip(chain, chain[1:]):
+        certificate.verify_directly_issued_by(issuer)
     return {
         "user": os.getuid(),
         "socket": os.environ["SPIFFE_ENDPOINT_SOCKET"],
