@@ -83,7 +83,7 @@ pub struct IdentityProviderSpec {
     /// For providers that don't take public clients. Never shown: the server keeps it sealed, for this issuer and client, also
     /// when a later change leaves it out.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 512), extend("writeOnly" = true))]
+    #[schemars(length(min = 1, max = 512), extend("writeOnly" = true))]
     pub client_secret: Option<String>,
     /// The client's secret, sealed by the master key for this very issuer. Written by the server.
     #[serde(skip_serializing_if = "Option::is_none")]
