@@ -146,7 +146,7 @@ async fn records_whose_time_is_over_leave_their_hashes_and_every_proof_holds() {
     let lines = world.get(&format!("{AUDIT}/export")).await.body;
     let lines = || lines.split(|b| *b == b'\n').filter(|l| !l.is_empty());
     let keys = keys(&world).await;
-    let strict = verify(lines(), &keys, &[early.clone()], Options::default()).unwrap();
+    let strict = verify(lines(), &keys, std::slice::from_ref(&early), Options::default()).unwrap();
     assert!(!strict.is_right(), "what is gone is told");
     let allowed = Options { allow_pruned: true, ..Options::default() };
     let report = verify(lines(), &keys, &[early], allowed).unwrap();
