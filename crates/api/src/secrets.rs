@@ -94,7 +94,8 @@ fn changes(mut spec: Map<String, Value>) -> Result<Brought, ApiError> {
     }
     // What else a read shows may be sent back; it changes nothing.
     spec.retain(|_, value| !value.is_null());
-    if serde_json::from_value::<SecretSpec>(Value::Object(spec)).is_err() {
+    let rest = serde_json::from_value::<SecretSpec>(Value::Object(spec));
+    if !rest.is_ok_and(|rest| rest.brought().is_ok()) {
         errors.push(FieldError::new("spec", "`version` is a number and `keys` a list of texts: leave them out"));
     }
     match (errors.is_empty(), changes.is_empty()) {

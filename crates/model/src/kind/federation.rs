@@ -60,7 +60,7 @@ pub struct ExchangeRule {
     #[schemars(length(min = 1, max = 256))]
     pub audience: String,
     /// What else the token says, such as `repository: acme/shop`: all of it, and one at least.
-    #[schemars(extend("minProperties" = 1, "maxProperties" = MAX_CLAIMS))]
+    #[schemars(extend("minProperties" = 1, "maxProperties" = MAX_CLAIMS, "propertyNames" = {"minLength": 1}, "additionalProperties" = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": PRINTABLE}))]
     pub claims: ClaimValues,
     /// Who brings such a token is this service account.
     pub service_account: Name,
@@ -101,7 +101,7 @@ pub struct IdentityProviderSpec {
     #[schemars(extend("maxProperties" = MAX_MAPPED))]
     pub groups: BTreeMap<String, BTreeSet<Name>>,
     /// Only who has all of these claims may sign in, such as `hd: acme.com`.
-    #[schemars(extend("maxProperties" = MAX_CLAIMS))]
+    #[schemars(extend("maxProperties" = MAX_CLAIMS, "propertyNames" = {"minLength": 1}, "additionalProperties" = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": PRINTABLE}))]
     pub require: ClaimValues,
     /// Which tokens of CI systems are taken: the first rule that fits counts.
     #[schemars(length(max = MAX_EXCHANGE_RULES))]

@@ -109,6 +109,9 @@ pub struct SecretStatus {
 impl SecretSpec {
     /// The values that a write brings, or what is wrong with them. `None`: it brings none.
     pub fn brought(&self) -> Result<Option<SecretData>, Vec<FieldError>> {
+        if self.version > MAX_VERSION {
+            return Err(vec![FieldError::new("spec.version", "is written by the server: leave it out")]);
+        }
         if self.data.is_none() && self.binary.is_none() {
             return Ok(None);
         }
