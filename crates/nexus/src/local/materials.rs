@@ -25,6 +25,8 @@ use crate::config::{
     ServerConfig, StoreConfig, TlsFiles,
 };
 
+use crate::secret_file;
+
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const CERT_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -103,7 +105,7 @@ fn read_optional(path: &Path) -> anyhow::Result<Option<String>> {
 fn authority(dir: &DataDir, plan: &Plan, now: SystemTime) -> anyhow::Result<CertificateAuthority> {
     // The certificate is written last: with it, the pair is whole.
     if let Some(cert) = read_optional(&dir.ca())? {
-        let key = fs::read_to_string(dir.ca_key()).context("reading the authority's key")?;
+        let key = secret_file::read_text(&dir.ca_key()).context("the authority's key")?;
         return CertificateAuthority::from_pem(&cert, &key).context("reading the cloud's certificate authority");
     }
     let ca =

@@ -151,9 +151,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use nexus_audit::{Actor, ActorKind, Answer, Draft, Entry, Line, Log, Retention, webhook};
-
     use nexus_store::embedded::EmbeddedStore;
-
     use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
     use tokio::net::TcpListener;
 
