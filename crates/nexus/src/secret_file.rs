@@ -1,6 +1,7 @@
 //! Files that hold a secret: a key or password that nobody but their owner may read.
 
-use std::io::ErrorKind;
+use std::fs::File;
+use std::io::{ErrorKind, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
@@ -8,17 +9,25 @@ use anyhow::Context as _;
 
 use crate::local::state::write_private;
 
+/// Bytes of a secret.
+const MAX: u64 = 64 << 10;
+
 /// Reads a secret. One that others on the machine may read is none, so it is refused.
 pub fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     let reading = || format!("reading {}", path.display());
-    let mode = std::fs::metadata(path).with_context(reading)?.permissions().mode();
+    // What is looked at and what is read is the same file, whatever the name means a moment later.
+    let file = File::open(path).with_context(reading)?;
+    let mode = file.metadata().with_context(reading)?.permissions().mode();
     anyhow::ensure!(
         mode & 0o077 == 0,
         "others may read {} (mode {:o}): `chmod 600` it, and replace the secret if anyone may have",
         path.display(),
         mode & 0o777
     );
-    std::fs::read(path).with_context(reading)
+    let mut secret = Vec::new();
+    file.take(MAX + 1).read_to_end(&mut secret).with_context(reading)?;
+    anyhow::ensure!(secret.len() as u64 <= MAX, "{} has more than {MAX} bytes: it is no secret", path.display());
+    Ok(secret)
 }
 
 /// Reads a secret that is text.
@@ -55,6 +64,16 @@ mod tests {
             let refused = read_or_make(&path, || unreachable!()).unwrap_err().to_string();
             assert!(refused.contains("chmod 600"), "{refused}");
         }
+    }
+
+    #[test]
+    fn what_is_too_long_is_no_secret() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        write_private(&path, &vec![b'x'; MAX as usize]).unwrap();
+        assert_eq!(read(&path).unwrap().len() as u64, MAX);
+        write_private(&path, &vec![b'x'; MAX as usize + 1]).unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("more than"));
     }
 
     #[test]

@@ -62,6 +62,7 @@ fn secret(env: &Env, path: &Path) -> anyhow::Result<[u8; 32]> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::expose;
     use super::*;
 
     #[test]
@@ -71,6 +72,10 @@ mod tests {
         let env = Env::real();
         let made = secret(&env, &path).unwrap();
         assert_eq!(secret(&env, &path).unwrap(), made);
+        expose(&path);
+        assert!(secret(&env, &path).unwrap_err().to_string().contains("others may read"));
+        fs::remove_file(&path).unwrap();
+        secret(&env, &path).unwrap();
         fs::write(&path, b"short").unwrap();
         assert!(secret(&env, &path).unwrap_err().to_string().contains("32 bytes"));
     }

@@ -54,3 +54,19 @@ pub async fn publish(key: Arc<SigningKey>, server: Name, writer: Arc<dyn Writer>
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::expose;
+    use super::*;
+
+    #[test]
+    fn the_key_is_made_once_and_refused_when_others_may_read_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = load(dir.path()).unwrap();
+        assert_eq!(load(dir.path()).unwrap().public().as_bytes(), made.public().as_bytes());
+        expose(&dir.path().join("signing-key.pem"));
+        let refused = load(dir.path()).unwrap_err().to_string();
+        assert!(refused.contains("chmod 600"), "{refused}");
+    }
+}

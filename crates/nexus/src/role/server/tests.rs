@@ -1,6 +1,8 @@
 //! What tests of a server's parts stand on: a store of one member in memory, and a server's own config.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +35,13 @@ pub async fn store(group: &str) -> Arc<EmbeddedStore> {
     let config = embedded::Config::new(1, group.parse().unwrap(), "/store", members);
     let env = Env::real().with_disk(Arc::new(MemDisk::new(7).mount()));
     Arc::new(EmbeddedStore::open(config, env, Arc::new(Alone)).await.unwrap())
+}
+
+/// Lets others read a file that held a secret, and checks that they could not before.
+pub fn expose(path: &Path) {
+    let mode = std::fs::metadata(path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "{}", path.display());
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o640)).unwrap();
 }
 
 /// The config of the server `m1` of the cluster `home`, with an authority whose key lies in the folder.

@@ -142,10 +142,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use nexus_audit::{Actor, ActorKind, Answer, Draft, Entry, Line, Log, Retention, webhook};
-
     use nexus_store::embedded::EmbeddedStore;
     use nexus_store::{Op, Txn};
-
     use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
     use tokio::net::TcpListener;
 

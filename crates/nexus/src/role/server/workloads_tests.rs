@@ -9,7 +9,7 @@ use nexus_model::{Metadata, Object};
 use nexus_store::Txn;
 use nexus_store::embedded::EmbeddedStore;
 
-use super::super::tests::{HOUR, START, config, store};
+use super::super::tests::{HOUR, START, config, expose, store};
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -243,4 +243,12 @@ async fn a_key_outlives_its_server_by_a_week_and_one_in_use_is_renewed() {
     workloads.publish_once(&kids()).await.unwrap();
     until("the key that nobody has is gone", || kids().len() == 1 && kids().contains_key(&own)).await;
     world.end().await;
+}
+
+#[test]
+fn a_key_that_others_may_read_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    own_key(dir.path()).unwrap();
+    expose(&dir.path().join(KEY_FILE));
+    assert!(own_key(dir.path()).unwrap_err().to_string().contains("chmod 600"));
 }
