@@ -9,6 +9,7 @@ use axum::response::Response;
 use http::HeaderValue;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::request::Parts;
+use nexus_model::kind::{Classes, classes_schema};
 use nexus_model::{ApiError, Name};
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
@@ -81,6 +82,10 @@ pub struct TokenRequest {
     /// Binds a host's token to a cell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cell: Option<Name>,
+    /// Binds a host's token to compute classes: the host may never declare another, nor more of one. An empty map allows none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "classes_schema")]
+    pub classes: Option<Classes>,
 }
 
 /// A join token. Its text is told once.
@@ -228,7 +233,11 @@ pub struct HostJoin {
     pub zone: Option<Name>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cell: Option<Name>,
-    /// Where servers reach the agent, such as `10.0.0.21:7450`. What it offers its agent says by itself.
+    /// Compute classes that it has. Without any: those of the token.
+    #[serde(default, skip_serializing_if = "Classes::is_empty")]
+    #[schemars(schema_with = "classes_schema")]
+    pub classes: Classes,
+    /// Where servers reach the agent, such as `10.0.0.21:7450`. What else it offers its agent says by itself.
     pub address: String,
     /// PKCS #10, in PEM, for the id `agent/<name>`.
     pub csr: String,
@@ -242,6 +251,9 @@ pub struct HostJoined {
     pub region: Name,
     pub zone: Name,
     pub cell: Name,
+    /// What its agent is to declare.
+    #[serde(default, skip_serializing_if = "Classes::is_empty")]
+    pub classes: Classes,
     pub prefix6: std::net::Ipv6Addr,
     pub prefix4: std::net::Ipv4Addr,
     pub ca: String,

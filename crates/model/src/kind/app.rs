@@ -266,10 +266,7 @@ declare_template! {
     resources: Resources = Resources::default();
     /// Compute classes that each instance takes.
     #[serde(skip_serializing_if = "IndexMap::is_empty")]
-    #[schemars(extend(
-        "maxProperties" = 16,
-        "patternProperties" = {Name::PATTERN: {"type": "integer", "minimum": 1, "maximum": 1024}},
-    ))]
+    #[schemars(schema_with = "super::classes_schema")]
     classes: Classes = Classes::new();
     health: HealthChecks = HealthChecks::default();
     /// `TERM`, `INT`, `QUIT`, `HUP`, `USR1`, `USR2` or `KILL`.
@@ -449,8 +446,6 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         check(list.len() <= 256, field, "at most 256 words");
         check(list.iter().all(|w| is_text(w)), field, "words of at most 16384 characters, without a zero byte");
     }
-    check(t.classes.len() <= 16, "spec.classes", "at most 16");
-    check(t.classes.values().all(|n| (1..=1024).contains(n)), "spec.classes", "counts between 1 and 1024");
     check((1..=1000).contains(&t.function.concurrency), "spec.function.concurrency", "between 1 and 1000");
     check((1..=900).contains(&t.function.timeout_seconds), "spec.function.timeoutSeconds", "between 1 and 900");
     for (name, health) in [("readiness", &t.health.readiness), ("liveness", &t.health.liveness)] {
@@ -473,6 +468,7 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
             }
         }
     }
+    errors.extend(super::validate_classes("spec.classes", &t.classes));
     errors.extend(secret::validate_refs(&t.secrets, &t.env, t.runtime == Runtime::Container));
     errors
 }

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use indexmap::IndexMap;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 use super::{Column, Home, Kind, Runtime, Scope, Verbs};
@@ -239,6 +239,31 @@ pub struct Capacity {
 
 /// Countable compute classes by name, such as `gpu-v100 = 2`.
 pub type Classes = IndexMap<Name, u32>;
+
+const MAX_CLASSES: usize = 16;
+/// Units of one class that a host has, or that an instance takes.
+const MAX_UNITS: u32 = 1024;
+
+/// The schema of [`Classes`] with their bounds.
+pub fn classes_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "object",
+        "maxProperties": MAX_CLASSES,
+        "patternProperties": {Name::PATTERN: {"type": "integer", "minimum": 1, "maximum": MAX_UNITS}},
+    })
+}
+
+/// What is wrong with classes that came from outside.
+pub fn validate_classes(field: &str, classes: &Classes) -> Vec<FieldError> {
+    let mut errors = Vec::new();
+    if classes.len() > MAX_CLASSES {
+        errors.push(FieldError::new(field, format!("at most {MAX_CLASSES}")));
+    }
+    if !classes.values().all(|n| (1..=MAX_UNITS).contains(n)) {
+        errors.push(FieldError::new(field, format!("counts between 1 and {MAX_UNITS}")));
+    }
+    errors
+}
 
 /// What a host's agent declares when it joins, and what an operator decides.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

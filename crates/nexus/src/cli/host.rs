@@ -7,10 +7,11 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use nexus_api::operations::{GatewayJoin, GatewayJoined, HostJoin, HostJoined, JoinRole, Nothing, TokenId};
 use nexus_model::Name;
-use nexus_model::kind::{ANY_CELL, Classes};
+use nexus_model::kind::ANY_CELL;
 use serde_json::Value;
 
 use super::cloud::{Cloud, CloudArgs, text};
+use super::deploy::class;
 use super::join::{self, Door, Home, JoinArgs, TokenArgs};
 use super::leave::{self, LeaveArgs, UncordonArgs};
 use super::output::{self, Format};
@@ -26,7 +27,7 @@ const GATEWAY: &str = "gateway.toml";
 /// Lets hosts into the region and out of it
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    nexus host token --zone zone-a\n  \
+    nexus host token --zone zone-a --class gpu-v100=2\n  \
     nexus host leave host-7\n  \
     nexus host leave host-7 --force")]
 pub struct HostArgs {
@@ -60,7 +61,7 @@ pub struct HostJoinArgs {
     #[arg(long, value_name = "NAME", value_parser = new_name)]
     rack: Option<Name>,
     /// So many of a compute class, such as gpu-v100=2
-    #[arg(long = "class", value_name = "CLASS=COUNT", value_parser = class)]
+    #[arg(long = "class", value_name = "NAME[=N]", value_parser = class)]
     classes: Vec<(Name, u32)>,
     /// Where the agent and the keeper meet; emptied by every boot
     #[arg(long, value_name = "DIR", default_value = "/run/nexus")]
@@ -68,12 +69,6 @@ pub struct HostJoinArgs {
     /// The agent's health and metrics, in plain HTTP
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7451")]
     metrics_listen: SocketAddr,
-}
-
-fn class(text: &str) -> Result<(Name, u32), String> {
-    let (class, count) = text.split_once('=').ok_or_else(|| format!("{text:?} is not CLASS=COUNT"))?;
-    let count = count.parse().map_err(|_| format!("{count:?} is not a whole number"))?;
-    Ok((class.parse().map_err(|e| format!("{class:?}: {e}"))?, count))
 }
 
 pub async fn run(command: HostCommand) -> anyhow::Result<()> {
@@ -95,12 +90,12 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
     let door = Door::open(&args.join).await?;
     let data_dir = home.folder("data")?;
     let capacity = Machine::measure(&data_dir)?.share(1);
-    let classes: Classes = args.classes.iter().cloned().collect();
     let body = HostJoin {
         token: args.join.token.clone(),
         name: name.clone(),
         zone: args.join.zone.clone(),
         cell: args.cell.clone(),
+        classes: args.classes.iter().cloned().collect(),
         address: args.wire.to_string(),
         csr: home.key.request(&[door.id(&["agent", name.as_str()])?])?,
     };
@@ -126,7 +121,7 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
         metrics_listen: args.metrics_listen,
         tls: tls(&home, "tls/agent.pem"),
         capacity,
-        classes,
+        classes: joined.classes,
     };
     let keeper_path = home.configure(KEEPER, &keeper)?;
     let agent_path = home.configure(AGENT, &agent)?;

@@ -20,6 +20,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::cloud::{Cloud, CloudArgs};
+use super::deploy::class;
 use super::output::{self, Format};
 use super::resource::new_name;
 use crate::client::{Client, Parts};
@@ -56,6 +57,9 @@ pub struct TokenArgs {
     /// Binds a host's token to a cell
     #[arg(long, value_name = "NAME", value_parser = new_name)]
     cell: Option<Name>,
+    /// Binds a host's token to so many of a compute class, such as gpu-v100=2: it may declare no others
+    #[arg(long = "class", value_name = "NAME[=N]", value_parser = class)]
+    classes: Vec<(Name, u32)>,
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
     #[command(flatten)]
@@ -63,7 +67,12 @@ pub struct TokenArgs {
 }
 
 pub async fn token(role: JoinRole, args: &TokenArgs) -> anyhow::Result<()> {
-    let request = TokenRequest { ttl_seconds: args.ttl.as_secs(), zone: args.zone.clone(), cell: args.cell.clone() };
+    let request = TokenRequest {
+        ttl_seconds: args.ttl.as_secs(),
+        zone: args.zone.clone(),
+        cell: args.cell.clone(),
+        classes: (!args.classes.is_empty()).then(|| args.classes.iter().cloned().collect()),
+    };
     let grant: TokenGrant = run(&Cloud::connect(&args.cloud)?, &format!("{role}-token"), &request).await?;
     match args.output {
         Format::Json => return output::json(&grant),

@@ -17,6 +17,7 @@ use super::output::{self, Format};
 use super::{image, resource, settle};
 use crate::exit::Fail;
 use spec::Wanted;
+pub use spec::class;
 
 /// An update that others get in the way of is tried so often.
 const TRIES: usize = 5;
@@ -87,7 +88,7 @@ pub struct DeployArgs {
     #[arg(long, value_enum)]
     spread: Option<SpreadArg>,
     /// A compute class that each instance takes
-    #[arg(long = "compute-class", value_name = "NAME[=N]", value_parser = spec::class)]
+    #[arg(long = "compute-class", value_name = "NAME[=N]", value_parser = class)]
     classes: Vec<(Name, u32)>,
     /// An instance is ready when a GET of this path on its first port succeeds
     #[arg(long, value_name = "PATH")]

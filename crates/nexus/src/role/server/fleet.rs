@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use nexus_api::operations::ServerEntry;
 use nexus_env::Endpoint;
+use nexus_model::kind::{ANY_CELL, Classes, HostSpec};
 use nexus_model::plan::GatewayNote;
 use nexus_model::{Name, Timestamp, key};
 use nexus_store::{Compare, KeyValue, Op, RangeRequest, Store, StoreError, Txn, WatchEvent};
@@ -63,7 +64,36 @@ pub struct HostRecord {
     pub address: String,
     pub prefix6: Ipv6Addr,
     pub prefix4: Ipv4Addr,
+    /// All that it may declare, where its token was bound to classes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classes: Option<Classes>,
     pub state: HostMembership,
+}
+
+impl HostRecord {
+    /// Says what of a host's account of itself goes beyond what its token let it join as.
+    fn objection(&self, spec: &HostSpec) -> Option<String> {
+        if spec.zone != self.zone {
+            return Some(format!("it joined zone {}, and says that it is in {}", self.zone, spec.zone));
+        }
+        if self.cell != ANY_CELL && spec.cell != self.cell {
+            return Some(format!("it joined cell {}, and says that it is of {}", self.cell, spec.cell));
+        }
+        if (spec.prefix6, spec.prefix4) != (self.prefix6, self.prefix4) {
+            return Some(format!(
+                "its instances were given the prefixes {} and {}, not others",
+                self.prefix6, self.prefix4
+            ));
+        }
+        class_objection(self.classes.as_ref()?, &spec.classes)
+    }
+}
+
+/// Says which of the declared classes goes beyond those that are allowed.
+pub fn class_objection(allowed: &Classes, declared: &Classes) -> Option<String> {
+    let (class, count) = declared.iter().find(|(class, n)| allowed.get(*class).is_none_or(|most| *n > most))?;
+    let most = allowed.get(class).copied().unwrap_or(0);
+    Some(format!("its join token allows {most} of class {class}, and it declares {count}"))
 }
 
 /// What the records say.
@@ -208,6 +238,18 @@ impl Fleet {
 
     pub fn has_left(&self, host: &Name) -> bool {
         self.known.borrow().hosts.get(host).is_some_and(|h| h.state == HostMembership::Left)
+    }
+
+    /// Says why a host's reports are not taken, if they are not. A host without a record has been there since before the
+    /// first token.
+    pub fn refuses(&self, host: &Name, spec: &HostSpec) -> Option<String> {
+        let known = self.known.borrow();
+        let record = known.hosts.get(host)?;
+        if record.state == HostMembership::Left {
+            return Some(format!("host {host} has left the region: stop its agent, or let it join again"));
+        }
+        let why = record.objection(spec)?;
+        Some(format!("host {host} is refused: {why}; correct its configuration, or let it join again"))
     }
 
     /// Follows the store until it is closed or `stop` is cancelled.

@@ -16,7 +16,7 @@ use nexus_api::operations::{
 use nexus_control::view::View;
 use nexus_env::{Endpoint, Env, RngExt as _};
 use nexus_iam::{CertRequest, SpiffeId, TokenHash, TokenSecret};
-use nexus_model::kind::{ANY_CELL, Cell};
+use nexus_model::kind::{ANY_CELL, Cell, Classes, validate_classes};
 use nexus_model::{ApiError, Code, Digest, FieldError, Name, Object, Timestamp, key};
 use nexus_store::{Compare, Op, Revision, Store, Txn};
 use serde::{Deserialize, Serialize};
@@ -45,6 +45,8 @@ struct TokenRecord {
     zone: Option<Name>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cell: Option<Name>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    classes: Option<Classes>,
     created: Timestamp,
     expires: Timestamp,
 }
@@ -135,6 +137,11 @@ fn refused(detail: impl Into<String>) -> ApiError {
     ApiError::new(Code::Forbidden, detail)
 }
 
+fn checked(field: &str, classes: &Classes) -> Result<(), ApiError> {
+    let errors = validate_classes(field, classes);
+    if errors.is_empty() { Ok(()) } else { Err(ApiError::invalid(errors)) }
+}
+
 fn invalid(field: &str, message: impl Into<String>) -> ApiError {
     ApiError::invalid(vec![FieldError::new(field, message)])
 }
@@ -182,6 +189,12 @@ impl Joins {
                 return Err(ApiError::new(Code::Conflict, format!("there is no cell {cell}")));
             }
         }
+        if let Some(classes) = &asked.classes {
+            if role != JoinRole::Host {
+                return Err(ApiError::new(Code::Conflict, "only hosts have compute classes: leave `classes` out"));
+            }
+            checked("classes", classes)?;
+        }
         let ca_pin = self.authority()?.pin();
         if self.forget_old().await? >= MAX_TOKENS {
             let detail = format!("{MAX_TOKENS} join tokens wait to be used: revoke some, or let them expire");
@@ -195,6 +208,7 @@ impl Joins {
             role,
             zone: asked.zone,
             cell: asked.cell,
+            classes: asked.classes,
             created: now,
             expires: now.plus(Duration::from_secs(asked.ttl_seconds)),
         };
@@ -240,7 +254,7 @@ impl Joins {
                 let t = t.value;
                 json!({
                     "id": &hash[..ID_LENGTH.min(hash.len())], "role": t.role, "zone": t.zone, "cell": t.cell,
-                    "created": t.created, "expires": t.expires,
+                    "classes": t.classes, "created": t.created, "expires": t.expires,
                 })
             })
             .collect();
@@ -459,6 +473,14 @@ impl Joins {
         };
         let zone = self.zone(&record, asked.zone.as_ref())?;
         let cell = self.cell(&record, asked.cell.as_ref(), &zone)?;
+        checked("classes", &asked.classes)?;
+        if let Some(why) = record.classes.as_ref().and_then(|bound| fleet::class_objection(bound, &asked.classes)) {
+            return Err(refused(why));
+        }
+        let classes = match &record.classes {
+            Some(bound) if asked.classes.is_empty() => bound.clone(),
+            _ => asked.classes,
+        };
         let address: SocketAddr = parsed("address", &asked.address)?;
         reachable("address", Some(address))?;
         let authority = self.authority()?;
@@ -510,6 +532,7 @@ impl Joins {
                 region: self.config.region.clone(),
                 zone: zone.clone(),
                 cell: cell.clone(),
+                classes: classes.clone(),
                 prefix6,
                 prefix4,
                 ca: authority.root_pem().to_owned(),
@@ -517,13 +540,14 @@ impl Joins {
                 servers: self.fleet.wires(),
             };
             let answer = serde_json::to_value(&answer).expect("an answer is plain data");
-            let record = HostRecord {
+            let host = HostRecord {
                 version: VERSION,
                 zone: zone.clone(),
                 cell: cell.clone(),
                 address: address.to_string(),
                 prefix6,
                 prefix4,
+                classes: record.classes.clone(),
                 state: HostMembership::Joined,
             };
             let (spent, ops) = self.spend(&token_key, token_at, hash, &request, &answer);
@@ -534,7 +558,7 @@ impl Joins {
                 Compare::mod_revision(key::FLEET_ADDRESSES, pool.map_or(Revision::ZERO, |p| p.revision)),
             ];
             let mut ops = Vec::from(ops);
-            ops.push(Op::put(at, fleet::json(&record)));
+            ops.push(Op::put(at, fleet::json(&host)));
             ops.push(Op::put(key::FLEET_ADDRESSES, fleet::json(&next)));
             match self.store.txn(Txn::new(compares, ops)).await.map_err(from_store)? {
                 done if done.is_committed() => return Ok(answer),

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use nexus_env::ManualClock;
 use nexus_iam::RequestKey;
-use nexus_model::kind::{self, Cell, CellSpec, Zone, ZoneSpec};
+use nexus_model::kind::{self, Cell, CellSpec, HostSpec, Zone, ZoneSpec};
 use nexus_model::{Metadata, Object};
 use nexus_store::RangeRequest;
 use nexus_store::embedded::EmbeddedStore;
@@ -51,7 +51,7 @@ impl World {
     }
 
     async fn token(&self, role: JoinRole, zone: Option<&str>) -> String {
-        let request = TokenRequest { ttl_seconds: 3600, zone: zone.map(name), cell: None };
+        let request = TokenRequest { ttl_seconds: 3600, zone: zone.map(name), cell: None, classes: None };
         self.joins.token(role, request).await.unwrap().token
     }
 
@@ -96,6 +96,7 @@ fn host(token: &str, who: &str, address: &str) -> HostJoin {
         name: name(who),
         zone: Some(name("zone-a")),
         cell: None,
+        classes: Classes::new(),
         address: address.to_owned(),
         csr: csr(&key, &[&format!("agent/{who}")]),
     }
@@ -221,6 +222,70 @@ async fn two_hosts_never_share_a_prefix() {
 }
 
 #[tokio::test]
+async fn a_host_is_held_to_what_its_token_let_it_join_as() {
+    let w = World::new().await;
+    let classes = |text: &str| serde_json::from_str::<Classes>(text).unwrap();
+    let bound = |classes| TokenRequest {
+        ttl_seconds: 3600,
+        zone: Some(name("zone-a")),
+        cell: Some(name("zone-a-cell-1")),
+        classes: Some(classes),
+    };
+    let misplaced = w.joins.token(JoinRole::Gateway, TokenRequest { cell: None, ..bound(classes("{}")) }).await;
+    assert_eq!(misplaced.unwrap_err().code, Code::Conflict, "gateways have no classes");
+    let none = w.joins.token(JoinRole::Host, bound(classes(r#"{"gpu": 0}"#))).await;
+    assert_eq!(none.unwrap_err().code, Code::Invalid);
+
+    let token = w.joins.token(JoinRole::Host, bound(classes(r#"{"gpu": 2}"#))).await.unwrap().token;
+    for more in [r#"{"gpu": 3}"#, r#"{"gpu": 1, "fpga": 1}"#] {
+        let asked = HostJoin { classes: classes(more), ..host(&token, "host-a", "10.0.1.1:7450") };
+        let refused = w.joins.host(asked).await.unwrap_err();
+        assert!(refused.code == Code::Forbidden && refused.detail.contains("allows"), "{refused}");
+    }
+    let joined = w.joins.host(host(&token, "host-a", "10.0.1.1:7450")).await.unwrap();
+    let joined: HostJoined = serde_json::from_value(joined).unwrap();
+    assert_eq!(joined.classes, classes(r#"{"gpu": 2}"#), "without any, it has those of the token");
+
+    let fleet = w.joins.fleet.clone();
+    let stop = CancellationToken::new();
+    let following = tokio::spawn({
+        let (fleet, store, stop) = (fleet.clone(), w.store.clone() as Arc<dyn Store>, stop.clone());
+        async move { fleet.follow(store, stop).await }
+    });
+    let agent = name("host-a");
+    let honest = HostSpec {
+        zone: joined.zone,
+        cell: joined.cell,
+        prefix6: joined.prefix6,
+        prefix4: joined.prefix4,
+        classes: joined.classes,
+        ..HostSpec::default()
+    };
+    let lies = [
+        ("zone", HostSpec { zone: name("zone-b"), ..honest.clone() }),
+        ("cell", HostSpec { cell: name("zone-a-cell-2"), ..honest.clone() }),
+        ("prefixes", HostSpec { prefix4: Ipv4Addr::new(10, 99, 0, 0), ..honest.clone() }),
+        ("class", HostSpec { classes: classes(r#"{"gpu": 4}"#), ..honest.clone() }),
+    ];
+    let known = async {
+        while fleet.refuses(&agent, &lies[0].1).is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), known).await.expect("the record is seen");
+    for (what, lie) in &lies {
+        let why = fleet.refuses(&agent, lie).unwrap();
+        assert!(why.contains(what), "{why}");
+    }
+    let fewer = HostSpec { classes: classes(r#"{"gpu": 1}"#), ..honest.clone() };
+    assert_eq!((fleet.refuses(&agent, &honest), fleet.refuses(&agent, &fewer)), (None, None));
+    assert_eq!(fleet.refuses(&name("host-b"), &lies[0].1), None, "one without a record");
+    stop.cancel();
+    following.await.unwrap();
+    w.end().await;
+}
+
+#[tokio::test]
 async fn tokens_are_listed_without_their_text_and_revoked_by_id() {
     let w = World::new().await;
     let text = w.token(JoinRole::Gateway, None).await;
@@ -237,7 +302,7 @@ async fn tokens_are_listed_without_their_text_and_revoked_by_id() {
     w.token(JoinRole::Gateway, None).await;
     let kept = w.store.range(RangeRequest::prefix(key::JOIN_TOKENS)).await.unwrap();
     assert_eq!(kept.kvs.len(), 1, "an expired one is deleted when the next is made");
-    let unknown = TokenRequest { ttl_seconds: 60, zone: Some(name("zone-z")), cell: None };
+    let unknown = TokenRequest { ttl_seconds: 60, zone: Some(name("zone-z")), cell: None, classes: None };
     assert_eq!(w.joins.token(JoinRole::Server, unknown).await.unwrap_err().code, Code::Conflict);
     w.end().await;
 }

@@ -197,6 +197,7 @@ impl ServerOperations {
                     address: host.spec.address.to_string(),
                     prefix6: host.spec.prefix6,
                     prefix4: host.spec.prefix4,
+                    classes: None,
                     state: HostMembership::Left,
                 },
                 (None, None) => return Err(ApiError::not_found("host", name.as_str())),

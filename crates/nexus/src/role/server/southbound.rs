@@ -255,8 +255,7 @@ pub fn server(
             let (region, fleet) = (report_region.clone(), report_fleet.clone());
             async move {
                 is_host(&caller, &report.host)?;
-                if fleet.has_left(&report.host) {
-                    let why = format!("host {} has left the region: stop its agent, or let it join again", report.host);
+                if let Some(why) = fleet.refuses(&report.host, &report.spec) {
                     return Err(Refusal::new("host-refused", why));
                 }
                 match region.report(report).await {
