@@ -1,6 +1,9 @@
 //! The audit log of a group, for whoever may read it: its records, an export that verifies offline, signed heads, the keys that
 //! sign them, and proofs (RFC 9162, section 2.1) by which any two answers can be held against each other.
 //!
+//! An organization's own auditors read what is about it, and every proof, under `/v1/regions/{region}/organizations/{organization}/audit/`.
+//! Heads and proofs are hashes, so they tell nothing of others.
+//!
 //! | path under `/v1/regions/{region}/audit/` | answer |
 //! |---|---|
 //! | `records` | records, the newest first, filtered, page by page |
@@ -11,7 +14,7 @@
 //! | `inclusion`, `consistency` | proofs |
 //! | `forget` | shreds a principal's personal data |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use axum::body::Body;
@@ -24,14 +27,14 @@ use http::{HeaderValue, Method};
 use nexus_audit::export::EXPORT_VERSION;
 use nexus_audit::tiles::{TILE, TileId, consistency_tiles, inclusion_tiles, peaks_at, peaks_tiles};
 use nexus_audit::{
-    Consistency, Dropped, Entry, Hash, Header, Line, Mode, Pruned, SignedHead, chain_line, consistency_proof,
+    Consistency, Dropped, Entry, Hash, Header, Line, Mode, Pruned, Record, SignedHead, chain_line, consistency_proof,
     entry_line, inclusion_proof,
 };
 use nexus_control::audit::{Heads, Notes, ReadError, place_of, principal_of, read, read_subject};
 use nexus_control::intent::{Change, Deed, Intent, Provenance, Target};
 use nexus_model::kind::GLOBAL;
 use nexus_model::{API_VERSION, ApiError, Code, Name, RequestId, key};
-use nexus_store::{RangeRequest, Store, StoreError};
+use nexus_store::{RangeRequest, Store};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
@@ -136,11 +139,25 @@ fn answer(body: &Value) -> Response {
 struct Log<'a> {
     server: &'a Arc<Server>,
     is_global: bool,
+    /// Only what is about this organization is told.
+    organization: Option<&'a Name>,
 }
 
 impl Log<'_> {
     fn store(&self) -> &Arc<dyn Store> {
         if self.is_global { &self.server.api.global_store } else { &self.server.api.store }
+    }
+
+    /// Whether a record may be told to who asks.
+    fn tells(&self, record: &Record) -> bool {
+        let Some(organization) = self.organization else { return true };
+        let about = record.target.as_ref().and_then(|target| target.organization.as_deref());
+        about == Some(organization.as_str()) || self.is_by_theirs(record)
+    }
+
+    /// Whether somebody of the organization that is asked about did it.
+    fn is_by_theirs(&self, record: &Record) -> bool {
+        self.organization.is_none_or(|o| record.actor.organization.as_deref() == Some(o.as_str()))
     }
 
     fn heads(&self) -> &Heads {
@@ -151,12 +168,13 @@ impl Log<'_> {
 pub(crate) async fn handle(
     server: &Arc<Server>,
     region: &Name,
+    organization: Option<&Name>,
     asked: Asked,
     parts: &Parts,
     body: Body,
     context: &Context,
 ) -> Result<Response, ApiError> {
-    let log = Log { server, is_global: *region == *GLOBAL };
+    let log = Log { server, is_global: *region == *GLOBAL, organization };
     let query = parts.uri.query();
     match asked {
         Asked::Records => records(&log, &Query::parse(query, RECORDS, &[])?).await,
@@ -316,8 +334,10 @@ async fn records(log: &Log<'_>, query: &Query) -> Result<Response, ApiError> {
                 end = 0;
                 break 'pages;
             }
-            if filter.wants(&entry) {
-                items.push(shown(&entry, kv.mod_revision.0, sources.of(log, &entry).await?));
+            if log.tells(&entry.record) && filter.wants(&entry) {
+                // From where strangers came is no business of the organization's.
+                let source = if log.is_by_theirs(&entry.record) { sources.of(log, &entry).await? } else { None };
+                items.push(shown(&entry, kv.mod_revision.0, source));
             }
             if items.len() >= limit || scanned >= MAX_SCAN {
                 break 'pages;
@@ -377,22 +397,28 @@ async fn export(log: &Log<'_>, query: &Query) -> Result<Response, ApiError> {
     if from > size {
         return Err(unprovable(format!("the log has {size} records: nothing begins at {from}")));
     }
-    let tiles = read::tiles(&**log.store(), None, peaks_tiles(from), size).await.map_err(failed)?;
-    let peaks = peaks_at(&tiles, from).map_err(unprovable)?;
     let claimed = head.claimed();
     let (cluster, group) = (claimed.cluster.clone(), claimed.group.clone());
-    let header = Header { cluster, from, group, mode: Mode::Whole, peaks, to: size, version: EXPORT_VERSION };
-    let mut last = vec![Line::head(&head)];
+    let whole =
+        Header { cluster, from, group, mode: Mode::Whole, peaks: Vec::new(), to: size, version: EXPORT_VERSION };
+    let (first, entries, mut last) = if log.organization.is_some() {
+        let header = Header { mode: Mode::Selected, from: 0, ..whole };
+        (vec![Line::Header(header), Line::head(&head)], selected(log, from, size, permit).boxed(), Vec::new())
+    } else {
+        let tiles = read::tiles(&**log.store(), None, peaks_tiles(from), size).await.map_err(failed)?;
+        let header = Header { peaks: peaks_at(&tiles, from).map_err(unprovable)?, ..whole };
+        let notes = (!log.is_global).then(|| log.server.api.audit.notes.clone());
+        let entries = entries(Arc::clone(log.store()), notes, from, size, permit).boxed();
+        (vec![Line::Header(header)], entries, vec![Line::head(&head)])
+    };
     for other in proven {
         // The tree of a size in the export is seen to be the reader's own; what is bigger was never signed here.
         if other < size && other > 0 {
             last.push(Line::Consistency(prove(log, other, size).await?));
         }
     }
-    let first = stream::iter([Ok(line(Line::Header(header).to_json()))]);
-    let last = stream::iter(last.into_iter().map(|l| Ok(line(l.to_json()))));
-    let notes = (!log.is_global).then(|| log.server.api.audit.notes.clone());
-    let entries = entries(Arc::clone(log.store()), notes, from, size, permit);
+    let lines = |of: Vec<Line>| stream::iter(of.into_iter().map(|l| Ok(line(l.to_json()))));
+    let (first, last) = (lines(first), lines(last));
     let stop = log.server.api.shutdown.clone();
     let cut = stream::once(async { Err(std::io::Error::other("this server is stopping: export from another")) });
     let content = first.chain(entries).chain(last).take_until(stop.clone().cancelled_owned());
@@ -407,6 +433,47 @@ fn line(mut json: Vec<u8>) -> Bytes {
     json.into()
 }
 
+fn broken(why: impl std::fmt::Display) -> std::io::Error {
+    tracing::error!(%why, "an export of the audit log broke off");
+    std::io::Error::other(why.to_string())
+}
+
+/// The lines of the records that are told to who asks, each with the proof that it is in the tree.
+fn selected(
+    log: &Log<'_>,
+    from: u64,
+    size: u64,
+    permit: OwnedSemaphorePermit,
+) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
+    let (server, is_global, organization) = (Arc::clone(log.server), log.is_global, log.organization.cloned());
+    stream::try_unfold((from, permit), move |(next, permit)| {
+        let (server, organization) = (Arc::clone(&server), organization.clone());
+        async move {
+            if next >= size {
+                return Ok(None);
+            }
+            let log = Log { server: &server, is_global, organization: organization.as_ref() };
+            let end = size.min(next + PAGE as u64);
+            let request = RangeRequest::new(key::audit_record(next), key::audit_record(end)).limit(PAGE).stale();
+            let page = log.store().range(request).await.map_err(broken)?;
+            let entries: Result<Vec<_>, _> = page.kvs.iter().map(|kv| Entry::from_row(&kv.value)).collect();
+            let mut entries = entries.map_err(broken)?;
+            entries.retain(|entry| log.tells(&entry.record));
+            let mut ids = BTreeSet::new();
+            for entry in &entries {
+                ids.extend(inclusion_tiles(entry.record.index, size));
+            }
+            let tiles = read::tiles(&**log.store(), None, ids, size).await.map_err(broken)?;
+            let mut out = Vec::new();
+            for mut entry in entries {
+                entry.inclusion = Some(inclusion_proof(&tiles, entry.record.index, size).map_err(broken)?);
+                out.extend(line(entry_line(&entry.to_row())));
+            }
+            Ok(Some((Bytes::from(out), (end, permit))))
+        }
+    })
+}
+
 /// The lines of the records, and of what their anchors settle, as far as this server has it.
 fn entries(
     store: Arc<dyn Store>,
@@ -415,10 +482,6 @@ fn entries(
     size: u64,
     permit: OwnedSemaphorePermit,
 ) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
-    let broken = |why: String| {
-        tracing::error!(why, "an export of the audit log broke off");
-        std::io::Error::other(why)
-    };
     stream::try_unfold((from, permit), move |(next, permit)| {
         let (store, notes) = (Arc::clone(&store), notes.clone());
         async move {
@@ -427,22 +490,23 @@ fn entries(
             }
             let end = size.min(next + PAGE as u64);
             let request = RangeRequest::new(key::audit_record(next), key::audit_record(end)).limit(PAGE).stale();
-            let page = store.range(request).await.map_err(|e: StoreError| broken(e.to_string()))?;
+            let page = store.range(request).await.map_err(broken)?;
             let mut hashes = BTreeMap::new();
             if page.kvs.len() as u64 != end - next {
                 let ids = (tile_of(next).number..=tile_of(end - 1).number).map(|number| TileId { level: 0, number });
-                hashes = read::tiles(&*store, None, ids, size).await.map_err(|e| broken(e.to_string()))?;
+                hashes = read::tiles(&*store, None, ids, size).await.map_err(broken)?;
             }
             let mut rows = page.kvs.iter().peekable();
             let mut out = Vec::new();
             for index in next..end {
                 let Some(kv) = rows.next_if(|kv| kv.key == key::audit_record(index)) else {
-                    let hash = hash_of(&hashes, index).ok_or_else(|| broken(format!("record {index} is missing")))?;
+                    let hash =
+                        hash_of(&hashes, index).ok_or_else(|| broken(format_args!("record {index} is missing")))?;
                     out.extend(line(Line::Pruned(Pruned { hash, index }).to_json()));
                     continue;
                 };
                 out.extend(line(entry_line(&kv.value)));
-                let entry = Entry::from_row(&kv.value).map_err(|e| broken(e.to_string()))?;
+                let entry = Entry::from_row(&kv.value).map_err(broken)?;
                 let Some(anchor) = entry.record.anchor else { continue };
                 let rows = match &notes {
                     Some(notes) => notes.rows(&anchor).await,
@@ -551,6 +615,7 @@ pub(crate) fn target(place: &Place, name: &str) -> nexus_audit::Target {
     let name: String = name.chars().take(MAX_FILTER).collect();
     nexus_audit::Target {
         name: place.organization.as_ref().map_or_else(|| name.clone(), |o| format!("{o}/{name}")),
+        organization: place.organization.as_ref().map(Name::to_string),
         plural: place.kind.plural.to_owned(),
         project: place.project.as_ref().map(Name::to_string),
         uid: None,

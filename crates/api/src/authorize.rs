@@ -79,7 +79,7 @@ pub(crate) fn action_of(target: &Target, method: &Method, exists: bool) -> Optio
         Target::Blob(..) => "blobs:put".into(),
         Target::Status => "status:get".into(),
         Target::Operation(operation) if !operation.open => format!("operations:{}", operation.name),
-        Target::Audit(_, asked) => format!("audit:{}", asked.action()),
+        Target::Audit(.., asked) => format!("audit:{}", asked.action()),
         // Every one is named here, so that a new route is nobody's before somebody has decided about it.
         Target::WhoAmI | Target::Can | Target::PolicySchema => return None,
         Target::Health | Target::Ready | Target::Metrics | Target::OpenApi => return None,
@@ -155,6 +155,10 @@ fn belongs<'a>(known: &'a Known, target: &'a Target, facts: &'a Facts) -> Result
     let fleet = Belongs { organization: None, project: None };
     let (place, name) = match target {
         Target::Blob(_, project, _) => return of_project(project),
+        Target::Audit(_, Some(organization), _) => {
+            let found = known.organization(organization).ok_or((Organization::KIND, organization.clone()))?;
+            return Ok(Belongs { organization: Some(&found.metadata.name), project: None });
+        }
         Target::Collection(place) => (place, None),
         Target::Object(place, name) => (place, Some(name.as_str())),
         Target::Custom(place, name, _) => (place, Some(name.as_str())),

@@ -26,6 +26,7 @@ use nexus_model::kind::{Holder, HolderKind};
 use nexus_model::{Code, Name, RequestId, Timestamp};
 use sha2::{Digest, Sha256};
 
+use crate::elsewhere;
 use crate::headers::{self, Bearer};
 use crate::problem::Refusal;
 use crate::serve::Server;
@@ -36,7 +37,7 @@ pub(crate) const AUDIENCE: &str = "cloudnexus";
 /// How long an access token is good.
 pub(crate) const ACCESS: Duration = Duration::from_secs(15 * 60);
 /// How far servers' clocks may differ.
-const LEEWAY: Duration = Duration::from_secs(5);
+pub(crate) const LEEWAY: Duration = Duration::from_secs(5);
 /// A session that this server has not heard of yet may be this young: it was opened at another server just now.
 const YOUNG: Duration = Duration::from_secs(10);
 
@@ -180,7 +181,11 @@ impl Server {
 
     /// Tells who sent a request. A credential that proves nothing is refused, whatever it would have opened.
     pub fn authenticate(&self, parts: &Parts) -> Result<Caller, Refusal> {
-        let address = parts.extensions.get::<PeerAddress>().map_or(Ipv4Addr::LOCALHOST.into(), |p| p.0);
+        let peer = || parts.extensions.get::<PeerAddress>().map_or(Ipv4Addr::LOCALHOST.into(), |p| p.0);
+        let address = match elsewhere::origin(self, &parts.headers) {
+            Some(origin) => origin.map_err(|why| unauthenticated(why, INVALID))?,
+            None => peer(),
+        };
         if signature::is_signed(parts) {
             let signed = self.by_signature(parts).map_err(|why| unauthenticated(why, SIGNED))?;
             let proof = Proof::AccessKey { name: signed.name, id: signed.id };

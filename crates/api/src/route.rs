@@ -101,8 +101,8 @@ pub(crate) enum Target {
     /// The region in its path, project and digest.
     Blob(Name, Name, Digest),
     Operation(&'static Operation),
-    /// The audit log of a region, or of `global`.
-    Audit(Name, Asked),
+    /// The audit log of a region, or of `global`; of one organization, what is about it.
+    Audit(Name, Option<Name>, Asked),
     /// In another region.
     Elsewhere(Name, Box<Target>),
 }
@@ -145,7 +145,7 @@ impl Target {
             }
             Self::Blob(..) => BLOB_TEMPLATE.into(),
             Self::Operation(operation) => operation.path(),
-            Self::Audit(_, asked) => audit_template(*asked),
+            Self::Audit(_, organization, asked) => audit_template(*asked, organization.is_some()),
             Self::Elsewhere(_, target) => target.template(),
         }
     }
@@ -154,7 +154,7 @@ impl Target {
     pub fn region(&self) -> Option<&Name> {
         match self {
             Self::Collection(place) | Self::Object(place, _) | Self::Custom(place, ..) => place.region.as_ref(),
-            Self::Blob(region, ..) | Self::Audit(region, _) | Self::Elsewhere(region, _) => Some(region),
+            Self::Blob(region, ..) | Self::Audit(region, ..) | Self::Elsewhere(region, _) => Some(region),
             _ => None,
         }
     }
@@ -184,7 +184,7 @@ impl Target {
             Self::Blob(..) => &[Method::GET, Method::HEAD, Method::PUT],
             Self::Operation(_) | Self::SignIn | Self::Can => &[Method::POST],
             Self::Custom(_, _, verb) => verb.methods(),
-            Self::Audit(_, asked) => asked.methods(),
+            Self::Audit(.., asked) => asked.methods(),
             Self::Elsewhere(_, target) => target.methods(),
             _ => READ,
         }
@@ -197,8 +197,21 @@ pub(crate) const DISCOVERY: &str = "/.well-known/openid-configuration";
 pub(crate) const KEYS: &str = "/.well-known/jwks.json";
 pub(crate) const BLOB_TEMPLATE: &str = "/v1/regions/{region}/projects/{project}/blobs/{digest}";
 
-pub(crate) fn audit_template(asked: Asked) -> String {
-    format!("/v1/regions/{{region}}/audit/{}", asked.word())
+pub(crate) fn audit_template(asked: Asked, in_organization: bool) -> String {
+    let of = if in_organization { "/organizations/{organization}" } else { "" };
+    format!("/v1/regions/{{region}}{of}/audit/{}", asked.word())
+}
+
+fn audit_at(region: &str, organization: Option<&str>, word: &str, here: &Name) -> Result<Target, ApiError> {
+    let open = || ASKED.iter().filter(|(_, asked)| organization.is_none() || *asked != Asked::Forget);
+    let Some((_, asked)) = open().find(|(w, _)| *w == word) else {
+        let all: Vec<_> = open().map(|(w, _)| *w).collect();
+        return Err(no_path(format!("the audit log has no such path; it has: {}", all.join(", "))));
+    };
+    let name = name_of("region", region)?;
+    let organization = organization.map(|o| name_of("organization", o)).transpose()?;
+    let elsewhere = (name != *here && name != *GLOBAL).then(|| name.clone());
+    Ok(wherever(elsewhere, Target::Audit(name, organization, *asked)))
 }
 
 /// The path of a kind's collection. `in_project` tells a project's list from the one over all projects.
@@ -374,15 +387,8 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
             let (place, elsewhere) = place(kind, r, None, region)?;
             Ok(wherever(elsewhere, Target::Collection(place)))
         }
-        ["regions", r, "audit", word] => {
-            let Some((_, asked)) = ASKED.iter().find(|(w, _)| *w == word) else {
-                let all: Vec<_> = ASKED.iter().map(|(w, _)| *w).collect();
-                return Err(no_path(format!("the audit log has no such path; it has: {}", all.join(", "))));
-            };
-            let name = name_of("region", r)?;
-            let elsewhere = (name != *region && name != *GLOBAL).then(|| name.clone());
-            Ok(wherever(elsewhere, Target::Audit(name, *asked)))
-        }
+        ["regions", r, "audit", word] => audit_at(r, None, word, region),
+        ["regions", r, "organizations", organization, "audit", word] => audit_at(r, Some(organization), word, region),
         ["regions", r, plural, name] => {
             let kind = kind_at(plural, &[Scope::Region])?;
             let (place, elsewhere) = place(kind, r, None, region)?;

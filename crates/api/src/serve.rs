@@ -345,9 +345,11 @@ async fn answer(
             audit::note(&server, Some(&context), &context.request_id, "secrets:reveal".to_owned(), of, answer);
             done
         }
-        Target::Audit(region, asked) => {
+        Target::Audit(region, organization, asked) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
-            Ok(server.deadline(audit::handle(&server, &region, asked, &parts, body, &context)).await?)
+            Ok(server
+                .deadline(audit::handle(&server, &region, organization.as_ref(), asked, &parts, body, &context))
+                .await?)
         }
         Target::Custom(place, name, verb) => {
             let done = streams::handle(&server, &place, &name, verb, &mut parts, &context).await;

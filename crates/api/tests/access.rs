@@ -37,6 +37,7 @@ fn routes() -> Vec<(&'static str, String, Option<Value>)> {
     }
     for asked in ["records", "export", "head", "heads", "keys", "inclusion?index=0&size=1", "consistency?from=0&to=0"] {
         add("GET", &format!("/v1/regions/local/audit/{asked}"), None);
+        add("GET", &format!("/v1/regions/local/organizations/acme/audit/{asked}"), None);
     }
     add("POST", "/v1/regions/local/audit/forget", Some(json!({"principal": "user:acme/nobody"})));
     let blob = format!("/v1/regions/local/projects/shop/blobs/{EMPTY}");

@@ -14,6 +14,7 @@ use nexus_env::{Env, ManualClock};
 use nexus_model::key;
 use serde_json::{Value, json};
 use support::World;
+use support::cloud::Cloud;
 
 const AUDIT: &str = "/v1/regions/local/audit";
 
@@ -24,12 +25,13 @@ fn draft(n: u64) -> Draft {
             access_key: None,
             kind: ActorKind::User,
             name: if n.is_multiple_of(2) { "ada" } else { "bob" }.into(),
-            organization: Some("acme".into()),
+            organization: Some("globex".into()),
             session: None,
         },
         action: if n.is_multiple_of(3) { "apps:create" } else { "apps:update" }.into(),
         target: Some(Target {
             name: format!("app-{n}"),
+            organization: Some(if n % 5 == 4 { "acme" } else { "globex" }.into()),
             plural: "apps".into(),
             project: Some("shop".into()),
             uid: None,
@@ -217,8 +219,46 @@ async fn records_are_listed_newest_first_and_by_what_is_asked() {
     };
     assert_eq!(all("").await, (0..600).rev().collect::<Vec<_>>());
     assert_eq!(all("actor=ada").await.len(), 300);
-    assert_eq!(all("actor=user%3Aacme/ada&action=apps%3Acreate").await.len(), 100);
+    assert_eq!(all("actor=user%3Aglobex/ada&action=apps%3Acreate").await.len(), 100);
     assert_eq!(all("name=app-7&kind=apps&project=shop").await, [7]);
     assert_eq!(all("name=app-7&project=other").await, [0_u64; 0]);
     assert_eq!(all("since=1700000010000&until=1700000012000").await, [11, 10]);
+}
+
+#[tokio::test]
+async fn an_organizations_auditor_reads_what_is_about_it_and_proves_it() {
+    let (cloud, mut log) = (Cloud::new().await, Log::new("local"));
+    grow(&cloud.world, &mut log, 300).await;
+    let own = "/v1/regions/local/organizations/acme/audit";
+    let get = async |who: &str, path: &str| cloud.call(who, "GET", path, None).await;
+    let indexes = async |who: &str, path: &str| {
+        let records = get(who, &format!("{path}/records?limit=500")).await.json();
+        let items = records["items"].as_array().unwrap().clone();
+        items.iter().map(|r| r["index"].as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    // Another organization's people did all of it, a fifth of it to what is acme's.
+    let theirs: Vec<u64> = (0..300).rev().filter(|n| n % 5 == 4).collect();
+    assert_eq!(indexes("auditor", own).await, theirs);
+    assert_eq!(indexes("operator", AUDIT).await.len(), 300);
+    assert_eq!(indexes("other-tenant", "/v1/regions/local/organizations/globex/audit").await.len(), 300);
+
+    let export = get("auditor", &format!("{own}/export?from=100&prove=200")).await;
+    let lines: Vec<&[u8]> = export.body.split(|b| *b == b'\n').filter(|l| !l.is_empty()).collect();
+    assert!(!String::from_utf8_lossy(&export.body).contains("app-101"), "it is another's");
+    let keys = keys(&cloud.world).await;
+    let report = verify(lines.clone(), &keys, &[], Options::default()).unwrap();
+    assert!(report.is_right() && !report.whole, "{report:?}");
+    assert_eq!(report.records, 40);
+    let forged = String::from_utf8_lossy(lines[3]).replace("apps:", "appz:");
+    let forged = [&lines[..3], &[forged.as_bytes()], &lines[4..]].concat();
+    assert!(!verify(forged, &keys, &[], Options::default()).unwrap().is_right());
+
+    for word in ["head", "heads", "keys", "inclusion?index=3", "consistency?first=4&second=9"] {
+        assert_eq!(get("auditor", &format!("{own}/{word}")).await.status, 200, "{word}");
+    }
+    get("auditor", &format!("{AUDIT}/records")).await.problem("forbidden");
+    get("viewer", &format!("{own}/records")).await.problem("forbidden");
+    get("other-tenant", &format!("{own}/records")).await.problem("not-found");
+    get("auditor", "/v1/regions/local/organizations/nobodys/audit/records").await.problem("not-found");
+    get("auditor", &format!("{own}/forget")).await.problem("not-found");
 }

@@ -3,7 +3,10 @@
 
 mod support;
 
+use http::Request;
+use nexus_iam::jwt::{self, Claims};
 use serde_json::{Value, json};
+use support::cloud::{Cloud, object};
 use support::*;
 
 fn app() -> Value {
@@ -60,6 +63,7 @@ async fn another_regions_path_is_passed_on_once() {
     assert_eq!(told, ["mirror", "POST", path, "local", "req-7"]);
     assert_eq!(seen["token"], format!("Bearer {}", world.token), "with the caller's own token");
     assert_eq!(serde_json::from_str::<Value>(seen["body"].as_str().unwrap()).unwrap(), app());
+    assert_eq!(seen["origin"].as_str().unwrap().split('.').count(), 3, "and from where it came, signed");
 
     // Not in circles, not to nowhere, and not for strangers.
     let circle = world.call("GET", "/v1/regions/mirror/apps", &[("x-nexus-passed-on", "mirror")], Value::Null).await;
@@ -69,4 +73,58 @@ async fn another_regions_path_is_passed_on_once() {
     let stranger = http::Request::builder().uri("/v1/regions/mirror/apps").body(axum::body::Body::empty()).unwrap();
     world.send(stranger).await.problem("unauthenticated");
     world.call("DELETE", "/v1/regions/mirror/apps", &[], Value::Null).await.problem("method-not-allowed");
+}
+
+#[tokio::test]
+async fn where_a_request_came_from_is_believed_if_a_server_says_so_of_this_very_request() {
+    let cloud = Cloud::new().await;
+    let world = &cloud.world;
+    world.publish_key().await;
+    let text = r#"forbid (principal, action, resource) unless { context.ip.isInRange(ip("10.0.0.0/8")) };"#;
+    world.store_global("policies", &object("Policy", "from-home", Some("acme"), json!({"text": text}))).await;
+
+    let secret = cloud.secrets.iter().find(|(who, _)| *who == "viewer").unwrap().1.reveal();
+    let now = u64::try_from(nexus_env::Clock::now_millis(&nexus_env::RealClock::default()) / 1000).unwrap();
+    let said = Claims {
+        iss: "https://cloud.test".into(),
+        sub: "10.1.2.3".into(),
+        aud: "cloudnexus/passed-on/local".into(),
+        exp: now + 60,
+        nbf: now,
+        iat: now,
+        jti: "req-9".into(),
+        sid: "mirror".into(),
+        org: "mirror".into(),
+        groups: Vec::new(),
+        project: None,
+        amr: Vec::new(),
+        act: None,
+    };
+    let sign = |claims: &Claims| world.signer.sign(claims).unwrap();
+    let ask = async |bearer: &str, origin: Option<String>| {
+        let mut request = Request::get("/v1/regions/local/projects/shop/apps").header("x-request-id", "req-9");
+        request = request.header("authorization", format!("Bearer {bearer}"));
+        if let Some(origin) = origin {
+            request = request.header("x-nexus-origin", origin);
+        }
+        world.send(request.body(String::new().into()).unwrap()).await
+    };
+    // From elsewhere nothing there may even be known of.
+    eventually(async || ask(&secret, None).await.status == 404).await;
+    eventually(async || ask(&secret, Some(sign(&said))).await.status == 200).await;
+    let elsewhere = Claims { sub: "192.0.2.1".into(), ..said.clone() };
+    assert_eq!(ask(&secret, Some(sign(&elsewhere))).await.status, 404);
+    for lie in [
+        Claims { aud: "cloudnexus/passed-on/mirror".into(), ..said.clone() },
+        Claims { aud: "cloudnexus".into(), ..said.clone() },
+        Claims { jti: "req-8".into(), ..said.clone() },
+        Claims { iat: now - 120, nbf: now - 120, exp: now - 60, ..said.clone() },
+        Claims { sub: "home".into(), ..said.clone() },
+    ] {
+        ask(&secret, Some(sign(&lie))).await.problem("unauthenticated");
+    }
+    let strangers = jwt::SigningKey::generate().unwrap().sign(&said).unwrap();
+    ask(&secret, Some(strangers)).await.problem("unauthenticated");
+    ask(&secret, Some("10.1.2.3".into())).await.problem("unauthenticated");
+    ask(&sign(&said), None).await.problem("unauthenticated");
 }

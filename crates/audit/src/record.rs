@@ -88,6 +88,9 @@ pub struct Actor {
 pub struct Target {
     /// As it was asked for: in a refusal it need not be the name of anything.
     pub name: String,
+    /// The organization that it belongs to, itself or by its project. What is the fleet's has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub organization: Option<String>,
     /// The kind's plural, as in its path.
     pub plural: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]

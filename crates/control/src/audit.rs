@@ -24,7 +24,7 @@ use nexus_audit::{
     Actor, ActorKind, Anchor, Answer, Change, Draft, Hash, Log, LogState, Personal, Retention, SubjectKey, Target,
 };
 use nexus_env::RngExt;
-use nexus_model::kind::{Kind, Organization, Scope};
+use nexus_model::kind::{Kind, Organization, Project, Scope};
 use nexus_model::{API_VERSION, AnyObject, ApiError, Code, Metadata, Name, Uid, key};
 use nexus_store::{RangeRequest, Revision, Store, StoreError};
 use serde::{Deserialize, Serialize};
@@ -191,6 +191,7 @@ pub(crate) fn changed<K: Stored>(
     let mut draft = draft_of(step, intent, format!("{}:{}", K::PLURAL, verb.word()))?;
     draft.target = Some(Target {
         name,
+        organization: owner::<K>(step, target, before.or(after)),
         plural: K::PLURAL.to_owned(),
         project: target.project.as_ref().map(Name::to_string),
         uid: Some(uid),
@@ -198,6 +199,22 @@ pub(crate) fn changed<K: Stored>(
     draft.change = Some(Change::of(before, after));
     draft.retention = if identity { Retention::Security } else { Retention::Change };
     step.record(draft)
+}
+
+/// The organization that an object belongs to.
+fn owner<K: Stored>(step: &Step<'_>, target: &crate::intent::Target, spec: Option<&Value>) -> Option<String> {
+    if K::PLURAL == Organization::PLURAL {
+        return Some(target.name.to_string());
+    }
+    if K::PLURAL == Project::PLURAL {
+        return Some(spec?["organization"].as_str()?.to_owned());
+    }
+    let organization = match (&target.organization, &target.project) {
+        (Some(organization), _) => organization,
+        (None, Some(project)) => &step.world.project(project)?.spec.organization,
+        (None, None) => return None,
+    };
+    Some(organization.to_string())
 }
 
 /// Carries out what is asked of the log itself.
@@ -254,7 +271,7 @@ fn forget(step: &mut Step<'_>, intent: &Intent, principal: &str) -> Result<(), A
     step.undo(move |world| drop(world.trail_mut().subjects.insert(place, subject)));
     let mut draft = draft_of(step, intent, FORGET_ACTION.to_owned())?;
     let name = cut(principal, MAX_NAME);
-    draft.target = Some(Target { name, plural: "principals".to_owned(), project: None, uid: None });
+    draft.target = Some(Target { name, organization: None, plural: "principals".to_owned(), project: None, uid: None });
     draft.retention = Retention::Security;
     step.record(draft)
 }

@@ -142,6 +142,9 @@ fn each_accepted_change_leaves_one_record_in_its_own_transaction_and_nothing_els
         (3, "projects:delete", "shop"),
     ];
     assert_eq!(said, all);
+    let organization = made.object.spec["organization"].as_str();
+    let of = |e: &Entry| e.record.target.as_ref().unwrap().organization.clone();
+    assert!(organization.is_some() && entries.iter().all(|e| of(e).as_deref() == organization), "whose each was");
     let first = &entries[0].record;
     assert_eq!((first.actor.kind, first.actor.name.as_str()), (ActorKind::User, "ada"));
     assert_eq!((first.actor.organization.as_deref(), first.actor.session.as_deref()), (Some("acme"), Some("s-1")));

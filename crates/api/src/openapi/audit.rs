@@ -34,52 +34,66 @@ fn filters() -> Vec<Value> {
 
 pub(super) fn paths(paths: &mut Map<String, Value>) {
     for (_, asked) in ASKED {
-        let (id, about, more) = match asked {
-            Asked::Records => ("listAuditRecords", "List records, the newest first", filters()),
-            Asked::Export => {
-                let sizes = json!({"type": "array", "maxItems": MAX_PROVEN, "items": {
-                    "type": "integer", "minimum": 0, "maximum": MAX_NUMBER,
-                }});
-                let prove = json!({
-                    "name": "prove", "in": "query", "style": "form", "explode": true, "schema": sizes,
-                    "description": "Sizes of earlier heads that the export is to be proven consistent with.",
-                });
-                let from = number("from", "The first record.", false);
-                ("exportAudit", "Export records so that they verify offline", vec![from, prove])
-            }
-            Asked::Head => ("getAuditHead", "The signed head of what is committed now", Vec::new()),
-            Asked::Heads => ("listAuditHeads", "The heads that were signed each minute", Vec::new()),
-            Asked::Keys => ("listAuditKeys", "The public keys that heads are signed with", Vec::new()),
-            Asked::Inclusion => {
-                let index = number("index", "Which record.", true);
-                ("proveAuditInclusion", "Prove that a record is in the log", vec![index])
-            }
-            Asked::Consistency => {
-                let sizes =
-                    vec![number("first", "The smaller size.", true), number("second", "The bigger size.", true)];
-                ("proveAuditConsistency", "Prove that the log only grew between two sizes", sizes)
-            }
-            Asked::Forget => ("forgetAuditPrincipal", "Shred the personal data of a principal", Vec::new()),
-        };
-        let content = match asked {
-            Asked::Export => json!({"application/x-ndjson": {"schema": {"type": "string"}}}),
-            _ => json!({"application/json": {"schema": {"type": "object", "additionalProperties": true}}}),
-        };
-        let mut parameters = vec![parameter("RegionOrGlobal")];
-        parameters.extend(more);
-        let problems: &[&str] = if asked == Asked::Forget { &["403", "409", "413", "415", "422"] } else { &["403"] };
-        let responses = answers(vec![("200", success("Done", content, &[]))], problems);
-        let mut operation = operation(id, "audit", about, parameters, responses);
-        let method = if asked == Asked::Forget { "post" } else { "get" };
-        if asked == Asked::Forget {
-            let principal = json!({"type": "string", "minLength": 1, "maxLength": MAX_FILTER});
-            let schema = json!({
-                "type": "object", "additionalProperties": false, "required": ["principal"],
-                "properties": {"principal": principal},
-            });
-            let content = json!({"application/json": {"schema": schema, "example": {"principal": "user:default/ada"}}});
-            operation["requestBody"] = json!({"required": true, "content": content});
+        paths.insert(audit_template(asked, false), described(asked, false));
+        if asked != Asked::Forget {
+            paths.insert(audit_template(asked, true), described(asked, true));
         }
-        paths.insert(audit_template(asked), json!({method: operation}));
     }
+}
+
+/// A path of the log; of what is about one organization, or of everything.
+fn described(asked: Asked, in_organization: bool) -> Value {
+    let (id, about, more) = match asked {
+        Asked::Records => ("listAuditRecords", "List records, the newest first", filters()),
+        Asked::Export => {
+            let sizes = json!({"type": "array", "maxItems": MAX_PROVEN, "items": {
+                "type": "integer", "minimum": 0, "maximum": MAX_NUMBER,
+            }});
+            let prove = json!({
+                "name": "prove", "in": "query", "style": "form", "explode": true, "schema": sizes,
+                "description": "Sizes of earlier heads that the export is to be proven consistent with.",
+            });
+            let from = number("from", "The first record.", false);
+            ("exportAudit", "Export records so that they verify offline", vec![from, prove])
+        }
+        Asked::Head => ("getAuditHead", "The signed head of what is committed now", Vec::new()),
+        Asked::Heads => ("listAuditHeads", "The heads that were signed each minute", Vec::new()),
+        Asked::Keys => ("listAuditKeys", "The public keys that heads are signed with", Vec::new()),
+        Asked::Inclusion => {
+            let index = number("index", "Which record.", true);
+            ("proveAuditInclusion", "Prove that a record is in the log", vec![index])
+        }
+        Asked::Consistency => {
+            let sizes = vec![number("first", "The smaller size.", true), number("second", "The bigger size.", true)];
+            ("proveAuditConsistency", "Prove that the log only grew between two sizes", sizes)
+        }
+        Asked::Forget => ("forgetAuditPrincipal", "Shred the personal data of a principal", Vec::new()),
+    };
+    let content = match asked {
+        Asked::Export => json!({"application/x-ndjson": {"schema": {"type": "string"}}}),
+        _ => json!({"application/json": {"schema": {"type": "object", "additionalProperties": true}}}),
+    };
+    let mut parameters = vec![parameter("RegionOrGlobal")];
+    if in_organization {
+        parameters.push(parameter("Organization"));
+    }
+    parameters.extend(more);
+    let problems: &[&str] = if asked == Asked::Forget { &["403", "409", "413", "415", "422"] } else { &["403"] };
+    let responses = answers(vec![("200", success("Done", content, &[]))], problems);
+    let (id, about) = match in_organization {
+        true => (format!("{id}OfOrganization"), format!("{about}, for one organization")),
+        false => (id.to_owned(), about.to_owned()),
+    };
+    let mut operation = operation(&id, "audit", &about, parameters, responses);
+    let method = if asked == Asked::Forget { "post" } else { "get" };
+    if asked == Asked::Forget {
+        let principal = json!({"type": "string", "minLength": 1, "maxLength": MAX_FILTER});
+        let schema = json!({
+            "type": "object", "additionalProperties": false, "required": ["principal"],
+            "properties": {"principal": principal},
+        });
+        let content = json!({"application/json": {"schema": schema, "example": {"principal": "user:default/ada"}}});
+        operation["requestBody"] = json!({"required": true, "content": content});
+    }
+    json!({method: operation})
 }

@@ -532,6 +532,7 @@ impl Remote for Mirror {
         let seen = json!({
             "region": region, "method": parts.method.as_str(), "uri": parts.uri.to_string(),
             "token": header("authorization"), "from": header("x-nexus-passed-on"), "id": header("x-request-id"),
+            "origin": header("x-nexus-origin"),
             "body": String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap(),
         });
         Ok(http::Response::builder().status(418).body(Body::from(seen.to_string())).unwrap())

@@ -33,6 +33,7 @@ fn records() -> Vec<Record> {
         revision: Some(0),
         target: Some(Target {
             name: "db".to_owned(),
+            organization: None,
             plural: "secrets".to_owned(),
             project: Some("shop".to_owned()),
             uid: Some("0190a5f0-0000-8000-8000-00000000002a".parse().unwrap()),
@@ -64,7 +65,9 @@ fn records() -> Vec<Record> {
     };
     let anchor = Anchor { from: 3, head: Hash::leaf(b"head"), server: "s1".to_owned(), to: 9 };
     let anchored = Record { anchor: Some(anchor), retention: Retention::Change, ..least.clone() };
-    vec![full, least, anchored]
+    let owned = Target { organization: Some("acme".to_owned()), ..full.target.clone().unwrap() };
+    let owned = Record { target: Some(owned), ..full.clone() };
+    vec![full, least, anchored, owned]
 }
 
 #[test]

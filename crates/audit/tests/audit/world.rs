@@ -34,6 +34,7 @@ pub fn draft(number: u64) -> Draft {
         action: "apps:update".to_owned(),
         target: Some(Target {
             name: format!("app-{number}"),
+            organization: Some("acme".to_owned()),
             plural: "apps".to_owned(),
             project: Some("shop".to_owned()),
             uid: None,

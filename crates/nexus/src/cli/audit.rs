@@ -57,7 +57,8 @@ enum AuditCommand {
     nexus audit list\n  \
     nexus audit list --actor user:default/ada --since 2026-03-01T00:00:00Z\n  \
     nexus audit list --kind apps --name web --project default -o json\n  \
-    nexus audit list --region global --action projects:delete")]
+    nexus audit list --region global --action projects:delete\n  \
+    nexus audit list --organization acme")]
 struct ListArgs {
     /// Who did it: a name, or user:ORG/NAME, service-account:ORG/NAME, operator:NAME
     #[arg(long, value_name = "NAME")]
@@ -91,7 +92,8 @@ struct ListArgs {
 #[command(after_help = "Examples:\n  \
     nexus audit export --file audit.ndjson\n  \
     nexus audit export --from 1200 --head monday.head > since-monday.ndjson\n  \
-    nexus audit export --region global --file global.ndjson")]
+    nexus audit export --region global --file global.ndjson\n  \
+    nexus audit export --organization acme --file acme.ndjson")]
 struct ExportArgs {
     /// The first record
     #[arg(long, value_name = "INDEX", default_value_t = 0)]
@@ -166,8 +168,10 @@ pub async fn run(args: &AuditArgs) -> anyhow::Result<()> {
     }
 }
 
-fn path(cloud: &Cloud, what: &str) -> String {
-    format!("/v1/regions/{}/audit/{what}", cloud.target.region)
+/// The path of the whole log, or with `--organization` of what is about that one.
+fn path(cloud: &Cloud, args: &CloudArgs, what: &str) -> String {
+    let of = args.organization.as_ref().map_or_else(String::new, |o| format!("/organizations/{o}"));
+    format!("/v1/regions/{}{of}/audit/{what}", cloud.target.region)
 }
 
 /// The most records that the API gives in one page.
@@ -197,7 +201,8 @@ async fn list(args: &ListArgs) -> anyhow::Result<()> {
     let (mut items, mut cursor) = (Vec::new(), String::new());
     while items.len() < args.limit {
         let limit = (args.limit - items.len()).clamp(1, PAGE);
-        let page: Value = cloud.client.get(&path(&cloud, &format!("records?limit={limit}{asked}{cursor}"))).await?;
+        let page: Value =
+            cloud.client.get(&path(&cloud, &args.cloud, &format!("records?limit={limit}{asked}{cursor}"))).await?;
         items.extend(page["items"].as_array().into_iter().flatten().cloned());
         match page["metadata"]["cursor"].as_str() {
             Some(next) => cursor = format!("&cursor={}", encode(next)),
@@ -248,7 +253,7 @@ async fn export(args: &ExportArgs) -> anyhow::Result<()> {
         asked.push_str(&format!("&prove={}", head_in(file)?.claimed().size));
     }
     let cloud = Cloud::connect(&args.cloud)?;
-    let mut content = cloud.client.stream(Method::GET, &path(&cloud, &asked), Parts::default()).await?;
+    let mut content = cloud.client.stream(Method::GET, &path(&cloud, &args.cloud, &asked), Parts::default()).await?;
     let Some(to) = &args.file else {
         while let Some(piece) = content.next().await {
             output::bytes(&piece?)?;
@@ -369,13 +374,13 @@ fn described(report: &Report) -> Value {
 
 async fn head(args: &HereArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?;
-    let head: Value = cloud.client.get(&path(&cloud, "head")).await?;
+    let head: Value = cloud.client.get(&path(&cloud, &args.cloud, "head")).await?;
     output::bytes(text(&head, "/note").as_bytes())
 }
 
 async fn keys(args: &HereArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?;
-    let keys: Value = cloud.client.get(&path(&cloud, "keys")).await?;
+    let keys: Value = cloud.client.get(&path(&cloud, &args.cloud, "keys")).await?;
     for key in keys["items"].as_array().into_iter().flatten() {
         output::text(&output::plain(text(key, "/key")))?;
     }
@@ -385,7 +390,8 @@ async fn keys(args: &HereArgs) -> anyhow::Result<()> {
 async fn forget(args: &ForgetArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?;
     let parts = Parts::json(&json!({"principal": args.principal}))?;
-    let _: Value = cloud.client.json(Method::POST, &path(&cloud, "forget"), parts).await?;
+    let path = format!("/v1/regions/{}/audit/forget", cloud.target.region);
+    let _: Value = cloud.client.json(Method::POST, &path, parts).await?;
     output::text(&format!(
         "the personal data of {} in the audit log of {} is shredded",
         args.principal, cloud.target.region

@@ -339,6 +339,8 @@ mod tests {
         let url = format!("http://{}", silent.local_addr().unwrap());
         let held = std::thread::spawn(move || {
             let mut stream = silent.accept().unwrap().0;
+            let asked = std::io::Read::read(&mut stream, &mut [0; 4096]).unwrap();
+            assert!(asked > 0);
             stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhalf").unwrap();
             stream
         });

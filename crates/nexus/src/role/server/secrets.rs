@@ -71,6 +71,7 @@ impl Secrets {
         let by = Provenance { principal: format!("host:{}", request.host), ..Provenance::default() };
         let target = nexus_audit::Target {
             name: request.name.to_string(),
+            organization: self.view.read(|world| world.project(&project).map(|p| p.spec.organization.to_string())),
             plural: Secret::PLURAL.to_owned(),
             project: Some(project.to_string()),
             uid: None,
