@@ -89,7 +89,9 @@ pub struct IdentityProviderSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4096))]
     pub sealed_secret: Option<String>,
-    #[schemars(length(max = MAX_SCOPES))]
+    /// `openid` is among them.
+    #[schemars(length(min = 1, max = MAX_SCOPES), inner(regex(pattern = SCOPE_PATTERN)))]
+    #[schemars(extend("contains" = {"const": "openid"}))]
     pub scopes: Vec<String>,
     /// The claim that names new users: what stands before an `@`, in small letters.
     #[schemars(length(min = 1, max = 256))]
@@ -149,7 +151,9 @@ fn claims(field: &str, claims: &ClaimValues) -> Vec<FieldError> {
     errors
 }
 
-/// RFC 6749, section 3.3.
+/// What [`is_scope`] takes (RFC 6749, section 3.3).
+const SCOPE_PATTERN: &str = r"^[!#-\[\]-~]{1,128}$";
+
 fn is_scope(text: &str) -> bool {
     !text.is_empty() && text.len() <= 128 && text.bytes().all(|b| matches!(b, b'!' | b'#'..=b'[' | b']'..=b'~'))
 }

@@ -265,6 +265,15 @@ pub fn validate_classes(field: &str, classes: &Classes) -> Vec<FieldError> {
     errors
 }
 
+/// A socket address. A text that matches is one; a few odd spellings of one do not match.
+const ADDRESS_PATTERN: &str = concat!(
+    r"^(\[(([0-9a-f]{1,4}:){7}[0-9a-f]{1,4}|([0-9a-f]{1,4}:){1,7}:|([0-9a-f]{1,4}:){1,4}(:[0-9a-f]{1,4}){1,3}",
+    r"|([0-9a-f]{1,4}:){1,6}:[0-9a-f]{1,4}|([0-9a-f]{1,4}:){1,5}(:[0-9a-f]{1,4}){1,2}",
+    r"|([0-9a-f]{1,4}:){1,2}(:[0-9a-f]{1,4}){1,5}|:(:[0-9a-f]{1,4}){1,7})\]",
+    r"|((25[0-5]|(2[0-4]|1[0-9]|[1-9])?[0-9])\.){3}(25[0-5]|(2[0-4]|1[0-9]|[1-9])?[0-9]))",
+    r":(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})$",
+);
+
 /// What a host's agent declares when it joins, and what an operator decides.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -274,7 +283,7 @@ pub struct HostSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rack: Option<Name>,
     /// Where servers reach the agent.
-    #[schemars(with = "String", regex(pattern = r"^(\[[0-9a-f:.]+\]|[0-9.]+):[0-9]{1,5}$"))]
+    #[schemars(with = "String", regex(pattern = ADDRESS_PATTERN))]
     pub address: SocketAddr,
     /// The /64 from which this host's instances get their infrastructure addresses.
     #[schemars(with = "String", regex(pattern = "^([0-9a-f]{1,4}:){1,4}:$"))]
