@@ -395,6 +395,9 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
     let fleets = serde_json::from_value(field("store")).context("where the fleet keeps its metadata")?;
     let store = store_of(fleets, args.store.url.clone())?;
     let cells: Option<Vec<BootstrapCell>> = serde_json::from_value(field("cells")).context("the region's cells")?;
+    let keep: Option<AuditKeep> = serde_json::from_value(field("audit_keep")).context("how long records are kept")?;
+    let networks: Option<Vec<String>> = serde_json::from_value(field("provider_networks"))
+        .context("the networks in which identity providers may be")?;
     let config = ServerConfig {
         name: name.clone(),
         node_id: joined.node,
@@ -404,7 +407,7 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         data_dir: home.folder("data")?,
         backup_dir: None,
         audit_webhook: None,
-        audit_keep: AuditKeep::default(),
+        audit_keep: keep.unwrap_or_default(),
         store,
         wire_listen: args.wire,
         api_tls_listen: args.api_listen,
@@ -414,7 +417,7 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         master_keys: args.master_keys.as_ref().map(|_| home.path("master-keys")),
         domain: joined.domain,
         issuer: joined.issuer,
-        provider_networks: Vec::new(),
+        provider_networks: networks.unwrap_or_default(),
         zones: joined.zones,
         join: true,
         authority,

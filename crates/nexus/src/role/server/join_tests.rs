@@ -152,6 +152,7 @@ async fn a_token_lets_in_one_server_which_may_ask_again() {
     let joined: ServerJoined = serde_json::from_value(first.clone()).unwrap();
     assert_eq!((joined.node, joined.members.len(), joined.zone.as_str()), (2, 2, "zone-b"));
     assert!(joined.authority_key.is_some());
+    assert_eq!(joined.config["audit_keep"]["change_days"], 400, "what is the region's, not the server's");
     nexus_iam::Identity::from_pem(&joined.cert, &key.to_pem()).unwrap();
     assert_eq!(w.joins.server(asked()).await.unwrap(), first, "a retry gets the same answer");
 
