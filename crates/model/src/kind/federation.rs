@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 use super::identity::{NoStatus, PRINTABLE, text};
@@ -29,7 +29,7 @@ pub struct UserIdentity {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 2048))]
     pub issuer: String,
-    #[schemars(length(min = 1, max = 255))]
+    #[schemars(length(min = 1, max = 255), regex(pattern = PRINTABLE))]
     pub subject: String,
     /// The groups that the provider gave at the last sign-in: they count as long as it maps to them. Written by the server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -52,15 +52,27 @@ pub struct IdentityProvider;
 /// What of a claim is asked: its name (or a JSON pointer to it) and the value that it has, or that is one of its values.
 pub type ClaimValues = BTreeMap<String, String>;
 
+/// The name or the value of a claim.
+fn claim_schema() -> Schema {
+    json_schema!({"type": "string", "minLength": 1, "maxLength": MAX_CLAIM, "pattern": PRINTABLE})
+}
+
+fn claims_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "object", "maxProperties": MAX_CLAIMS, "propertyNames": claim_schema(),
+        "additionalProperties": claim_schema(),
+    })
+}
+
 /// A CI system's token that becomes a service account's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ExchangeRule {
     /// The token's `aud`.
-    #[schemars(length(min = 1, max = 256))]
+    #[schemars(length(min = 1, max = 256), regex(pattern = PRINTABLE))]
     pub audience: String,
     /// What else the token says, such as `repository: acme/shop`: all of it, and one at least.
-    #[schemars(extend("minProperties" = 1, "maxProperties" = MAX_CLAIMS, "propertyNames" = {"minLength": 1}, "additionalProperties" = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": PRINTABLE}))]
+    #[schemars(schema_with = "claims_schema", extend("minProperties" = 1))]
     pub claims: ClaimValues,
     /// Who brings such a token is this service account.
     pub service_account: Name,
@@ -83,7 +95,7 @@ pub struct IdentityProviderSpec {
     /// For providers that don't take public clients. Never shown: the server keeps it sealed, for this issuer and client, also
     /// when a later change leaves it out.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 512), extend("writeOnly" = true))]
+    #[schemars(length(min = 1, max = 512), regex(pattern = PRINTABLE), extend("writeOnly" = true))]
     pub client_secret: Option<String>,
     /// The client's secret, sealed by the master key for this very issuer. Written by the server.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -94,16 +106,16 @@ pub struct IdentityProviderSpec {
     #[schemars(extend("contains" = {"const": "openid"}))]
     pub scopes: Vec<String>,
     /// The claim that names new users: what stands before an `@`, in small letters.
-    #[schemars(length(min = 1, max = 256))]
+    #[schemars(length(min = 1, max = 256), regex(pattern = PRINTABLE))]
     pub username_claim: String,
     /// The claim that holds the provider's groups: its name, or a JSON pointer.
-    #[schemars(length(min = 1, max = 256))]
+    #[schemars(length(min = 1, max = 256), regex(pattern = PRINTABLE))]
     pub group_claim: String,
     /// What the provider's groups give here. Groups that are not named give nothing.
-    #[schemars(extend("maxProperties" = MAX_MAPPED))]
+    #[schemars(extend("maxProperties" = MAX_MAPPED, "propertyNames" = claim_schema()))]
     pub groups: BTreeMap<String, BTreeSet<Name>>,
     /// Only who has all of these claims may sign in, such as `hd: acme.com`.
-    #[schemars(extend("maxProperties" = MAX_CLAIMS, "propertyNames" = {"minLength": 1}, "additionalProperties" = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": PRINTABLE}))]
+    #[schemars(schema_with = "claims_schema")]
     pub require: ClaimValues,
     /// Which tokens of CI systems are taken: the first rule that fits counts.
     #[schemars(length(max = MAX_EXCHANGE_RULES))]

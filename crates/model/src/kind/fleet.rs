@@ -250,6 +250,7 @@ pub fn classes_schema(_: &mut SchemaGenerator) -> Schema {
         "type": "object",
         "maxProperties": MAX_CLASSES,
         "patternProperties": {Name::PATTERN: {"type": "integer", "minimum": 1, "maximum": MAX_UNITS}},
+        "additionalProperties": false,
     })
 }
 
