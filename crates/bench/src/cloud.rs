@@ -112,6 +112,13 @@ impl Cloud {
         Ok(serde_json::from_slice(&answer.body)?)
     }
 
+    /// Changes parts of an object (RFC 7396).
+    pub fn patch(&self, path: &str, change: &Value) -> anyhow::Result<()> {
+        let body = change.to_string();
+        let answer = self.api(0)?.send("PATCH", path, "application/merge-patch+json", body.as_bytes())?;
+        expect_success("PATCH", path, &answer)
+    }
+
     /// Imports an image from a file, as `nexus image import` does.
     pub fn import(&self, path: &Path, name: &str) -> anyhow::Result<()> {
         let image = nexus_compute::image::import(path)?;

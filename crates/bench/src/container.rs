@@ -154,7 +154,7 @@ fn bundle(dir: &Path, cgroup: &str) -> anyhow::Result<PathBuf> {
 fn deploys() -> anyhow::Result<Row> {
     let cloud = Cloud::up()?;
     let archive = cloud.scratch("busybox.tar");
-    image(&archive)?;
+    busybox(&archive)?;
     cloud.import(&archive, "busybox")?;
     let app = |replicas: u32| {
         json!({
@@ -185,7 +185,7 @@ fn deploys() -> anyhow::Result<Row> {
 }
 
 /// busybox and a page, as `docker save` would write an image of them.
-fn image(archive: &Path) -> anyhow::Result<()> {
+pub fn busybox(archive: &Path) -> anyhow::Result<()> {
     let mut layer = tar::Builder::new(Vec::new());
     add(&mut layer, "bin/busybox", 0o755, &fs::read(BUSYBOX).context("reading busybox")?)?;
     add(&mut layer, "www/index.html", 0o644, PAGE)?;

@@ -4,6 +4,7 @@ mod access;
 mod api;
 mod cloud;
 mod container;
+mod failover;
 mod function;
 mod http;
 mod load;
@@ -40,6 +41,7 @@ const BENCHES: &[Bench] = &[
         run: function::run,
     },
     Bench { name: "container", about: "containers: deployed to first answer, start to exit", run: container::run },
+    Bench { name: "failover", about: "a host with 100 containers dies", run: failover::run },
     Bench { name: "api", about: "100,000 objects: creates, lists, gets", run: api::run },
     Bench { name: "scale", about: "one region's control plane under 10,000 hosts, 100,000 instances", run: scale::run },
     Bench { name: "store", about: "the metadata store beside etcd; a large state; a leader's death", run: store::run },
