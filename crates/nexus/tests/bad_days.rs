@@ -1,5 +1,5 @@
-//! The commands of guides for operators, `docs/guide/bad-days.md` and `docs/guide/cells.md`, in order, each against a small
-//! local cloud. Needs root.
+//! The commands of guides, `docs/guide/bad-days.md`, `cells.md` and `first-app.md`, in order, each against a small local cloud.
+//! Needs root.
 //!
 //! Every block that begins with ```` ```sh run ```` is run as it stands there. After some sections the test looks whether
 //! the cloud really is what the guide promises.
@@ -11,7 +11,7 @@ mod guide;
 mod images;
 
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,6 +25,8 @@ static TURN: Mutex<()> = Mutex::new(());
 
 struct Cloud {
     temp: tempfile::TempDir,
+    /// Where the guides say 8000.
+    gateway: u16,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -41,14 +43,15 @@ impl Cloud {
     fn new() -> Self {
         assert!(nix::unistd::geteuid().is_root(), "a local cloud makes namespaces: run this as root");
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let cloud = Self { _turn: turn, temp: tempfile::Builder::new().prefix("nexus-bad-days-").tempdir().unwrap() };
+        let temp = tempfile::Builder::new().prefix("nexus-bad-days-").tempdir().unwrap();
+        let api = free_ports();
+        let cloud = Self { _turn: turn, temp, gateway: api + 200 };
         std::fs::create_dir(cloud.path("bin")).unwrap();
         std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_nexus"), cloud.path("bin/nexus")).unwrap();
-        let api = free_ports();
         cloud.ok(&format!(
             "nexus up --detach --data-dir \"$DIR\" --zones 3 --hosts-per-zone 1 --timeout 120 --api-port-base {api} \
              --gateway-port-base {}",
-            api + 200
+            cloud.gateway
         ));
         cloud
     }
@@ -61,10 +64,17 @@ impl Cloud {
     fn sh(&self, script: &str) -> Output {
         let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap_or_default());
         let mut command = Command::new("timeout");
-        command.arg(BLOCK.as_secs().to_string()).args(["sh", "-euc", script]);
+        let script = script.replace("localhost:8000", &format!("localhost:{}", self.gateway));
+        command.arg(BLOCK.as_secs().to_string()).args(["sh", "-euc", &script]);
         command.env("PATH", path).env("DIR", self.path("cloud")).env("SAFE", self.path("safe"));
         command.env("IMAGE", self.path("busybox"));
         command.env("NEXUS_CONFIG", self.path("context.json")).env("HOME", self.temp.path());
+        // A reader's toolchain is where it was, though this home is another.
+        for (variable, folder) in [("CARGO_HOME", ".cargo"), ("RUSTUP_HOME", ".rustup")] {
+            let usual = std::env::home_dir().unwrap_or_default().join(folder);
+            command.env(variable, std::env::var_os(variable).unwrap_or_else(|| usual.into()));
+        }
+        command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS").env_remove("CARGO_TARGET_DIR");
         command.env_remove("CNX_URL").env_remove("CNX_TOKEN").current_dir(self.temp.path());
         command.output().unwrap()
     }
@@ -185,6 +195,41 @@ fn the_guide_for_cells_does_what_it_says() {
             cloud.until("nexus get hosts zone-b-1 -o json | tr -d ' '", "\"state\":\"ready\"");
         }
         "A new cell" => assert!(cloud.ok("nexus get cells").contains("zone-a-cell-2")),
+        _ => {}
+    });
+}
+
+/// Copies a folder's files, without what builds have put there.
+fn copy_sources(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap).filter(|e| e.file_name() != "target") {
+        if entry.file_type().unwrap().is_dir() {
+            copy_sources(&entry.path(), &to.join(entry.file_name()));
+        } else {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_guide_to_a_first_app_does_what_it_says() {
+    let cloud = Cloud::new();
+    images::nginx(&cloud.path(""));
+    cloud.ok("tar -C nginx -cf nginx.tar .");
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/hello-function");
+    copy_sources(&example, &cloud.path("examples/hello-function"));
+    let answers = |name: &str, wanted: &str| cloud.until(&format!("curl -sS http://{name}.localhost:8000"), wanted);
+    follow("first-app.md", 7, &cloud, |heading| match heading {
+        "A container" => {
+            cloud.until("nexus get app web -o json | tr -d ' '", "\"readyReplicas\":5");
+            answers("web", images::PAGE.trim());
+        }
+        "A function" => answers("hello", "world"),
+        "When something dies" => {
+            answers("web", images::PAGE.trim());
+            cloud.until("nexus status", "healthy");
+        }
+        "Enough" => cloud.until("nexus get instances --deleting -o json | tr -d ' \\n'", "\"items\":[]"),
         _ => {}
     });
 }
