@@ -158,7 +158,7 @@ fn images_come_from_registries_stay_what_they_were_and_go_when_nothing_names_the
     let (open, guarded) = (Registry::start(files.path(), false), Registry::start(files.path(), true));
     let old = open.push(&first, "shop/web:1", &[]);
     let docker = open.push(&first, "shop/web:docker", &["--format", "v2s2"]);
-    let cloud = Cloud::up(&["--zones", "1", "--hosts-per-zone", "2"]);
+    let cloud = Cloud::up(&["--zones", "3", "--hosts-per-zone", "1"]);
     let reference = format!("{}/shop/web:1", open.address);
 
     // An app from a reference, in one command; its image has the app's name, and says where it is from.
@@ -201,8 +201,8 @@ fn a_tag_that_moves_moves_nothing(cloud: &Cloud, registry: &Registry, second: &P
     let said = cloud.ok(&["image", "pull", &reference]);
     assert!(said.contains("image/web configured") && said.contains(&new), "{said}");
     until_page(cloud, "web", "/", "second");
-    // One instance runs on one host; the other has the image all the same.
-    for host in members(cloud, "host-") {
+    // One instance runs on one host; the others have the image all the same.
+    for host in members(cloud, "zone-") {
         cloud.wait(&format!("{host} to have the image ahead"), || {
             if keeps(cloud, &host, &new) { Ok(()) } else { Err("not yet".into()) }
         });
@@ -384,9 +384,7 @@ fn hosts_make_room(cloud: &Cloud, registry: &Registry, dir: &Path) {
     cloud.wait("the host to part with what it does not need", || {
         if keeps(cloud, &host, &spare) { Err("the image is still there".into()) } else { Ok(()) }
     });
-    let on_host = cloud.wait_ready("web", 1).remove(0)["status"]["host"] == host.as_str();
     assert!(keeps(cloud, &host, &running), "what an app names is kept");
-    assert!(on_host || members(cloud, "host-").len() == 2);
     // It is fetched again when it is wanted again.
     let reference = format!("{}/shop/spare:2", registry.address);
     registry.push(&site(dir, "spare-again"), "shop/spare:2", &[]);
