@@ -1,5 +1,6 @@
 //! Makes images ready before an instance of them is placed here: a function that was imported is compiled by the time its
-//! first instance comes. One image at a time, because compiling takes every processor that it finds.
+//! first instance comes, and what an app is about to run is on its hosts' disks before the rollout reaches them. Of each format one
+//! image at a time, because compiling takes every processor that it finds, and a download the network.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -16,14 +17,15 @@ use crate::config::Engines;
 /// What failed is tried again so much later, however many plans come meanwhile.
 const RETRY: Duration = Duration::from_secs(60);
 
-/// Follows the plan's list until the plan ends.
-pub async fn run(engines: Engines, mut planned: watch::Receiver<Option<Arc<HostPlan>>>) {
+/// Follows what the plan's list has of one format, until the plan ends.
+pub async fn run(engines: Engines, mut planned: watch::Receiver<Option<Arc<HostPlan>>>, format: ImageFormat) {
     let mut ready: BTreeSet<Digest> = BTreeSet::new();
     // With when each is tried again.
     let mut failed: BTreeMap<Digest, Instant> = BTreeMap::new();
     loop {
         let plan = planned.borrow_and_update().clone();
         let wanted: Vec<ImagePlan> = plan.map(|p| p.prepare.clone()).unwrap_or_default();
+        let wanted: Vec<ImagePlan> = wanted.into_iter().filter(|image| image.format == format).collect();
         let is_wanted = |digest: &Digest| wanted.iter().any(|image| image.digest == *digest);
         ready.retain(is_wanted);
         failed.retain(|digest, _| is_wanted(digest));

@@ -1,6 +1,6 @@
 //! What a daemon is made from: who it is, where the servers are, and the engines that it plugs together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -82,6 +82,15 @@ pub trait ImageFetcher: Send + Sync {
 
     /// The images that are here whole. Cheap: asked every second.
     fn held(&self) -> Vec<Digest>;
+
+    /// Makes room, if the disk is fuller than the host's configuration allows: removes images, the least recently used first.
+    /// `needed` says what the newest plan names, and is asked when nothing else is decided any more; without a plan nothing goes.
+    async fn collect(
+        &self,
+        _runtimes: &BTreeMap<Runtime, Arc<dyn nexus_compute::Runtime>>,
+        _needed: &(dyn Fn() -> Option<BTreeSet<Digest>> + Send + Sync),
+    ) {
+    }
 }
 
 #[derive(Debug, thiserror::Error)]

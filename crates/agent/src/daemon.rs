@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nexus_env::{Endpoint, Env};
 use nexus_model::Uid;
+use nexus_model::kind::ImageFormat;
 use nexus_model::plan::{Desired, HostPlan};
 use nexus_wire::{ClientOptions, Pool};
 use tokio::sync::{Semaphore, watch};
@@ -19,7 +20,7 @@ use crate::observer::{Observer, View};
 use crate::secrets::{Secrets, mount_memory};
 use crate::servers::Servers;
 use crate::worker::{Order, Shared, Worker};
-use crate::{ahead, plans, report, serve};
+use crate::{ahead, plans, report, room, serve};
 
 /// Instances that are started at once; more would only slow each other down.
 const STARTS_AT_ONCE: usize = 8;
@@ -89,7 +90,11 @@ pub async fn run(
     tasks.spawn(plans::pull(config.name.clone(), servers.clone(), cache, plans, config.handle.clone()));
     tasks.spawn(report::run(config.clone(), env, engines.clone(), servers));
     let serving = tasks.spawn(server.serve(shutdown.clone()));
-    tasks.spawn(ahead::run(engines, planned.clone()));
+    // Apart, so that a large download keeps no function from being compiled.
+    for format in [ImageFormat::Wasm, ImageFormat::Oci] {
+        tasks.spawn(ahead::run(engines.clone(), planned.clone(), format));
+    }
+    tasks.spawn(room::keep(engines, planned.clone()));
     tasks.spawn(manage(shared, planned));
     shutdown.cancelled().await;
     // Whoever reads logs or waits for a command hears a proper end.

@@ -21,6 +21,7 @@ mod observer;
 mod plans;
 mod plug;
 mod report;
+mod room;
 mod secrets;
 mod serve;
 mod servers;

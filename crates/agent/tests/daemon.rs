@@ -147,6 +147,10 @@ impl Runtime for Fake {
         Ok(())
     }
 
+    async fn collect(&self, _: Vec<Digest>) -> Result<(), RuntimeError> {
+        Ok(())
+    }
+
     async fn observe(&self) -> Result<Vec<Observed>, RuntimeError> {
         Ok(self.rows.lock().unwrap().values().cloned().collect())
     }

@@ -67,7 +67,7 @@ impl Class {
             {
                 Self::Interactive
             }
-            Target::Blob(..) => Self::Interactive,
+            Target::Blob(..) | Target::Pull(..) => Self::Interactive,
             Target::Elsewhere(_, target) => Self::of(target, headers),
             _ => Self::Operator,
         }

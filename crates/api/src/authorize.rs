@@ -77,6 +77,7 @@ pub(crate) fn action_of(target: &Target, method: &Method, exists: bool) -> Optio
         Target::Custom(place, _, verb) => format!("{}:{}", plural(place), verb.word()),
         Target::Blob(..) if reads => "blobs:get".into(),
         Target::Blob(..) => "blobs:put".into(),
+        Target::Pull(..) => "blobs:pull".into(),
         Target::Status => "status:get".into(),
         Target::Operation(operation) if !operation.open => format!("operations:{}", operation.name),
         Target::Audit(.., asked) => format!("audit:{}", asked.action()),
@@ -154,7 +155,7 @@ fn belongs<'a>(known: &'a Known, target: &'a Target, facts: &'a Facts) -> Result
     };
     let fleet = Belongs { organization: None, project: None };
     let (place, name) = match target {
-        Target::Blob(_, project, _) => return of_project(project),
+        Target::Blob(_, project, _) | Target::Pull(_, project) => return of_project(project),
         Target::Audit(_, Some(organization), _) => {
             let found = known.organization(organization).ok_or((Organization::KIND, organization.clone()))?;
             return Ok(Belongs { organization: Some(&found.metadata.name), project: None });

@@ -8,12 +8,14 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use nexus_iam::TokenHash;
 use nexus_model::plan::{ExecRequest, LogsRequest};
-use nexus_model::{ApiError, Digest, Name, Timestamp};
+use nexus_model::{ApiError, Digest, Name, SecretData, Timestamp};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use zeroize::Zeroizing;
+
+use crate::pull::PullEvent;
 
 /// The fleet's own keys, known by their hashes: whoever has one is an operator who may do everything.
 #[derive(Debug, Clone, Default)]
@@ -56,8 +58,30 @@ pub trait Blobs: Send + Sync {
     /// digest is `invalid`; content that ends early is `bad-request`. Nothing of either may be seen by anyone.
     async fn put(&self, project: &Name, digest: Digest, length: u64, content: BlobStream) -> Result<bool, ApiError>;
 
+    /// Whether a blob of this length is kept and belongs to the project; then it has a day to be named, as one that was just
+    /// stored.
+    async fn retain(&self, project: &Name, digest: Digest, length: u64) -> Result<bool, ApiError>;
+
     /// The blob's length and content, if it belongs to the project.
     async fn get(&self, project: &Name, digest: Digest) -> Result<Option<(u64, BlobStream)>, ApiError>;
+}
+
+/// An image that a registry has.
+pub struct Pull {
+    pub reference: String,
+    /// The values of the secret that says who asks.
+    pub credentials: Option<SecretData>,
+}
+
+/// How a pull goes on. It ends with the image, or with an error.
+pub type PullStream = BoxStream<'static, PullEvent>;
+
+/// The way to registries. The references are tenants', so that the same is asked of whoever implements it as of a
+/// [`ProviderDoor`].
+#[async_trait]
+pub trait Pulls: Send + Sync {
+    /// Finds an image in its registry, and then brings its content to where uploads are kept.
+    async fn pull(&self, project: &Name, pull: Pull) -> Result<PullStream, ApiError>;
 }
 
 /// A piece of an instance's output or input; `channel` is one of [`nexus_model::plan::channel`].

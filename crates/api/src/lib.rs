@@ -30,6 +30,7 @@ mod openapi;
 pub mod operations;
 mod problem;
 mod providers;
+pub mod pull;
 mod query;
 mod rates;
 mod render;
@@ -62,8 +63,8 @@ use tokio_util::sync::CancellationToken;
 pub use audit::Audit;
 pub use doors::{
     BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint, EtcdStatus, Frame,
-    FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, ProviderDoor, ProviderRequest, Remote,
-    ServerStatus, StatusSource, Topology,
+    FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, ProviderDoor, ProviderRequest, Pull,
+    PullStream, Pulls, Remote, ServerStatus, StatusSource, Topology,
 };
 
 pub use caller::PeerAddress;
@@ -93,6 +94,7 @@ pub struct Api {
     /// Whom access tokens are by: the same at every server, and the URL at which others find how to check them.
     pub issuer: String,
     pub blobs: Arc<dyn Blobs>,
+    pub pulls: Arc<dyn Pulls>,
     pub hosts: Arc<dyn HostDoor>,
     pub providers: Arc<dyn ProviderDoor>,
     pub operations: Arc<dyn Operations>,

@@ -343,7 +343,47 @@ pub struct MasterKeys {
     pub failures: Vec<String>,
 }
 
-fn schema<T: JsonSchema>() -> Value {
+/// `image-gc`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ImageGc {
+    /// Only tells what would go.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Blobs go that nothing has named for so long; without it, as long as the servers' configuration says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 31_536_000))]
+    pub grace_seconds: Option<u64>,
+}
+
+/// What one server has of images' content, and what of it went.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Collected {
+    pub server: String,
+    pub blobs: u64,
+    pub bytes: u64,
+    /// What nothing names, whatever its age.
+    pub unnamed_blobs: u64,
+    pub unnamed_bytes: u64,
+    /// What went, or would go.
+    pub removed_blobs: u64,
+    pub removed_bytes: u64,
+    /// Why it could not look, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+}
+
+/// The answer to `image-gc`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageGcDone {
+    pub region: String,
+    pub dry_run: bool,
+    pub servers: Vec<Collected>,
+}
+
+pub(crate) fn schema<T: JsonSchema>() -> Value {
     let mut settings = SchemaSettings::draft2020_12();
     settings.meta_schema = None;
     settings.inline_subschemas = true;
@@ -390,6 +430,7 @@ pub static OPERATIONS: &[Operation] = &[
         false,
         schema::<Nothing>,
     ),
+    of("image-gc", "imageGc", "Remove content of images that nothing names any more", false, schema::<ImageGc>),
 ];
 
 pub(crate) fn find(name: &str) -> Option<&'static Operation> {

@@ -100,6 +100,8 @@ pub(crate) enum Target {
     Custom(Place, Name, Verb),
     /// The region in its path, project and digest.
     Blob(Name, Name, Digest),
+    /// The region in its path, and the project that an image of a registry is for.
+    Pull(Name, Name),
     Operation(&'static Operation),
     /// The audit log of a region, or of `global`; of one organization, what is about it.
     Audit(Name, Option<Name>, Asked),
@@ -144,6 +146,7 @@ impl Target {
                 format!("{}/{{name}}:{}", collection_template(place.kind, true), verb.word())
             }
             Self::Blob(..) => BLOB_TEMPLATE.into(),
+            Self::Pull(..) => PULL_TEMPLATE.into(),
             Self::Operation(operation) => operation.path(),
             Self::Audit(_, organization, asked) => audit_template(*asked, organization.is_some()),
             Self::Elsewhere(_, target) => target.template(),
@@ -154,7 +157,9 @@ impl Target {
     pub fn region(&self) -> Option<&Name> {
         match self {
             Self::Collection(place) | Self::Object(place, _) | Self::Custom(place, ..) => place.region.as_ref(),
-            Self::Blob(region, ..) | Self::Audit(region, ..) | Self::Elsewhere(region, _) => Some(region),
+            Self::Blob(region, ..) | Self::Pull(region, _) | Self::Audit(region, ..) | Self::Elsewhere(region, _) => {
+                Some(region)
+            }
             _ => None,
         }
     }
@@ -163,7 +168,7 @@ impl Target {
     pub fn project(&self) -> Option<&Name> {
         match self {
             Self::Collection(place) | Self::Object(place, _) | Self::Custom(place, ..) => place.project.as_ref(),
-            Self::Blob(_, project, _) => Some(project),
+            Self::Blob(_, project, _) | Self::Pull(_, project) => Some(project),
             Self::Elsewhere(_, target) => target.project(),
             _ => None,
         }
@@ -182,7 +187,7 @@ impl Target {
                 (false, false) => READ,
             },
             Self::Blob(..) => &[Method::GET, Method::HEAD, Method::PUT],
-            Self::Operation(_) | Self::SignIn | Self::Can => &[Method::POST],
+            Self::Operation(_) | Self::SignIn | Self::Can | Self::Pull(..) => &[Method::POST],
             Self::Custom(_, _, verb) => verb.methods(),
             Self::Audit(.., asked) => asked.methods(),
             Self::Elsewhere(_, target) => target.methods(),
@@ -196,6 +201,7 @@ pub(crate) const PROVIDERS: &str = "/oauth2/providers";
 pub(crate) const DISCOVERY: &str = "/.well-known/openid-configuration";
 pub(crate) const KEYS: &str = "/.well-known/jwks.json";
 pub(crate) const BLOB_TEMPLATE: &str = "/v1/regions/{region}/projects/{project}/blobs/{digest}";
+pub(crate) const PULL_TEMPLATE: &str = "/v1/regions/{region}/projects/{project}/blobs:pull";
 
 pub(crate) fn audit_template(asked: Asked, in_organization: bool) -> String {
     let of = if in_organization { "/organizations/{organization}" } else { "" };
@@ -379,6 +385,12 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
             let region = name_of("region", r)?;
             let digest = digest.parse().map_err(|e| no_path(format!("there is no such blob: {e}")))?;
             Ok(Target::Blob(region, name_of("project", project)?, digest))
+        }
+        ["regions", r, "projects", project, "blobs:pull"] => {
+            // Not in whatever region: its secrets are there.
+            let name = name_of("region", r)?;
+            let elsewhere = (name != *region && name != *GLOBAL).then(|| name.clone());
+            Ok(wherever(elsewhere, Target::Pull(name, name_of("project", project)?)))
         }
         ["organizations", organization, plural] => Ok(Target::Collection(in_organization(organization, plural)?)),
         ["organizations", organization, plural, name] => object(in_organization(organization, plural)?, name),

@@ -35,7 +35,7 @@ use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
 use crate::{
-    Api, audit, blobs, credentials, elsewhere, federation, list, operations, secrets, settle, signature, signin,
+    Api, audit, blobs, credentials, elsewhere, federation, list, operations, pull, secrets, settle, signature, signin,
     streams, watch, whoami, write,
 };
 
@@ -329,6 +329,7 @@ async fn answer(
             let permit = server.transfer_permit()?;
             Ok(blobs::handle(&server, &project, digest, &parts, body, permit).await?)
         }
+        Target::Pull(region, project) => Ok(pull::handle(&server, &region, &project, &parts, body, &context).await?),
         Target::Custom(
             place,
             name,

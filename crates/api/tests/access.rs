@@ -42,6 +42,8 @@ fn routes() -> Vec<(&'static str, String, Option<Value>)> {
     add("POST", "/v1/regions/local/audit/forget", Some(json!({"principal": "user:acme/nobody"})));
     let blob = format!("/v1/regions/local/projects/shop/blobs/{EMPTY}");
     ["GET", "PUT"].iter().for_each(|method| add(method, &blob, None));
+    let reference = json!({"reference": "registry.example/web:1"});
+    add("POST", "/v1/regions/local/projects/shop/blobs:pull", Some(reference));
     for d in kind::all() {
         let base = match d.scope {
             Scope::Global => format!("/v1/{}", d.plural),

@@ -445,7 +445,8 @@ async fn deploy(region: &Arc<Region>, replicas: u32) -> anyhow::Result<()> {
             let (tenant, plural) = object::<Project>(None, project.as_str(), ProjectSpec::default());
             submit(&region, tenant, plural).await?;
             let digest = Digest::of(b"image");
-            let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }] };
+            let spec =
+                ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }], source: None };
             let (image, plural) = object::<Image>(Some(&project), "web", spec);
             submit(&region, image, plural).await?;
             for app in 0..APPS_PER_PROJECT {

@@ -443,6 +443,10 @@ impl Runtime for ContainerRuntime {
         .await
     }
 
+    async fn collect(&self, keep: Vec<Digest>) -> Result<(), RuntimeError> {
+        Self::collect(self, keep).await.map(drop)
+    }
+
     async fn exec(&self, uid: Uid, command: &[String], io: ExecIo, deadline: Duration) -> Result<i32, RuntimeError> {
         if !matches!(self.inner.kept(uid).await?, Some(KeptState::Running { .. })) {
             return Err(RuntimeError::NotRunning(uid));

@@ -5,6 +5,7 @@
 //! before it is believed.
 
 mod import;
+pub mod registry;
 mod store;
 mod tarball;
 mod unpack;
@@ -14,7 +15,7 @@ use serde::Deserialize;
 use nexus_model::Digest;
 
 pub use import::{Imported, ImportedBlob, Source, import, import_async};
-pub use store::{BlobStore, BlobWriter};
+pub use store::{Aged, BlobStore, BlobWriter};
 pub use unpack::{UnpackLimits, unpack};
 
 /// Bounds a manifest or an index, in bytes; what registries accept at most.

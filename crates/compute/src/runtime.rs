@@ -135,6 +135,10 @@ pub trait Runtime: Send + Sync {
     /// Every instance that exists here in any form.
     async fn observe(&self) -> Result<Vec<Observed>, RuntimeError>;
 
+    /// Removes what was made ready of images that neither `keep` names nor any instance here needs: the room of a cache.
+    /// Nothing is lost by it but time.
+    async fn collect(&self, keep: Vec<Digest>) -> Result<(), RuntimeError>;
+
     /// Runs a command inside the instance and returns its exit status.
     async fn exec(&self, uid: Uid, command: &[String], io: ExecIo, deadline: Duration) -> Result<i32, RuntimeError>;
 }

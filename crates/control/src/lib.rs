@@ -12,6 +12,7 @@
 //!
 //! Architecture invariant: nothing here starts a process, touches a link or opens a socket.
 
+mod ahead;
 pub mod audit;
 pub mod cells;
 mod chain;

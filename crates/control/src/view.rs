@@ -18,6 +18,7 @@ use nexus_store::{RangeRequest, Revision, Store, StoreError, WatchEvent};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::ahead;
 use crate::rules::app::hostnames;
 use crate::rules::child::{is_child, shares};
 use crate::world::{Place, World};
@@ -28,9 +29,6 @@ const GATHER: Duration = Duration::from_millis(20);
 const REST: u32 = 9;
 /// … but changes never wait longer than this.
 const LONGEST: Duration = Duration::from_secs(1);
-
-/// Functions that hosts prepare ahead; of more, the newest.
-const PREPARE_AT_MOST: usize = 256;
 
 /// Kinds of the global group that a region goes by.
 pub(crate) const FLEET: &[&str] =
@@ -227,8 +225,15 @@ impl View {
     fn apply_region(&self, events: &[WatchEvent], revision: u64) -> bool {
         let mut state = self.state();
         let mut routing = false;
+        let mut ahead = BTreeSet::new();
         for event in events {
             let key = String::from_utf8_lossy(event.key()).into_owned();
+            let app = app_of_key(&key);
+            let image = |world: &World| {
+                let app = app.as_ref().and_then(|(project, name)| world.apps.get(Some(project), name));
+                app.map(|app| (app.spec.image.clone(), app.spec.runtime))
+            };
+            let before = image(&state.world);
             let instance = key.starts_with("o/instances/") || key.starts_with("t/instances/");
             routing |= instance || key.starts_with("o/apps/") || key.starts_with("o/routes/");
             match event {
@@ -239,12 +244,19 @@ impl View {
                 }
                 WatchEvent::Delete { .. } => state.world.leave_out(&key),
             }
+            if let Some((project, name)) = &app
+                && image(&state.world) != before
+                && let Some(app) = state.world.apps.get(Some(project), name)
+            {
+                ahead.extend(ahead::concerned(&state.world, app, state.plans.keys()));
+            }
         }
         let mut hosts = state.world.replanned.replace(BTreeSet::new()).unwrap_or_default();
         let planned = |key: &[u8]| key.starts_with(b"o/images/") || key.starts_with(b"o/secrets/");
         if events.iter().any(|event| planned(event.key())) {
             hosts.extend(state.plans.keys().cloned());
         }
+        hosts.extend(ahead);
         for host in hosts {
             publish_plan(&state, &host, revision);
         }
@@ -267,6 +279,12 @@ impl View {
             !same
         });
     }
+}
+
+/// Whose row a key is, if it is an app's.
+fn app_of_key(key: &str) -> Option<(Name, Name)> {
+    let (project, name) = key.strip_prefix("o/apps/")?.split_once('/')?;
+    Some((project.parse().ok()?, name.parse().ok()?))
 }
 
 fn publish_plan(state: &State, host: &Name, revision: u64) {
@@ -323,16 +341,8 @@ pub(crate) async fn load(
 fn build_plan(world: &World, host: &Name, revision: u64) -> HostPlan {
     let mut instances: Vec<InstancePlan> = world.instances_on(host).filter_map(|i| instance_plan(world, i)).collect();
     instances.sort_by_key(|i| i.uid);
-    HostPlan { version: PLAN_VERSION, host: host.clone(), revision, instances, prepare: functions(world) }
-}
-
-/// The components that any host may be asked to run, the newest first.
-fn functions(world: &World) -> Vec<ImagePlan> {
-    let mut images: Vec<_> =
-        world.fleet().images.live.values().filter(|i| i.spec.format == ImageFormat::Wasm).collect();
-    images.sort_by_key(|i| (std::cmp::Reverse(i.metadata.created), i.metadata.uid));
-    images.truncate(PREPARE_AT_MOST);
-    images.into_iter().map(|i| ImagePlan { format: ImageFormat::Wasm, digest: i.spec.digest }).collect()
+    let prepare = ahead::prepare(world, host);
+    HostPlan { version: PLAN_VERSION, host: host.clone(), revision, instances, prepare }
 }
 
 fn instance_plan(world: &World, i: &Object<Instance>) -> Option<InstancePlan> {

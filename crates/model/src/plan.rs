@@ -43,6 +43,8 @@ pub mod method {
     /// Server to server: an upload.
     pub const BLOB_PUT: &str = "blob.put";
     pub const BLOB_HAS: &str = "blob.has";
+    /// Server to server: [`super::BlobCollect`] → [`super::BlobsCollected`].
+    pub const BLOB_COLLECT: &str = "blob.collect";
     /// Anyone to a server: where the region's servers are, as [`super::ServerList`].
     pub const SERVERS: &str = "fleet.servers";
     /// Anyone to a server: [`super::RenewRequest`] → [`super::Renewed`], for the caller's own ids alone.
@@ -60,6 +62,31 @@ pub mod method {
     pub const LOGS: &str = "instance.logs";
     /// Server to agent, frames: see [`super::ExecRequest`].
     pub const EXEC: &str = "instance.exec";
+}
+
+/// Has a server remove blobs that nothing names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BlobCollect {
+    pub dry_run: bool,
+    /// Its own, without it.
+    pub grace_ms: Option<u64>,
+    /// Of the global group: it must know as much as whoever asks.
+    pub revision: u64,
+}
+
+/// What a server has of blobs, and what went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BlobsCollected {
+    pub blobs: u64,
+    pub bytes: u64,
+    /// What nothing names, whatever its age.
+    pub unnamed_blobs: u64,
+    pub unnamed_bytes: u64,
+    /// What went, or would go.
+    pub removed_blobs: u64,
+    pub removed_bytes: u64,
 }
 
 /// Which image content a host needs.

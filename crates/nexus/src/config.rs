@@ -15,6 +15,8 @@ use nexus_model::kind::{Capacity, Classes, GLOBAL, Tier};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::role::agent::default_images_percent;
+use crate::role::server::image_gc::{LEAST_GRACE, default_grace};
 use crate::role::server::providers::Network;
 
 /// Why a role can't use its configuration.
@@ -143,6 +145,12 @@ pub struct ServerConfig {
     /// would tell a tenant what answers there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub provider_networks: Vec<String>,
+    /// Where registries of images may be beside the public internet, likewise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub registry_networks: Vec<String>,
+    /// How long blobs are kept that no image names any more, in hours
+    #[serde(default = "default_grace")]
+    pub blob_grace_hours: u32,
     /// The zones that the first start creates, beside the region, the organization `default` and the projects `default`
     /// and `system`.
     #[serde(default)]
@@ -322,6 +330,9 @@ pub struct AgentConfig {
     /// Countable compute classes, such as `gpu-v100 = 2`.
     #[serde(default)]
     pub classes: Classes,
+    /// How full the file system of `data_dir` may be before images are removed that nothing here needs.
+    #[serde(default = "default_images_percent")]
+    pub images_disk_percent: u8,
 }
 
 /// `nexus keeper`: the owner of a host's processes.
@@ -506,6 +517,12 @@ impl Config for ServerConfig {
         for network in &self.provider_networks {
             network.parse::<Network>().map_err(|why| ("provider_networks", why))?;
         }
+        for network in &self.registry_networks {
+            network.parse::<Network>().map_err(|why| ("registry_networks", why))?;
+        }
+        if self.blob_grace_hours < LEAST_GRACE {
+            return Err(("blob_grace_hours", format!("at least {LEAST_GRACE}: an upload has a day to be named")));
+        }
         if self.region == GLOBAL {
             return Err(("region", format!("`{GLOBAL}` is the name of what belongs to no region")));
         }
@@ -555,6 +572,9 @@ impl Config for AgentConfig {
     fn check(&self) -> Result<(), (&'static str, String)> {
         if self.servers.is_empty() {
             return Err(("servers", "at least one endpoint is needed".to_owned()));
+        }
+        if self.images_disk_percent > 100 {
+            return Err(("images_disk_percent", "between 0 and 100".to_owned()));
         }
         if self.prefix6.segments()[4..].iter().any(|s| *s != 0) {
             return Err(("prefix6", format!("{}: the last 64 bits must be zero", self.prefix6)));
@@ -735,6 +755,8 @@ mod tests {
             domain: "localhost".into(),
             issuer: None,
             provider_networks: Vec::new(),
+            registry_networks: Vec::new(),
+            blob_grace_hours: default_grace(),
             zones: vec!["zone-a".parse().unwrap()],
             join: false,
             authority: None,

@@ -236,7 +236,8 @@ fn probe(node: u64, group: Group, n: u64) -> nexus_control::intent::Intent {
     let (plural, object, any) = match group {
         Group::Global => {
             let (digest, object) = (Digest::of(n.to_string().as_bytes()), name(&format!("probe-{node}")));
-            let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 3 }] };
+            let spec =
+                ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 3 }], source: None };
             let any = Object::<Image>::new(Metadata::new(object.clone(), Some(project.clone())), spec).to_any();
             (Image::PLURAL, object, any)
         }

@@ -77,7 +77,7 @@ pub fn app(object: &Name, project: &Name, replicas: u32) -> Change {
 /// The one image that all apps run. `way`: who takes it.
 pub async fn import_image(world: &Arc<World>, dice: &Dice, project: &Name, way: &Way) {
     let digest = Digest::of(b"web");
-    let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 3 }] };
+    let spec = ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 3 }], source: None };
     let object = Object::<Image>::new(Metadata::new(name("web"), Some(project.clone())), spec).to_any();
     let change = Change::Put { object };
     let stop = AtomicBool::new(false);

@@ -53,6 +53,7 @@ pub const PACKAGES: &[Package] = &[
     package(Need::Test, "mmdebstrap", "makes the root file systems of test images"),
     package(Need::Test, "umoci", "makes OCI images of them"),
     package(Need::Test, "skopeo", "converts between image formats"),
+    package(Need::Test, "docker-registry", "the registry that images are pulled from"),
     package(Need::Test, "busybox-static", "the smallest useful container"),
     package(Need::Test, "python3-venv", "the place for Python tools such as schemathesis"),
     package(Need::Test, "nodejs", "runs the identity provider that federation is tested against"),

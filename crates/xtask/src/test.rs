@@ -15,7 +15,8 @@ use crate::packages::{self, Need};
 use crate::{process, target_dir};
 
 /// Python tools, by program and requirement, in a folder of their own below the target folder.
-const PYTHON_TOOLS: &[(&str, &str)] = &[("schemathesis", "schemathesis==4.32.5")];
+const PYTHON_TOOLS: &[(&str, &str)] =
+    &[("schemathesis", "schemathesis==4.32.5"), ("componentize-py", "componentize-py==0.25.1")];
 
 /// Python libraries that tests put into images, each in a folder of its own below the target folder: the folder's name, the
 /// requirement, and the version of Python in those images (Debian 12's).

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::input::MAX_INTEGER;
 use crate::list::{DEFAULT_LIMIT, MAX_LIMIT};
-use crate::route::{BLOB_TEMPLATE, DISCOVERY, KEYS, PROVIDERS, SIGN_IN, collection_template};
+use crate::route::{BLOB_TEMPLATE, DISCOVERY, KEYS, PROVIDERS, PULL_TEMPLATE, SIGN_IN, collection_template};
 use crate::streams::MAX_TAIL;
 
 /// The name that examples give to an object.
@@ -518,6 +518,19 @@ fn blob_path() -> Value {
     })
 }
 
+fn pull_path() -> Value {
+    let lines = json!({"application/x-ndjson": {"schema": {"type": "string"}}});
+    let about =
+        "Lines of JSON, each an object with `found`, `blob`, `image`, `error` or nothing; the last is image or error";
+    let good = success(about, lines, &[]);
+    let responses = answers(vec![("200", good)], &["403", "404", "413", "415", "422"]);
+    let about = "Pull an image from a registry, for an image to be written with it";
+    let mut post = operation("pullImage", "blobs", about, vec![parameter("Region"), parameter("Project")], responses);
+    let schema = crate::operations::schema::<crate::pull::PullRequest>();
+    post["requestBody"] = json!({"required": true, "content": {"application/json": {"schema": schema}}});
+    json!({"post": post})
+}
+
 fn instance_paths(paths: &mut Map<String, Value>, d: &KindDescriptor) {
     let path = format!("{}/{{name}}", collection_template(d, true));
     let here = || {
@@ -583,6 +596,7 @@ pub(super) fn paths() -> Map<String, Value> {
         }
     }
     paths.insert(BLOB_TEMPLATE.into(), blob_path());
+    paths.insert(PULL_TEMPLATE.into(), pull_path());
     super::audit::paths(&mut paths);
     paths
 }

@@ -491,6 +491,24 @@ impl Runtime for FunctionRuntime {
         Ok(observed.into_values().collect())
     }
 
+    async fn collect(&self, keep: Vec<Digest>) -> Result<(), RuntimeError> {
+        // Nothing is compiled meanwhile. Executors have their artefacts open, and a start that misses one compiles it again.
+        let _alone = self.compiling.acquire().await.expect("never closed");
+        let dir = self.config.dir.join("compiled");
+        let kept: BTreeSet<String> = keep.iter().map(|digest| digest.hex()).collect();
+        let swept = blocking(move || {
+            for entry in fs::read_dir(dir)?.flatten() {
+                let name = entry.file_name();
+                let image = name.to_str().and_then(|n| n.split_once('-')).map(|(hex, _)| hex.to_owned());
+                if image.is_some_and(|hex| !kept.contains(&hex)) {
+                    fs::remove_file(entry.path())?;
+                }
+            }
+            io::Result::Ok(())
+        });
+        swept.await.map_err(host("removing compiled components"))
+    }
+
     async fn exec(&self, _: Uid, _: &[String], _: ExecIo, _: Duration) -> Result<i32, RuntimeError> {
         Err(RuntimeError::Unsupported("exec: a function has no processes, so it"))
     }

@@ -372,7 +372,7 @@ fn import_layout(files: &dyn Files, shown: &str) -> Result<Imported, ImageError>
 }
 
 /// The manifest for this machine, of those that an index names.
-fn choose(index: &[u8], what: &str) -> Result<Descriptor, ImageError> {
+pub(super) fn choose(index: &[u8], what: &str) -> Result<Descriptor, ImageError> {
     let index: Index =
         serde_json::from_slice(index).map_err(|e| ImageError::invalid(what, format!("is not an image index: {e}")))?;
     let fits =

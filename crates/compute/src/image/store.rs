@@ -9,9 +9,10 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use nexus_model::Digest;
+use nexus_model::{Digest, Timestamp};
 use sha2::{Digest as _, Sha256};
 
 use super::ImageError;
@@ -19,6 +20,15 @@ use super::ImageError;
 #[derive(Debug, Clone)]
 pub struct BlobStore {
     inner: Arc<Inner>,
+}
+
+/// A blob, and when it was last of use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Aged {
+    pub digest: Digest,
+    /// Bytes.
+    pub size: u64,
+    pub used: Timestamp,
 }
 
 #[derive(Debug)]
@@ -119,6 +129,35 @@ impl BlobStore {
         Ok(found)
     }
 
+    /// Every blob with when it was last stored or touched, ordered by digest.
+    pub fn list_aged(&self) -> Result<Vec<Aged>, ImageError> {
+        let mut aged = Vec::new();
+        for (digest, size) in self.list()? {
+            let modified = fs::metadata(self.path(digest)).and_then(|m| m.modified());
+            // One that is gone by now is left out.
+            let Ok(modified) = modified else { continue };
+            let millis = modified.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
+            aged.push(Aged { digest, size, used: Timestamp::from_millis(i64::try_from(millis).unwrap_or(i64::MAX)) });
+        }
+        Ok(aged)
+    }
+
+    /// Notes that a blob was used, in its file's times: that outlives the process.
+    pub fn touch(&self, digest: Digest, at: Timestamp) {
+        let time = SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(at.as_millis()).unwrap_or(0));
+        // It only makes a cache's choice a little worse.
+        let _ = OpenOptions::new().write(true).open(self.path(digest)).and_then(|file| file.set_modified(time));
+    }
+
+    /// How full the file system is that holds the blobs, in hundredths of what users may take.
+    pub fn percent_full(&self) -> Result<u8, ImageError> {
+        let found = nix::sys::statvfs::statvfs(&self.inner.blobs).map_err(io::Error::from);
+        let found = found.map_err(ImageError::io(format!("looking at the disk of {}", self.inner.blobs.display())))?;
+        let used = found.blocks().saturating_sub(found.blocks_free());
+        let usable = used + found.blocks_available();
+        Ok(u8::try_from(used * 100 / usable.max(1)).unwrap_or(100))
+    }
+
     /// Removes a blob; says whether it was there.
     pub fn remove(&self, digest: Digest) -> Result<bool, ImageError> {
         match fs::remove_file(self.path(digest)) {
@@ -141,6 +180,11 @@ impl BlobStore {
     pub async fn list_async(&self) -> Result<Vec<(Digest, u64)>, ImageError> {
         let store = self.clone();
         unblock(move || store.list()).await
+    }
+
+    pub async fn list_aged_async(&self) -> Result<Vec<Aged>, ImageError> {
+        let store = self.clone();
+        unblock(move || store.list_aged()).await
     }
 
     pub async fn remove_async(&self, digest: Digest) -> Result<bool, ImageError> {
@@ -256,6 +300,21 @@ mod tests {
         fs::write(dir.path().join("incoming/half"), b"ha").unwrap();
         let store = BlobStore::open(dir.path()).unwrap();
         assert!(store.has(kept) && !dir.path().join("incoming/half").exists());
+    }
+
+    #[test]
+    fn a_blobs_last_use_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(dir.path()).unwrap();
+        let digest = store.put(b"old").unwrap();
+        store.touch(digest, Timestamp::from_millis(12_000));
+        assert_eq!(store.list_aged().unwrap(), [Aged { digest, size: 3, used: Timestamp::from_millis(12_000) }]);
+        // Whoever brings it again has a use for it.
+        let mut writer = store.put_stream(digest, 3).unwrap();
+        writer.write(b"old").unwrap();
+        writer.finish().unwrap();
+        assert!(store.list_aged().unwrap()[0].used > Timestamp::from_millis(12_000));
+        assert!(store.percent_full().unwrap() <= 100);
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub fn web(replicas: u32) -> AppSpec {
 
 pub fn image(content: &str) -> ImageSpec {
     let digest = Digest::of(content.as_bytes());
-    ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }] }
+    ImageSpec { format: ImageFormat::Oci, digest, blobs: vec![Blob { digest, size: 1 }], source: None }
 }
 
 pub fn intent(plural: &str, project: Option<&str>, object: &str, change: Change) -> Intent {

@@ -128,7 +128,8 @@ const RULES: &[Rule] = &[
     Rule::new("routes", Holder::Project, &["view"], &["edit"]),
     Rule::new("events", Holder::Project, &["view"], &["edit"]),
     Rule::new("usages", Holder::Project, &["view", "bill"], &["edit"]),
-    Rule::new("blobs", Holder::Project, &["view"], &[]).verbs(&[("put", &["edit"], Level::Project)]),
+    Rule::new("blobs", Holder::Project, &["view"], &[])
+        .verbs(&[("put", &["edit"], Level::Project), ("pull", &["edit"], Level::Project)]),
     Rule::new("secrets", Holder::Project, &["view"], &["edit"]).verbs(&[("reveal", &["reveal"], Level::Project)]),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
     Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization).verbs(&[
@@ -179,6 +180,7 @@ pub const EXTRAS: &[(&str, &str)] = &[
     ("status", "get"),
     ("blobs", "get"),
     ("blobs", "put"),
+    ("blobs", "pull"),
     ("audit", "list"),
     ("audit", "export"),
     ("audit", "forget"),
@@ -204,6 +206,7 @@ pub const OPERATIONS: &[&str] = &[
     "backup-list",
     "master-key-status",
     "master-key-rewrap",
+    "image-gc",
 ];
 
 /// Every `operations:NAME` is the fleet's.

@@ -29,6 +29,17 @@ pub struct Blob {
     pub size: u64,
 }
 
+/// Where an image was pulled from. It is told, not followed: what runs is what `digest` of the image names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageSource {
+    /// As it was asked for, with its registry: `registry.example/shop/web:1.4`.
+    #[schemars(regex(pattern = r"^[!-~]{1,512}$"))]
+    pub reference: String,
+    /// What the reference named when it was pulled: the image's manifest, or an index of several.
+    pub digest: Digest,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ImageSpec {
@@ -38,11 +49,14 @@ pub struct ImageSpec {
     /// Everything that the image needs, `digest` among it. Uploaded before the image is created.
     #[schemars(length(min = 1, max = 512))]
     pub blobs: Vec<Blob>,
+    /// Of an image from a registry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<ImageSource>,
 }
 
 impl Default for ImageSpec {
     fn default() -> Self {
-        Self { format: ImageFormat::default(), digest: Digest::of(b""), blobs: Vec::new() }
+        Self { format: ImageFormat::default(), digest: Digest::of(b""), blobs: Vec::new(), source: None }
     }
 }
 
@@ -57,6 +71,8 @@ pub struct ImageStatus {
 const MAX_BLOB_SIZE: u64 = (1 << 53) - 1;
 /// Bounds one image: 512 blobs.
 const MAX_BLOBS: usize = 512;
+/// Bounds a reference to an image in a registry, in bytes.
+pub const MAX_REFERENCE: usize = 512;
 
 impl Kind for Image {
     const KIND: &'static str = "Image";
@@ -70,6 +86,7 @@ impl Kind for Image {
         Column::new("FORMAT", "/spec/format"),
         Column::new("SIZE", "/status/size"),
         Column::new("DIGEST", "/spec/digest").wide(),
+        Column::new("SOURCE", "/spec/source/reference").wide(),
     ];
     type Spec = ImageSpec;
     type Status = ImageStatus;
@@ -84,11 +101,20 @@ impl Kind for Image {
         for (i, _) in spec.blobs.iter().enumerate().filter(|(_, b)| b.size > MAX_BLOB_SIZE) {
             errors.push(FieldError::new(format!("spec.blobs[{i}].size"), format!("at most {MAX_BLOB_SIZE}")));
         }
+        if let Some(source) = &spec.source {
+            let reference = &source.reference;
+            let good =
+                (1..=MAX_REFERENCE).contains(&reference.len()) && reference.bytes().all(|b| b.is_ascii_graphic());
+            if !good {
+                let message = format!("1 to {MAX_REFERENCE} printable ASCII characters, without a space");
+                errors.push(FieldError::new("spec.source.reference", message));
+            }
+        }
         errors
     }
 
     fn example() -> ImageSpec {
         let digest = Digest::of(b"");
-        ImageSpec { format: ImageFormat::Wasm, digest, blobs: vec![Blob { digest, size: 0 }] }
+        ImageSpec { format: ImageFormat::Wasm, digest, blobs: vec![Blob { digest, size: 0 }], source: None }
     }
 }

@@ -122,6 +122,7 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
         tls: tls(&home, "tls/agent.pem"),
         capacity,
         classes: joined.classes,
+        images_disk_percent: crate::role::agent::default_images_percent(),
     };
     let keeper_path = home.configure(KEEPER, &keeper)?;
     let agent_path = home.configure(AGENT, &agent)?;

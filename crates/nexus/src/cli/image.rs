@@ -1,4 +1,4 @@
-//! `nexus image`: brings images in from files. Only what the cloud does not have yet is sent.
+//! `nexus image`: brings images in, from files and from registries. Only what the cloud does not have yet is sent.
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use serde_json::json;
 use super::apply::Outcome;
 use super::cloud::{Cloud, CloudArgs, Guard, absent};
 use super::output::{self, Format};
-use super::{delete, get, progress, resource};
+use super::{delete, get, progress, pull, resource};
 use crate::client::{ClientError, Parts};
 use crate::exit::Fail;
 
@@ -31,8 +31,11 @@ const SLOWEST: u64 = 128 << 10;
 #[command(after_help = "Examples:\n  \
     nexus image import nginx.tar --name nginx\n  \
     nexus image import ./hello.wasm\n  \
+    nexus image pull docker.io/library/nginx:1.27 --name nginx\n  \
+    nexus image pull registry.example/shop/web:4 --secret registry\n  \
     nexus image list\n  \
-    nexus image rm nginx")]
+    nexus image rm nginx\n  \
+    nexus image gc --dry-run")]
 pub struct ImageArgs {
     #[command(subcommand)]
     command: ImageCommand,
@@ -46,6 +49,44 @@ enum ImageCommand {
         /// The image's name [default: made from the file's]
         #[arg(long, value_parser = resource::new_name)]
         name: Option<Name>,
+        #[command(flatten)]
+        cloud: CloudArgs,
+    },
+    /// Has the cloud fetch an image from a registry
+    ///
+    /// What the tag means at this moment is what runs: pull again for what it means later.
+    #[command(after_help = "Examples:\n  \
+        nexus image pull docker.io/library/nginx:1.27\n  \
+        nexus image pull registry.example/web@sha256:9f86d0… --name web\n  \
+        nexus image pull registry.example/shop/web:4 --secret registry")]
+    Pull {
+        /// `REGISTRY/REPOSITORY:TAG` or `…@sha256:…`
+        #[arg(value_name = "REFERENCE")]
+        reference: String,
+        /// The image's name [default: made from the repository's]
+        #[arg(long, value_parser = resource::new_name)]
+        name: Option<Name>,
+        /// A secret of the project with `username` and `password`, or `config.json` as `docker login` writes it
+        #[arg(long, value_name = "NAME", value_parser = resource::new_name)]
+        secret: Option<Name>,
+        #[command(flatten)]
+        cloud: CloudArgs,
+    },
+    /// Removes content that no image names any more, on all servers of the region (for operators)
+    ///
+    /// Servers do that by themselves, when it has been unnamed for a day.
+    #[command(after_help = "Examples:\n  \
+        nexus image gc --dry-run\n  \
+        nexus image gc --grace 3600")]
+    Gc {
+        /// Only shows what would go
+        #[arg(long)]
+        dry_run: bool,
+        /// Removes what has been unnamed for so many seconds. Less than a day also takes what is just being pushed
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=31_536_000))]
+        grace: Option<u64>,
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
         #[command(flatten)]
         cloud: CloudArgs,
     },
@@ -81,6 +122,18 @@ pub async fn run(args: &ImageArgs) -> anyhow::Result<()> {
             let outcome = upload(&cloud, &name, &content).await?;
             output::text(&format!("image/{name} {}", outcome.word()))
         }
+        ImageCommand::Pull { reference, name, secret, cloud } => {
+            let name = name.clone().or_else(|| pull::name_of(reference));
+            let name = name.ok_or_else(|| {
+                Fail::usage(format!("no name can be made from {reference}: is it a reference? Give one with --name"))
+            })?;
+            let cloud = Cloud::connect(cloud)?;
+            let (outcome, spec) = pull::pull(&cloud, &name, reference, secret.as_ref()).await?;
+            output::text(&format!("image/{name} {} ({})", outcome.word(), spec.digest))
+        }
+        ImageCommand::Gc { dry_run, grace, output, cloud } => {
+            pull::gc(&Cloud::connect(cloud)?, *dry_run, *grace, *output).await
+        }
         ImageCommand::List { output, cloud } => get::images(cloud, *output).await,
         ImageCommand::Rm { names, cloud } => delete::images(cloud, names).await,
     }
@@ -114,7 +167,13 @@ pub async fn upload(cloud: &Cloud, name: &Name, image: &Imported) -> anyhow::Res
         format: image.format,
         digest: image.digest,
         blobs: image.blobs.iter().map(|b| Blob { digest: b.digest, size: b.size }).collect(),
+        source: None,
     };
+    write(cloud, name, &spec).await
+}
+
+/// Names an image whose content is there.
+pub async fn write(cloud: &Cloud, name: &Name, spec: &ImageSpec) -> anyhow::Result<Outcome> {
     let kind = kind::find("image").expect("a kind");
     let path = cloud.object(kind, name);
     let before = cloud.find(&path).await?;

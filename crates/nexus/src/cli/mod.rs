@@ -30,6 +30,7 @@ mod manifest;
 mod master_key;
 mod output;
 mod progress;
+mod pull;
 pub mod recover;
 mod region;
 pub mod report;

@@ -308,6 +308,8 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
         domain: args.domain.clone(),
         issuer: None,
         provider_networks: Vec::new(),
+        registry_networks: Vec::new(),
+        blob_grace_hours: crate::role::server::image_gc::default_grace(),
         zones: args.zones.clone(),
         join: false,
         authority: Some(authority),
@@ -398,6 +400,10 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
     let keep: Option<AuditKeep> = serde_json::from_value(field("audit_keep")).context("how long records are kept")?;
     let networks: Option<Vec<String>> = serde_json::from_value(field("provider_networks"))
         .context("the networks in which identity providers may be")?;
+    let registries: Option<Vec<String>> =
+        serde_json::from_value(field("registry_networks")).context("the networks in which registries may be")?;
+    let grace: Option<u32> =
+        serde_json::from_value(field("blob_grace_hours")).context("how long unnamed blobs are kept")?;
     let config = ServerConfig {
         name: name.clone(),
         node_id: joined.node,
@@ -418,6 +424,8 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         domain: joined.domain,
         issuer: joined.issuer,
         provider_networks: networks.unwrap_or_default(),
+        registry_networks: registries.unwrap_or_default(),
+        blob_grace_hours: grace.unwrap_or_else(crate::role::server::image_gc::default_grace),
         zones: joined.zones,
         join: true,
         authority,

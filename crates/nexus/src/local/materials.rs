@@ -229,6 +229,8 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 issuer: None,
                 // Whoever develops against a provider has it on this machine.
                 provider_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],
+                registry_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],
+                blob_grace_hours: crate::role::server::image_gc::default_grace(),
                 zones: plan.zones.clone(),
                 join: false,
                 authority: Some(authority.clone()),
@@ -305,6 +307,7 @@ fn host_configurations(
         tls,
         capacity: declared,
         classes: host.classes.clone(),
+        images_disk_percent: crate::role::agent::default_images_percent(),
     };
     let cgroups = cgroup::hierarchies().context("reading the mounted cgroup hierarchies")?;
     let init = HostInitConfig {

@@ -24,6 +24,11 @@ use super::server::{identity, tls_clock};
 use super::{admin, stopped};
 use crate::config::AgentConfig;
 
+/// How full a host's disk may be before it parts with images that nothing on it needs.
+pub fn default_images_percent() -> u8 {
+    80
+}
+
 /// Runs until the process is told to stop.
 pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let env = Env::real();
@@ -78,8 +83,10 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         (Runtime::Container, Arc::new(containers) as Arc<dyn nexus_compute::Runtime>),
         (Runtime::Function, Arc::new(functions) as Arc<dyn nexus_compute::Runtime>),
     ]);
+    let images = WireImages::new(&env, client_tls.clone(), servers.clone(), blobs);
+    let images = Arc::new(images.full_at(config.images_disk_percent));
     let engines = Engines {
-        images: Arc::new(WireImages::new(&env, client_tls.clone(), servers.clone(), blobs)),
+        images: images.clone(),
         net: Arc::new(InstanceNet::new(config.run_dir.join("netns"))),
         runtimes,
         keep,
@@ -131,7 +138,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         let (kept, env, stop) = (certificates.clone(), env.clone(), stop.clone());
         tasks.spawn(async move { kept.keep(env, signer, stop).await });
     }
-    let text = move || metrics.metrics_text() + &certificates.metrics_text();
+    let text = move || metrics.metrics_text() + &images.metrics_text() + &certificates.metrics_text();
     let facts = admin::Facts { ready: Arc::new(ready), metrics: Arc::new(text) };
     admin::listen(&mut tasks, &env, Endpoint::Tcp(config.metrics_listen), facts, &stop).await?;
 

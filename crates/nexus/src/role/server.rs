@@ -10,12 +10,15 @@ pub mod engine;
 mod fleet;
 mod groups;
 mod hosts;
+pub mod image_gc;
 mod join;
 mod keys;
 mod membership;
 pub mod northbound;
 mod operations;
 pub mod providers;
+mod pulls;
+mod registry;
 mod remote;
 mod rewrap;
 mod secrets;
@@ -51,9 +54,11 @@ use self::blobs::ServerBlobs;
 use self::certificates::Expiry;
 use self::fleet::Fleet;
 use self::groups::{Gateways, Groups, Writers};
+use self::image_gc::Collector;
 use self::join::Joins;
 use self::membership::{Group, Membership};
 use self::operations::ServerOperations;
+use self::pulls::ServerPulls;
 use self::remote::Remotes;
 use self::rewrap::Rewrap;
 use self::secrets::Secrets;
@@ -123,7 +128,10 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
 
     let view = View::new(&config.domain).in_region(&config.region);
     let blobs =
-        Arc::new(ServerBlobs::open(&config, fleet.clone(), view.clone(), pool.clone(), groups.global.clone()).await?);
+        ServerBlobs::open(&config, fleet.clone(), view.clone(), pool.clone(), groups.global.clone(), &env).await?;
+    let blobs = Arc::new(blobs);
+    let name = config.name.to_string();
+    let collector = Arc::new(Collector::new(blobs.clone(), env.clone(), name, config.blob_grace_hours));
     let writers = Arc::new(Writers::new(&config, &env, &groups, &fleet, peers.clone(), &pool));
     let gateways = Gateways::default();
 
@@ -169,6 +177,10 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
     {
         let (blobs, stop) = (blobs.clone(), stop.clone());
         tasks.spawn(async move { blobs.replicate(stop).await });
+    }
+    {
+        let (collector, stop) = (collector.clone(), stop.clone());
+        tasks.spawn(async move { collector.run(stop).await });
     }
     tasks.spawn(voters::keep(groups.global.clone(), view.clone(), env.clone(), stop.clone()));
     tasks.spawn(groups::join_global(config.clone(), groups.clone(), pool.clone(), stop.clone()));
@@ -221,6 +233,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         &workloads,
         &secrets,
     );
+    let methods = image_gc::methods(methods, &collector);
     let wire = methods.bind().await.with_context(|| format!("listening on {}", config.wire_listen))?;
     {
         let stop = stop.clone();
@@ -247,6 +260,9 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         ),
     ));
     status.register(&metrics);
+    collector.register(&metrics);
+    let pulls = ServerPulls::new(blobs.clone(), registry::Registries::new(&config.registry_networks)?);
+    pulls.register(&metrics);
     audit::register(&audit.notes, &metrics);
     let hash = std::fs::read_to_string(&config.token_hash)
         .with_context(|| format!("reading {}", config.token_hash.display()))?;
@@ -273,6 +289,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         membership: membership.clone(),
         writer: writers.region.clone(),
         backups: Some(backups),
+        collector,
         rewrap: Rewrap {
             region: config.region.clone(),
             server: config.name.clone(),
@@ -305,6 +322,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         master_keys: keys,
         issuer: config.issuer(),
         blobs: blobs.clone(),
+        pulls: Arc::new(pulls),
         hosts: Arc::new(hosts::Hosts::new(view.clone(), pool.clone())),
         providers: Arc::new(providers::Providers::new(&config.provider_networks)?),
         operations: Arc::new(operations),

@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use nexus_model::kind::{self, ImageFormat, Port, Runtime, SecretRef, Spread};
-use nexus_model::{Bytes, MilliCpu, Name};
+use nexus_model::{Bytes, Digest, MilliCpu, Name};
 use serde_json::{Value, json};
 
 use super::apply::{Outcome, diff};
 use super::cloud::{Cloud, CloudArgs, Guard, is_code, text};
 use super::output::{self, Format};
-use super::{image, resource, settle};
+use super::{image, pull, resource, settle};
 use crate::exit::Fail;
 use spec::Wanted;
 pub use spec::class;
@@ -40,20 +40,25 @@ enum SpreadArg {
 #[command(after_help = "Examples:\n  \
     nexus deploy hello --image ./hello.wasm\n  \
     nexus deploy web --image nginx.tar --replicas 3 --port 80\n  \
+    nexus deploy web --image registry.example/shop/web:4 --image-secret registry\n  \
     nexus deploy web --env MODE=fast --memory 256Mi\n  \
     nexus deploy web --secret DB_PASSWORD=db/password --secret /run/secrets/tls=tls\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
     nexus deploy job --image tools --command sh -c 'sleep 1000'\n\n\
-    Of an app that exists, only what is named changes. A path is imported first, as `nexus image import` does.")]
+    Of an app that exists, only what is named changes. A path is imported first, as `nexus image import` does, and a \
+    reference pulled, as `nexus image pull` does; the image gets the app's name.")]
 pub struct DeployArgs {
     /// The app's name
     #[arg(value_parser = resource::new_name)]
     name: Name,
-    /// An image of this project, or a path: OCI layout, OCI or Docker archive, WebAssembly component [default: the
-    /// app's name]
-    #[arg(long, value_name = "IMAGE|PATH")]
+    /// An image of this project; a path: OCI layout, OCI or Docker archive, WebAssembly component; or a reference to an
+    /// image in a registry: REGISTRY/REPOSITORY:TAG [default: the app's name]
+    #[arg(long, value_name = "IMAGE|PATH|REFERENCE")]
     image: Option<String>,
+    /// Of an image in a registry: the secret by which it is pulled
+    #[arg(long, value_name = "NAME", value_parser = resource::new_name)]
+    image_secret: Option<Name>,
     /// How many instances [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=10_000))]
     replicas: Option<u32>,
@@ -157,6 +162,8 @@ impl DeployArgs {
 enum ImageArg {
     File(PathBuf),
     Name(Name),
+    /// In a registry.
+    Reference(String),
 }
 
 /// An existing path is a file to import, except a folder that is no image but has a name that an image could have.
@@ -170,6 +177,9 @@ fn image_arg(text: &str) -> Result<ImageArg, Fail> {
             _ => ImageArg::File(path.to_owned()),
         });
     }
+    if name.is_err() && pull::is_reference(text) {
+        return Ok(ImageArg::Reference(text.to_owned()));
+    }
     name.map(ImageArg::Name).map_err(|e| {
         if text.contains(['/', '.']) {
             Fail::not_found(format!("--image {text}: there is no such file"))
@@ -181,6 +191,9 @@ fn image_arg(text: &str) -> Result<ImageArg, Fail> {
 
 pub async fn deploy(args: &DeployArgs) -> anyhow::Result<()> {
     let image_arg = args.image.as_deref().map(image_arg).transpose()?;
+    if args.image_secret.is_some() && !matches!(image_arg, Some(ImageArg::Reference(_))) {
+        return Err(Fail::usage("--image-secret is for an image in a registry: --image REGISTRY/REPOSITORY:TAG").into());
+    }
     let cloud = Cloud::connect(&args.cloud)?;
     let kind = kind::find("app").expect("a kind");
     let mut wanted = args.wanted();
@@ -193,13 +206,24 @@ pub async fn deploy(args: &DeployArgs) -> anyhow::Result<()> {
             if !args.dry_run {
                 image::upload(&cloud, &args.name, &content).await?;
             }
-            imported = Some(content);
+            imported = Some((content.format, content.digest));
+        }
+        Some(ImageArg::Reference(reference)) => {
+            wanted.image = Some(args.name.clone());
+            // A dry run fetches nothing: registries have containers' images.
+            let mut format = ImageFormat::Oci;
+            let mut digest = Digest::of(b"");
+            if !args.dry_run {
+                let (_, spec) = pull::pull(&cloud, &args.name, &reference, args.image_secret.as_ref()).await?;
+                (format, digest) = (spec.format, spec.digest);
+            }
+            imported = Some((format, digest));
         }
         None => {}
     }
     let path = cloud.object(kind, &args.name);
     let title = resource::title(kind, args.name.as_str());
-    let (before, object) = send(&cloud, args, &wanted, imported.as_ref().map(|i| i.format), &path).await?;
+    let (before, object) = send(&cloud, args, &wanted, imported.map(|(format, _)| format), &path).await?;
     let outcome = Outcome::of(before.as_ref(), &object);
     if args.dry_run {
         output::bytes(diff(&title, before.as_ref(), &object)?.as_bytes())?;
@@ -213,7 +237,7 @@ pub async fn deploy(args: &DeployArgs) -> anyhow::Result<()> {
         object
     } else {
         // New content under the same name does not change the app's spec, but its instances.
-        let digest = imported.as_ref().map(|i| i.digest.to_string());
+        let digest = imported.map(|(_, digest)| digest.to_string());
         let timeout = Duration::from_secs(args.timeout);
         let ready = settle::wait(&cloud, kind, &path, &object, digest.as_deref(), timeout).await?;
         if shown {
@@ -266,8 +290,8 @@ async fn format_of(cloud: &Cloud, args: &DeployArgs, wanted: &Wanted) -> anyhow:
     let images = kind::find("image").expect("a kind");
     let Some(image) = cloud.find(&cloud.object(images, name)).await? else {
         return Err(Fail::not_found(format!(
-            "there is no image {:?} in project {}: import it with `nexus image import PATH --name {name}`, or give its \
-             file with --image",
+            "there is no image {:?} in project {}: import it with `nexus image import PATH --name {name}`, pull it with \
+             `nexus image pull REFERENCE --name {name}`, or give its file or reference with --image",
             name.as_str(),
             cloud.target.project
         ))
@@ -329,6 +353,8 @@ mod tests {
         assert_eq!(image_arg("nginx-no-such-file").unwrap(), ImageArg::Name("nginx-no-such-file".parse().unwrap()));
         let gone = image_arg("./no/such/file.tar").unwrap_err();
         assert_eq!(gone.exit, crate::exit::Exit::NotFound);
+        let reference = "registry.example/shop/web:4";
+        assert_eq!(image_arg(reference).unwrap(), ImageArg::Reference(reference.into()));
         assert_eq!(image_arg("No_Name").unwrap_err().exit, crate::exit::Exit::Usage);
     }
 

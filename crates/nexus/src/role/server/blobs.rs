@@ -12,15 +12,16 @@ use futures::StreamExt;
 use nexus_api::{BlobStream, Blobs};
 use nexus_compute::image::{BlobStore, ImageError};
 use nexus_control::view::View;
-use nexus_env::Endpoint;
+use nexus_env::{Endpoint, Env};
 use nexus_model::kind::Image;
 use nexus_model::plan::{BlobRequest, method};
-use nexus_model::{ApiError, Code, Digest, FieldError, Name, Object, key};
+use nexus_model::{ApiError, Code, Digest, FieldError, Name, Object, Timestamp, key};
 use nexus_store::{Op, RangeRequest, Store, Txn};
 use nexus_wire::{ByteStream, Pool, Refusal};
 use tokio_util::sync::CancellationToken;
 
 use super::fleet::Fleet;
+use super::image_gc::Upload;
 use crate::config::ServerConfig;
 
 /// The largest blob, in bytes.
@@ -32,14 +33,15 @@ const HAS_DEADLINE: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_secs(2);
 
 pub struct ServerBlobs {
-    store: BlobStore,
+    pub(super) store: BlobStore,
     node: u64,
     fleet: Fleet,
-    region: Name,
-    view: View,
-    pool: Arc<Pool>,
+    pub(super) region: Name,
+    pub(super) view: View,
+    pub(super) pool: Arc<Pool>,
     /// Of the group that all regions share.
-    global: Arc<dyn Store>,
+    pub(super) global: Arc<dyn Store>,
+    env: Env,
 }
 
 fn broken(error: &ImageError) -> ApiError {
@@ -57,17 +59,33 @@ impl ServerBlobs {
         view: View,
         pool: Arc<Pool>,
         global: Arc<dyn Store>,
+        env: &Env,
     ) -> anyhow::Result<Self> {
         let dir = config.data_dir.join("images");
         let store =
             tokio::task::spawn_blocking(move || BlobStore::open(dir)).await.context("opening the image store")??;
-        Ok(Self { store, node: config.node_id, fleet, region: config.region.clone(), view, pool, global })
+        Ok(Self {
+            store,
+            node: config.node_id,
+            fleet,
+            region: config.region.clone(),
+            view,
+            pool,
+            global,
+            env: env.clone(),
+        })
     }
 
     /// The other servers of the region, whoever they are now.
     fn peers(&self) -> Vec<Endpoint> {
         let others = self.fleet.servers().into_iter().filter(|(node, _)| *node != self.node);
         others.filter_map(|(_, server)| server.wire.parse().ok()).collect()
+    }
+
+    /// The other servers of the region by name.
+    pub(super) fn named_peers(&self) -> Vec<(String, Endpoint)> {
+        let others = self.fleet.servers().into_iter().filter(|(node, _)| *node != self.node);
+        others.filter_map(|(_, s)| Some((s.name.to_string(), s.wire.parse().ok()?))).collect()
     }
 
     /// The servers of other regions, which keep what was uploaded there.
@@ -115,7 +133,7 @@ impl ServerBlobs {
     ) -> Result<u64, ApiError> {
         let mut writer = self.store.put_stream_async(digest, MAX_BLOB).await.map_err(|e| broken(&e))?;
         while let Some(piece) = content.next().await {
-            let piece = piece.map_err(|e| ApiError::new(Code::BadRequest, format!("the upload ended early: {e}")))?;
+            let piece = piece.map_err(|e| ApiError::new(Code::BadRequest, format!("its content ended early: {e}")))?;
             writer = writer.write_async(piece).await.map_err(|e| broken(&e))?;
         }
         writer.finish_async().await.map_err(|e| broken(&e))
@@ -219,8 +237,9 @@ impl ServerBlobs {
     /// Remembers for a day that a project brought a blob.
     async fn remember(&self, project: &Name, digest: Digest) -> Result<(), ApiError> {
         let lease = self.global.lease_grant(REMEMBERED).await.map_err(nexus_api::from_store)?;
-        let put =
-            Op::Put { key: upload_key(project, digest).into(), value: Bytes::from_static(b"{}"), lease: Some(lease) };
+        let upload = Upload { at: Some(Timestamp::from_millis(self.env.clock.now_millis())) };
+        let value = serde_json::to_vec(&upload).expect("a time is plain data");
+        let put = Op::Put { key: upload_key(project, digest).into(), value: value.into(), lease: Some(lease) };
         self.global.txn(Txn::new(Vec::new(), vec![put])).await.map(drop).map_err(nexus_api::from_store)
     }
 }
@@ -254,6 +273,15 @@ impl Blobs for ServerBlobs {
         self.spread(digest).await?;
         self.remember(project, digest).await?;
         Ok(new)
+    }
+
+    async fn retain(&self, project: &Name, digest: Digest, length: u64) -> Result<bool, ApiError> {
+        if self.has(project, digest).await? != Some(length) {
+            return Ok(false);
+        }
+        self.spread(digest).await?;
+        self.remember(project, digest).await?;
+        Ok(true)
     }
 
     async fn get(&self, project: &Name, digest: Digest) -> Result<Option<(u64, BlobStream)>, ApiError> {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use nexus_api::Operations;
 use nexus_api::operations::{
-    GatewayJoin, HostJoin, HostLeave, HostLeft, JoinRole, Named, Nothing, RegionRemove, Replace, ServerJoin, TokenId,
-    TokenRequest, read,
+    GatewayJoin, HostJoin, HostLeave, HostLeft, ImageGc, JoinRole, Named, Nothing, RegionRemove, Replace, ServerJoin,
+    TokenId, TokenRequest, read,
 };
 use nexus_control::intent::{Change, Intent, Provenance, Target, Writer};
 use nexus_env::RngExt as _;
@@ -17,6 +17,7 @@ use nexus_store::StoreError;
 use serde_json::{Value, json};
 
 use super::fleet::{self, HostMembership, HostRecord, ServerRecord, ServerState, Stored, VERSION};
+use super::image_gc::Collector;
 use super::join::Joins;
 use super::membership::Membership;
 use super::rewrap::Rewrap;
@@ -42,6 +43,7 @@ pub struct ServerOperations {
     pub writer: Arc<dyn Writer>,
     pub backups: Option<Arc<dyn Backups>>,
     pub rewrap: Rewrap,
+    pub collector: Arc<Collector>,
 }
 
 /// A store's error as an operator reads it.
@@ -92,6 +94,7 @@ impl Operations for ServerOperations {
                 read::<Nothing>(body)?;
                 Ok(answer(&self.rewrap.run(name == "master-key-rewrap").await?))
             }
+            "image-gc" => Ok(answer(&self.collector.operate(read::<ImageGc>(body)?).await?)),
             "host-leave" => self.leave(read::<HostLeave>(body)?).await,
             "backup-create" | "backup-list" => {
                 let Some(backups) = &self.backups else {

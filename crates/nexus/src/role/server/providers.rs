@@ -97,31 +97,45 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
     }
 }
 
-/// Where providers may be.
-#[derive(Debug, Clone, Default)]
-struct Allowed(Arc<[Network]>);
+/// Where those may be whom servers ask on behalf of tenants.
+#[derive(Debug, Clone)]
+pub(super) struct Allowed {
+    networks: Arc<[Network]>,
+    /// The field of the configuration that names them.
+    setting: &'static str,
+}
 
 impl Allowed {
+    pub(super) fn new(networks: &[String], setting: &'static str) -> anyhow::Result<Self> {
+        let networks: Result<Vec<Network>, String> = networks.iter().map(|n| n.parse()).collect();
+        Ok(Self { networks: networks.map_err(anyhow::Error::msg)?.into(), setting })
+    }
+
     fn has(&self, address: IpAddr) -> bool {
-        is_public(address) || self.0.iter().any(|network| network.has(address))
+        is_public(address) || self.networks.iter().any(|network| network.has(address))
+    }
+
+    /// Judges the address that stands in a URL itself: those are not looked up.
+    pub(super) fn judge(&self, url: &Url) -> Result<(), Elsewhere> {
+        let literal = url.host_str().and_then(|host| host.trim_matches(['[', ']']).parse::<IpAddr>().ok());
+        if literal.is_some_and(|address| !self.has(address)) { Err(Elsewhere(self.setting)) } else { Ok(()) }
     }
 }
 
+/// An address that servers don't reach, with the setting that could allow it.
 #[derive(Debug)]
-struct Elsewhere;
+pub(super) struct Elsewhere(&'static str);
 
 impl fmt::Display for Elsewhere {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(
-            "its address is not one that servers of this cloud reach (`provider_networks` of their configuration)",
-        )
+        write!(f, "its address is not one that servers of this cloud reach (`{}` of their configuration)", self.0)
     }
 }
 
 impl std::error::Error for Elsewhere {}
 
 /// Looks names up as the machine does, and keeps the addresses that may be reached.
-struct Lookup(Allowed);
+pub(super) struct Lookup(pub Allowed);
 
 impl Resolve for Lookup {
     fn resolve(&self, name: Name) -> Resolving {
@@ -130,7 +144,7 @@ impl Resolve for Lookup {
             let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
             let kept: Vec<SocketAddr> = found.filter(|a| allowed.has(a.ip())).take(ADDRESSES).collect();
             if kept.is_empty() {
-                return Err(Elsewhere.into());
+                return Err(Elsewhere(allowed.setting).into());
             }
             Ok(Box::new(kept.into_iter()) as Addrs)
         })
@@ -149,8 +163,7 @@ impl Providers {
     }
 
     fn patient(networks: &[String], patience: Duration) -> anyhow::Result<Self> {
-        let networks: Result<Vec<Network>, String> = networks.iter().map(|n| n.parse()).collect();
-        let allowed = Allowed(networks.map_err(anyhow::Error::msg)?.into());
+        let allowed = Allowed::new(networks, "provider_networks")?;
         crate::install_crypto();
         let http = reqwest::Client::builder()
             .user_agent(concat!("nexus/", env!("CARGO_PKG_VERSION")))
@@ -166,11 +179,7 @@ impl Providers {
 
     async fn asked(&self, request: ProviderRequest) -> Result<Bytes, String> {
         let url: Url = request.url.parse().map_err(|_| "its URL can't be read".to_owned())?;
-        // Addresses are not looked up, so they are judged here.
-        let literal = url.host_str().and_then(|host| host.trim_matches(['[', ']']).parse::<IpAddr>().ok());
-        if literal.is_some_and(|address| !self.allowed.has(address)) {
-            return Err(Elsewhere.to_string());
-        }
+        self.allowed.judge(&url).map_err(|e| e.to_string())?;
         let posts = request.form.is_some();
         let mut question = match request.form {
             Some(form) => self
@@ -208,13 +217,13 @@ impl Providers {
 }
 
 /// What went wrong, in few words: reqwest's own name the URL, and the cause may name more.
-fn told(error: &reqwest::Error) -> String {
+pub(super) fn told(error: &reqwest::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(next) = cause.source() {
         cause = next;
     }
     match error {
-        _ if cause.is::<Elsewhere>() => Elsewhere.to_string(),
+        _ if cause.is::<Elsewhere>() => cause.to_string(),
         e if e.is_timeout() => "it takes too long".to_owned(),
         e if e.is_connect() => "it can't be reached".to_owned(),
         _ => "the connection broke".to_owned(),

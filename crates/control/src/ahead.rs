@@ -1,0 +1,126 @@
+//! Which images a host fetches before an instance of them is placed there.
+//!
+//! * **Functions**: every host compiles the region's newest components, since compiling is what takes long.
+//! * **Containers**: a host that runs an app gets the image that the app names now, so that a rollout finds it there, and
+//!   the newest images that apps name go to a few hosts each, drawn by their hashes: a new app or one that grows starts there
+//!   without a download. A host is drawn by itself, so that one more host changes little.
+//!
+//! It is help and not a promise: whatever is missing is fetched when an instance is started.
+
+use std::collections::BTreeSet;
+
+use nexus_model::kind::{App, Image, ImageFormat, Runtime};
+use nexus_model::plan::ImagePlan;
+use nexus_model::{Digest, Name, Object};
+
+use crate::world::World;
+
+/// Functions that hosts prepare ahead; of more, the newest.
+const FUNCTIONS: usize = 256;
+/// The newest images of containers that are looked at …
+const NEWEST: usize = 16;
+/// … and the hosts that fetch each, more or less.
+const HOSTS: u64 = 8;
+/// Images of containers that one host prepares ahead.
+const CONTAINERS: usize = 32;
+
+/// What a host is to have ready.
+pub(crate) fn prepare(world: &World, host: &Name) -> Vec<ImagePlan> {
+    let mut images = functions(world);
+    images.extend(containers(world, host).into_iter().map(|digest| ImagePlan { format: ImageFormat::Oci, digest }));
+    images
+}
+
+fn newest(world: &World, format: ImageFormat, most: usize) -> Vec<&Object<Image>> {
+    let mut images: Vec<_> = world.fleet().images.live.values().filter(|i| i.spec.format == format).collect();
+    images.sort_by_key(|i| (std::cmp::Reverse(i.metadata.created), i.metadata.uid));
+    images.truncate(most);
+    images
+}
+
+fn functions(world: &World) -> Vec<ImagePlan> {
+    let images = newest(world, ImageFormat::Wasm, FUNCTIONS);
+    images.into_iter().map(|i| ImagePlan { format: ImageFormat::Wasm, digest: i.spec.digest }).collect()
+}
+
+/// The content of the image that an app names, if it is a container's.
+fn wanted(world: &World, app: &Object<App>) -> Option<Digest> {
+    if app.spec.runtime != Runtime::Container {
+        return None;
+    }
+    let image = world.fleet().images.get(app.metadata.project.as_ref(), &app.spec.image)?;
+    (image.spec.format == ImageFormat::Oci).then_some(image.spec.digest)
+}
+
+/// Whether a host is one of those that fetch an image although nothing of its app runs there.
+pub(crate) fn is_drawn(hosts: u64, host: &Name, image: Digest) -> bool {
+    if hosts <= HOSTS {
+        return true;
+    }
+    let hash = Digest::of(format!("ahead-1\0{host}\0{image}").as_bytes()).hex();
+    let first = u64::from_str_radix(&hash[..16], 16).unwrap_or(u64::MAX);
+    first < u64::MAX / hosts * HOSTS
+}
+
+/// Whether a host takes containers at all now.
+fn takes_containers(world: &World, host: &Name) -> bool {
+    world.host(host).is_some_and(|h| h.spec.runtimes.contains(&Runtime::Container) && !h.spec.draining)
+}
+
+fn containers(world: &World, host: &Name) -> Vec<Digest> {
+    if !takes_containers(world, host) {
+        return Vec::new();
+    }
+    let mut here = BTreeSet::new();
+    let mut found: BTreeSet<Digest> = BTreeSet::new();
+    for instance in world.instances_on(host) {
+        here.insert(instance.spec.image_digest);
+        let app = world.apps.get(instance.metadata.project.as_ref(), &instance.spec.app);
+        found.extend(app.and_then(|app| wanted(world, app)));
+    }
+    let hosts = world.hosts.live.len() as u64;
+    for image in newest(world, ImageFormat::Oci, NEWEST) {
+        let digest = image.spec.digest;
+        if found.contains(&digest) || !is_drawn(hosts, host, digest) {
+            continue;
+        }
+        let Some(project) = &image.metadata.project else { continue };
+        let names = |app: &Object<App>| app.spec.runtime == Runtime::Container && app.spec.image == image.metadata.name;
+        if world.apps.within(project).any(names) {
+            found.insert(digest);
+        }
+    }
+    // What instances here run is fetched for them.
+    found.into_iter().filter(|digest| !here.contains(digest)).take(CONTAINERS).collect()
+}
+
+/// The hosts, of those that have plans, whose lists change with an app's image.
+pub(crate) fn concerned<'a>(
+    world: &World,
+    app: &Object<App>,
+    planned: impl Iterator<Item = &'a Name>,
+) -> BTreeSet<Name> {
+    let Some(digest) = wanted(world, app) else { return BTreeSet::new() };
+    let running: BTreeSet<&Name> =
+        world.instances_of(app.metadata.uid).filter_map(|i| i.status.host.as_ref()).collect();
+    let hosts = world.hosts.live.len() as u64;
+    planned.filter(|host| running.contains(host) || is_drawn(hosts, host, digest)).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_hosts_of_many_are_drawn_for_an_image() {
+        let image = Digest::of(b"image");
+        let name = |i: u32| -> Name { format!("host-{i}").parse().unwrap() };
+        assert!((0..8).all(|i| is_drawn(8, &name(i), image)));
+        let drawn = |image: Digest| (0..1000).filter(|i| is_drawn(1000, &name(*i), image)).collect::<Vec<_>>();
+        // Eight are expected; the chance of none is e^-8, and that of thirty smaller by far.
+        assert!((1..30).contains(&drawn(image).len()), "{:?}", drawn(image));
+        assert_ne!(drawn(image), drawn(Digest::of(b"another")));
+        let grown = (0..1000).filter(|i| is_drawn(1001, &name(*i), image)).collect::<Vec<_>>();
+        assert!(grown.iter().all(|host| drawn(image).contains(host)), "who was not drawn is not drawn by one more");
+    }
+}
