@@ -17,7 +17,7 @@ mod shim;
 mod turns;
 mod user;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -439,6 +439,18 @@ impl Runtime for ContainerRuntime {
                 Observed { uid: record.uid, epoch: record.epoch, state }
             };
             Ok(idle.map(observe).collect())
+        })
+        .await
+    }
+
+    async fn cpu_time(&self) -> Result<BTreeMap<Uid, Duration>, RuntimeError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || {
+            let used = |r: Record| {
+                let folders = cgroup::folders(&inner.cgroup(r.uid)).ok()?;
+                Some((r.uid, cgroup::cpu_time(&folders)?))
+            };
+            Ok(inner.records()?.into_iter().filter_map(used).collect())
         })
         .await
     }

@@ -6,6 +6,7 @@
 //! * [`core`]: the loop's inside, free of I/O. [`decide`] rules on what users ask; [`rules`] are the reconcilers;
 //!   [`cells`] judges hosts; [`scheduler`] chooses cells and hosts.
 //! * [`world`]: the region's state as typed tables; [`step`]: one decision over it, all or nothing.
+//! * [`autoscale`]: how many instances an app has, where the cloud is to decide that.
 //! * [`traffic`]: what gateways say of requests, in memory.
 //! * [`secrets`]: the sealed values that the writer passes on unseen.
 //! * [`audit`]: the record that every accepted change leaves.
@@ -14,6 +15,7 @@
 //! Architecture invariant: nothing here starts a process, touches a link or opens a socket.
 
 pub mod audit;
+pub mod autoscale;
 pub mod cells;
 mod chain;
 pub mod core;

@@ -19,11 +19,12 @@ use nexus_env::{Env, RngExt};
 use nexus_model::kind::{RegionServer, Tier};
 use nexus_model::plan::{HostReport, RegionSummary, ServerNote, TrafficReport};
 use nexus_model::{ApiError, Code, Timestamp, key};
-use nexus_store::{Leadership, Pressure, RangeRequest, Revision, Store, StoreError};
+use nexus_store::{KeyValue, Leadership, Pressure, RangeRequest, Revision, Store, StoreError};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::audit::Trail;
+use crate::autoscale::Autoscaler;
 use crate::cells::Cells;
 use crate::chain::Chain;
 use crate::core::{Bootstrap, Core, Moment, Pack};
@@ -368,6 +369,7 @@ impl Region {
         let world = World { part, trail: Some(trail), traffic: self.traffic.clone(), ..world };
         let cells = Cells::new(self.env.monotonic(), self.config.server.clone(), epoch);
         let mut core = Core::new(world, self.config.bootstrap.clone(), cells);
+        core.autoscaler = self.load_histories(at).await?;
         core.bootstrap(self.moment());
         let mut link = self.config.fleet.as_ref().map(|fleet| Link::new(fleet, epoch, self.env.monotonic()));
         let mut newest = at.0;
@@ -517,6 +519,13 @@ impl Region {
         }
         let active = core.cells.active(self.env.monotonic()) as u64;
         self.counters.active_hosts.store(active, Ordering::Relaxed);
+    }
+
+    /// What apps' loads were, as earlier leaders wrote it down.
+    async fn load_histories(&self, at: Revision) -> Result<Autoscaler, StoreError> {
+        let rows = crate::audit::rows(&*self.store, at, key::LOADS).await?;
+        let read = |kv: KeyValue| key::load_of(&kv.key).map(|(app, day)| (app, day, kv.value.to_vec()));
+        Ok(Autoscaler::from_rows(rows.into_iter().filter_map(read)))
     }
 
     /// Takes over `sys/writer`.

@@ -3,7 +3,7 @@
 //!
 //! Reports come every second from every gateway, to the server whose writer leads. They are never committed: a new leader
 //! begins with nothing and knows a window's worth after a window. What is counted is kept for [`KEPT`]; what is true at one
-//! moment (in flight, waiting) is believed for [`STALE`] after the gateway was last heard.
+//! moment (in flight, waiting; from hosts, processor time) is believed for [`STALE`] after the gateway was last heard.
 //!
 //! Wire handlers write here and the writer's reconcilers read, so the inside is behind a lock; all time is the monotonic clock of
 //! whoever calls.
@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use nexus_model::plan::TrafficReport;
+use nexus_model::plan::{InstanceUsage, TrafficReport};
 use nexus_model::{Name, Uid};
 
 /// How long counts are kept: the longest window that can be asked for.
@@ -39,9 +39,15 @@ pub struct Load {
     pub in_flight: u32,
     /// Requests that it was busy with on average over the window.
     pub concurrency: f64,
+    /// The time that is counted: the window, to the nearest bucket and report.
+    pub span: Duration,
 }
 
 impl Load {
+    pub fn per_second(&self) -> f64 {
+        if self.span.is_zero() { 0.0 } else { self.requests as f64 / self.span.as_secs_f64() }
+    }
+
     /// The share of requests that failed; `None` if there were none.
     pub fn error_rate(&self) -> Option<f64> {
         (self.requests > 0).then(|| self.errors as f64 / self.requests as f64)
@@ -106,9 +112,17 @@ struct Inner {
     instances: HashMap<Uid, Ring>,
     apps: HashMap<(Name, Name), Ring>,
     gateways: BTreeMap<Name, Heard>,
+    /// Thousandths of a processor that instances use, and when that was told.
+    cpu: HashMap<Uid, (Duration, f64)>,
 }
 
 impl Inner {
+    /// What the buckets of a window are of. Reports come every second, so half of one is on average not told yet.
+    fn span(&self, window: Duration) -> Duration {
+        let from = self.now.saturating_sub(window).as_secs() / BUCKET_SECONDS * BUCKET_SECONDS;
+        self.now.saturating_sub(Duration::from_secs(from)) + Duration::from_millis(500)
+    }
+
     fn heard(&self) -> impl Iterator<Item = &Heard> {
         self.gateways.values().filter(|g| self.now.saturating_sub(g.at) < STALE)
     }
@@ -157,6 +171,27 @@ impl Traffic {
         }
     }
 
+    /// Takes in what a host says of its instances' processor time. Half of what was known before is kept: one second is a short time.
+    pub fn hear_usage(&self, usage: &[InstanceUsage], now: Duration) {
+        let inner = &mut *self.hold();
+        inner.now = inner.now.max(now);
+        for i in usage {
+            if inner.cpu.len() < INSTANCES || inner.cpu.contains_key(&i.uid) {
+                let used = f64::from(i.cpu);
+                let known = inner.cpu.get(&i.uid).filter(|(at, _)| now.saturating_sub(*at) < STALE);
+                let used = known.map_or(used, |(_, before)| (before + used) / 2.0);
+                inner.cpu.insert(i.uid, (now, used));
+            }
+        }
+    }
+
+    /// Thousandths of a processor that an instance uses, if its host said so lately.
+    pub fn cpu_of(&self, instance: Uid) -> Option<f64> {
+        let inner = self.hold();
+        let (at, used) = inner.cpu.get(&instance)?;
+        (inner.now.saturating_sub(*at) < STALE).then_some(*used)
+    }
+
     /// Goes on to `now`, and forgets what is too old. Called a few times a second.
     pub fn advance(&self, now: Duration) {
         let inner = &mut *self.hold();
@@ -171,6 +206,7 @@ impl Traffic {
         inner.apps.retain(|_, ring| lives(ring));
         let now = inner.now;
         inner.gateways.retain(|_, g| now.saturating_sub(g.at) < KEPT);
+        inner.cpu.retain(|_, (at, _)| now.saturating_sub(*at) < STALE);
     }
 
     /// Forgets everything: for a server that begins to lead.
@@ -183,13 +219,14 @@ impl Traffic {
         let inner = self.hold();
         let mut load =
             Load { in_flight: inner.heard().filter_map(|g| g.in_flight.get(&instance)).sum(), ..Load::default() };
+        load.span = inner.span(window);
         let mut busy = 0u64;
         for bucket in inner.instances.get(&instance).into_iter().flat_map(|ring| ring.over(window, inner.now)) {
             load.requests += u64::from(bucket.count);
             load.errors += u64::from(bucket.errors);
             busy += bucket.busy;
         }
-        load.concurrency = busy as f64 / window.as_millis().max(1) as f64;
+        load.concurrency = busy as f64 / load.span.as_millis().max(1) as f64;
         load
     }
 
@@ -261,7 +298,8 @@ mod tests {
         }
         let load = traffic.of(uid(1), SECOND * 10);
         assert_eq!((load.requests, load.errors, load.in_flight), (400, 30, 6));
-        assert!((load.concurrency - 6.0).abs() < 0.1, "{load:?}");
+        assert!((load.concurrency - 6.0).abs() < 0.5, "{load:?}");
+        assert!((load.per_second() - 40.0).abs() < 3.0, "{load:?}");
         assert_eq!(load.error_rate(), Some(0.075));
         assert_eq!(traffic.of(uid(2), SECOND * 10).error_rate(), Some(1.0));
         assert_eq!(traffic.of(uid(3), SECOND * 10).error_rate(), None);
@@ -291,7 +329,7 @@ mod tests {
         assert_eq!(traffic.of_app(&name("p"), &name("a"), KEPT).waiting, 0);
         assert_eq!(traffic.gateways(), 0);
         traffic.advance(SECOND * 400);
-        assert_eq!(traffic.of(uid(1), KEPT), Load::default());
+        assert_eq!(traffic.of(uid(1), KEPT).requests, 0);
         assert!(traffic.hold().instances.is_empty());
     }
 

@@ -39,6 +39,8 @@ pub struct Options {
     pub max_sends: u32,
     /// How long a request waits for a service without any instance.
     pub patience: Duration,
+    /// How long a request waits for the first instance of an app that was asleep.
+    pub wake_patience: Duration,
     /// Requests that may wait for an instance, per service; more are refused at once.
     pub max_waiting: usize,
     /// Requests at once to one instance.
@@ -63,6 +65,7 @@ impl Options {
             budget: Duration::from_secs(8),
             max_sends: 3,
             patience: Duration::from_secs(2),
+            wake_patience: Duration::from_secs(60),
             max_waiting: 1024,
             max_outstanding: 1024,
             max_connections: 10_000,

@@ -30,6 +30,8 @@ pub(crate) struct Service {
     /// Of a global app: the other regions that should run it.
     pub regions: Option<Vec<Name>>,
     pub http2: bool,
+    /// A request that waits brings an instance.
+    pub wakes: bool,
     pub turn: AtomicUsize,
     /// Kept from table to table, as its metrics are.
     pub refusals: Arc<Refusals>,
@@ -69,6 +71,10 @@ impl Service {
             None if busy => Choice::Busy,
             None => Choice::Nobody,
         }
+    }
+
+    pub fn has_ready(&self) -> bool {
+        self.members.iter().any(|m| m.ready)
     }
 
     /// Whether any instance but this one is ready and not ejected.
@@ -142,6 +148,7 @@ impl Table {
                 members,
                 regions: global.then_some(regions),
                 http2,
+                wakes: service.wakes,
                 turn: AtomicUsize::new(old.map_or(0, |o| o.turn.load(Ordering::Relaxed))),
                 refusals: old.map(|o| o.refusals.clone()).unwrap_or_default(),
                 metrics: old.map_or_else(|| metrics.service(name), |o| o.metrics.clone()),
@@ -214,6 +221,7 @@ mod tests {
             backends: vec![],
             global: false,
             regions: vec![],
+            wakes: false,
         };
         let route = |(i, (host, path)): (usize, &(&str, &str))| TableRoute {
             host: (*host).into(),

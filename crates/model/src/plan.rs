@@ -144,6 +144,15 @@ pub struct InstanceReport {
     pub message: String,
 }
 
+/// What an instance used since the report before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InstanceUsage {
+    pub uid: Uid,
+    /// Thousandths of a processor.
+    pub cpu: u32,
+}
+
 /// A heartbeat and everything true on a host. Sent every second, and at once when an instance changes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -164,6 +173,9 @@ pub struct HostReport {
     /// When the agent's certificate ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate_ends: Option<Timestamp>,
+    /// Of the instances whose use the host measures.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub usage: Vec<InstanceUsage>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -203,6 +215,9 @@ pub struct Service {
     /// The other regions that should run it, sorted.
     #[serde(default)]
     pub regions: Vec<Name>,
+    /// Without an instance it is asleep, not down: a request that waits brings one.
+    #[serde(default)]
+    pub wakes: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
