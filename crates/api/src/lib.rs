@@ -34,6 +34,7 @@ mod query;
 mod rates;
 mod render;
 mod route;
+mod scaling;
 mod secrets;
 mod serve;
 mod settle;

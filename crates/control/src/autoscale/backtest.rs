@@ -41,6 +41,8 @@ pub struct Trace<'a> {
     pub skip: usize,
     /// Minutes from a decision until its instances are ready.
     pub start_minutes: usize,
+    /// What an instance is to carry where it is judged whether there were enough: the rule's own, without it.
+    pub judged: Option<f64>,
 }
 
 impl Trace<'_> {
@@ -62,7 +64,7 @@ pub fn run(rule: &Rule, trace: &Trace<'_>) -> Outcome {
     let slots_ahead = (autoscale.horizon_minutes as usize).div_ceil(MINUTES);
     let first = trace.skip.min(trace.loads.len()) * MINUTES;
     let from = first.saturating_sub(30);
-    let needs = |load: f64| (load / carries - 1e-6).ceil().max(0.0) as u32;
+    let needs = |load: f64| (load / trace.judged.unwrap_or(carries) - 1e-6).ceil().max(0.0) as u32;
     let begin = autoscale.clamp(needs(trace.at(from)));
     let mut memory = Memory::new(begin, trace.begins + from as u64 * MINUTE);
     // The number that was wanted in each of the last minutes: an instance serves when it has been wanted for long enough.

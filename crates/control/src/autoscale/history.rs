@@ -111,6 +111,11 @@ impl History {
             .collect()
     }
 
+    /// Slots that are over, oldest first.
+    pub fn values(&self, measure: Measure) -> Vec<Option<f64>> {
+        self.slots.iter().map(|s| Some(f64::from(s[measure.index()])).filter(|v| v.is_finite())).collect()
+    }
+
     /// How many slots are over and known.
     pub fn known(&self, measure: Measure) -> usize {
         self.slots.iter().filter(|s| s[measure.index()].is_finite()).count()

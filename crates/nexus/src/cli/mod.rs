@@ -5,6 +5,7 @@
 mod access_key;
 mod apply;
 mod audit;
+mod autoscale;
 mod backup;
 mod ca;
 mod can;
@@ -118,6 +119,7 @@ impl Command {
 pub enum UserCommand {
     Deploy(deploy::DeployArgs),
     Scale(deploy::ScaleArgs),
+    Autoscale(autoscale::AutoscaleArgs),
     Get(get::GetArgs),
     Describe(describe::DescribeArgs),
     Apply(apply::ApplyArgs),
@@ -182,6 +184,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
     match command {
         UserCommand::Deploy(args) => deploy::deploy(&args).await?,
         UserCommand::Scale(args) => deploy::scale(&args).await?,
+        UserCommand::Autoscale(args) => autoscale::run(&args).await?,
         UserCommand::Get(args) => get::run(&args).await?,
         UserCommand::Describe(args) => describe::run(&args).await?,
         UserCommand::Apply(args) => apply::run(&args).await?,
