@@ -8,7 +8,7 @@ use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http::request::Parts;
 use http::{HeaderValue, Method, Uri};
 use nexus_control::autoscale::history::{History, Measure, SLOT_SECONDS};
-use nexus_model::kind::{App, Kind, Strategy};
+use nexus_model::kind::{App, Kind};
 use nexus_model::{ApiError, Code, FieldError, Name, Object, key};
 use nexus_store::{Consistency, RangeRequest};
 use schemars::JsonSchema;
@@ -29,9 +29,9 @@ use crate::write::JSON;
 pub(crate) struct ScaleRequest {
     /// The app.
     service: Name,
-    /// `target` or `predictive`; windows of a schedule are part of the app's own spec.
-    #[serde(default = "predictive")]
-    strategy: Strategy,
+    /// Windows of a schedule are part of the app's own spec.
+    #[serde(default)]
+    strategy: ByLoad,
     /// Per cent of its processor that an instance is to use.
     #[serde(default)]
     #[schemars(range(min = 1, max = 100))]
@@ -46,8 +46,13 @@ pub(crate) struct ScaleRequest {
     region: Option<Name>,
 }
 
-fn predictive() -> Strategy {
-    Strategy::Predictive
+/// The strategies that go by load.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum ByLoad {
+    Target,
+    #[default]
+    Predictive,
 }
 
 fn default_project() -> Name {

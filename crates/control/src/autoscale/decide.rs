@@ -134,23 +134,23 @@ impl Memory {
     /// Decides, and remembers it.
     pub fn decide(&mut self, rule: &Rule, now: &Signals) -> Decision {
         let a = &rule.autoscale;
-        let before = a.clamp(self.desired());
         if now.busy || now.waiting > 0 || !now.heard {
             self.busy = now.at;
         }
-        let (load, by_load) = match a.strategy {
-            Strategy::Schedule => (None, String::new()),
-            _ => needs(rule, now, before),
+        let need = match a.strategy {
+            Strategy::Schedule => Need::default(),
+            // What is held when nothing is known is this track's own: `target` by itself would hold no other.
+            _ => needs(rule, now, a.clamp(self.reactive.desired)),
         };
         let scheduled = now.scheduled.unwrap_or(0);
         let idle = now.at.saturating_sub(self.busy);
         let awake = u32::from(idle < u64::from(a.idle_seconds));
         let floor = a.min_replicas.max(scheduled).max(if a.min_replicas == 0 { awake } else { 0 });
         let bounded = |want: u32| a.clamp(want.max(floor));
-        let held = bounded(load.unwrap_or(0));
+        let held = bounded(need.count);
         self.reactive.follow(held, now.at, a);
-        let mut reason = by_load;
-        let mut want = held;
+        let mut reason = need.why;
+        let mut want = if need.known { held } else { held.max(a.clamp(self.own.desired)) };
         if a.strategy == Strategy::Predictive
             && let Some((will, why)) = will_need(rule, now)
             && bounded(will) > held
@@ -160,9 +160,9 @@ impl Memory {
         }
         self.own.follow(want, now.at, a);
         let replicas = self.desired();
-        if want == a.max_replicas && load.unwrap_or(0) > want {
+        if want == a.max_replicas && need.count > want {
             reason = format!("{reason}; maxReplicas is {want}");
-        } else if want == floor && load.unwrap_or(0) < floor {
+        } else if want == floor && (need.count < floor || floor == 0) {
             reason = match () {
                 () if scheduled == floor && now.scheduled.is_some() => format!("its schedule holds {floor} now"),
                 () if a.min_replicas == floor && floor > 0 => format!("{reason}; minReplicas is {floor}"),
@@ -196,8 +196,22 @@ fn describe(measure: Measure, load: f64, carries: f64) -> String {
     }
 }
 
-/// What the load wants now, and why. With a measure that is not known, no less than there is.
-fn needs(rule: &Rule, now: &Signals, before: u32) -> (Option<u32>, String) {
+/// What the load wants now, and why.
+#[derive(Debug)]
+struct Need {
+    count: u32,
+    why: String,
+    known: bool,
+}
+
+impl Default for Need {
+    fn default() -> Self {
+        Self { count: 0, why: String::new(), known: true }
+    }
+}
+
+/// With a measure that is not known, no less is wanted than there is.
+fn needs(rule: &Rule, now: &Signals, before: u32) -> Need {
     let mut best: Option<(u32, String)> = None;
     let mut unknown = false;
     for measure in Measure::ALL {
@@ -212,8 +226,11 @@ fn needs(rule: &Rule, now: &Signals, before: u32) -> (Option<u32>, String) {
         }
     }
     match best {
-        Some((want, why)) if !unknown || want >= before => (Some(want), why),
-        _ => (Some(before), "its load is not known now, so nothing is taken away".to_owned()),
+        Some((count, why)) if !unknown || count >= before => Need { count, why, known: !unknown },
+        _ => {
+            let why = "its load is not known now, so nothing is taken away".to_owned();
+            Need { count: before, why, known: false }
+        }
     }
 }
 

@@ -102,3 +102,27 @@ async fn requests_errors_and_those_who_wait_are_told_to_the_server_that_leads() 
     stop.cancel();
     following.await.unwrap();
 }
+
+#[tokio::test]
+async fn a_request_for_an_app_that_sleeps_waits_until_an_instance_is_ready() {
+    let instance = named("awake").await;
+    let patience = Duration::from_millis(50);
+    let edge = edge(nexus_edge::Options { patience, budget: patience, ..options() }).await;
+    let asleep = |backends| nexus_model::plan::Service { wakes: true, ..service("app", backends) };
+    edge.gateway.offer(table(1, vec![asleep(vec![]), service("down", vec![])]));
+    let got = get(&edge, "app.localhost");
+    tokio::pin!(got);
+    // Whoever asks for an app that is down is told so long before.
+    tokio::select! {
+        got = &mut got => panic!("it was to wait: {}", got.status),
+        refused = get(&edge, "down.localhost") => assert_eq!(refused.status, StatusCode::SERVICE_UNAVAILABLE),
+    }
+    let starting = nexus_model::plan::Backend { ready: false, ..backend(1, instance.address) };
+    edge.gateway.offer(table(2, vec![asleep(vec![starting])]));
+    tokio::select! {
+        got = &mut got => panic!("it was to wait: {}", got.status),
+        () = tokio::time::sleep(patience * 6) => assert_eq!(instance.count(), 0, "what starts is not asked"),
+    }
+    edge.gateway.offer(table(3, vec![asleep(vec![backend(1, instance.address)])]));
+    assert_eq!(got.await.body, "awake");
+}
