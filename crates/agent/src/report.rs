@@ -1,11 +1,13 @@
 //! Telling the leading server what is true here: every second, and at once when something changed.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nexus_env::{Endpoint, Env};
-use nexus_model::plan::{HostReport, ReportAck, method};
+use nexus_model::Uid;
+use nexus_model::plan::{HostReport, InstanceUsage, ReportAck, method};
 use nexus_wire::WireError;
 
 use crate::config::{AgentConfig, Engines};
@@ -20,7 +22,7 @@ const HOPS: u32 = 3;
 
 /// Reports until it is dropped.
 pub(crate) async fn run(config: Arc<AgentConfig>, env: Env, engines: Engines, servers: Arc<Servers>) {
-    let mut load = LoadMeter::default();
+    let (mut load, mut usage) = (LoadMeter::default(), UsageMeter::default());
     let mut turn = servers.start();
     let mut leader: Option<Endpoint> = None;
     let mut failures = 0;
@@ -38,6 +40,7 @@ pub(crate) async fn run(config: Arc<AgentConfig>, env: Env, engines: Engines, se
                 images: engines.images.held(),
                 load: load.measure(&env),
                 certificate_ends: (config.certificate_ends)(),
+                usage: usage.measure(&env, &engines).await,
             };
             match send(&servers, &mut leader, &mut turn, &report).await {
                 Some(ack) => {
@@ -98,6 +101,52 @@ async fn send(
     None
 }
 
+/// What instances use of processors between two looks.
+#[derive(Default)]
+struct UsageMeter {
+    at: Duration,
+    known: BTreeMap<Uid, Duration>,
+    told: Vec<InstanceUsage>,
+}
+
+/// Over a shorter time, what one look sees and another doesn't is chance; what was said before is said again.
+const SHORTEST_LOOK: Duration = Duration::from_millis(500);
+
+impl UsageMeter {
+    async fn measure(&mut self, env: &Env, engines: &Engines) -> Vec<InstanceUsage> {
+        let now = env.monotonic();
+        let passed = now.saturating_sub(self.at);
+        if passed < SHORTEST_LOOK {
+            return self.told.clone();
+        }
+        let mut seen = BTreeMap::new();
+        for runtime in engines.runtimes.values() {
+            match runtime.cpu_time().await {
+                Ok(used) => seen.extend(used),
+                Err(error) => tracing::debug!(%error, "the processor time of instances can't be read"),
+            }
+        }
+        self.told = used_between(&self.known, &seen, passed);
+        (self.at, self.known) = (now, seen);
+        self.told.clone()
+    }
+}
+
+/// Thousandths of a processor that each instance used that is in both looks. One that was started anew counts from nothing.
+fn used_between(
+    before: &BTreeMap<Uid, Duration>,
+    now: &BTreeMap<Uid, Duration>,
+    passed: Duration,
+) -> Vec<InstanceUsage> {
+    let used = |(uid, now): (&Uid, &Duration)| {
+        let before = before.get(uid)?;
+        let spent = now.checked_sub(*before).unwrap_or(*now);
+        let cpu = spent.as_secs_f64() / passed.as_secs_f64() * 1000.0;
+        Some(InstanceUsage { uid: *uid, cpu: cpu.round() as u32 })
+    };
+    now.iter().filter_map(used).collect()
+}
+
 /// The share of the machine's processors in use between two looks at /proc/stat (proc(5)).
 #[derive(Default)]
 struct LoadMeter {
@@ -129,6 +178,15 @@ fn parse_stat(text: &str) -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_instance_uses_what_its_time_grew_by() {
+        let [a, b, c] = [1, 2, 3].map(|n| Uid::from_random([n; 16]));
+        let millis = |of: &[(Uid, u64)]| of.iter().map(|(u, ms)| (*u, Duration::from_millis(*ms))).collect();
+        let (before, now) = (millis(&[(a, 100), (b, 900)]), millis(&[(a, 1100), (b, 200), (c, 5)]));
+        let used = used_between(&before, &now, Duration::from_secs(2));
+        assert_eq!(used, [InstanceUsage { uid: a, cpu: 500 }, InstanceUsage { uid: b, cpu: 100 }]);
+    }
 
     #[test]
     fn load_is_what_is_not_idle() {

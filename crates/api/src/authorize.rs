@@ -86,6 +86,8 @@ pub(crate) fn action_of(target: &Target, method: &Method, exists: bool) -> Optio
         Target::Health | Target::Ready | Target::Metrics | Target::OpenApi => return None,
         Target::SignIn | Target::Discovery | Target::Keys | Target::Providers => return None,
         Target::Operation(_) => return None,
+        // The change of an app that it means asks for itself.
+        Target::Scale => return None,
         // Its own region decides.
         Target::Elsewhere(..) => return None,
     })

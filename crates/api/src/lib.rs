@@ -35,6 +35,7 @@ mod query;
 mod rates;
 mod render;
 mod route;
+mod scaling;
 mod secrets;
 mod serve;
 mod settle;

@@ -38,10 +38,11 @@ pub(crate) enum Verb {
     Invite,
     EnrollTotp,
     ConfirmTotp,
+    Load,
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 7] = [
+pub(crate) const VERBS: [(&str, &str, Verb); 8] = [
     ("instances", "logs", Verb::Logs),
     ("instances", "exec", Verb::Exec),
     ("secrets", "reveal", Verb::Reveal),
@@ -49,6 +50,7 @@ pub(crate) const VERBS: [(&str, &str, Verb); 7] = [
     ("users", "invite", Verb::Invite),
     ("users", "enroll-totp", Verb::EnrollTotp),
     ("users", "confirm-totp", Verb::ConfirmTotp),
+    ("apps", "load", Verb::Load),
 ];
 
 impl Verb {
@@ -59,7 +61,7 @@ impl Verb {
     fn methods(self) -> &'static [Method] {
         match self {
             Self::Logs | Self::Exec => READ,
-            Self::Reveal => &[Method::GET],
+            Self::Reveal | Self::Load => &[Method::GET],
             Self::SetPassword | Self::Invite | Self::EnrollTotp | Self::ConfirmTotp => &[Method::POST],
         }
     }
@@ -94,6 +96,8 @@ pub(crate) enum Target {
     WhoAmI,
     Can,
     PolicySchema,
+    /// A change of an app, which its body names.
+    Scale,
     Collection(Place),
     /// The name is as it was written: whether a malformed one is "not found" or "invalid" depends on the method.
     Object(Place, String),
@@ -140,6 +144,7 @@ impl Target {
             Self::WhoAmI => "/v1/whoami".into(),
             Self::Can => "/v1/can".into(),
             Self::PolicySchema => "/v1/policy-schema".into(),
+            Self::Scale => SCALE.into(),
             Self::Collection(place) => collection_template(place.kind, place.project.is_some()),
             Self::Object(place, _) => format!("{}/{{name}}", collection_template(place.kind, true)),
             Self::Custom(place, _, verb) => {
@@ -187,7 +192,7 @@ impl Target {
                 (false, false) => READ,
             },
             Self::Blob(..) => &[Method::GET, Method::HEAD, Method::PUT],
-            Self::Operation(_) | Self::SignIn | Self::Can | Self::Pull(..) => &[Method::POST],
+            Self::Operation(_) | Self::SignIn | Self::Can | Self::Pull(..) | Self::Scale => &[Method::POST],
             Self::Custom(_, _, verb) => verb.methods(),
             Self::Audit(.., asked) => asked.methods(),
             Self::Elsewhere(_, target) => target.methods(),
@@ -196,6 +201,7 @@ impl Target {
     }
 }
 
+pub(crate) const SCALE: &str = "/v1/architecture/scale";
 pub(crate) const SIGN_IN: &str = "/oauth2/token";
 pub(crate) const PROVIDERS: &str = "/oauth2/providers";
 pub(crate) const DISCOVERY: &str = "/.well-known/openid-configuration";
@@ -344,6 +350,7 @@ pub(crate) fn resolve(path: &str, region: &Name) -> Result<Target, ApiError> {
         SIGN_IN => return Ok(Target::SignIn),
         DISCOVERY => return Ok(Target::Discovery),
         KEYS => return Ok(Target::Keys),
+        SCALE => return Ok(Target::Scale),
         PROVIDERS => return Ok(Target::Providers),
         _ => {}
     }

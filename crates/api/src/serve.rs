@@ -35,8 +35,8 @@ use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
 use crate::{
-    Api, audit, blobs, credentials, elsewhere, federation, list, operations, pull, secrets, settle, signature, signin,
-    streams, watch, whoami, write,
+    Api, audit, blobs, credentials, elsewhere, federation, list, operations, pull, scaling, secrets, settle, signature,
+    signin, streams, watch, whoami, write,
 };
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
@@ -295,6 +295,10 @@ async fn answer(
     body: Body,
     context: Context,
 ) -> Result<Response, Refusal> {
+    let (target, body) = match target {
+        Target::Scale => server.deadline(scaling::as_patch(&server, &mut parts, body)).await?,
+        target => (target, body),
+    };
     if let Some(region) = target.region() {
         elsewhere::check(&server, region)?;
     }
@@ -352,6 +356,10 @@ async fn answer(
                 .deadline(audit::handle(&server, &region, organization.as_ref(), asked, &parts, body, &context))
                 .await?)
         }
+        Target::Custom(place, name, Verb::Load) => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            Ok(server.deadline(scaling::load(&server, &place, &name, &parts)).await?)
+        }
         Target::Custom(place, name, verb) => {
             let done = streams::handle(&server, &place, &name, verb, &mut parts, &context).await;
             if verb == Verb::Exec {
@@ -395,6 +403,7 @@ async fn answer(
         | Target::Discovery
         | Target::Keys
         | Target::Providers
+        | Target::Scale
         | Target::Elsewhere(..) => Err(Refusal::new(Code::NotFound, "nothing is at this path")),
     }
 }

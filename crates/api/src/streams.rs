@@ -54,7 +54,7 @@ pub(crate) async fn handle(
     match verb {
         Verb::Logs => logs(server, place, name, parts, ended).await,
         Verb::Exec => exec(server, place, name, parts, ended).await,
-        Verb::Reveal | Verb::SetPassword | Verb::Invite | Verb::EnrollTotp | Verb::ConfirmTotp => {
+        Verb::Reveal | Verb::SetPassword | Verb::Invite | Verb::EnrollTotp | Verb::ConfirmTotp | Verb::Load => {
             Err(Refusal::new(Code::NotFound, "only instances have streams"))
         }
     }

@@ -2,6 +2,7 @@
 
 mod access;
 mod api;
+mod autoscale;
 mod cloud;
 mod container;
 mod failover;
@@ -42,6 +43,11 @@ const BENCHES: &[Bench] = &[
     },
     Bench { name: "container", about: "containers: deployed to first answer, start to exit", run: container::run },
     Bench { name: "failover", about: "a host with 100 containers dies", run: failover::run },
+    Bench {
+        name: "autoscale",
+        about: "real series: minutes with too few instances and cost, by forecast and by a reactive rule",
+        run: autoscale::run,
+    },
     Bench { name: "api", about: "100,000 objects: creates, lists, gets", run: api::run },
     Bench { name: "scale", about: "one region's control plane under 10,000 hosts, 100,000 instances", run: scale::run },
     Bench { name: "store", about: "the metadata store beside etcd; a large state; a leader's death", run: store::run },

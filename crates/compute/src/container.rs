@@ -17,7 +17,7 @@ mod shim;
 mod turns;
 mod user;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -445,6 +445,18 @@ impl Runtime for ContainerRuntime {
 
     async fn collect(&self, keep: Vec<Digest>) -> Result<(), RuntimeError> {
         Self::collect(self, keep).await.map(drop)
+    }
+
+    async fn cpu_time(&self) -> Result<BTreeMap<Uid, Duration>, RuntimeError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || {
+            let used = |r: Record| {
+                let folders = cgroup::folders(&inner.cgroup(r.uid)).ok()?;
+                Some((r.uid, cgroup::cpu_time(&folders)?))
+            };
+            Ok(inner.records()?.into_iter().filter_map(used).collect())
+        })
+        .await
     }
 
     async fn exec(&self, uid: Uid, command: &[String], io: ExecIo, deadline: Duration) -> Result<i32, RuntimeError> {

@@ -3,6 +3,7 @@
 //! Every call is idempotent and can be cut off at any instant: the caller looks at [`Runtime::observe`] and goes on from
 //! there. An instance is known by its uid; a restart is a `remove` and a `start`.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -138,6 +139,11 @@ pub trait Runtime: Send + Sync {
     /// Removes what was made ready of images that neither `keep` names nor any instance here needs: the room of a cache.
     /// Nothing is lost by it but time.
     async fn collect(&self, keep: Vec<Digest>) -> Result<(), RuntimeError>;
+
+    /// The processor time that instances have used since they were started, of those whose time is measured.
+    async fn cpu_time(&self) -> Result<BTreeMap<Uid, Duration>, RuntimeError> {
+        Ok(BTreeMap::new())
+    }
 
     /// Runs a command inside the instance and returns its exit status.
     async fn exec(&self, uid: Uid, command: &[String], io: ExecIo, deadline: Duration) -> Result<i32, RuntimeError>;

@@ -121,7 +121,11 @@ fn text(key: &[u8]) -> String {
 }
 
 /// All rows under a prefix: few, or small.
-async fn rows(store: &dyn Store, at: Revision, prefix: &str) -> Result<Vec<nexus_store::KeyValue>, StoreError> {
+pub(crate) async fn rows(
+    store: &dyn Store,
+    at: Revision,
+    prefix: &str,
+) -> Result<Vec<nexus_store::KeyValue>, StoreError> {
     const PAGE: usize = 2_000;
     let (mut found, mut start) = (Vec::new(), bytes::Bytes::copy_from_slice(prefix.as_bytes()));
     loop {

@@ -13,6 +13,7 @@ use nexus_model::plan::HostReport;
 use nexus_model::{ApiError, Code, Metadata, Name, Object, Timestamp, key};
 
 use crate::audit::Trail;
+use crate::autoscale::Autoscaler;
 use crate::cells::{self, Cells};
 use crate::decide::decide;
 use crate::intent::{Accepted, Intent};
@@ -144,6 +145,7 @@ impl Quarantine {
 pub struct Core {
     pub world: World,
     pub cells: Cells,
+    pub autoscaler: Autoscaler,
     bootstrap: Bootstrap,
     dirty: BTreeSet<Dirty>,
     /// What is left of the present pass over the dirty.
@@ -223,6 +225,7 @@ impl Core {
         Self {
             world,
             cells,
+            autoscaler: Autoscaler::default(),
             bootstrap,
             dirty: BTreeSet::new(),
             pass: BTreeSet::new(),
@@ -344,7 +347,11 @@ impl Core {
                 step.world.instances_of(app.metadata.uid).filter(|i| i.status.host.is_none()).collect();
             if let Some(first) = unplaced.first() {
                 let n = unplaced.len();
-                let detail = format!("{n} of {} replicas can't be placed: {}", app.spec.replicas, first.status.message);
+                let detail = format!(
+                    "{n} of {} replicas can't be placed: {}",
+                    app.spec.wanted_replicas(&app.status),
+                    first.status.message
+                );
                 refused = Some(ApiError::new(Code::Unschedulable, detail));
             }
         }
@@ -354,6 +361,7 @@ impl Core {
 
     /// Takes in a host's report; answers the host's epoch, or why it can't join.
     pub fn report(&mut self, report: &HostReport, at: Moment<'_>) -> Result<u64, String> {
+        self.world.traffic.hear_usage(&report.usage, at.monotonic);
         // A host may have news of hundreds of instances at once: more than one transaction takes.
         loop {
             let heard = guarded(|| {
@@ -379,6 +387,7 @@ impl Core {
         if self.world.part == Part::Global {
             self.judge_regions(at);
         }
+        self.world.traffic.advance(at.monotonic);
         self.cells.begin(at.monotonic);
         self.cells.quarantined = self.quarantined_by_cell();
         let cells: Vec<Name> = self.world.cells.live.keys().map(|(_, name)| name.clone()).collect();
@@ -386,6 +395,29 @@ impl Core {
         for cell in cells {
             while self.judge(&cell, at) {}
         }
+        if self.world.part != Part::Global {
+            self.autoscale(at);
+        }
+    }
+
+    /// Decides how many instances apps have, where that is the cloud's to decide.
+    fn autoscale(&mut self, at: Moment<'_>) {
+        for place in self.autoscaler.due(&self.world, at.monotonic) {
+            let decided = guarded(|| {
+                let Some(app) = self.world.apps.live.get(&place).cloned() else { return Ops::default() };
+                let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
+                self.autoscaler.decide(&mut step, &app, at.monotonic);
+                step.finish()
+            });
+            match decided {
+                Ok(ops) => self.absorb(ops),
+                Err(why) => tracing::error!(?place, panic = why, "deciding about an app's instances panicked"),
+            }
+        }
+        let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
+        self.autoscaler.keep(&mut step);
+        let ops = step.finish();
+        self.absorb(ops);
     }
 
     /// Judges hosts of one cell. True if more are left than fit in a step.
@@ -546,7 +578,7 @@ impl Core {
         trail.revision = trail.revision.max(revision);
         for (key, value) in &pack.ops {
             // Nobody asks when a record was written, and there is no end of them.
-            if key.starts_with(key::AUDIT) {
+            if key.starts_with(key::AUDIT) || key.starts_with(key::LOADS) {
                 continue;
             }
             match value {

@@ -169,6 +169,7 @@ mod tests {
             images: Vec::new(),
             load,
             certificate_ends: None,
+            usage: Vec::new(),
         };
         Input::Report(Box::new(report), reply, Duration::from_secs(1))
     }

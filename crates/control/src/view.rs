@@ -491,5 +491,6 @@ fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
         backends,
         global: exposed.global,
         regions: exposed.regions.clone(),
+        wakes: app.spec.autoscale.as_ref().is_some_and(|a| a.min_replicas == 0),
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nexus_env::Env;
 use nexus_model::Name;
 use nexus_model::plan::RoutingTable;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
@@ -39,6 +39,8 @@ pub struct Options {
     pub max_sends: u32,
     /// How long a request waits for a service without any instance.
     pub patience: Duration,
+    /// How long a request waits for the first instance of an app that was asleep.
+    pub wake_patience: Duration,
     /// Requests that may wait for an instance, per service; more are refused at once.
     pub max_waiting: usize,
     /// Requests at once to one instance.
@@ -63,6 +65,7 @@ impl Options {
             budget: Duration::from_secs(8),
             max_sends: 3,
             patience: Duration::from_secs(2),
+            wake_patience: Duration::from_secs(60),
             max_waiting: 1024,
             max_outstanding: 1024,
             max_connections: 10_000,
@@ -81,6 +84,8 @@ pub(crate) struct Core {
     pub table: watch::Sender<Option<Arc<Table>>>,
     /// Taken by whoever makes the next table.
     compiling: Mutex<()>,
+    /// Rings when a request finds nobody to take it: servers should know at once.
+    pub bell: Notify,
     /// Connections to instances and tunnels: they end with their users, or when `kill` says so.
     pub tracker: TaskTracker,
     pub kill: CancellationToken,
@@ -112,6 +117,7 @@ impl Gateway {
             metrics: Metrics::new(),
             table: watch::channel(None).0,
             compiling: Mutex::new(()),
+            bell: Notify::new(),
             tracker: TaskTracker::new(),
             kill: CancellationToken::new(),
         }))

@@ -9,12 +9,16 @@
 //! instance that dies in the middle of one costs nothing. An instance's own error answers are passed on as they are.
 //! There is no limit to how long an instance may think: a dead host is noticed by its connection, not by silence.
 //!
+//! An app that the cloud scales to nothing is asleep, not down: a request for it waits until the first instance is ready, longer than
+//! for an app that lost its last one, and servers are told at once that it waits.
+//!
 //! A global app's request goes to an instance of this region that is well; else to the nearest other region; else to
 //! whatever instance there is here. One that came from another region's gateway goes no further: with nobody to give it
 //! to, the gateway says so at once, and whether anyone may have acted on it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use http::header::{CONTENT_LENGTH, HOST, HeaderValue};
@@ -174,6 +178,7 @@ async fn serve(
     let found = route(&table, from, &name, path).ok_or_else(|| Problem::Unknown(name.clone()))?.clone();
     drop(table);
     let leaves = matches!(from, Sender::User(_)) && found.regions.is_some();
+    found.metrics.arrived.fetch_add(1, Ordering::Relaxed);
     *service = Some(found);
     let upgrade = (request.version() == Version::HTTP_11 && headers::upgrade(request.headers()).is_some())
         .then(|| hyper::upgrade::on(&mut request));
@@ -270,7 +275,8 @@ impl Attempts<'_> {
                 Choice::Instance(lease) => lease,
                 choice => {
                     let busy = matches!(choice, Choice::Busy);
-                    let none = service.members.is_empty() && failures == 0;
+                    let asleep = !busy && self.waits_for_waking(&service);
+                    let none = asleep || (service.members.is_empty() && failures == 0);
                     if matches!(self.from, Sender::Gateway(_)) {
                         return Err(match (busy, none) {
                             (true, _) => Problem::Busy(named()),
@@ -278,10 +284,21 @@ impl Attempts<'_> {
                             (false, false) => Problem::Unreachable(named()),
                         });
                     }
-                    let until = if busy || none { self.until.min(self.began + options.patience) } else { self.until };
+                    let until = match (asleep, busy || none) {
+                        (true, _) => self.began + options.wake_patience,
+                        (_, true) => self.until.min(self.began + options.patience),
+                        _ => self.until,
+                    };
+                    if none {
+                        self.core.bell.notify_one();
+                    }
                     let for_table = none && service.regions.as_ref().is_none_or(Vec::is_empty);
                     let waited = wait(&service, options.max_waiting, until, for_table, tables.changed()).await;
                     tried = Tried::default();
+                    if asleep {
+                        // Its tries begin when there is somebody to try.
+                        self.until = self.until.max(Instant::now() + options.budget);
+                    }
                     match waited {
                         Ok(()) => continue,
                         Err(()) if busy => return Err(Problem::Busy(named())),
@@ -317,13 +334,20 @@ impl Attempts<'_> {
         }
     }
 
+    /// Whether there is nobody yet because the app was asleep: what is starting is not asked before it is ready.
+    fn waits_for_waking(&self, service: &Service) -> bool {
+        let early = Instant::now() < self.began + self.core.options.wake_patience;
+        service.wakes && early && matches!(self.from, Sender::User(_)) && !service.has_ready()
+    }
+
     /// Who is asked next. What came from another region does not leave this one.
     fn choose(&self, service: &Service, table: &Table, tried: &Tried) -> Choice {
         let max = self.core.options.max_outstanding;
         let local = |worst| service.choose(&tried.backends, max, worst);
+        let worst = if self.waits_for_waking(service) { Worst::Ready } else { Worst::Any };
         let names = match (self.from, &service.regions) {
             (Sender::Gateway(_), _) => return local(Worst::Ready),
-            (Sender::User(_), None) => return local(Worst::Any),
+            (Sender::User(_), None) => return local(worst),
             (Sender::User(_), Some(names)) => names,
         };
         let wanted = Wanted {
@@ -341,7 +365,7 @@ impl Attempts<'_> {
         if let Some(lease) = regions::nearest(&table.regions, &wanted, &service.turn) {
             return Choice::Instance(lease);
         }
-        match local(Worst::Any) {
+        match local(worst) {
             Choice::Nobody => {
                 regions::any(&table.regions, &wanted, &service.turn).map_or(Choice::Nobody, Choice::Instance)
             }
@@ -351,8 +375,12 @@ impl Attempts<'_> {
 
     /// Sends the request to one instance, or to another region's gateway.
     async fn attempt(&mut self, service: &Service, lease: Lease) -> Result<Response<ResponseBody>, Failed> {
-        let region = lease.backend().region.clone();
+        let backend = lease.backend().clone();
+        let region = backend.region.clone();
         let result = self.try_once(service, lease).await;
+        if region.is_none() {
+            backend.count(result.as_ref().map_or(true, |answer| answer.status().is_server_error()));
+        }
         if let Some(region) = region
             && let Some(counted) = self.core.table().and_then(|t| t.regions.get(&region).map(|r| r.metrics.clone()))
         {

@@ -23,11 +23,15 @@ pub(crate) struct Member {
 }
 
 pub(crate) struct Service {
+    pub project: Name,
+    pub app: Name,
     pub metrics: Arc<ServiceMetrics>,
     pub members: Vec<Member>,
     /// Of a global app: the other regions that should run it.
     pub regions: Option<Vec<Name>>,
     pub http2: bool,
+    /// A request that waits brings an instance.
+    pub wakes: bool,
     pub turn: AtomicUsize,
     /// Kept from table to table, as its metrics are.
     pub refusals: Arc<Refusals>,
@@ -67,6 +71,10 @@ impl Service {
             None if busy => Choice::Busy,
             None => Choice::Nobody,
         }
+    }
+
+    pub fn has_ready(&self) -> bool {
+        self.members.iter().any(|m| m.ready)
     }
 
     /// Whether any instance but this one is ready and not ejected.
@@ -135,9 +143,12 @@ impl Table {
             let old = known.remove(&*name);
             let (global, regions) = (service.global, service.regions);
             services.push(Arc::new(Service {
+                project: service.project,
+                app: service.app,
                 members,
                 regions: global.then_some(regions),
                 http2,
+                wakes: service.wakes,
                 turn: AtomicUsize::new(old.map_or(0, |o| o.turn.load(Ordering::Relaxed))),
                 refusals: old.map(|o| o.refusals.clone()).unwrap_or_default(),
                 metrics: old.map_or_else(|| metrics.service(name), |o| o.metrics.clone()),
@@ -210,6 +221,7 @@ mod tests {
             backends: vec![],
             global: false,
             regions: vec![],
+            wakes: false,
         };
         let route = |(i, (host, path)): (usize, &(&str, &str))| TableRoute {
             host: (*host).into(),

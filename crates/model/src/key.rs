@@ -6,6 +6,7 @@
 //! | `t/{plural}/{uid}` | a tombstone: a deleted object whose teardown goes on |
 //! | `i/{project, organization or -}/{key}` | the first answer to an idempotency key |
 //! | `s/{project}/{name}/{version, 20 digits}` | the sealed values of a version of a secret |
+//! | `l/{uid of an app}/{day, 10 digits}` | what the app's load was on a day (days since 1970): see `control::autoscale` |
 //! | `sys/writer` | the epoch of the region's writer |
 //! | `sys/adopted` | the newest revision of the global group that a region has decided upon |
 //! | `sys/format` | the version of everything stored here |
@@ -42,6 +43,9 @@ pub const WORKLOAD_KEYS: &str = "sys/workload/key/";
 
 /// The sealed values of secrets. No view and no table holds them.
 pub const SECRETS: &str = "s/";
+
+/// What apps' loads were. No view and no table holds it.
+pub const LOADS: &str = "l/";
 
 /// Everything of the audit log. No view and no table holds it.
 pub const AUDIT: &str = "a/";
@@ -96,6 +100,22 @@ pub fn idempotency(within: Option<&Name>, key: &str) -> String {
 /// The sealed values of one version of a secret.
 pub fn secret_version(project: &Name, name: &Name, version: u64) -> String {
     format!("{SECRETS}{project}/{name}/{version:020}")
+}
+
+/// What an app's load was on a day, in days since 1970.
+pub fn load_history(app: Uid, day: u64) -> String {
+    format!("{LOADS}{app}/{day:010}")
+}
+
+/// The days of an app's load.
+pub fn load_histories(app: Uid) -> String {
+    format!("{LOADS}{app}/")
+}
+
+/// The app and day of such a key.
+pub fn load_of(key: &[u8]) -> Option<(Uid, u64)> {
+    let (app, day) = std::str::from_utf8(key).ok()?.strip_prefix(LOADS)?.split_once('/')?;
+    Some((app.parse().ok()?, day.parse().ok()?))
 }
 
 pub fn audit_record(index: u64) -> String {

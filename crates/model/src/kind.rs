@@ -5,6 +5,7 @@
 //! it is decided in the policy room's table of rules.
 
 mod app;
+mod autoscale;
 mod event;
 mod federation;
 mod fleet;
@@ -18,6 +19,7 @@ mod tenancy;
 use std::fmt::Debug;
 
 pub use app::*;
+pub use autoscale::*;
 pub use event::*;
 pub use federation::*;
 pub use fleet::*;

@@ -23,6 +23,8 @@ pub mod method {
     pub const TABLE: &str = "gateway.table";
     /// Gateway to every server of its region, now and then: [`super::GatewayNote`].
     pub const GATEWAY_NOTE: &str = "gateway.note";
+    /// Gateway to the leading server, every second: [`super::TrafficReport`].
+    pub const TRAFFIC: &str = "gateway.traffic";
     /// Server to the leading server: an intent for its region's writer.
     pub const SUBMIT: &str = "writer.submit";
     /// The same, for the writer of the global group.
@@ -169,6 +171,15 @@ pub struct InstanceReport {
     pub message: String,
 }
 
+/// What an instance used since the report before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InstanceUsage {
+    pub uid: Uid,
+    /// Thousandths of a processor.
+    pub cpu: u32,
+}
+
 /// A heartbeat and everything true on a host. Sent every second, and at once when an instance changes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -189,6 +200,9 @@ pub struct HostReport {
     /// When the agent's certificate ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate_ends: Option<Timestamp>,
+    /// Of the instances whose use the host measures.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub usage: Vec<InstanceUsage>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -228,6 +242,9 @@ pub struct Service {
     /// The other regions that should run it, sorted.
     #[serde(default)]
     pub regions: Vec<Name>,
+    /// Without an instance it is asleep, not down: a request that waits brings one.
+    #[serde(default)]
+    pub wakes: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -300,6 +317,52 @@ pub struct GatewayNote {
     pub gateway: Name,
     pub certificate_ends: Timestamp,
 }
+
+/// What a gateway counted of one instance's requests since its last report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InstanceTraffic {
+    pub uid: Uid,
+    /// Requests that it finished, or that failed at it.
+    #[serde(default)]
+    pub requests: u32,
+    /// Of these, those that were answered with 5xx, or not at all.
+    #[serde(default)]
+    pub errors: u32,
+    /// Requests that it is busy with now.
+    #[serde(default)]
+    pub in_flight: u32,
+}
+
+/// What a gateway counted of one app's requests since its last report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AppTraffic {
+    pub project: Name,
+    pub app: Name,
+    /// Requests that came.
+    #[serde(default)]
+    pub arrived: u32,
+    /// Requests that wait now for an instance.
+    #[serde(default)]
+    pub waiting: u32,
+}
+
+/// What passes through a gateway: only what is not nought, the busiest first. A report that is lost is not sent again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrafficReport {
+    pub gateway: Name,
+    /// The time that the counts are of.
+    pub span_ms: u32,
+    /// At most [`MAX_TRAFFIC`].
+    pub instances: Vec<InstanceTraffic>,
+    /// At most [`MAX_TRAFFIC`].
+    pub apps: Vec<AppTraffic>,
+}
+
+/// Instances, and apps, that one report of a gateway speaks of.
+pub const MAX_TRAFFIC: usize = 8_192;
 
 /// What a server says of itself to its region's writer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -2,11 +2,13 @@
 
 use nexus_model::kind::{self, GLOBAL, Home, KindDescriptor, Scope};
 use nexus_model::{API_VERSION, Code, Digest, Name};
+use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use crate::input::MAX_INTEGER;
 use crate::list::{DEFAULT_LIMIT, MAX_LIMIT};
-use crate::route::{BLOB_TEMPLATE, DISCOVERY, KEYS, PROVIDERS, PULL_TEMPLATE, SIGN_IN, collection_template};
+use crate::route::{BLOB_TEMPLATE, DISCOVERY, KEYS, PROVIDERS, PULL_TEMPLATE, SCALE, SIGN_IN, collection_template};
+use crate::scaling::ScaleRequest;
 use crate::streams::MAX_TAIL;
 
 /// The name that examples give to an object.
@@ -494,6 +496,47 @@ fn reveal_path(secrets: &KindDescriptor) -> Value {
     json!({"get": operation("revealSecret", secrets.plural, about, parameters, answers(vec![("200", found)], &["403", "404"]))})
 }
 
+fn load_path(apps: &KindDescriptor) -> Value {
+    let numbers = json!({"type": "array", "items": {"type": ["number", "null"], "minimum": 0}});
+    let body = json!({
+        "type": "object", "additionalProperties": false, "required": ["begins", "slotSeconds", "measures"],
+        "properties": {
+            "begins": {"type": "integer", "minimum": 0, "description": "When the first slot begins, in seconds since 1970."},
+            "slotSeconds": {"type": "integer", "minimum": 1},
+            "measures": {
+                "type": "object", "additionalProperties": false, "required": ["cpu", "requests", "concurrency"],
+                "properties": {"cpu": numbers.clone(), "requests": numbers.clone(), "concurrency": numbers},
+            },
+        },
+    });
+    let found = success("Means of slots, oldest first", json!({"application/json": {"schema": body}}), &[]);
+    let mut parameters = place(apps, true);
+    parameters.push(name_parameter(apps));
+    let about =
+        "What the load was of an app that the cloud scales, over two weeks at most and up to a quarter of an hour ago";
+    json!({"get": operation("getAppLoad", apps.plural, about, parameters, answers(vec![("200", found)], &["403"]))})
+}
+
+fn scale_path() -> Value {
+    let generator = SchemaSettings::draft2020_12().with(|s| s.inline_subschemas = true).into_generator();
+    let schema = generator.into_root_schema_for::<ScaleRequest>();
+    let mut schema = serde_json::to_value(schema).expect("schemas are plain data");
+    if let Some(root) = schema.as_object_mut() {
+        root.shift_remove("$schema");
+        root.shift_remove("title");
+    }
+    let changed = ("200", success("The app as it is now", as_json("App"), CHANGED));
+    let responses = answers(vec![changed], &["403", "409", "412", "413", "415", "422"]);
+    let parameters = ["DryRun", "IdempotencyKey", "Prefer", "IfMatch"].map(parameter).to_vec();
+    let mut post = operation("scaleApp", "apps", "Have an app scaled by the cloud", parameters, responses);
+    let example = json!({"service": EXAMPLE, "strategy": "predictive", "threshold_cpu": 65, "max_replicas": 50});
+    post["requestBody"] = json!({
+        "required": true,
+        "content": {"application/json": {"schema": schema, "examples": {"example": {"value": example}}}},
+    });
+    json!({"post": post})
+}
+
 fn blob_path() -> Value {
     let here = || vec![parameter("Region"), parameter("Project"), parameter("Digest")];
     let octets = json!({"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}});
@@ -595,6 +638,9 @@ pub(super) fn paths() -> Map<String, Value> {
             paths.insert(format!("{}/{{name}}:reveal", collection_template(d, true)), reveal_path(d));
         }
     }
+    let apps = kind::find("apps").expect("a kind");
+    paths.insert(format!("{}/{{name}}:load", collection_template(apps, true)), load_path(apps));
+    paths.insert(SCALE.into(), scale_path());
     paths.insert(BLOB_TEMPLATE.into(), blob_path());
     paths.insert(PULL_TEMPLATE.into(), pull_path());
     super::audit::paths(&mut paths);

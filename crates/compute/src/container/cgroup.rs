@@ -50,6 +50,15 @@ pub(super) fn killed_for_memory(folders: &[PathBuf]) -> u64 {
     texts.filter_map(|text| counter(&text, "oom_kill")).max().unwrap_or(0)
 }
 
+/// The processor time that the cgroup's processes have used, those that ended too.
+pub(super) fn cpu_time(folders: &[PathBuf]) -> Option<Duration> {
+    let read = |name: &str| folders.iter().find_map(|f| fs::read_to_string(f.join(name)).ok());
+    if let Some(nanos) = read("cpuacct.usage").and_then(|text| text.trim().parse().ok()) {
+        return Some(Duration::from_nanos(nanos));
+    }
+    counter(&read("cpu.stat")?, "usage_usec").map(Duration::from_micros)
+}
+
 fn counter(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
 }

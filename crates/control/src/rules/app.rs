@@ -82,9 +82,9 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     // What is on a host that is being emptied is replaced as what is of an old template.
     let (new, old): (Vec<_>, Vec<_>) =
         instances.partition(|i| hash.as_ref().is_none_or(|h| *h == i.spec.template_hash && !drained(i)));
-    let doomed = doomed(&new, &old, hash.as_deref(), app.spec.replicas as usize);
+    let wanted = app.spec.wanted_replicas(&app.status) as usize;
+    let doomed = doomed(&new, &old, hash.as_deref(), wanted);
     let (new, old) = (new.len(), old.len());
-    let wanted = app.spec.replicas as usize;
     let mut more = false;
     if let Ok((hash, template, digest)) = &made {
         let surge = (wanted / 4).max(1);
@@ -186,7 +186,10 @@ fn update_status(step: &mut Step<'_>, app: &Object<App>, made: Result<&str, &Mis
     let mut new = app.clone();
     let s = &mut new.status;
     s.observed_generation = app.metadata.generation;
-    s.desired_replicas = app.spec.replicas;
+    s.desired_replicas = app.spec.wanted_replicas(&app.status);
+    if app.spec.autoscale.is_none() {
+        s.autoscale = None;
+    }
     s.replicas = count(&|_| true);
     s.ready_replicas = count(&|i| i.status.ready);
     s.updated_replicas = count(&|i| Some(i.spec.template_hash.as_str()) == hash);

@@ -15,15 +15,19 @@ pub fn is_child(app: &Object<App>) -> bool {
     app.metadata.owner.as_ref().is_some_and(|o| o.kind == App::KIND)
 }
 
-/// The regions that should run a global app, in order, with each one's share of its replicas: evenly, the first by name
-/// take what is left over, and whoever runs it at all runs at least one.
+/// The regions that should run a global app, in order, with each one's share of its replicas.
 pub fn shares(fleet: &World, app: &Object<App>) -> Vec<(Name, u32)> {
+    shares_of(fleet, app, app.spec.replicas)
+}
+
+/// Shares something out over the regions of a global app: evenly, the first by name take what is left over, and where there is
+/// anything at all each gets one at least.
+fn shares_of(fleet: &World, app: &Object<App>, total: u32) -> Vec<(Name, u32)> {
     let named = &app.spec.regions;
     let all = fleet.regions.live.keys().map(|(_, name)| name);
     let regions: Vec<&Name> = all.filter(|name| named.is_empty() || named.contains(name)).collect();
     let count = u32::try_from(regions.len()).unwrap_or(u32::MAX);
     let share = |i: usize| {
-        let total = app.spec.replicas;
         let surplus = u32::try_from(i).is_ok_and(|i| i < total % count);
         let least = u32::from(total > 0);
         (total / count + u32::from(surplus)).max(least)
@@ -88,14 +92,25 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     }
 }
 
-fn spec_of(global: &Object<App>, replicas: u32) -> AppSpec {
-    AppSpec { replicas, regions: Vec::new(), ..global.spec.clone() }
+fn spec_of(fleet: &World, region: &Name, global: &Object<App>, replicas: u32) -> AppSpec {
+    // Each region scales by itself, within its share of the bounds.
+    let mine = |total: u32| {
+        let all = shares_of(fleet, global, total);
+        all.into_iter().find(|(name, _)| name == region).map_or(total, |(_, share)| share)
+    };
+    let autoscale = global.spec.autoscale.clone().map(|a| Autoscale {
+        min_replicas: mine(a.min_replicas),
+        max_replicas: mine(a.max_replicas),
+        schedule: a.schedule.into_iter().map(|w| ScaleWindow { min_replicas: mine(w.min_replicas), ..w }).collect(),
+        ..a
+    });
+    AppSpec { replicas, autoscale, regions: Vec::new(), ..global.spec.clone() }
 }
 
 /// Takes over from the global app what users write there. The generation is the global app's own, so that a region can
 /// say which one its share is of.
-fn follow(child: &mut Object<App>, global: &Object<App>, replicas: u32) {
-    child.spec = spec_of(global, replicas);
+fn follow(child: &mut Object<App>, global: &Object<App>, spec: AppSpec) {
+    child.spec = spec;
     let (to, from) = (&mut child.metadata, &global.metadata);
     to.generation = from.generation;
     to.labels = from.labels.clone();
@@ -105,7 +120,8 @@ fn follow(child: &mut Object<App>, global: &Object<App>, replicas: u32) {
 
 fn change(step: &mut Step<'_>, global: &Object<App>, child: &Object<App>, replicas: u32) -> Result<(), ApiError> {
     let mut new = child.clone();
-    follow(&mut new, global, replicas);
+    let spec = spec_of(step.world.fleet(), step.region(), global, replicas);
+    follow(&mut new, global, spec);
     if new.spec == child.spec && new.metadata == child.metadata {
         return Ok(());
     }
@@ -119,13 +135,13 @@ fn change(step: &mut Step<'_>, global: &Object<App>, child: &Object<App>, replic
 
 fn make(step: &mut Step<'_>, global: &Object<App>, replicas: u32) -> Result<(), ApiError> {
     let project = global.metadata.project.clone().expect("apps have a project");
-    let spec = spec_of(global, replicas);
+    let spec = spec_of(step.world.fleet(), step.region(), global, replicas);
     step.world.refuse_unreadable::<App>(Some(&project), &global.metadata.name)?;
     recharge(step, &project, [0; 3], charge(&spec))?;
     let mut metadata = step.new_metadata(global.metadata.name.clone(), Some(project.clone()));
     metadata.owner = Some(global.owner_ref());
-    let mut child = Object::<App>::new(metadata, spec);
-    follow(&mut child, global, replicas);
+    let mut child = Object::<App>::new(metadata, spec.clone());
+    follow(&mut child, global, spec);
     let place = (Some(project.clone()), child.metadata.name.clone());
     step.put(child.clone());
     let message = format!("{replicas} of the global app's replicas");

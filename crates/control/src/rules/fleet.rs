@@ -191,6 +191,10 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
             message: String::new(),
         };
         let told = part_of(step.world, &region, app.metadata.uid);
+        // How many a region runs within its share of the bounds is its own decision.
+        let own = told.filter(|_| app.spec.autoscale.is_some()).map(|t| t.desired_replicas);
+        let desired_replicas = own.unwrap_or(desired_replicas);
+        part.desired_replicas = desired_replicas;
         if let Some(told) = told {
             part.replicas = told.replicas;
             part.ready_replicas = told.ready_replicas;

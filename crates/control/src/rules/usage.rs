@@ -11,9 +11,10 @@ use crate::rules::buried::{Teardown, tear_down_project};
 use crate::step::{Dirty, Step};
 use crate::world::Part;
 
-/// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not.
+/// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not. One that is scaled by the cloud
+/// takes the most that it may come to have, so that scaling is never refused for a quota, and no quota is passed by it.
 pub fn charge(spec: &AppSpec) -> [u64; 3] {
-    let n = u64::from(spec.replicas);
+    let n = u64::from(spec.most_replicas());
     [n, n * u64::from(spec.resources.cpu.0), n.saturating_mul(spec.resources.memory.0)]
 }
 

@@ -172,6 +172,7 @@ pub fn service(app: &str, backends: Vec<Backend>) -> Service {
         backends,
         global: false,
         regions: Vec::new(),
+        wakes: false,
     }
 }
 

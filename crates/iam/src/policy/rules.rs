@@ -122,7 +122,7 @@ const RULES: &[Rule] = &[
     Rule::new("cells", Holder::Fleet, &["fleet-view"], &["fleet-operate"]).level(Level::Fleet),
     Rule::new("hosts", Holder::Fleet, &["fleet-view"], &["fleet-operate"]).level(Level::Fleet),
     Rule::new("images", Holder::Project, &["view"], &["edit"]),
-    Rule::new("apps", Holder::Project, &["view"], &["edit"]),
+    Rule::new("apps", Holder::Project, &["view"], &["edit"]).verbs(&[("load", &["view"], Level::Project)]),
     Rule::new("instances", Holder::Project, &["view"], &["edit"])
         .verbs(&[("logs", &["view"], Level::Project), ("exec", &["operate"], Level::Project)]),
     Rule::new("routes", Holder::Project, &["view"], &["edit"]),
@@ -173,6 +173,7 @@ pub const VERBS: &[(&str, &str)] = &[
     ("users", "invite"),
     ("users", "enroll-totp"),
     ("users", "confirm-totp"),
+    ("apps", "load"),
 ];
 
 /// Actions on collections that are no kinds.

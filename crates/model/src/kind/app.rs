@@ -4,9 +4,9 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Classes, Column, Home, Kind, Scope, SecretRef, Verbs, secret};
+use super::{Autoscale, Classes, Column, Home, Kind, Scope, SecretRef, Verbs, autoscale, secret};
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
-use crate::{Bytes, Condition, FieldError, MilliCpu, Name};
+use crate::{Bytes, Condition, FieldError, MilliCpu, Name, Timestamp};
 
 #[derive(Debug, Clone)]
 pub struct App;
@@ -199,6 +199,10 @@ macro_rules! declare_template {
             /// Of a global app: the total, shared out evenly over its regions, at least one each.
             #[schemars(range(max = 10_000))]
             pub replicas: u32,
+            /// Has the cloud choose the number instead; `replicas` is then what it begins with. Of a global app, each region
+            /// chooses by itself within its share of the bounds.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub autoscale: Option<Autoscale>,
             /// Of a global app: the regions that run it; all of them, without any.
             #[serde(skip_serializing_if = "Vec::is_empty")]
             #[schemars(length(max = MAX_REGIONS))]
@@ -227,6 +231,7 @@ macro_rules! declare_template {
                 Self {
                     $($field: template.$field,)*
                     replicas: 1,
+                    autoscale: None,
                     regions: Vec::new(),
                     spread: Spread::default(),
                     expose: true,
@@ -331,6 +336,33 @@ pub struct AppRegion {
     pub message: String,
 }
 
+/// What the autoscaler decided last, and why.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AutoscaleStatus {
+    pub desired_replicas: u32,
+    /// In a sentence.
+    pub reason: String,
+    /// When the number changed last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub changed: Option<Timestamp>,
+}
+
+impl AppSpec {
+    /// How many instances the app may come to have: what its project's quota is charged.
+    pub fn most_replicas(&self) -> u32 {
+        self.autoscale.as_ref().map_or(self.replicas, |a| a.max_replicas)
+    }
+
+    /// How many instances the app should have now.
+    pub fn wanted_replicas(&self, status: &AppStatus) -> u32 {
+        match &self.autoscale {
+            None => self.replicas,
+            Some(a) => a.clamp(status.autoscale.as_ref().map_or(self.replicas, |s| s.desired_replicas)),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct AppStatus {
@@ -347,6 +379,9 @@ pub struct AppStatus {
     /// Of a global app: how each region does.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub regions: Vec<AppRegion>,
+    /// Of an app whose instances the cloud counts: its last decision.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub autoscale: Option<AutoscaleStatus>,
     pub conditions: Vec<Condition>,
 }
 
@@ -373,6 +408,9 @@ impl Kind for App {
         let mut errors = validate_template(&spec.template());
         if spec.replicas > 10_000 {
             errors.push(FieldError::new("spec.replicas", "at most 10000"));
+        }
+        if let Some(a) = &spec.autoscale {
+            errors.extend(autoscale::validate(a, &spec.template()));
         }
         if spec.regions.len() > MAX_REGIONS {
             errors.push(FieldError::new("spec.regions", format!("at most {MAX_REGIONS}")));

@@ -5,6 +5,7 @@
 mod access_key;
 mod apply;
 mod audit;
+mod autoscale;
 mod backup;
 mod ca;
 mod can;
@@ -119,6 +120,7 @@ impl Command {
 pub enum UserCommand {
     Deploy(deploy::DeployArgs),
     Scale(deploy::ScaleArgs),
+    Autoscale(autoscale::AutoscaleArgs),
     Get(get::GetArgs),
     Describe(describe::DescribeArgs),
     Apply(apply::ApplyArgs),
@@ -183,6 +185,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
     match command {
         UserCommand::Deploy(args) => deploy::deploy(&args).await?,
         UserCommand::Scale(args) => deploy::scale(&args).await?,
+        UserCommand::Autoscale(args) => autoscale::run(&args).await?,
         UserCommand::Get(args) => get::run(&args).await?,
         UserCommand::Describe(args) => describe::run(&args).await?,
         UserCommand::Apply(args) => apply::run(&args).await?,

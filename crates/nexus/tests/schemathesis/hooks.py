@@ -92,6 +92,8 @@ BODIES = {
 }
 # What reads and changes; never deleted.
 FIXTURE = "st-fixture"
+# An app that is scaled, and changed by nothing else.
+SCALED = "st-scaled"
 
 
 @schemathesis.hook
@@ -103,6 +105,7 @@ def after_load_schema(context, schema):
     assert answer.ok, answer.text
     for url, body in BODIES.values():
         made(f"{url}/{FIXTURE}", body(FIXTURE))
+    made(f"{PROJECT}/apps/{SCALED}", app())
     made(f"{ORGANIZATION}/users/{SIGNER}", {"spec": {}})
     invited = call("POST", f"{ORGANIZATION}/users/{SIGNER}:invite").json()
     sign_in(grant_type="urn:cloudnexus:invitation", invitation=invited["invitation"])
@@ -263,14 +266,26 @@ def repair_app(spec):
         spec["ports"] = list({p["port"]: p for p in spec["ports"]}.values())
     if spec.get("replicas") is not None:
         spec["replicas"] = int(spec["replicas"]) % 4
+    if isinstance(spec.get("autoscale"), dict):
+        # Bounds that agree with each other and with whatever the app was before.
+        spec["autoscale"].update(minReplicas=1, maxReplicas=4, schedule=[])
+        if spec["autoscale"].get("strategy") == "schedule":
+            spec["autoscale"]["strategy"] = "target"
+        if isinstance(spec["autoscale"].get("target"), dict):
+            spec["autoscale"]["target"].pop("cpuPercent", None)
     if spec.get("image") == "busybox":
         # The only image there is: all other apps wait for theirs.
         spec["replicas"] = 0
+        spec.pop("autoscale", None)
 
 
 def repair_body(case):
     body = case.body
     if not isinstance(body, dict):
+        return
+    if case.path.endswith("/architecture/scale"):
+        body.pop("region", None)
+        body.update(service=SCALED, project="default")
         return
     kind = kind_of(case.path) or case.path.split("/")[-1]
     metadata = body.get("metadata")

@@ -16,8 +16,8 @@ use super::cloud::{Cloud, CloudArgs, Guard, is_code, text};
 use super::output::{self, Format};
 use super::{image, pull, resource, settle};
 use crate::exit::Fail;
-use spec::Wanted;
 pub use spec::class;
+use spec::{Replicas, Wanted};
 
 /// An update that others get in the way of is tried so often.
 const TRIES: usize = 5;
@@ -42,6 +42,7 @@ enum SpreadArg {
     nexus deploy web --image nginx.tar --replicas 3 --port 80\n  \
     nexus deploy web --image registry.example/shop/web:4 --image-secret registry\n  \
     nexus deploy web --env MODE=fast --memory 256Mi\n  \
+    nexus deploy web --image nginx.tar --replicas auto\n  \
     nexus deploy web --secret DB_PASSWORD=db/password --secret /run/secrets/tls=tls\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
@@ -59,9 +60,9 @@ pub struct DeployArgs {
     /// Of an image in a registry: the secret by which it is pulled
     #[arg(long, value_name = "NAME", value_parser = resource::new_name)]
     image_secret: Option<Name>,
-    /// How many instances [default: 1]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=10_000))]
-    replicas: Option<u32>,
+    /// How many instances; `auto` leaves that to the cloud, between 1 and 10 at first: see `nexus autoscale` [default: 1]
+    #[arg(long, value_name = "N|auto", value_parser = spec::replicas)]
+    replicas: Option<Replicas>,
     /// A port that the app serves, as 80, 80/h2c or 5432/tcp; several times for several [default of a container: 80]
     #[arg(long = "port", value_name = "PORT[/PROTOCOL]", value_parser = spec::port)]
     ports: Vec<Port>,
@@ -332,6 +333,15 @@ pub async fn scale(args: &ScaleArgs) -> anyhow::Result<()> {
     let name = resource::find_name(kind, text_of_name)?;
     let cloud = Cloud::connect(&args.cloud)?;
     let path = cloud.object(kind, &name);
+    let before = cloud.get(kind, &name).await?;
+    if before["spec"].get("autoscale").is_some_and(Value::is_object) {
+        let why = format!(
+            "{} is scaled by the cloud: change its bounds with `nexus autoscale set {name} --min N --max N`, or end that \
+             with `nexus autoscale set {name} --off`",
+            resource::title(kind, name.as_str())
+        );
+        return Err(Fail::usage(why).into());
+    }
     let object: Value = cloud.client.patch(&path, &json!({"spec": {"replicas": args.replicas}})).await?;
     output::text(&format!("{} scaled to {}", resource::title(kind, text(&object, "/metadata/name")), args.replicas))?;
     if args.wait {
@@ -366,6 +376,6 @@ mod tests {
         let crate::cli::Command::User(command) = cli.command else { panic!("a user's command") };
         let crate::cli::UserCommand::Deploy(args) = *command else { panic!("deploy") };
         assert_eq!(args.command, ["sh", "-c", "--port"]);
-        assert_eq!(args.replicas, Some(2));
+        assert_eq!(args.replicas, Some(Replicas::Count(2)));
     }
 }

@@ -9,12 +9,28 @@ use serde_json::{Map, Value, json};
 /// What a container serves when nobody said.
 const USUAL_PORT: u16 = 80;
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replicas {
+    Count(u32),
+    /// As many as the cloud finds right.
+    Auto,
+}
+
+/// A number, or `auto`.
+pub fn replicas(text: &str) -> Result<Replicas, String> {
+    if text == "auto" {
+        return Ok(Replicas::Auto);
+    }
+    let count = text.parse().ok().filter(|n| *n <= 10_000);
+    count.map(Replicas::Count).ok_or_else(|| "a number up to 10000, or auto".to_owned())
+}
+
 /// What the flags ask to be set; what they don't mention stays.
 #[derive(Debug, Clone, Default)]
 pub struct Wanted {
     pub image: Option<Name>,
     pub runtime: Option<Runtime>,
-    pub replicas: Option<u32>,
+    pub replicas: Option<Replicas>,
     pub ports: Vec<Port>,
     pub env: Vec<(String, String)>,
     pub labels: Vec<(String, String)>,
@@ -84,8 +100,17 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
     } else if runtime == Runtime::Container && (existing.is_none() || turned) {
         spec.insert("ports".into(), json!([{"port": USUAL_PORT, "protocol": "http"}]));
     }
-    if let Some(replicas) = wanted.replicas {
-        spec.insert("replicas".into(), replicas.into());
+    match wanted.replicas {
+        Some(Replicas::Count(replicas)) => {
+            spec.insert("replicas".into(), replicas.into());
+            spec.shift_remove("autoscale");
+        }
+        // One that is scaled already goes on as it was set up.
+        Some(Replicas::Auto) if spec.get("autoscale").is_some_and(Value::is_object) => {}
+        Some(Replicas::Auto) => {
+            spec.insert("autoscale".into(), json!({"strategy": "predictive", "minReplicas": 1, "maxReplicas": 10}));
+        }
+        None => {}
     }
     for (key, list) in [("command", &wanted.command), ("args", &wanted.args)] {
         if !list.is_empty() {
@@ -283,7 +308,7 @@ mod tests {
         let wanted = Wanted {
             image: Some(name("img")),
             runtime: Some(Runtime::Container),
-            replicas: Some(3),
+            replicas: Some(Replicas::Count(3)),
             ports: vec![port("8080/h2c").unwrap(), port("9/tcp").unwrap()],
             env: vec![("A".into(), "b".into())],
             labels: vec![("tier".into(), "front".into())],
@@ -323,6 +348,21 @@ mod tests {
         assert_eq!(object["spec"], spec);
         assert_eq!(object["metadata"], json!({"name": "web", "labels": {"a": "b"}, "deletionProtection": true}));
         assert!(object.get("status").is_none());
+    }
+
+    #[test]
+    fn auto_replicas_are_the_clouds_until_somebody_counts() {
+        let auto = Wanted { replicas: Some(replicas("auto").unwrap()), ..Wanted::default() };
+        let object = app(&name("web"), None, &auto, Some(ImageFormat::Oci));
+        valid(&object);
+        assert_eq!(object["spec"]["autoscale"]["strategy"], "predictive");
+        let mut held = object.clone();
+        held["spec"]["autoscale"] = json!({"maxReplicas": 99});
+        assert_eq!(app(&name("web"), Some(&held), &auto, None)["spec"]["autoscale"], json!({"maxReplicas": 99}));
+        let counted = Wanted { replicas: Some(replicas("3").unwrap()), ..Wanted::default() };
+        let object = app(&name("web"), Some(&held), &counted, None);
+        assert!(object["spec"].get("autoscale").is_none() && object["spec"]["replicas"] == 3);
+        assert!(replicas("many").is_err() && replicas("10001").is_err());
     }
 
     #[test]
