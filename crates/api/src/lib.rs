@@ -33,6 +33,7 @@ mod providers;
 mod query;
 mod rates;
 mod render;
+mod rollouts;
 mod route;
 mod secrets;
 mod serve;

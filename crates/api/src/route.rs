@@ -38,10 +38,14 @@ pub(crate) enum Verb {
     Invite,
     EnrollTotp,
     ConfirmTotp,
+    Pause,
+    Resume,
+    Promote,
+    Undo,
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 7] = [
+pub(crate) const VERBS: [(&str, &str, Verb); 11] = [
     ("instances", "logs", Verb::Logs),
     ("instances", "exec", Verb::Exec),
     ("secrets", "reveal", Verb::Reveal),
@@ -49,6 +53,10 @@ pub(crate) const VERBS: [(&str, &str, Verb); 7] = [
     ("users", "invite", Verb::Invite),
     ("users", "enroll-totp", Verb::EnrollTotp),
     ("users", "confirm-totp", Verb::ConfirmTotp),
+    ("apps", "pause", Verb::Pause),
+    ("apps", "resume", Verb::Resume),
+    ("apps", "promote", Verb::Promote),
+    ("apps", "undo", Verb::Undo),
 ];
 
 impl Verb {
@@ -61,7 +69,13 @@ impl Verb {
             Self::Logs | Self::Exec => READ,
             Self::Reveal => &[Method::GET],
             Self::SetPassword | Self::Invite | Self::EnrollTotp | Self::ConfirmTotp => &[Method::POST],
+            Self::Pause | Self::Resume | Self::Promote | Self::Undo => &[Method::POST],
         }
+    }
+
+    /// Whether it orders something about an app's rollout: who may change the app may do that.
+    pub fn is_order(self) -> bool {
+        matches!(self, Self::Pause | Self::Resume | Self::Promote | Self::Undo)
     }
 }
 

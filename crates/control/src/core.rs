@@ -386,6 +386,18 @@ impl Core {
         for cell in cells {
             while self.judge(&cell, at) {}
         }
+        self.look_at_rollouts(at);
+    }
+
+    /// Marks the apps whose rollouts have waited long enough for something.
+    fn look_at_rollouts(&mut self, at: Moment<'_>) {
+        let world = &self.world;
+        let due = world.rolling.iter().filter(|place| {
+            let app = world.apps.live.get(*place);
+            let rollout = app.and_then(|app| Some((&app.spec.rollout, app.status.rollout.as_ref()?)));
+            rollout.is_some_and(|(spec, status)| rules::rollout::is_due(spec, status, at.now))
+        });
+        self.dirty.extend(due.cloned().map(Dirty::App));
     }
 
     /// Judges hosts of one cell. True if more are left than fit in a step.

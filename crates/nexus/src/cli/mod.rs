@@ -34,6 +34,7 @@ pub mod recover;
 mod region;
 pub mod report;
 mod resource;
+mod rollout;
 mod secret;
 pub mod server;
 mod settle;
@@ -118,6 +119,7 @@ impl Command {
 pub enum UserCommand {
     Deploy(deploy::DeployArgs),
     Scale(deploy::ScaleArgs),
+    Rollout(rollout::RolloutArgs),
     Get(get::GetArgs),
     Describe(describe::DescribeArgs),
     Apply(apply::ApplyArgs),
@@ -182,6 +184,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
     match command {
         UserCommand::Deploy(args) => deploy::deploy(&args).await?,
         UserCommand::Scale(args) => deploy::scale(&args).await?,
+        UserCommand::Rollout(args) => rollout::run(&args).await?,
         UserCommand::Get(args) => get::run(&args).await?,
         UserCommand::Describe(args) => describe::run(&args).await?,
         UserCommand::Apply(args) => apply::run(&args).await?,
