@@ -379,6 +379,7 @@ impl Core {
         if self.world.part == Part::Global {
             self.judge_regions(at);
         }
+        self.world.traffic.advance(at.monotonic);
         self.cells.begin(at.monotonic);
         self.cells.quarantined = self.quarantined_by_cell();
         let cells: Vec<Name> = self.world.cells.live.keys().map(|(_, name)| name.clone()).collect();

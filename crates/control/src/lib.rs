@@ -6,6 +6,7 @@
 //! * [`core`]: the loop's inside, free of I/O. [`decide`] rules on what users ask; [`rules`] are the reconcilers;
 //!   [`cells`] judges hosts; [`scheduler`] chooses cells and hosts.
 //! * [`world`]: the region's state as typed tables; [`step`]: one decision over it, all or nothing.
+//! * [`traffic`]: what gateways say of requests, in memory.
 //! * [`secrets`]: the sealed values that the writer passes on unseen.
 //! * [`audit`]: the record that every accepted change leaves.
 //! * [`view`]: what the committed state means for hosts and gateways; [`directory`]: what it means for who may do what.
@@ -28,5 +29,6 @@ pub mod scheduler;
 pub mod secrets;
 pub mod shard;
 pub mod step;
+pub mod traffic;
 pub mod view;
 pub mod world;

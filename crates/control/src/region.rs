@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use futures::FutureExt;
 use nexus_env::{Env, RngExt};
 use nexus_model::kind::{RegionServer, Tier};
-use nexus_model::plan::{HostReport, RegionSummary, ServerNote};
+use nexus_model::plan::{HostReport, RegionSummary, ServerNote, TrafficReport};
 use nexus_model::{ApiError, Code, Timestamp, key};
 use nexus_store::{Leadership, Pressure, RangeRequest, Revision, Store, StoreError};
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -30,6 +30,7 @@ use crate::core::{Bootstrap, Core, Moment, Pack};
 use crate::inbox::{Inbox, Input, IntentReply, ReportReply};
 use crate::intent::{Accepted, Change, Intent, Passed, Writer};
 use crate::link::Link;
+use crate::traffic::Traffic;
 use crate::view::load;
 use crate::world::{Part, World};
 
@@ -163,6 +164,8 @@ pub struct Region {
     passing: Semaphore,
     /// The revision of the global group that this server's writer has taken in, while it leads.
     adopted: watch::Sender<u64>,
+    /// What gateways say of requests, while this server leads.
+    traffic: Arc<Traffic>,
     pub counters: Counters,
 }
 
@@ -178,6 +181,7 @@ impl Region {
             inbox: Inbox::default(),
             passing: Semaphore::new(PASSING),
             adopted: watch::Sender::default(),
+            traffic: Arc::default(),
             counters: Counters::default(),
         }
     }
@@ -206,6 +210,16 @@ impl Region {
             Ok(Err(_)) => Err(ReportError::NotLeader { leader: self.leadership.borrow().leader }),
             Err(_) => Err(ReportError::Overloaded),
         }
+    }
+
+    /// Takes in what a gateway says of requests, if this server leads. Never committed, so it does not wait for the writer.
+    pub fn hear_traffic(&self, report: &TrafficReport) -> Result<(), ReportError> {
+        let now = *self.leadership.borrow();
+        if !now.is_self {
+            return Err(ReportError::NotLeader { leader: now.leader });
+        }
+        self.traffic.hear(report, self.env.monotonic());
+        Ok(())
     }
 
     /// Takes in what a server of this region says of itself, if this one leads.
@@ -349,7 +363,9 @@ impl Region {
         let (world, _) = load(&*self.store, Some(at), &["o/", "t/", "i/", key::ADOPTED], false).await?;
         let part = if self.config.fleet.is_some() { Part::Region } else { Part::Alone };
         let trail = Trail::load(&*self.store, at, &self.config.bootstrap.region).await?;
-        let world = World { part, trail: Some(trail), ..world };
+        // What was heard while another server led, or before this one was held up, is too old to judge by.
+        self.traffic.clear();
+        let world = World { part, trail: Some(trail), traffic: self.traffic.clone(), ..world };
         let cells = Cells::new(self.env.monotonic(), self.config.server.clone(), epoch);
         let mut core = Core::new(world, self.config.bootstrap.clone(), cells);
         core.bootstrap(self.moment());

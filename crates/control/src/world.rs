@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nexus_model::kind::{self, *};
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::audit::Trail;
 use crate::intent::Accepted;
 use crate::scheduler::Scheduler;
+use crate::traffic::Traffic;
 
 /// Where an object stands: project or organization (for kinds that belong to one) and name.
 pub type Place = (Option<Name>, Name);
@@ -152,6 +154,8 @@ pub struct World {
     /// Only in the writer's world: hosts whose last report was no news of any instance, with that report's fingerprint. As
     /// long as no row of an instance placed there changes, the same report is no news either.
     pub settled: HashMap<Name, u64>,
+    /// Only in the writer's world: what gateways say of requests.
+    pub traffic: Arc<Traffic>,
     /// Only in the writer's world.
     pub scheduler: Option<Scheduler>,
     /// Only in the writer's world: the right edge of the group's audit log.

@@ -35,6 +35,9 @@ pub(crate) struct Backend {
     heard: Option<watch::Receiver<bool>>,
     pub health: Health,
     outstanding: AtomicU32,
+    /// What is counted until the next report takes it.
+    finished: AtomicU32,
+    failed: AtomicU32,
     idle: Mutex<Vec<(Http1, Instant)>>,
     shared: Mutex<Option<Http2>>,
 }
@@ -69,6 +72,8 @@ impl Backend {
             heard: None,
             health: Health::default(),
             outstanding: AtomicU32::new(0),
+            finished: AtomicU32::new(0),
+            failed: AtomicU32::new(0),
             idle: Mutex::default(),
             shared: Mutex::default(),
         }
@@ -94,6 +99,21 @@ impl Backend {
 
     pub fn outstanding(&self) -> u32 {
         self.outstanding.load(Ordering::Relaxed)
+    }
+
+    /// Counts a request that it answered, or that failed at it.
+    pub fn count(&self, failed: bool) {
+        self.finished.fetch_add(1, Ordering::Relaxed);
+        if failed {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes what was counted since the last call: requests, and those that failed.
+    pub fn take_counts(&self) -> (u32, u32) {
+        // Failures first: a request that comes in between is then never a failure without a request.
+        let failed = self.failed.swap(0, Ordering::Relaxed);
+        (self.finished.swap(0, Ordering::Relaxed), failed)
     }
 
     pub fn lease(self: &Arc<Self>) -> Lease {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nexus_env::Env;
 use nexus_model::Name;
 use nexus_model::plan::RoutingTable;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
@@ -81,6 +81,8 @@ pub(crate) struct Core {
     pub table: watch::Sender<Option<Arc<Table>>>,
     /// Taken by whoever makes the next table.
     compiling: Mutex<()>,
+    /// Rings when a request finds nobody to take it: servers should know at once.
+    pub bell: Notify,
     /// Connections to instances and tunnels: they end with their users, or when `kill` says so.
     pub tracker: TaskTracker,
     pub kill: CancellationToken,
@@ -112,6 +114,7 @@ impl Gateway {
             metrics: Metrics::new(),
             table: watch::channel(None).0,
             compiling: Mutex::new(()),
+            bell: Notify::new(),
             tracker: TaskTracker::new(),
             kill: CancellationToken::new(),
         }))

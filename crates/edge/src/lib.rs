@@ -28,6 +28,7 @@ mod regions;
 mod serve;
 mod source;
 mod table;
+mod traffic;
 mod tunnel;
 mod upstream;
 

@@ -1,7 +1,7 @@
 //! What the gateway counts, in Prometheus' terms.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use http::StatusCode;
@@ -67,6 +67,8 @@ pub(crate) struct ServiceMetrics {
     pub ejections: Counter,
     /// Requests that wait for an instance.
     pub waiting: Gauge,
+    /// Requests that came since the last report.
+    pub arrived: AtomicU32,
     latency: Histogram,
 }
 
@@ -143,6 +145,7 @@ impl Metrics {
             retries: self.retries.get_or_create(&own).clone(),
             ejections: self.ejections.get_or_create(&own).clone(),
             waiting: self.waiting.get_or_create(&own).clone(),
+            arrived: AtomicU32::new(0),
             latency: self.latency.get_or_create(&own).clone(),
             name,
         })

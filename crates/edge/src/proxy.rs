@@ -15,6 +15,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use http::header::{CONTENT_LENGTH, HOST, HeaderValue};
@@ -174,6 +175,7 @@ async fn serve(
     let found = route(&table, from, &name, path).ok_or_else(|| Problem::Unknown(name.clone()))?.clone();
     drop(table);
     let leaves = matches!(from, Sender::User(_)) && found.regions.is_some();
+    found.metrics.arrived.fetch_add(1, Ordering::Relaxed);
     *service = Some(found);
     let upgrade = (request.version() == Version::HTTP_11 && headers::upgrade(request.headers()).is_some())
         .then(|| hyper::upgrade::on(&mut request));
@@ -282,6 +284,9 @@ impl Attempts<'_> {
                         });
                     }
                     let until = if busy || none { self.until.min(self.began + options.patience) } else { self.until };
+                    if none {
+                        self.core.bell.notify_one();
+                    }
                     let for_table = none && service.regions.as_ref().is_none_or(Vec::is_empty);
                     let waited = wait(&service, options.max_waiting, until, for_table, tables.changed()).await;
                     tried = Tried::default();
@@ -355,8 +360,12 @@ impl Attempts<'_> {
 
     /// Sends the request to one instance, or to another region's gateway.
     async fn attempt(&mut self, service: &Service, lease: Lease) -> Result<Response<ResponseBody>, Failed> {
-        let region = lease.backend().region.clone();
+        let backend = lease.backend().clone();
+        let region = backend.region.clone();
         let result = self.try_once(service, lease).await;
+        if region.is_none() {
+            backend.count(result.as_ref().map_or(true, |answer| answer.status().is_server_error()));
+        }
         if let Some(region) = region
             && let Some(counted) = self.core.table().and_then(|t| t.regions.get(&region).map(|r| r.metrics.clone()))
         {

@@ -22,6 +22,7 @@ use tracing::{info, warn};
 
 use crate::cache;
 use crate::gateway::Gateway;
+use crate::traffic;
 
 const STREAMS: usize = 2;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -60,6 +61,7 @@ pub async fn follow(gateway: Gateway, config: SourceConfig, env: Env, stop: Canc
     let Ok(book) = on_disk(&env.disk, open).await else { return };
     let book = Arc::new(book);
     tasks.spawn(learn(book.clone(), pool.clone(), env.clone()));
+    tasks.spawn(traffic::report(gateway.clone(), config.gateway.clone(), book.clone(), pool.clone(), env.clone()));
     // With a single server, the second stream waits for company.
     for share in 0..STREAMS {
         let listener = Source {

@@ -53,6 +53,8 @@ impl Split {
 }
 
 pub(crate) struct Service {
+    pub project: Name,
+    pub app: Name,
     pub metrics: Arc<ServiceMetrics>,
     pub members: Vec<Member>,
     /// Of a global app: the other regions that should run it.
@@ -176,6 +178,8 @@ impl Table {
             let old = known.remove(&*name);
             let (global, regions) = (service.global, service.regions);
             services.push(Arc::new(Service {
+                project: service.project,
+                app: service.app,
                 members,
                 regions: global.then_some(regions),
                 http2,

@@ -26,6 +26,8 @@ pub mod method {
     pub const TABLE: &str = "gateway.table";
     /// Gateway to every server of its region, now and then: [`super::GatewayNote`].
     pub const GATEWAY_NOTE: &str = "gateway.note";
+    /// Gateway to the leading server, every second: [`super::TrafficReport`].
+    pub const TRAFFIC: &str = "gateway.traffic";
     /// Server to the leading server: an intent for its region's writer.
     pub const SUBMIT: &str = "writer.submit";
     /// The same, for the writer of the global group.
@@ -293,6 +295,52 @@ pub struct GatewayNote {
     pub gateway: Name,
     pub certificate_ends: Timestamp,
 }
+
+/// What a gateway counted of one instance's requests since its last report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InstanceTraffic {
+    pub uid: Uid,
+    /// Requests that it finished, or that failed at it.
+    #[serde(default)]
+    pub requests: u32,
+    /// Of these, those that were answered with 5xx, or not at all.
+    #[serde(default)]
+    pub errors: u32,
+    /// Requests that it is busy with now.
+    #[serde(default)]
+    pub in_flight: u32,
+}
+
+/// What a gateway counted of one app's requests since its last report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AppTraffic {
+    pub project: Name,
+    pub app: Name,
+    /// Requests that came.
+    #[serde(default)]
+    pub arrived: u32,
+    /// Requests that wait now for an instance.
+    #[serde(default)]
+    pub waiting: u32,
+}
+
+/// What passes through a gateway: only what is not nought, the busiest first. A report that is lost is not sent again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrafficReport {
+    pub gateway: Name,
+    /// The time that the counts are of.
+    pub span_ms: u32,
+    /// At most [`MAX_TRAFFIC`].
+    pub instances: Vec<InstanceTraffic>,
+    /// At most [`MAX_TRAFFIC`].
+    pub apps: Vec<AppTraffic>,
+}
+
+/// Instances, and apps, that one report of a gateway speaks of.
+pub const MAX_TRAFFIC: usize = 8_192;
 
 /// What a server says of itself to its region's writer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

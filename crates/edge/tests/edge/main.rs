@@ -6,3 +6,4 @@ mod faults;
 mod proxying;
 mod regions;
 mod tables;
+mod traffic;

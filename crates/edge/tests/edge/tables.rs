@@ -47,7 +47,7 @@ impl Pki {
         tls::Clock::millis(move || clock.now_millis())
     }
 
-    fn client(&self) -> Arc<rustls::ClientConfig> {
+    pub fn client(&self) -> Arc<rustls::ClientConfig> {
         let own = self.identity(SpiffeId::gateway("home", "gateway-1").unwrap());
         let policy = Policy::roles("home", &[Role::Server]);
         tls::client_config(&own, &self.roots, policy, &[nexus_wire::ALPN], self.clock()).unwrap()

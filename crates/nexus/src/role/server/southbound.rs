@@ -12,7 +12,8 @@ use nexus_control::view::View;
 use nexus_env::{Endpoint, Env};
 use nexus_iam::{Role, SpiffeId, tls};
 use nexus_model::plan::{
-    BlobRequest, GatewayNote, HostReport, PlanRequest, RenewRequest, ReportAck, ServerList, TableRequest, method,
+    BlobRequest, GatewayNote, HostReport, MAX_TRAFFIC, PlanRequest, RenewRequest, ReportAck, ServerList, TableRequest,
+    TrafficReport, method,
 };
 use nexus_model::{ApiError, Name};
 use nexus_store::embedded::{PeerRef, Peers};
@@ -174,7 +175,7 @@ fn allowed(caller: &Caller, called: &str) -> bool {
         method::WORKLOAD_CERTIFICATE | method::WORKLOAD_TOKEN | method::WORKLOAD_KEYS | method::WORKLOAD_SECRET => {
             role == Role::Agent
         }
-        method::TABLE | method::GATEWAY_NOTE => role == Role::Gateway,
+        method::TABLE | method::GATEWAY_NOTE | method::TRAFFIC => role == Role::Gateway,
         method::BLOB_GET => matches!(role, Role::Agent | Role::Server),
         method::SERVERS | method::RENEW => matches!(role, Role::Agent | Role::Gateway | Role::Server),
         _ => role == Role::Server,
@@ -186,6 +187,14 @@ pub fn is_host(caller: &Caller, host: &Name) -> Result<(), Refusal> {
     match role_of(caller) {
         Some((Role::Agent, name)) if *host == *name.as_str() => Ok(()),
         _ => Err(Refusal::new(code::FORBIDDEN, format!("this certificate is not host {host}'s"))),
+    }
+}
+
+/// A gateway speaks for itself alone.
+fn is_gateway(caller: &Caller, gateway: &Name) -> Result<(), Refusal> {
+    match role_of(caller) {
+        Some((Role::Gateway, name)) if *gateway == *name.as_str() => Ok(()),
+        _ => Err(Refusal::new(code::FORBIDDEN, format!("this certificate is not gateway {gateway}'s"))),
     }
 }
 
@@ -226,6 +235,7 @@ pub fn server(
     let (stores, region) = (groups.by_id(), &writers.region);
     let (submit_region, submit_store) = (region.clone(), groups.region.clone());
     let (report_region, submit_fleet, report_fleet) = (region.clone(), fleet.clone(), fleet.clone());
+    let (traffic_region, traffic_fleet) = (region.clone(), fleet.clone());
     let (plan_view, table_view, gateways) = (view.clone(), view.clone(), gateways.clone());
     let builder = Server::builder(env, Endpoint::Tcp(config.wire_listen), tls)
         .identify(|chain| tls::peer_id(chain).map(|id| id.to_string()))
@@ -278,6 +288,23 @@ pub fn server(
                 Ok(changes(view.plan(&request.host), move |plan| known.is_some_and(|known| plan.revision <= known)))
             }
         })
+        .unary(method::TRAFFIC, move |caller, report: TrafficReport| {
+            let (region, fleet) = (traffic_region.clone(), traffic_fleet.clone());
+            async move {
+                is_gateway(&caller, &report.gateway)?;
+                if report.instances.len() > MAX_TRAFFIC || report.apps.len() > MAX_TRAFFIC {
+                    let why = format!("a report speaks of at most {MAX_TRAFFIC} instances and apps");
+                    return Err(Refusal::new(code::BAD_REQUEST, why));
+                }
+                region.hear_traffic(&report).map_err(|error| match error {
+                    ReportError::NotLeader { leader } => {
+                        Refusal::not_leader(leader.and_then(|node| fleet.wire_of(node)).map(|e| e.to_string()))
+                    }
+                    ReportError::Refused(why) => Refusal::new("gateway-refused", why),
+                    ReportError::Overloaded => Refusal::new(code::DRAINING, "the writer's queue is full"),
+                })
+            }
+        })
         .stream(method::TABLE, move |_, request: TableRequest| {
             let (view, gateways) = (table_view.clone(), gateways.clone());
             async move {
@@ -313,13 +340,7 @@ fn fleet_methods(builder: ServerBuilder, env: &Env, fleet: &Fleet, authority: Op
     let (list, renew, noted, env) = (fleet.clone(), fleet.clone(), fleet.clone(), env.clone());
     builder
         .unary(method::GATEWAY_NOTE, move |caller, note: GatewayNote| {
-            let own = role_of(&caller).is_some_and(|(_, name)| note.gateway == *name.as_str());
-            let heard = if own {
-                noted.heard_gateway(note, env.monotonic());
-                Ok(())
-            } else {
-                Err(Refusal::new(code::FORBIDDEN, format!("this certificate is not gateway {}'s", note.gateway)))
-            };
+            let heard = is_gateway(&caller, &note.gateway).map(|()| noted.heard_gateway(note, env.monotonic()));
             async move { heard }
         })
         .unary(method::SERVERS, move |_, (): ()| {

@@ -1,0 +1,104 @@
+//! What servers are told of what passes through.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Response, StatusCode};
+use http_body_util::Full;
+use nexus_edge::{SourceConfig, follow};
+use nexus_env::Env;
+use nexus_iam::tls::{self, Policy};
+use nexus_iam::{Role, SpiffeId};
+use nexus_model::plan::{TrafficReport, method};
+use nexus_wire::{Refusal, Server};
+use tokio_util::sync::CancellationToken;
+
+use crate::common::*;
+use crate::tables::Pki;
+
+#[tokio::test]
+async fn requests_errors_and_those_who_wait_are_told_to_the_server_that_leads() {
+    let dir = tempfile::tempdir().unwrap();
+    let (env, pki) = (Env::real(), Pki::new());
+    let told: Arc<Mutex<Vec<TrafficReport>>> = Arc::default();
+    let stop = CancellationToken::new();
+    let mut servers = Vec::new();
+    let mut leader: Option<String> = None;
+    // The second does not lead, and says who does.
+    for name in ["server-1", "server-2"] {
+        let own = pki.identity(SpiffeId::server("home", name).unwrap());
+        let policy = Policy::roles("home", &[Role::Gateway]);
+        let config = tls::server_config(&own, pki.roots(), policy, &[nexus_wire::ALPN], pki.clock()).unwrap();
+        let (heard, elsewhere) = (told.clone(), leader.clone());
+        let server = Server::builder(&env, "127.0.0.1:0".parse().unwrap(), config)
+            .identify(|chain| tls::peer_id(chain).map(|id| id.to_string()))
+            .unary(method::TRAFFIC, move |_, report: TrafficReport| {
+                let answer = match &elsewhere {
+                    Some(leader) => Err(Refusal::not_leader(Some(leader.clone()))),
+                    None => {
+                        heard.lock().unwrap().push(report);
+                        Ok(())
+                    }
+                };
+                async move { answer }
+            })
+            .bind()
+            .await
+            .unwrap();
+        let at = server.local();
+        leader = Some(at.to_string());
+        servers.push(at);
+        tokio::spawn(server.serve(stop.clone()));
+    }
+
+    let well = named("well").await;
+    let answer = |_| async {
+        let mut answer = Response::new(Full::new(Bytes::from_static(b"no")));
+        *answer.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+        answer
+    };
+    let ill = serve(free(), answer).await;
+    let edge = edge(nexus_edge::Options { patience: Duration::from_secs(60), ..options() }).await;
+    let services = vec![
+        service("well", vec![backend(1, well.address)]),
+        service("ill", vec![backend(2, ill.address)]),
+        service("none", vec![]),
+    ];
+    edge.gateway.offer(table(1, services));
+    let source = SourceConfig {
+        gateway: "gateway-1".parse().unwrap(),
+        cluster_id: "home".into(),
+        servers: vec![servers[1].clone()],
+        peer: None,
+        data_dir: dir.path().join("cache"),
+        tls: pki.client(),
+    };
+    let following = tokio::spawn(follow(edge.gateway.clone(), source, env, stop.clone()));
+    for _ in 0..5 {
+        assert_eq!(get(&edge, "well.localhost").await.body, "well");
+    }
+    for _ in 0..3 {
+        assert_eq!(get(&edge, "ill.localhost").await.status, StatusCode::INTERNAL_SERVER_ERROR);
+    }
+    let waits = get(&edge, "none.localhost");
+    tokio::pin!(waits);
+    let sums = |id: u8| {
+        let uid = backend(id, well.address).uid;
+        let told = told.lock().unwrap();
+        let of = told.iter().flat_map(|r| &r.instances).filter(|i| i.uid == uid);
+        of.fold((0, 0), |sum, i| (sum.0 + i.requests, sum.1 + i.errors))
+    };
+    let waiting = || {
+        let told = told.lock().unwrap();
+        told.iter().flat_map(|r| &r.apps).any(|a| *a.app.as_str() == *"none" && a.waiting == 1)
+    };
+    tokio::select! {
+        got = &mut waits => panic!("it was to wait: {}", got.status),
+        () = until(async || sums(1) == (5, 0) && sums(2) == (3, 3) && waiting()) => {}
+    }
+    let arrived = told.lock().unwrap().iter().flat_map(|r| &r.apps).map(|a| a.arrived).sum::<u32>();
+    assert_eq!(arrived, 9);
+    stop.cancel();
+    following.await.unwrap();
+}
