@@ -390,13 +390,14 @@ impl Core {
         self.look_at_rollouts(at);
     }
 
-    /// Marks the apps whose rollouts have waited long enough for something.
+    /// Marks the apps whose rollouts have waited long enough for something, or answer too badly.
     fn look_at_rollouts(&mut self, at: Moment<'_>) {
         let world = &self.world;
         let due = world.rolling.iter().filter(|place| {
-            let app = world.apps.live.get(*place);
-            let rollout = app.and_then(|app| Some((&app.spec.rollout, app.status.rollout.as_ref()?)));
-            rollout.is_some_and(|(spec, status)| rules::rollout::is_due(spec, status, at.now))
+            let Some(app) = world.apps.live.get(*place) else { return false };
+            let Some(status) = &app.status.rollout else { return false };
+            rules::rollout::is_due(&app.spec.rollout, status, at.now)
+                || rules::app::errors(world, app, status).is_some()
         });
         self.dirty.extend(due.cloned().map(Dirty::App));
     }

@@ -139,7 +139,7 @@ pub struct World {
     pub by_uid: BTreeMap<Uid, Place>,
     /// Living instances by the uid of their app.
     pub of_app: BTreeMap<Uid, BTreeSet<Uid>>,
-    /// Apps whose rollout time may bring on.
+    /// Apps whose rollouts time, or how requests are answered, may bring on or end.
     pub rolling: BTreeSet<Place>,
     /// The revisions that are kept of each app, by their numbers.
     pub revisions_of: BTreeMap<Uid, BTreeMap<u64, Place>>,
@@ -264,13 +264,13 @@ fn index_project(world: &mut World, old: Option<&Object<Project>>, new: Option<&
 
 fn index_app(world: &mut World, old: Option<&Object<App>>, new: Option<&Object<App>>) {
     let place = |o: &Object<App>| (o.metadata.project.clone(), o.metadata.name.clone());
-    let timed = |o: &&Object<App>| {
-        o.metadata.deleting.is_none() && o.status.rollout.as_ref().is_some_and(|r| r.phase.is_timed())
+    let open = |o: &&Object<App>| {
+        o.metadata.deleting.is_none() && o.status.rollout.as_ref().is_some_and(|r| r.phase.is_open())
     };
-    if let Some(old) = old.filter(timed) {
+    if let Some(old) = old.filter(open) {
         world.rolling.remove(&place(old));
     }
-    if let Some(new) = new.filter(timed) {
+    if let Some(new) = new.filter(open) {
         world.rolling.insert(place(new));
     }
 }

@@ -99,6 +99,23 @@ fn members(step: &Step<'_>, app: Uid, side: impl Fn(&str) -> Side) -> Vec<Member
     step.world.instances_of(app).map(member).collect()
 }
 
+/// Why the newest template answers too badly for its rollout to go on, if it does.
+pub fn errors(world: &World, app: &Object<App>, rollout: &RolloutStatus) -> Option<String> {
+    app.spec.rollout.max_error_percent?;
+    if rollout.failed || !rollout.phase.is_open() {
+        return None;
+    }
+    let (mut newer, mut older) = (rollout::Answers::default(), rollout::Answers::default());
+    for i in world.instances_of(app.metadata.uid) {
+        let load = world.traffic.of(i.metadata.uid, crate::traffic::KEPT);
+        let is_newer = i.spec.template_hash == rollout.template_hash;
+        let side = if is_newer { &mut newer } else { &mut older };
+        side.requests += load.requests;
+        side.errors += load.errors;
+    }
+    rollout::judge(&app.spec.rollout, newer, older)
+}
+
 pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let Some(app) = step.world.apps.live.get(place).cloned() else { return };
     let (uid, wanted) = (app.metadata.uid, app.spec.replicas as usize);
@@ -118,7 +135,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
             target: fresh().count(),
             target_ready: fresh().filter(|m| m.ready).count(),
             all: seen.len(),
-            errors: None,
+            errors: errors(step.world, &app, &before),
         };
         (status, told) = rollout::advance(&app.spec.rollout, &before, &seen, step.now);
         history::prune(step, &app, &[&status.template_hash, &status.stable_hash]);

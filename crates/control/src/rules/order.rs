@@ -81,10 +81,12 @@ fn undo(world: &World, app: &mut Object<App>, to: Option<u64>) -> Result<(Verb, 
     };
     let image = world.fleet().images.get(app.metadata.project.as_ref(), &kept.template.image);
     let moved = image.is_none_or(|i| i.spec.digest != kept.image_digest);
-    app.spec = app.spec.clone().with_template(kept.template);
+    let before = app.spec.clone();
+    app.spec = before.clone().with_template(kept.template);
     app.spec.image_digest = moved.then_some(kept.image_digest);
-    if let Some(rollout) = &mut app.status.rollout {
-        rollout.orders.paused = false;
+    if app.spec != before {
+        let orders = &mut app.status.rollout.get_or_insert_default().orders;
+        (orders.paused, orders.undone) = (false, orders.undone + 1);
     }
     Ok((Verb::Undo, format!("back to revision {}", kept.revision)))
 }

@@ -210,6 +210,28 @@ pub fn is_due(spec: &Rollout, s: &RolloutStatus, now: Timestamp) -> bool {
     }
 }
 
+/// How the requests to some instances ended.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Answers {
+    pub requests: u64,
+    pub errors: u64,
+}
+
+/// Why a newer template answers too badly, if it does: more of its requests end in an error than are allowed, and than of those
+/// to the older one.
+pub fn judge(spec: &Rollout, newer: Answers, older: Answers) -> Option<String> {
+    let allowed = u64::from(spec.max_error_percent?);
+    let too_many = newer.requests >= u64::from(spec.min_requests) && newer.errors * 100 > allowed * newer.requests;
+    // Compared without division; nobody's requests are no errors.
+    let worse = newer.errors * older.requests.max(1) > older.errors * newer.requests;
+    (too_many && worse).then(|| {
+        format!(
+            "{} of {} requests to its instances ended in an error, {allowed} % are allowed",
+            newer.errors, newer.requests
+        )
+    })
+}
+
 fn secs(seconds: u32) -> Duration {
     Duration::from_secs(seconds.into())
 }
@@ -291,20 +313,26 @@ fn begin(spec: &Rollout, s: &mut RolloutStatus, seen: &Seen, now: Timestamp, tol
         // The first template, or back to the one that has served all the while: nothing to try out.
         (s.stable_hash, s.stable_revision) = (String::new(), 0);
     }
-    s.strategy = if has_stable(s) { spec.strategy } else { Strategy::Rolling };
+    s.strategy = match spec.strategy {
+        // What has served before needs no trial.
+        Strategy::Canary if s.orders.undone > s.heeded.undone => Strategy::Rolling,
+        strategy if has_stable(s) => strategy,
+        _ => Strategy::Rolling,
+    };
     s.steps = match s.strategy {
         Strategy::Rolling => 0,
         Strategy::Canary => u32::try_from(steps(spec).len()).unwrap_or(u32::MAX),
         Strategy::BlueGreen => LEAVING,
     };
     s.phase = RolloutPhase::Progressing;
-    s.traffic_percent = if has_stable(s) { split_at_first(s) } else { was_split.then_some(100) };
+    s.traffic_percent =
+        if has_stable(s) && s.strategy == spec.strategy { split_at_first(s) } else { was_split.then_some(100) };
     (s.step, s.reached, s.held, s.failed, s.promoted) = (0, None, None, false, false);
     (s.started, s.best_ready, s.behind_since) = (Some(now), 0, Some(now));
     s.heeded = s.orders;
     s.message = match (first, has_stable(s)) {
         (true, _) => "the first instances are made".to_owned(),
-        (_, true) => format!("{} from revision {} to {}", s.strategy, s.stable_revision, s.revision),
+        (_, true) => format!("{}, from revision {} to {}", s.strategy, s.stable_revision, s.revision),
         (_, false) => format!("back to revision {}", s.revision),
     };
     if !first {

@@ -294,9 +294,9 @@ pub enum RolloutPhase {
 }
 
 impl RolloutPhase {
-    /// Whether time alone may bring it on.
-    pub fn is_timed(self) -> bool {
-        matches!(self, Self::Progressing | Self::Switched)
+    /// Whether time, or how requests are answered, may bring it on or end it.
+    pub fn is_open(self) -> bool {
+        matches!(self, Self::Progressing | Self::Waiting | Self::Paused | Self::Switched | Self::Stalled)
     }
 }
 
@@ -309,6 +309,8 @@ pub struct RolloutOrders {
     pub resumed: u64,
     /// How often it was promoted.
     pub promoted: u64,
+    /// How often somebody went back to an older revision: what is known needs no canary.
+    pub undone: u64,
 }
 
 /// How far an app's newest template is.
