@@ -112,6 +112,14 @@ impl Cloud {
         Ok(serde_json::from_slice(&answer.body)?)
     }
 
+    /// Sends a merge patch, and wants a 2xx.
+    pub fn patch(&self, path: &str, patch: &Value) -> anyhow::Result<Value> {
+        let body = patch.to_string();
+        let answer = self.api(0)?.send("PATCH", path, "application/merge-patch+json", body.as_bytes())?;
+        expect_success("PATCH", path, &answer)?;
+        Ok(serde_json::from_slice(&answer.body)?)
+    }
+
     /// Imports an image from a file, as `nexus image import` does.
     pub fn import(&self, path: &Path, name: &str) -> anyhow::Result<()> {
         let image = nexus_compute::image::import(path)?;

@@ -185,7 +185,7 @@ fn deploys() -> anyhow::Result<Row> {
 }
 
 /// busybox and a page, as `docker save` would write an image of them.
-fn image(archive: &Path) -> anyhow::Result<()> {
+pub fn image(archive: &Path) -> anyhow::Result<()> {
     let mut layer = tar::Builder::new(Vec::new());
     add(&mut layer, "bin/busybox", 0o755, &fs::read(BUSYBOX).context("reading busybox")?)?;
     add(&mut layer, "www/index.html", 0o644, PAGE)?;

@@ -197,7 +197,7 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
             part.replicas = told.replicas;
             part.ready_replicas = told.ready_replicas;
             part.updated_replicas = told.updated_replicas;
-            part.rollout = told.rollout;
+            part.rollout = told.rollout.filter(|_| told.generation == app.metadata.generation);
             part.message.clone_from(&told.message);
         }
         let current = told.is_some_and(|t| {
@@ -225,6 +225,8 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
         history::prune(step, &app, &[&hash]);
         let rollout = s.rollout.get_or_insert_default();
         (rollout.revision, rollout.template_hash) = (revision, hash);
+        // The regions follow them from here.
+        rollout.heeded = rollout.orders;
     }
     let failed = |r: &AppRegion| matches!(r.rollout, Some(RolloutPhase::RolledBack | RolloutPhase::RollingBack));
     let sum = |f: fn(&AppRegion) -> u32| regions.iter().map(f).fold(0u32, u32::saturating_add);

@@ -27,21 +27,28 @@ pub fn is_settled(object: &Value) -> bool {
     good && status["observedGeneration"].as_u64().is_none_or(|seen| seen >= generation)
 }
 
+/// Whether the last orders about an app's rollout have been followed.
+fn is_heeded(object: &Value) -> bool {
+    let rollout = &object["status"]["rollout"];
+    rollout["orders"] == rollout["heeded"]
+}
+
+/// Whether what is said of an app's rollout takes its newest spec and the last orders in.
+fn is_current(object: &Value) -> bool {
+    object["status"]["observedGeneration"].as_u64() >= object["metadata"]["generation"].as_u64() && is_heeded(object)
+}
+
 /// Whether an app's rollout stands where only its users bring it on, or only the old instances are still to go: nothing
 /// to wait for.
 pub fn rests(object: &Value) -> bool {
-    let status = &object["status"];
-    let current = status["observedGeneration"].as_u64() >= object["metadata"]["generation"].as_u64();
-    current && matches!(text(status, "/rollout/phase"), "Waiting" | "Paused" | "Switched")
+    is_current(object) && matches!(text(object, "/status/rollout/phase"), "Waiting" | "Paused" | "Switched")
 }
 
 /// Why an app's newest template will not come, if its rollout has ended in a failure.
 pub fn failure(object: &Value) -> Option<String> {
-    let status = &object["status"];
-    let current = status["observedGeneration"].as_u64() >= object["metadata"]["generation"].as_u64();
-    let ended =
-        matches!(text(status, "/rollout/phase"), "RolledBack" | "Stalled") || text(status, "/phase") == "RolledBack";
-    (current && ended).then(|| plain(text(status, "/rollout/message")))
+    let rollout = text(object, "/status/rollout/phase");
+    let ended = matches!(rollout, "RolledBack" | "Stalled") || text(object, "/status/phase") == "RolledBack";
+    (ended && is_current(object)).then(|| plain(text(object, "/status/rollout/message")))
 }
 
 /// How far it is, in a few words.
@@ -161,7 +168,7 @@ pub async fn wait(
             if rests(&object) {
                 return anyhow::Ok(object);
             }
-            if is_settled(&object) {
+            if is_settled(&object) && is_heeded(&object) {
                 match digest {
                     None => return anyhow::Ok(object),
                     // Not to be asked is not to know.
@@ -234,6 +241,10 @@ mod tests {
         assert!(!rests(&app("Progressing", 2)) && failure(&app("Progressing", 2)).is_none());
         assert_eq!(failure(&app("RolledBack", 2)).unwrap(), "revision 2 has failed");
         assert!(failure(&app("RolledBack", 1)).is_none());
+        let mut ordered = app("Waiting", 2);
+        ordered["status"]["rollout"]["orders"] = json!({"resumed": 1});
+        ordered["status"]["rollout"]["heeded"] = json!({"resumed": 0});
+        assert!(!rests(&ordered), "it is about to go on");
     }
 
     #[test]
