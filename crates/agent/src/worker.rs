@@ -27,6 +27,9 @@ const LOG_FILE_BYTES: u64 = 10 << 20;
 const LOG_FILES: u32 = 3;
 /// How long an instance may take to stop of which no plan is known any more.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+/// Between the moment when an instance that serves is to go and the moment when it is told so: gateways hear of it meanwhile and
+/// send it nothing more, and what is short ends.
+const LAME: Duration = Duration::from_millis(500);
 /// A new instance is probed this soon, then less and less often until it is ready.
 const FIRST_PROBE: Duration = Duration::from_millis(20);
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
@@ -211,7 +214,11 @@ impl Worker {
 
     async fn ask(&mut self, kind: Option<kind::Runtime>) {
         let message = if self.memory.ill { self.report.message.clone() } else { String::new() };
+        let serves = self.report.ready && self.report.endpoint.is_some() && !self.memory.ill;
         self.tell(InstancePhase::Stopping, message);
+        if serves {
+            tokio::time::sleep(LAME).await;
+        }
         self.memory.asked = Some(self.shared.env.monotonic());
         if let Some(runtime) = kind.and_then(|k| self.runtime(k))
             && let Err(error) = runtime.stop(self.uid).await

@@ -74,6 +74,7 @@ pub(crate) fn action_of(target: &Target, method: &Method, exists: bool) -> Optio
             Method::PUT if !exists && place.kind.verbs.create => format!("{}:create", plural(place)),
             _ => format!("{}:update", plural(place)),
         },
+        Target::Custom(place, _, verb) if verb.is_order() => format!("{}:update", plural(place)),
         Target::Custom(place, _, verb) => format!("{}:{}", plural(place), verb.word()),
         Target::Blob(..) if reads => "blobs:get".into(),
         Target::Blob(..) => "blobs:put".into(),

@@ -34,6 +34,7 @@ pub mod pull;
 mod query;
 mod rates;
 mod render;
+mod rollouts;
 mod route;
 mod scaling;
 mod secrets;

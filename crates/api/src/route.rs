@@ -39,10 +39,14 @@ pub(crate) enum Verb {
     EnrollTotp,
     ConfirmTotp,
     Load,
+    Pause,
+    Resume,
+    Promote,
+    Undo,
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 8] = [
+pub(crate) const VERBS: [(&str, &str, Verb); 12] = [
     ("instances", "logs", Verb::Logs),
     ("instances", "exec", Verb::Exec),
     ("secrets", "reveal", Verb::Reveal),
@@ -51,6 +55,10 @@ pub(crate) const VERBS: [(&str, &str, Verb); 8] = [
     ("users", "enroll-totp", Verb::EnrollTotp),
     ("users", "confirm-totp", Verb::ConfirmTotp),
     ("apps", "load", Verb::Load),
+    ("apps", "pause", Verb::Pause),
+    ("apps", "resume", Verb::Resume),
+    ("apps", "promote", Verb::Promote),
+    ("apps", "undo", Verb::Undo),
 ];
 
 impl Verb {
@@ -63,7 +71,13 @@ impl Verb {
             Self::Logs | Self::Exec => READ,
             Self::Reveal | Self::Load => &[Method::GET],
             Self::SetPassword | Self::Invite | Self::EnrollTotp | Self::ConfirmTotp => &[Method::POST],
+            Self::Pause | Self::Resume | Self::Promote | Self::Undo => &[Method::POST],
         }
+    }
+
+    /// Whether it orders something about an app's rollout: who may change the app may do that.
+    pub fn is_order(self) -> bool {
+        matches!(self, Self::Pause | Self::Resume | Self::Promote | Self::Undo)
     }
 }
 

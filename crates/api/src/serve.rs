@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::admission::{Admission, Class};
-use crate::authorize::Lens;
+use crate::authorize::{Allowed, Lens};
 use crate::caller::{Caller, Checked};
 use crate::headers::{self, STALE_MS};
 use crate::metrics::{self, Metrics};
@@ -35,8 +35,8 @@ use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
 use crate::{
-    Api, audit, blobs, credentials, elsewhere, federation, list, operations, pull, scaling, secrets, settle, signature,
-    signin, streams, watch, whoami, write,
+    Api, audit, blobs, credentials, elsewhere, federation, list, operations, pull, rollouts, scaling, secrets, settle,
+    signature, signin, streams, watch, whoami, write,
 };
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
@@ -308,10 +308,11 @@ async fn answer(
     let reads = matches!(parts.method, Method::GET | Method::HEAD);
     let class = Class::of(&target, &parts.headers);
     // What a change would make is known only from its body, so those ask when they have read it.
-    let lens = match &target {
-        Target::Collection(_) | Target::Object(..) if !reads => Lens::All,
-        _ => server.authorize(&context, &target, &parts.method, None).await?.lens,
+    let allowed = match &target {
+        Target::Collection(_) | Target::Object(..) if !reads => Allowed { lens: Lens::All, by: Vec::new() },
+        _ => server.authorize(&context, &target, &parts.method, None).await?,
     };
+    let lens = allowed.lens.clone();
     match target {
         Target::Operation(operation) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
@@ -341,6 +342,13 @@ async fn answer(
         ) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
             Ok(server.deadline(credentials::change(&server, &place, &name, verb, &parts, body, &context)).await?)
+        }
+        Target::Custom(place, name, verb) if verb.is_order() => {
+            let permit = server.admission.admit(class, &server.api.env).await?;
+            let work = rollouts::order(&server, &place, &name, verb, &parts, body, &context, &allowed.by);
+            let done = server.deadline(Box::pin(work)).await?;
+            drop(permit);
+            Ok(settle::answer(&server, done).await)
         }
         Target::Custom(place, name, Verb::Reveal) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;

@@ -54,9 +54,8 @@ pub(crate) async fn handle(
     match verb {
         Verb::Logs => logs(server, place, name, parts, ended).await,
         Verb::Exec => exec(server, place, name, parts, ended).await,
-        Verb::Reveal | Verb::SetPassword | Verb::Invite | Verb::EnrollTotp | Verb::ConfirmTotp | Verb::Load => {
-            Err(Refusal::new(Code::NotFound, "only instances have streams"))
-        }
+        // Answered elsewhere.
+        _ => Err(Refusal::new(Code::NotFound, "only instances have streams")),
     }
 }
 

@@ -77,6 +77,10 @@ fn routes() -> Vec<(&'static str, String, Option<Value>)> {
         if d.verbs.delete {
             add("DELETE", &format!("{one}?dryRun=true"), None);
         }
+        // Whoever may change an app may order its rollout about: these have no actions of their own.
+        for verb in ["pause", "resume", "promote", "undo"].iter().filter(|_| d.plural == "apps") {
+            add("POST", &format!("{one}:{verb}?dryRun=true"), None);
+        }
         for (_, verb) in nexus_iam::policy::VERBS.iter().filter(|v| v.0 == d.plural) {
             let body = match *verb {
                 "set-password" => json!({"old": "something or other", "new": "something else then"}),

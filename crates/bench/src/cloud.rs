@@ -112,11 +112,12 @@ impl Cloud {
         Ok(serde_json::from_slice(&answer.body)?)
     }
 
-    /// Changes parts of an object (RFC 7396).
-    pub fn patch(&self, path: &str, change: &Value) -> anyhow::Result<()> {
-        let body = change.to_string();
+    /// Sends a merge patch, and wants a 2xx.
+    pub fn patch(&self, path: &str, patch: &Value) -> anyhow::Result<Value> {
+        let body = patch.to_string();
         let answer = self.api(0)?.send("PATCH", path, "application/merge-patch+json", body.as_bytes())?;
-        expect_success("PATCH", path, &answer)
+        expect_success("PATCH", path, &answer)?;
+        Ok(serde_json::from_slice(&answer.body)?)
     }
 
     /// Imports an image from a file, as `nexus image import` does.

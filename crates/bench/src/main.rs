@@ -15,6 +15,7 @@ mod policy;
 mod process;
 mod regions;
 mod report;
+mod rollout;
 mod scale;
 mod store;
 mod watch;
@@ -52,6 +53,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "scale", about: "one region's control plane under 10,000 hosts, 100,000 instances", run: scale::run },
     Bench { name: "store", about: "the metadata store beside etcd; a large state; a leader's death", run: store::run },
     Bench { name: "watch", about: "5,000 watches of the metadata store under load", run: watch::run },
+    Bench { name: "rollout", about: "a rollout of 50 containers, surge 25 %", run: rollout::run },
     Bench { name: "local", about: "the local cloud: coming up, and idle", run: local::run },
     Bench { name: "regions", about: "three regions: idle, and when the leading one is lost", run: regions::run },
 ];

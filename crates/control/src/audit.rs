@@ -157,10 +157,14 @@ async fn resume(
 
 /// Which of the verbs of every kind was carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Verb {
+pub enum Verb {
     Create,
     Update,
     Delete,
+    Pause,
+    Resume,
+    Promote,
+    Undo,
 }
 
 impl Verb {
@@ -169,6 +173,23 @@ impl Verb {
             Self::Create => "create",
             Self::Update => "update",
             Self::Delete => "delete",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Promote => "promote",
+            Self::Undo => "undo",
+        }
+    }
+
+    /// The same as the reason of an event.
+    pub(crate) fn reason(self) -> &'static str {
+        match self {
+            Self::Create => "Created",
+            Self::Update => "Updated",
+            Self::Delete => "Deleted",
+            Self::Pause => "RolloutPaused",
+            Self::Resume => "RolloutResumed",
+            Self::Promote => "RolloutPromoted",
+            Self::Undo => "RolloutUndone",
         }
     }
 }

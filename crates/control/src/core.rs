@@ -398,6 +398,7 @@ impl Core {
         if self.world.part != Part::Global {
             self.autoscale(at);
         }
+        self.look_at_rollouts(at);
     }
 
     /// Decides how many instances apps have, where that is the cloud's to decide.
@@ -418,6 +419,18 @@ impl Core {
         self.autoscaler.keep(&mut step);
         let ops = step.finish();
         self.absorb(ops);
+    }
+
+    /// Marks the apps whose rollouts have waited long enough for something, or answer too badly.
+    fn look_at_rollouts(&mut self, at: Moment<'_>) {
+        let world = &self.world;
+        let due = world.rolling.iter().filter(|place| {
+            let Some(app) = world.apps.live.get(*place) else { return false };
+            let Some(status) = &app.status.rollout else { return false };
+            rules::rollout::is_due(&app.spec.rollout, status, at.now)
+                || rules::app::errors(world, app, status).is_some()
+        });
+        self.dirty.extend(due.cloned().map(Dirty::App));
     }
 
     /// Judges hosts of one cell. True if more are left than fit in a step.

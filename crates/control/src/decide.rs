@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::audit::{self, Verb};
-use crate::intent::{Accepted, Change, Intent};
+use crate::intent::{Accepted, Change, Intent, RolloutOrder};
 use crate::rules;
 use crate::rules::usage::{self, charge, recharge};
 use crate::step::{Dirty, Step};
@@ -111,8 +111,11 @@ fn decide_kind<K: Admit>(step: &mut Step<'_>, intent: &Intent) -> Result<Accepte
             update(step, intent, old, wanted)
         }
         (Change::Delete, Some(old)) => delete::<K>(step, intent, old),
+        (Change::Rollout { order }, Some(old)) => ordered::<K>(step, intent, old, *order),
         (Change::Audit { .. }, _) => Err(ApiError::new(Code::Internal, "what is done to the log is of no kind")),
-        (Change::Patch { .. } | Change::Delete, None) => Err(ApiError::not_found(K::KIND, target.name.as_str())),
+        (Change::Patch { .. } | Change::Rollout { .. } | Change::Delete, None) => {
+            Err(ApiError::not_found(K::KIND, target.name.as_str()))
+        }
     }
 }
 
@@ -291,6 +294,34 @@ fn update<K: Admit>(
     Ok(Accepted { object: any, created: false, replayed: false })
 }
 
+/// Carries out an order about a rollout.
+fn ordered<K: Admit>(
+    step: &mut Step<'_>,
+    intent: &Intent,
+    old: Object<K>,
+    order: RolloutOrder,
+) -> Result<Accepted, ApiError> {
+    let mut new = old.clone();
+    let (verb, message) = K::order(step, &mut new, order)?;
+    if new.spec == old.spec && serde_json::to_value(&new.status).ok() == serde_json::to_value(&old.status).ok() {
+        return Ok(Accepted { object: current(step, &old), created: false, replayed: false });
+    }
+    new.metadata.request_id = Some(intent.request_id.clone());
+    if new.spec != old.spec {
+        new.metadata.generation += 1;
+        check_size(&new)?;
+        K::admit(step, Some(&old), &mut new)?;
+    }
+    step.put(new.clone());
+    let message = format!("{message} by {}", intent.actor);
+    step.event(new.metadata.project.as_ref(), new.owner_ref(), Severity::Normal, verb.reason(), message);
+    K::changed(step, &new);
+    let before = serde_json::to_value(&old.spec).expect("specs are plain data");
+    let any = new.to_any();
+    audit::changed::<K>(step, intent, verb, new.metadata.uid, Some(&before), Some(&any.spec))?;
+    Ok(Accepted { object: any, created: false, replayed: false })
+}
+
 /// An unchanged object with the revision that it stands at.
 fn current<K: Stored>(step: &Step<'_>, object: &Object<K>) -> AnyObject {
     let mut any = object.to_any();
@@ -332,6 +363,11 @@ pub trait Admit: Stored {
     /// Deletes it: at once if nothing is to be torn down. Answers the tombstone.
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
         erased(step, old)
+    }
+
+    /// Changes an object as an order about its rollout says. Answers what was done, for the log and in a few words.
+    fn order(_step: &Step<'_>, _new: &mut Object<Self>, _order: RolloutOrder) -> Result<(Verb, String), ApiError> {
+        Err(ApiError::new(Code::NotFound, format!("{} have no rollouts", Self::PLURAL)))
     }
 
     /// Whether its changes are events that people read.
@@ -618,6 +654,7 @@ impl Admit for App {
             let message = "only an app of the region `global` has regions: this one runs where it is";
             return Err(ApiError::invalid(vec![FieldError::new("spec.regions", message)]));
         }
+        rules::order::check_pin(step.world, old, new)?;
         let project = new.metadata.project.clone().expect("apps have a project");
         let before = old.map_or([0; 3], |old| charge(&old.spec));
         recharge(step, &project, before, charge(&new.spec))
@@ -631,10 +668,16 @@ impl Admit for App {
         rules::child::refuse_users(old)
     }
 
+    fn order(step: &Step<'_>, new: &mut Object<Self>, order: RolloutOrder) -> Result<(Verb, String), ApiError> {
+        rules::order::apply(step.world, new, order)
+    }
+
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
         rules::app::bury(step, old)
     }
 }
+
+impl Admit for AppRevision {}
 
 impl Admit for Instance {
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {

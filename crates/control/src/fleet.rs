@@ -161,6 +161,7 @@ impl Core {
             replicas: 0,
             ready_replicas: 0,
             updated_replicas: 0,
+            rollout: None,
             reason: String::new(),
             message: String::new(),
         };
@@ -175,6 +176,7 @@ impl Core {
             child.replicas = app.status.replicas;
             child.ready_replicas = app.status.ready_replicas;
             child.updated_replicas = app.status.updated_replicas;
+            child.rollout = app.status.rollout.as_ref().map(|r| r.phase);
             if app.status.phase != AppPhase::Ready {
                 let ready = app.status.conditions.iter().find(|c| c.kind == "Ready");
                 child.message = ready.map(|c| c.message.clone()).unwrap_or_default();

@@ -47,9 +47,28 @@ pub enum Change {
         patch: Value,
     },
     Delete,
+    /// What is ordered while an app's rollout runs.
+    Rollout {
+        order: RolloutOrder,
+    },
     /// Not of an object, but of the audit log itself.
     Audit {
         deed: Deed,
+    },
+}
+
+/// An order about the rollout of an app.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum RolloutOrder {
+    Pause,
+    /// Goes on: after a pause, to the next step, or again after a failure.
+    Resume,
+    /// Skips the steps that are left.
+    Promote,
+    /// Goes back to a revision that is kept; the one before the newest, without its number.
+    Undo {
+        to: Option<u64>,
     },
 }
 

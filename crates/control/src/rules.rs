@@ -6,9 +6,12 @@ pub mod buried;
 pub mod child;
 pub mod federation;
 pub mod fleet;
+pub mod history;
 pub mod host;
 pub mod instance;
+pub mod order;
 pub mod people;
+pub mod rollout;
 pub mod secret;
 pub mod usage;
 

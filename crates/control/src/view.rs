@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use nexus_model::kind::*;
 use nexus_model::plan::{
-    Backend, Desired, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RemoteRegion, RoutingTable, Service, TableRoute,
+    Backend, Desired, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RemoteRegion, RoutingTable, Service, Split,
+    TableRoute,
 };
 use nexus_model::{Name, Object, Uid, key};
 use nexus_store::{RangeRequest, Revision, Store, StoreError, WatchEvent};
@@ -468,6 +469,11 @@ fn build_table(world: &World, region: Option<&Name>, revision: u64) -> RoutingTa
 
 fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
     let app = exposed.app;
+    let rollout = app.status.rollout.as_ref();
+    // Whoever asks for the newer template by a header is spared one that has failed.
+    let header = || app.spec.rollout.header.clone().filter(|_| rollout.is_some_and(|r| !r.failed));
+    let split = rollout.and_then(|r| Some(Split { percent: r.traffic_percent?, header: header() }));
+    let newest = rollout.filter(|_| split.is_some()).map(|r| r.template_hash.as_str());
     let mut backends: Vec<Backend> = world
         .instances_of(app.metadata.uid)
         .filter_map(|i| {
@@ -478,6 +484,7 @@ fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
                 zone: i.status.zone.clone()?,
                 epoch: i.status.epoch,
                 ready: i.status.ready,
+                newer: newest == Some(i.spec.template_hash.as_str()),
             })
         })
         .collect();
@@ -492,5 +499,6 @@ fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
         global: exposed.global,
         regions: exposed.regions.clone(),
         wakes: app.spec.autoscale.as_ref().is_some_and(|a| a.min_replicas == 0),
+        split,
     }
 }

@@ -123,6 +123,7 @@ pub struct World {
     pub images: Table<Image>,
     pub secrets: Table<Secret>,
     pub apps: Table<App>,
+    pub app_revisions: Table<AppRevision>,
     pub instances: Table<Instance>,
     pub routes: Table<Route>,
     pub events: Table<Event>,
@@ -138,6 +139,10 @@ pub struct World {
     pub by_uid: BTreeMap<Uid, Place>,
     /// Living instances by the uid of their app.
     pub of_app: BTreeMap<Uid, BTreeSet<Uid>>,
+    /// Apps whose rollouts time, or how requests are answered, may bring on or end.
+    pub rolling: BTreeSet<Place>,
+    /// The revisions that are kept of each app, by their numbers.
+    pub revisions_of: BTreeMap<Uid, BTreeMap<u64, Place>>,
     /// Instances, living and buried, by the host that they were placed on.
     pub on_host: BTreeMap<Name, BTreeSet<Uid>>,
     /// Hosts by their addresses and prefixes: see [`addresses_of`].
@@ -197,7 +202,7 @@ macro_rules! for_kind {
     ($plural:expr, $K:ident => $body:expr) => {
         for_kind!(@ $plural, $K, $body,
             Organization Project User Group ServiceAccount RoleBinding Policy Token AccessKey Session Credential
-            IdentityProvider Departure SigningKey Region Zone Cell Host Image Secret App Instance Route Event Usage)
+            IdentityProvider Departure SigningKey Region Zone Cell Host Image Secret App AppRevision Instance Route Event Usage)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -233,7 +238,8 @@ stored! {
     Host => hosts, index_host;
     Image => images;
     Secret => secrets;
-    App => apps;
+    App => apps, index_app;
+    AppRevision => app_revisions, index_revision;
     Instance => instances, index_instance;
     Route => routes;
     Event => events, index_event;
@@ -253,6 +259,35 @@ fn index_project(world: &mut World, old: Option<&Object<Project>>, new: Option<&
     if let Some(new) = new.filter(living) {
         let its = world.projects_of.entry(new.spec.organization.clone()).or_default();
         its.insert(new.metadata.name.clone());
+    }
+}
+
+fn index_app(world: &mut World, old: Option<&Object<App>>, new: Option<&Object<App>>) {
+    let place = |o: &Object<App>| (o.metadata.project.clone(), o.metadata.name.clone());
+    let open = |o: &&Object<App>| {
+        o.metadata.deleting.is_none() && o.status.rollout.as_ref().is_some_and(|r| r.phase.is_open())
+    };
+    if let Some(old) = old.filter(open) {
+        world.rolling.remove(&place(old));
+    }
+    if let Some(new) = new.filter(open) {
+        world.rolling.insert(place(new));
+    }
+}
+
+fn index_revision(world: &mut World, old: Option<&Object<AppRevision>>, new: Option<&Object<AppRevision>>) {
+    let owner = |o: &Object<AppRevision>| o.metadata.owner.as_ref().map(|o| o.uid).unwrap_or_default();
+    if let Some(old) = old
+        && let Some(of) = world.revisions_of.get_mut(&owner(old))
+    {
+        of.remove(&old.spec.revision);
+        if of.is_empty() {
+            world.revisions_of.remove(&owner(old));
+        }
+    }
+    if let Some(new) = new {
+        let place = (new.metadata.project.clone(), new.metadata.name.clone());
+        world.revisions_of.entry(owner(new)).or_default().insert(new.spec.revision, place);
     }
 }
 

@@ -200,6 +200,7 @@ async fn serve(
         upgrade,
         until: began + core.options.budget,
         began,
+        lot: u8::try_from(core.env.rng.below(100)).expect("below 100"),
     };
     attempts.run(service).await
 }
@@ -250,6 +251,8 @@ struct Attempts<'a> {
     upgrade: Option<OnUpgrade>,
     until: Instant,
     began: Instant,
+    /// Drawn once, below 100: which template it is for, where a rollout splits requests.
+    lot: u8,
 }
 
 impl Attempts<'_> {
@@ -343,8 +346,9 @@ impl Attempts<'_> {
     /// Who is asked next. What came from another region does not leave this one.
     fn choose(&self, service: &Service, table: &Table, tried: &Tried) -> Choice {
         let max = self.core.options.max_outstanding;
-        let local = |worst| service.choose(&tried.backends, max, worst);
         let worst = if self.waits_for_waking(service) { Worst::Ready } else { Worst::Any };
+        let newer = service.split.as_ref().map(|split| split.is_newer(&self.headers, self.lot));
+        let local = |worst| service.choose(&tried.backends, max, worst, newer);
         let names = match (self.from, &service.regions) {
             (Sender::Gateway(_), _) => return local(Worst::Ready),
             (Sender::User(_), None) => return local(worst),

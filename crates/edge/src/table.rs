@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use http::{HeaderMap, HeaderName, HeaderValue};
 use nexus_env::Endpoint;
 use nexus_model::kind::Protocol;
 use nexus_model::plan::{self, RoutingTable};
@@ -20,6 +21,35 @@ pub(crate) struct Member {
     pub backend: Arc<Backend>,
     ready: bool,
     local: bool,
+    /// Of the newer template, where requests are split.
+    newer: bool,
+}
+
+/// How a service's requests are split between an older and a newer template.
+pub(crate) struct Split {
+    percent: u8,
+    /// Requests that go to the newer one in any case. Without a value, any will do.
+    header: Option<(HeaderName, Option<HeaderValue>)>,
+}
+
+impl Split {
+    fn compile(split: plan::Split) -> Self {
+        let header = split.header.and_then(|h| {
+            let value = h.value.map(|v| HeaderValue::try_from(v).ok());
+            // A value that none can have is that of no request.
+            Some((h.name.parse().ok()?, if value == Some(None) { return None } else { value.flatten() }))
+        });
+        Self { percent: split.percent, header }
+    }
+
+    /// Whether a request is one of the newer template's. `lot`: drawn once for it, below 100.
+    pub fn is_newer(&self, headers: &HeaderMap, lot: u8) -> bool {
+        let asked = self.header.as_ref().is_some_and(|(name, value)| match value {
+            Some(value) => headers.get_all(name).iter().any(|v| v == value),
+            None => headers.contains_key(name),
+        });
+        asked || lot < self.percent
+    }
 }
 
 pub(crate) struct Service {
@@ -35,6 +65,7 @@ pub(crate) struct Service {
     pub turn: AtomicUsize,
     /// Kept from table to table, as its metrics are.
     pub refusals: Arc<Refusals>,
+    pub split: Option<Split>,
 }
 
 /// The outcome of a choice.
@@ -47,15 +78,25 @@ pub(crate) enum Choice {
 }
 
 impl Service {
-    /// Chooses an instance that is not among `tried`, and no worse than allowed.
-    pub fn choose(&self, tried: &[Uid], max_outstanding: u32, worst: Worst) -> Choice {
+    /// Chooses an instance that is not among `tried`, and no worse than allowed: of the template that the request is for if
+    /// one of its instances is well, else of any. Better an answer of the other template than none.
+    pub fn choose(&self, tried: &[Uid], max_outstanding: u32, worst: Worst, newer: Option<bool>) -> Choice {
+        if newer.is_some()
+            && let well @ Choice::Instance(_) = self.among(tried, max_outstanding, Worst::Well, newer)
+        {
+            return well;
+        }
+        self.among(tried, max_outstanding, worst, None)
+    }
+
+    fn among(&self, tried: &[Uid], max_outstanding: u32, worst: Worst, newer: Option<bool>) -> Choice {
         let mut busy = false;
         let candidates: Vec<Candidate> = self
             .members
             .iter()
             .map(|m| {
                 let outstanding = m.backend.outstanding();
-                let tried = tried.contains(&m.backend.uid);
+                let tried = tried.contains(&m.backend.uid) || newer.is_some_and(|newer| newer != m.newer);
                 busy |= !tried && outstanding >= max_outstanding;
                 Candidate {
                     ready: m.ready,
@@ -137,7 +178,7 @@ impl Table {
                     Some(old) => (*old).clone(),
                     None => Arc::new(Backend::new(b.uid, address, b.epoch, http2)),
                 };
-                Member { backend, ready: b.ready, local: b.zone == *zone }
+                Member { backend, ready: b.ready, local: b.zone == *zone, newer: b.newer }
             });
             let members = members.collect();
             let old = known.remove(&*name);
@@ -151,6 +192,7 @@ impl Table {
                 wakes: service.wakes,
                 turn: AtomicUsize::new(old.map_or(0, |o| o.turn.load(Ordering::Relaxed))),
                 refusals: old.map(|o| o.refusals.clone()).unwrap_or_default(),
+                split: service.split.map(Split::compile),
                 metrics: old.map_or_else(|| metrics.service(name), |o| o.metrics.clone()),
             }));
         }
@@ -222,6 +264,7 @@ mod tests {
             global: false,
             regions: vec![],
             wakes: false,
+            split: None,
         };
         let route = |(i, (host, path)): (usize, &(&str, &str))| TableRoute {
             host: (*host).into(),
@@ -279,6 +322,7 @@ mod tests {
             zone: "zone-a".parse().unwrap(),
             epoch,
             ready: true,
+            newer: false,
         };
         let mut plan = table(&[("a", "/")]);
         plan.services[0].backends = vec![backend(2, 2), backend(1, 1)];

@@ -12,6 +12,7 @@ mod fleet;
 mod identity;
 mod image;
 mod instance;
+mod rollout;
 mod route;
 mod secret;
 mod tenancy;
@@ -26,6 +27,7 @@ pub use fleet::*;
 pub use identity::*;
 pub use image::*;
 pub use instance::*;
+pub use rollout::*;
 pub use route::*;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 pub use secret::*;
@@ -273,7 +275,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 22] = [
+static ALL: [KindDescriptor; 23] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -293,6 +295,7 @@ static ALL: [KindDescriptor; 22] = [
     // Before those who name them, so that a folder of manifests is applied in an order that works at once.
     KindDescriptor::of::<Secret>(),
     KindDescriptor::of::<App>(),
+    KindDescriptor::of::<AppRevision>(),
     KindDescriptor::of::<Instance>(),
     KindDescriptor::of::<Route>(),
     KindDescriptor::of::<Event>(),

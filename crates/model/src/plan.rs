@@ -8,7 +8,10 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::kind::{HostSpec, ImageFormat, InstancePhase, Protocol, QuotaUse, RegionServer, Runtime, Template, Tier};
+use crate::kind::{
+    HeaderMatch, HostSpec, ImageFormat, InstancePhase, Protocol, QuotaUse, RegionServer, RolloutPhase, Runtime,
+    Template, Tier,
+};
 use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 
 /// Names of the southbound calls.
@@ -223,6 +226,20 @@ pub struct Backend {
     pub zone: Name,
     pub epoch: u64,
     pub ready: bool,
+    /// Of the newer template, where a service's requests are split.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub newer: bool,
+}
+
+/// How a service's requests are split between instances of an older and of a newer template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Split {
+    /// The share of the newer, 0 to 100.
+    pub percent: u8,
+    /// Requests that go to the newer ones in any case.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub header: Option<HeaderMatch>,
 }
 
 /// Instances of one port of one app.
@@ -245,6 +262,9 @@ pub struct Service {
     /// Without an instance it is asleep, not down: a request that waits brings one.
     #[serde(default)]
     pub wakes: bool,
+    /// While a rollout splits its requests. A gateway that does not know of it treats all backends alike.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<Split>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -394,6 +414,8 @@ pub struct ChildSummary {
     pub replicas: u32,
     pub ready_replicas: u32,
     pub updated_replicas: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutPhase>,
     /// Set when the region can't make its share: one CamelCase word, and a sentence.
     #[serde(default)]
     pub reason: String,

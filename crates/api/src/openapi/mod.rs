@@ -7,6 +7,7 @@
 
 mod audit;
 mod operations;
+mod rollouts;
 mod schemas;
 
 use nexus_model::Name;

@@ -166,7 +166,7 @@ pub(super) fn success(about: &str, content: Value, more: &[(&str, &str)]) -> Val
     out
 }
 
-fn as_json(name: &str) -> Value {
+pub(super) fn as_json(name: &str) -> Value {
     json!({"application/json": {"schema": schema(name)}})
 }
 
@@ -225,7 +225,7 @@ pub(super) fn operation(id: &str, tag: &str, summary: &str, parameters: Vec<Valu
     json!({"operationId": id, "tags": [tag], "summary": summary, "parameters": parameters, "responses": responses})
 }
 
-fn place(d: &KindDescriptor, in_project: bool) -> Vec<Value> {
+pub(super) fn place(d: &KindDescriptor, in_project: bool) -> Vec<Value> {
     match d.scope {
         Scope::Global => Vec::new(),
         Scope::Project if in_project => vec![region_parameter(d), parameter("Project")],
@@ -238,7 +238,7 @@ fn region_parameter(d: &KindDescriptor) -> Value {
     parameter(if d.home == Home::Region { "Region" } else { "RegionOrGlobal" })
 }
 
-fn name_parameter(d: &KindDescriptor) -> Value {
+pub(super) fn name_parameter(d: &KindDescriptor) -> Value {
     parameter(if d.kind == "Region" { "RegionName" } else { "Name" })
 }
 
@@ -273,7 +273,7 @@ fn body(content: &[(&str, &str)], example: &Value) -> Value {
     json!({"required": true, "content": content})
 }
 
-const CHANGED: &[(&str, &str)] = &[
+pub(super) const CHANGED: &[(&str, &str)] = &[
     ("ETag", "ETag"),
     ("Idempotency-Replayed", "Replayed"),
     ("Preference-Applied", "PreferenceApplied"),
@@ -633,6 +633,9 @@ pub(super) fn paths() -> Map<String, Value> {
         }
         if d.plural == "instances" {
             instance_paths(&mut paths, d);
+        }
+        if d.plural == "apps" {
+            super::rollouts::paths(&mut paths, d);
         }
         if d.plural == "secrets" {
             paths.insert(format!("{}/{{name}}:reveal", collection_template(d, true)), reveal_path(d));

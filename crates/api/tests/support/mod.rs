@@ -364,6 +364,7 @@ impl Writer for FakeWriter {
                 value["spec"] = (kind.parse_spec)(&value["spec"]).map_err(ApiError::invalid)?;
                 serde_json::from_value(value).unwrap()
             }
+            Change::Rollout { .. } => old.clone().ok_or_else(missing)?,
             Change::Audit { .. } => return Err(ApiError::new(Code::NotFound, "nothing to forget")),
             Change::Delete => {
                 let mut object = old.clone().ok_or_else(missing)?;

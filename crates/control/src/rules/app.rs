@@ -1,20 +1,19 @@
 //! Keeps an app at its replicas: makes instances of the newest template, retires old ones as new ones become ready,
 //! and says in its status how far it is.
 
-use std::collections::BTreeMap;
-
 use nexus_model::kind::*;
 use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::{AnyObject, Digest, Name, Object, Uid};
 
 use crate::rules::buried::Teardown;
+use crate::rules::rollout::{self, Member, Side};
 use crate::rules::usage::{charge, recharge};
-use crate::rules::{fleet, instance, secret};
+use crate::rules::{fleet, history, instance, secret};
 use crate::step::{Dirty, Step};
-use crate::world::{Part, Place, app_uid};
+use crate::world::{Part, Place, World, app_uid};
 
 /// Instances made or buried in one step, so that a step fits in a transaction.
-const PER_STEP: usize = 12;
+const PER_STEP: usize = 10;
 
 /// Ends an app: its name and quota are free at once, its instances are buried with it.
 pub fn bury(step: &mut Step<'_>, app: &Object<App>) -> AnyObject {
@@ -35,11 +34,12 @@ pub fn tear_down(step: &mut Step<'_>, app: Uid) -> Teardown {
     for i in &living {
         instance::bury(step, i, "its app was deleted");
     }
+    let forgot = history::forget(step, app);
     let elsewhere = || {
         let buried = step.world.apps.buried.get(&app);
         buried.is_some_and(|b| !fleet::confirmed(step.world, b, |region| region.apps.iter().any(|a| a.uid == app)))
     };
-    if !living.is_empty() {
+    if !living.is_empty() || forgot {
         Teardown::Progressed
     } else if elsewhere() || step.world.instances.buried.values().any(|i| app_uid(i) == app) {
         Teardown::Waiting
@@ -50,7 +50,7 @@ pub fn tear_down(step: &mut Step<'_>, app: Uid) -> Teardown {
 
 /// Identifies what instances of an app are made from: its template, with the versions that variables come from, and the
 /// content of its image.
-fn template_hash(template: &Template, image: Digest) -> String {
+pub fn template_hash(template: &Template, image: Digest) -> String {
     let what = serde_json::to_vec(&(template, image)).expect("templates are plain data");
     Digest::of(&what).hex()[..16].to_owned()
 }
@@ -65,88 +65,118 @@ pub fn hostnames(app: &Object<App>, domain: &str) -> Vec<String> {
     if *project == "default" { vec![format!("{name}.{domain}"), full] } else { vec![full] }
 }
 
-pub fn reconcile(step: &mut Step<'_>, place: &Place) {
-    let Some(app) = step.world.apps.live.get(place).cloned() else { return };
-    let image = step.world.fleet().images.get(app.metadata.project.as_ref(), &app.spec.image);
-    let image = image.map(|i| i.spec.digest);
-    let made = image.ok_or_else(|| no_image(&app.spec.image)).and_then(|digest| {
-        let template = secret::resolve(step.world, &app)?;
-        Ok((template_hash(&template, digest), template, digest))
-    });
-    let hash = made.as_ref().ok().map(|(hash, ..)| hash.clone());
-    let instances = step.world.instances_of(app.metadata.uid);
+/// What the newest instances of an app are made from.
+pub struct Made {
+    pub hash: String,
+    /// With the versions that variables come from.
+    pub template: Template,
+    pub digest: Digest,
+}
+
+/// What an app's words come to now: its template, and the content that its image stands for unless one is pinned.
+pub fn made_of(world: &World, app: &Object<App>) -> Result<Made, Missing> {
+    let image = world.fleet().images.get(app.metadata.project.as_ref(), &app.spec.image);
+    let digest = app.spec.image_digest.or(image.map(|i| i.spec.digest)).ok_or_else(|| no_image(&app.spec.image))?;
+    let template = secret::resolve(world, app)?;
+    Ok(Made { hash: template_hash(&template, digest), template, digest })
+}
+
+/// The instances of an app in the light of its rollout.
+fn members(step: &Step<'_>, app: Uid, side: impl Fn(&str) -> Side) -> Vec<Member> {
     let drained = |i: &Object<Instance>| {
         let host = i.status.host.as_ref().and_then(|name| step.world.host(name));
         host.is_some_and(|host| host.spec.draining)
     };
-    // What is on a host that is being emptied is replaced as what is of an old template.
-    let (new, old): (Vec<_>, Vec<_>) =
-        instances.partition(|i| hash.as_ref().is_none_or(|h| *h == i.spec.template_hash && !drained(i)));
-    let wanted = app.spec.wanted_replicas(&app.status) as usize;
-    let doomed = doomed(&new, &old, hash.as_deref(), wanted);
-    let (new, old) = (new.len(), old.len());
-    let mut more = false;
-    if let Ok((hash, template, digest)) = &made {
-        let surge = (wanted / 4).max(1);
-        let room = (wanted + surge).saturating_sub(new + old);
-        let missing = wanted.saturating_sub(new);
-        // With nothing to replace there is no surge to keep to.
-        let make = if old == 0 { missing } else { missing.min(room) };
-        for _ in 0..make.min(PER_STEP) {
-            make_instance(step, &app, template, *digest, hash);
-        }
-        more |= make > PER_STEP;
+    let member = |i: &Object<Instance>| Member {
+        uid: i.metadata.uid,
+        side: side(&i.spec.template_hash),
+        ready: i.status.ready,
+        placed: i.status.host.is_some(),
+        drained: drained(i),
+        zone: i.status.zone.clone(),
+        created: i.metadata.created,
+    };
+    step.world.instances_of(app).map(member).collect()
+}
+
+/// Why the newest template answers too badly for its rollout to go on, if it does.
+pub fn errors(world: &World, app: &Object<App>, rollout: &RolloutStatus) -> Option<String> {
+    app.spec.rollout.max_error_percent?;
+    if rollout.failed || !rollout.phase.is_open() {
+        return None;
     }
-    more |= doomed.len() > PER_STEP;
-    for (uid, why) in doomed.into_iter().take(PER_STEP) {
+    let (mut newer, mut older) = (rollout::Answers::default(), rollout::Answers::default());
+    for i in world.instances_of(app.metadata.uid) {
+        let load = world.traffic.of(i.metadata.uid, crate::traffic::KEPT);
+        let is_newer = i.spec.template_hash == rollout.template_hash;
+        let side = if is_newer { &mut newer } else { &mut older };
+        side.requests += load.requests;
+        side.errors += load.errors;
+    }
+    rollout::judge(&app.spec.rollout, newer, older)
+}
+
+pub fn reconcile(step: &mut Step<'_>, place: &Place) {
+    let Some(app) = step.world.apps.live.get(place).cloned() else { return };
+    let (uid, wanted) = (app.metadata.uid, app.spec.wanted_replicas(&app.status) as usize);
+    let made = made_of(step.world, &app);
+    let before = app.status.rollout.clone().unwrap_or_default();
+    let mut told = Vec::new();
+    let mut status = before.clone();
+    if let Ok(made) = &made {
+        let revision = history::note(step, &app, &made.hash, &made.template.secrets, made.digest);
+        let target = if before.template_hash == made.hash { rollout::target_hash(&before) } else { &made.hash };
+        let seen = members(step, uid, |hash| if hash == target { Side::Target } else { Side::Other });
+        let fresh = || seen.iter().filter(|m| m.side == Side::Target && !m.drained);
+        let seen = rollout::Seen {
+            wanted,
+            hash: made.hash.clone(),
+            revision,
+            target: fresh().count(),
+            target_ready: fresh().filter(|m| m.ready).count(),
+            all: seen.len(),
+            errors: errors(step.world, &app, &before),
+        };
+        (status, told) = rollout::advance(&app.spec.rollout, &before, &seen, step.now);
+        history::prune(step, &app, &[&status.template_hash, &status.stable_hash]);
+    }
+    let now = match &made {
+        Ok(_) => members(step, uid, |hash| rollout::side(&status, hash)),
+        // Nothing can be made, so nothing is replaced.
+        Err(_) => members(step, uid, |_| Side::Target),
+    };
+    let moves = rollout::moves(&now, rollout::goals(&app.spec.rollout, &status, wanted));
+    let mut more = status != before || moves.stop.len() > PER_STEP;
+    let mut left = PER_STEP;
+    if let Ok(made) = &made {
+        let sides =
+            [(moves.make_stable, status.stable_hash.as_str()), (moves.make_target, rollout::target_hash(&status))];
+        for (count, hash) in sides {
+            let make = count.min(left);
+            more |= make < count;
+            left -= make;
+            if make > 0 && hash == made.hash {
+                (0..make).for_each(|_| make_instance(step, &app, &made.template, made.digest, hash));
+            } else if make > 0
+                && let Some(kept) = history::by_hash(step.world, uid, hash).map(|r| r.spec.clone())
+            {
+                let template = history::template(&kept);
+                (0..make).for_each(|_| make_instance(step, &app, &template, kept.image_digest, hash));
+            }
+        }
+    }
+    for (uid, why) in moves.stop.into_iter().take(PER_STEP) {
         if let Some(i) = step.world.instance(uid).cloned() {
             instance::bury(step, &i, why);
         }
     }
-    update_status(step, &app, made.as_ref().map(|(hash, ..)| hash.as_str()));
+    for (severity, reason, message) in told {
+        step.event(app.metadata.project.as_ref(), app.owner_ref(), severity, reason, message);
+    }
+    update_status(step, &app, status, made.as_ref().map(|made| made.hash.as_str()));
     if more {
         step.mark(Dirty::App(place.clone()));
     }
-}
-
-/// What is too much, and why: old instances that serve nothing or are no longer needed, then the excess of new ones.
-fn doomed(
-    new: &[&Object<Instance>],
-    old: &[&Object<Instance>],
-    hash: Option<&str>,
-    wanted: usize,
-) -> Vec<(Uid, &'static str)> {
-    let why = |i: &Object<Instance>| {
-        if Some(i.spec.template_hash.as_str()) == hash { "its host is drained" } else { "replaced by a newer template" }
-    };
-    let ready = new.iter().chain(old).filter(|i| i.status.ready).count();
-    // As many replicas as are wanted stay ready while old instances are replaced.
-    let mut spare_ready = ready.saturating_sub(wanted);
-    let mut doomed = Vec::new();
-    for i in old {
-        if !i.status.ready {
-            doomed.push((i.metadata.uid, why(i)));
-        } else if spare_ready > 0 {
-            spare_ready -= 1;
-            doomed.push((i.metadata.uid, why(i)));
-        }
-    }
-    let excess = new.len().saturating_sub(wanted);
-    if excess > 0 {
-        let mut in_zone: BTreeMap<&Name, usize> = BTreeMap::new();
-        for zone in new.iter().filter_map(|i| i.status.zone.as_ref()) {
-            *in_zone.entry(zone).or_default() += 1;
-        }
-        let in_zone = |i: &Object<Instance>| i.status.zone.as_ref().map_or(0, |zone| in_zone[zone]);
-        let mut order: Vec<&Object<Instance>> = new.to_vec();
-        // What serves least goes first: unplaced, unready, then from the fullest zone, the youngest first.
-        order.sort_by_key(|i| {
-            let age = std::cmp::Reverse(i.metadata.created);
-            (i.status.host.is_some(), i.status.ready, std::cmp::Reverse(in_zone(i)), age, i.metadata.uid)
-        });
-        doomed.extend(order.into_iter().take(excess).map(|i| (i.metadata.uid, "scaled in")));
-    }
-    doomed
 }
 
 fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, digest: Digest, hash: &str) {
@@ -176,7 +206,7 @@ fn no_image(name: &Name) -> Missing {
     ("ImageNotFound", format!("there is no image {name}: import it with `nexus image import PATH --name {name}`"))
 }
 
-fn update_status(step: &mut Step<'_>, app: &Object<App>, made: Result<&str, &Missing>) {
+fn update_status(step: &mut Step<'_>, app: &Object<App>, rollout: RolloutStatus, made: Result<&str, &Missing>) {
     let hash = made.ok();
     let Some(app) = step.world.apps.get(app.metadata.project.as_ref(), &app.metadata.name).cloned() else { return };
     let instances: Vec<_> = step.world.instances_of(app.metadata.uid).collect();
@@ -199,6 +229,7 @@ fn update_status(step: &mut Step<'_>, app: &Object<App>, made: Result<&str, &Mis
     s.phase = match (s.desired_replicas, s.ready_replicas) {
         (0, _) if s.replicas == 0 => AppPhase::Stopped,
         _ if settled => AppPhase::Ready,
+        (wanted, ready) if rollout.failed && ready >= wanted => AppPhase::RolledBack,
         (_, 0) => AppPhase::Pending,
         _ => AppPhase::Progressing,
     };
@@ -211,6 +242,10 @@ fn update_status(step: &mut Step<'_>, app: &Object<App>, made: Result<&str, &Mis
             "AllReady",
             format!("{} of {} replicas are ready", s.ready_replicas, s.desired_replicas),
         )
+    } else if rollout.failed {
+        (ConditionStatus::False, "RolledBack", rollout.message.clone())
+    } else if matches!(rollout.phase, RolloutPhase::Waiting | RolloutPhase::Paused | RolloutPhase::Switched) {
+        (ConditionStatus::False, "RolloutWaits", rollout.message.clone())
     } else {
         let why = match stuck {
             Some(i) => format!(": {}: {}", i.metadata.name, i.status.message),
@@ -219,18 +254,21 @@ fn update_status(step: &mut Step<'_>, app: &Object<App>, made: Result<&str, &Mis
         let message = format!("{updated_ready} of {} replicas are ready{why}", s.desired_replicas);
         (ConditionStatus::False, "NotAllReady", message)
     };
+    s.rollout = Some(rollout).filter(|r| *r != RolloutStatus::default());
     set_condition(&mut s.conditions, "Ready", status, reason, &message, step.now);
     if new.status == app.status {
         return;
     }
     let became = new.status.phase;
-    if became != app.status.phase {
+    // Of a failure the rollout itself tells.
+    if became != app.status.phase && became != AppPhase::RolledBack {
         let severity = if hash.is_none() { Severity::Warning } else { Severity::Normal };
         let reason = match became {
             AppPhase::Pending => "Pending",
             AppPhase::Ready => "Ready",
             AppPhase::Progressing => "Progressing",
             AppPhase::Stopped => "Stopped",
+            AppPhase::RolledBack => "RolledBack",
         };
         step.event(app.metadata.project.as_ref(), app.owner_ref(), severity, reason, message);
     }

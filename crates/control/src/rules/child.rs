@@ -116,13 +116,18 @@ fn follow(child: &mut Object<App>, global: &Object<App>, spec: AppSpec) {
     to.labels = from.labels.clone();
     to.annotations = from.annotations.clone();
     to.request_id = from.request_id.clone();
+    // Its own rollout heeds what was ordered for all regions.
+    let orders = |app: &Object<App>| app.status.rollout.as_ref().map(|r| r.orders).unwrap_or_default();
+    if orders(child) != orders(global) {
+        child.status.rollout.get_or_insert_default().orders = orders(global);
+    }
 }
 
 fn change(step: &mut Step<'_>, global: &Object<App>, child: &Object<App>, replicas: u32) -> Result<(), ApiError> {
     let mut new = child.clone();
     let spec = spec_of(step.world.fleet(), step.region(), global, replicas);
     follow(&mut new, global, spec);
-    if new.spec == child.spec && new.metadata == child.metadata {
+    if new.spec == child.spec && new.metadata == child.metadata && new.status == child.status {
         return Ok(());
     }
     let project = child.metadata.project.clone().expect("apps have a project");

@@ -12,8 +12,9 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::{ChildSummary, RegionSummary};
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::app::hostnames;
+use crate::rules::app::{hostnames, template_hash};
 use crate::rules::child::shares;
+use crate::rules::history;
 use crate::rules::usage::{amounts, quota_use};
 use crate::step::{Dirty, Step};
 use crate::world::{Heard, Part, Place, Stored, World, key_of};
@@ -188,6 +189,7 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
             replicas: 0,
             ready_replicas: 0,
             updated_replicas: 0,
+            rollout: None,
             message: String::new(),
         };
         let told = part_of(step.world, &region, app.metadata.uid);
@@ -199,6 +201,7 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
             part.replicas = told.replicas;
             part.ready_replicas = told.ready_replicas;
             part.updated_replicas = told.updated_replicas;
+            part.rollout = told.rollout.filter(|_| told.generation == app.metadata.generation);
             part.message.clone_from(&told.message);
         }
         let current = told.is_some_and(|t| {
@@ -217,6 +220,19 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
         behind += usize::from(!current);
         regions.push(part);
     }
+    let content =
+        app.spec.image_digest.or_else(|| Some(step.world.images.get(place.0.as_ref(), &app.spec.image)?.spec.digest));
+    if let Some(digest) = content {
+        // Versions of secrets are each region's own affair.
+        let hash = template_hash(&app.spec.template(), digest);
+        let revision = history::note(step, &app, &hash, &app.spec.secrets, digest);
+        history::prune(step, &app, &[&hash]);
+        let rollout = s.rollout.get_or_insert_default();
+        (rollout.revision, rollout.template_hash) = (revision, hash);
+        // The regions follow them from here.
+        rollout.heeded = rollout.orders;
+    }
+    let failed = |r: &AppRegion| matches!(r.rollout, Some(RolloutPhase::RolledBack | RolloutPhase::RollingBack));
     let sum = |f: fn(&AppRegion) -> u32| regions.iter().map(f).fold(0u32, u32::saturating_add);
     s.observed_generation = app.metadata.generation;
     s.desired_replicas = sum(|r| r.desired_replicas);
@@ -228,6 +244,7 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
     s.phase = match (s.desired_replicas, s.ready_replicas) {
         (0, _) if s.replicas == 0 && settled => AppPhase::Stopped,
         _ if settled => AppPhase::Ready,
+        _ if !regions.is_empty() && regions.iter().all(failed) => AppPhase::RolledBack,
         (_, 0) => AppPhase::Pending,
         _ => AppPhase::Progressing,
     };
@@ -263,6 +280,7 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
             AppPhase::Ready => "Ready",
             AppPhase::Progressing => "Progressing",
             AppPhase::Stopped => "Stopped",
+            AppPhase::RolledBack => "RolledBack",
         };
         step.event(app.metadata.project.as_ref(), app.owner_ref(), severity, reason, message);
     }

@@ -159,7 +159,14 @@ pub async fn cutter(answer: &'static [u8]) -> (SocketAddr, Arc<AtomicUsize>, Joi
 }
 
 pub fn backend(id: u8, address: SocketAddr) -> Backend {
-    Backend { uid: Uid::from_random([id; 16]), address, zone: "zone-a".parse().unwrap(), epoch: 1, ready: true }
+    Backend {
+        uid: Uid::from_random([id; 16]),
+        address,
+        zone: "zone-a".parse().unwrap(),
+        epoch: 1,
+        ready: true,
+        newer: false,
+    }
 }
 
 pub fn service(app: &str, backends: Vec<Backend>) -> Service {
@@ -173,6 +180,7 @@ pub fn service(app: &str, backends: Vec<Backend>) -> Service {
         global: false,
         regions: Vec::new(),
         wakes: false,
+        split: None,
     }
 }
 

@@ -5,5 +5,6 @@ mod exchanges;
 mod faults;
 mod proxying;
 mod regions;
+mod splits;
 mod tables;
 mod traffic;

@@ -4,9 +4,12 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Autoscale, Classes, Column, Home, Kind, Scope, SecretRef, Verbs, autoscale, secret};
+use super::{
+    Autoscale, Classes, Column, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope, SecretRef, Verbs, autoscale,
+    rollout, secret,
+};
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
-use crate::{Bytes, Condition, FieldError, MilliCpu, Name, Timestamp};
+use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
 
 #[derive(Debug, Clone)]
 pub struct App;
@@ -218,11 +221,22 @@ macro_rules! declare_template {
                 "additionalProperties" = {"type": "string", "pattern": LABEL_VALUE_PATTERN},
             ))]
             pub instance_labels: IndexMap<String, String>,
+            /// How instances of an older template are replaced.
+            pub rollout: Rollout,
+            /// The content of the image that is run, whatever the image's name stands for now: that of a revision that is
+            /// kept. An undo writes it.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub image_digest: Option<Digest>,
         }
 
         impl AppSpec {
             pub fn template(&self) -> Template {
                 Template { $($field: self.$field.clone(),)* }
+            }
+
+            /// The same app with another template.
+            pub fn with_template(self, template: Template) -> Self {
+                Self { $($field: template.$field,)* ..self }
             }
         }
 
@@ -236,6 +250,8 @@ macro_rules! declare_template {
                     spread: Spread::default(),
                     expose: true,
                     instance_labels: IndexMap::new(),
+                    rollout: Rollout::default(),
+                    image_digest: None,
                 }
             }
         }
@@ -315,6 +331,8 @@ pub enum AppPhase {
     Progressing,
     /// Scaled to nothing on purpose.
     Stopped,
+    /// The newest template has failed, and the one before it serves again.
+    RolledBack,
 }
 
 /// What one region runs of a global app, as it last reported it.
@@ -331,6 +349,9 @@ pub struct AppRegion {
     pub ready_replicas: u32,
     #[serde(default)]
     pub updated_replicas: u32,
+    /// How far its rollout is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutPhase>,
     /// Why it does not run its share, in a sentence.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
@@ -376,6 +397,9 @@ pub struct AppStatus {
     pub updated_replicas: u32,
     /// The host names under which gateways answer.
     pub hostnames: Vec<String>,
+    /// How far the newest template is; of a global app, what was ordered in all its regions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutStatus>,
     /// Of a global app: how each region does.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub regions: Vec<AppRegion>,
@@ -399,6 +423,7 @@ impl Kind for App {
         Column::new("WANTED", "/status/desiredReplicas"),
         Column::new("RUNTIME", "/spec/runtime"),
         Column::new("IMAGE", "/spec/image"),
+        Column::new("ROLLOUT", "/status/rollout/phase").wide(),
         Column::new("HOSTNAME", "/status/hostnames/0").wide(),
     ];
     type Spec = AppSpec;
@@ -421,6 +446,7 @@ impl Kind for App {
             }
         }
         errors.extend(super::validate_labels("spec.instanceLabels", &spec.instance_labels));
+        errors.extend(rollout::validate_rollout(&spec.rollout));
         errors
     }
 

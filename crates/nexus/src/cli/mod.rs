@@ -36,6 +36,7 @@ pub mod recover;
 mod region;
 pub mod report;
 mod resource;
+mod rollout;
 mod secret;
 pub mod server;
 mod settle;
@@ -121,6 +122,7 @@ pub enum UserCommand {
     Deploy(deploy::DeployArgs),
     Scale(deploy::ScaleArgs),
     Autoscale(autoscale::AutoscaleArgs),
+    Rollout(rollout::RolloutArgs),
     Get(get::GetArgs),
     Describe(describe::DescribeArgs),
     Apply(apply::ApplyArgs),
@@ -186,6 +188,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::Deploy(args) => deploy::deploy(&args).await?,
         UserCommand::Scale(args) => deploy::scale(&args).await?,
         UserCommand::Autoscale(args) => autoscale::run(&args).await?,
+        UserCommand::Rollout(args) => rollout::run(&args).await?,
         UserCommand::Get(args) => get::run(&args).await?,
         UserCommand::Describe(args) => describe::run(&args).await?,
         UserCommand::Apply(args) => apply::run(&args).await?,

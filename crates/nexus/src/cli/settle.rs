@@ -27,6 +27,30 @@ pub fn is_settled(object: &Value) -> bool {
     good && status["observedGeneration"].as_u64().is_none_or(|seen| seen >= generation)
 }
 
+/// Whether the last orders about an app's rollout have been followed.
+fn is_heeded(object: &Value) -> bool {
+    let rollout = &object["status"]["rollout"];
+    rollout["orders"] == rollout["heeded"]
+}
+
+/// Whether what is said of an app's rollout takes its newest spec and the last orders in.
+fn is_current(object: &Value) -> bool {
+    object["status"]["observedGeneration"].as_u64() >= object["metadata"]["generation"].as_u64() && is_heeded(object)
+}
+
+/// Whether an app's rollout stands where only its users bring it on, or only the old instances are still to go: nothing
+/// to wait for.
+pub fn rests(object: &Value) -> bool {
+    is_current(object) && matches!(text(object, "/status/rollout/phase"), "Waiting" | "Paused" | "Switched")
+}
+
+/// Why an app's newest template will not come, if its rollout has ended in a failure.
+pub fn failure(object: &Value) -> Option<String> {
+    let rollout = text(object, "/status/rollout/phase");
+    let ended = matches!(rollout, "RolledBack" | "Stalled") || text(object, "/status/phase") == "RolledBack";
+    (ended && is_current(object)).then(|| plain(text(object, "/status/rollout/message")))
+}
+
 /// How far it is, in a few words.
 pub fn state(object: &Value) -> String {
     let status = &object["status"];
@@ -137,7 +161,14 @@ pub async fn wait(
     let waiting = async {
         let mut object = made.clone();
         loop {
-            if is_settled(&object) {
+            if let Some(why) = failure(&object) {
+                let advice = format!("`nexus rollout status {}` shows more", text(made, "/metadata/name"));
+                return Err(Fail::new(Exit::Failed, format!("{title} was not updated: {why}\n  {advice}")).into());
+            }
+            if rests(&object) {
+                return anyhow::Ok(object);
+            }
+            if is_settled(&object) && is_heeded(&object) {
                 match digest {
                     None => return anyhow::Ok(object),
                     // Not to be asked is not to know.
@@ -198,6 +229,22 @@ mod tests {
         assert!(is_settled(&app("Ready", 2)) && is_settled(&app("Stopped", 2)));
         assert!(!is_settled(&app("Ready", 1)) && !is_settled(&app("Progressing", 2)));
         assert!(is_settled(&json!({"metadata": {"generation": 1}, "status": {}})));
+    }
+
+    #[test]
+    fn a_rollout_that_waits_for_its_users_or_has_failed_is_not_waited_for() {
+        let app = |phase: &str, observed: u64| {
+            json!({"metadata": {"generation": 2}, "status": {"phase": "Progressing", "observedGeneration": observed,
+                "rollout": {"phase": phase, "message": "revision 2 has failed"}}})
+        };
+        assert!(rests(&app("Waiting", 2)) && rests(&app("Switched", 2)) && !rests(&app("Waiting", 1)));
+        assert!(!rests(&app("Progressing", 2)) && failure(&app("Progressing", 2)).is_none());
+        assert_eq!(failure(&app("RolledBack", 2)).unwrap(), "revision 2 has failed");
+        assert!(failure(&app("RolledBack", 1)).is_none());
+        let mut ordered = app("Waiting", 2);
+        ordered["status"]["rollout"]["orders"] = json!({"resumed": 1});
+        ordered["status"]["rollout"]["heeded"] = json!({"resumed": 0});
+        assert!(!rests(&ordered), "it is about to go on");
     }
 
     #[test]

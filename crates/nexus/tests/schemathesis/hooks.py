@@ -158,6 +158,22 @@ def instance(of_app):
     raise AssertionError(f"no instance of {of_app}")
 
 
+def rolling():
+    """An app that has an older template to go back to, and whose rollout waits to be promoted."""
+    name = "st-rolling"
+    for _ in range(2):
+        spec = {"image": FIXTURE, "runtime": "function", "replicas": 0, "env": {"N": str(next(numbers))}}
+        made(f"{PROJECT}/apps/{name}", {"spec": {**spec, "rollout": {"strategy": "canary"}}})
+        for _ in range(100):
+            status = call("GET", f"{PROJECT}/apps/{name}").json()["status"].get("rollout", {})
+            if status.get("phase") == "Waiting":
+                return name
+            if status.get("phase") == "Complete":
+                break
+            time.sleep(0.1)
+    raise AssertionError(f"no rollout waits: {status}")
+
+
 def real_name(case, kind):
     # Only a request that is valid whole can delete.
     deletes = case.method == "DELETE" and case.meta.generation.mode.is_positive
@@ -169,6 +185,10 @@ def real_name(case, kind):
         return "local"
     if kind == "sessions":
         return sign_in() if deletes else pick(f"{ORGANIZATION}/sessions?limit=1")
+    if kind == "app-revisions":
+        return pick(f"{PROJECT}/app-revisions?limit=1")
+    if case.path.endswith((":undo", ":promote")):
+        return rolling()
     if kind == "usages":
         # Named as its project.
         return "default"
@@ -273,6 +293,8 @@ def repair_app(spec):
             spec["autoscale"]["strategy"] = "target"
         if isinstance(spec["autoscale"].get("target"), dict):
             spec["autoscale"]["target"].pop("cpuPercent", None)
+    # Only that of a revision that is kept.
+    spec.pop("imageDigest", None)
     if spec.get("image") == "busybox":
         # The only image there is: all other apps wait for theirs.
         spec["replicas"] = 0
@@ -287,6 +309,9 @@ def repair_body(case):
         body.pop("region", None)
         body.update(service=SCALED, project="default")
         return
+    if case.path.endswith(":undo") and next(numbers) % 4:
+        # Hardly ever is it the number of a revision; what comes after that check wants to be reached too.
+        body.pop("toRevision", None)
     kind = kind_of(case.path) or case.path.split("/")[-1]
     metadata = body.get("metadata")
     if isinstance(metadata, dict):

@@ -1,5 +1,6 @@
 //! `nexus deploy` and `nexus scale`: from an image to a running app in one command.
 
+mod rollout;
 mod spec;
 
 use std::path::{Path, PathBuf};
@@ -46,6 +47,8 @@ enum SpreadArg {
     nexus deploy web --secret DB_PASSWORD=db/password --secret /run/secrets/tls=tls\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
+    nexus deploy web --image web-2.tar --canary 10:60s,50 --canary-header x-canary\n  \
+    nexus deploy web --image web-3.tar --blue-green --progress-deadline 120\n  \
     nexus deploy job --image tools --command sh -c 'sleep 1000'\n\n\
     Of an app that exists, only what is named changes. A path is imported first, as `nexus image import` does, and a \
     reference pulled, as `nexus image pull` does; the image gets the app's name.")]
@@ -102,6 +105,8 @@ pub struct DeployArgs {
     /// Of an app of the region `global`: the regions that run it [default: all]
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = resource::new_name)]
     regions: Vec<Name>,
+    #[command(flatten)]
+    rollout: rollout::RolloutArgs,
     /// In place of the image's entry point; takes the rest of the line
     #[arg(long, value_name = "WORD", num_args = 1.., allow_hyphen_values = true)]
     command: Vec<String>,
@@ -154,6 +159,7 @@ impl DeployArgs {
             classes: self.classes.clone(),
             health_path: self.health_path.clone(),
             regions: self.regions.clone(),
+            rollout: self.rollout.wanted(),
         }
     }
 }

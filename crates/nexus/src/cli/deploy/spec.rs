@@ -45,6 +45,8 @@ pub struct Wanted {
     pub classes: Vec<(Name, u32)>,
     pub health_path: Option<String>,
     pub regions: Vec<Name>,
+    /// Fields of `spec.rollout`.
+    pub rollout: Map<String, Value>,
 }
 
 fn value<T: serde::Serialize>(part: &T) -> Value {
@@ -77,7 +79,11 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
     let spec = child(map, "spec");
 
     match (&wanted.image, existing) {
-        (Some(image), _) => drop(spec.insert("image".into(), value(image))),
+        (Some(image), _) => {
+            spec.insert("image".into(), value(image));
+            // What an undo has pinned is of the image before.
+            spec.shift_remove("imageDigest");
+        }
         (None, None) => drop(spec.insert("image".into(), value(name))),
         (None, Some(_)) => {}
     }
@@ -119,6 +125,11 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
     }
     if !wanted.regions.is_empty() {
         spec.insert("regions".into(), value(&wanted.regions));
+    }
+    if !wanted.rollout.is_empty() {
+        let rollout = child(spec, "rollout");
+        rollout.extend(wanted.rollout.clone());
+        rollout.retain(|_, value| !value.is_null());
     }
     if let Some(spread) = wanted.spread {
         spec.insert("spread".into(), value(&spread));
@@ -323,6 +334,10 @@ mod tests {
             classes: vec![class("gpu=2").unwrap()],
             health_path: Some("/up".into()),
             regions: vec![name("eu")],
+            rollout: json!({"strategy": "canary", "steps": [{"percent": 10}], "header": null})
+                .as_object()
+                .unwrap()
+                .clone(),
         };
         let object = app(&name("web"), None, &wanted, None);
         valid(&object);
@@ -330,6 +345,7 @@ mod tests {
         assert_eq!(spec["resources"], json!({"cpu": "250m", "memory": "128Mi", "scratch": "1Gi", "pids": 9}));
         assert_eq!(spec["health"]["readiness"]["probe"], json!({"http": {"port": 8080, "path": "/up"}}));
         assert_eq!(spec["regions"], json!(["eu"]));
+        assert_eq!(spec["rollout"], json!({"strategy": "canary", "steps": [{"percent": 10}]}));
         assert_eq!((&spec["spread"], &spec["classes"]), (&json!("host"), &json!({"gpu": 2})));
         assert_eq!(object["metadata"]["labels"], json!({"tier": "front"}));
     }
