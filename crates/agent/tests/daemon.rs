@@ -310,6 +310,8 @@ fn instance(n: u8, epoch: u64) -> InstancePlan {
         address4: Ipv4Addr::LOCALHOST,
         secrets: Default::default(),
         request_id: None,
+        once: false,
+        kept: false,
     }
 }
 

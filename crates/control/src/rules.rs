@@ -4,10 +4,12 @@
 pub mod app;
 pub mod buried;
 pub mod child;
+pub mod cron;
 pub mod federation;
 pub mod fleet;
 pub mod host;
 pub mod instance;
+pub mod job;
 pub mod people;
 pub mod secret;
 pub mod usage;
@@ -27,5 +29,7 @@ pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
         Dirty::Buried(plural, uid) => buried::reconcile(step, plural, *uid),
         Dirty::Host(name) => host::reconcile(step, name),
         Dirty::Room => instance::wake(step),
+        Dirty::Job(place) => job::reconcile(step, place),
+        Dirty::Cron(place) => cron::reconcile(step, place),
     }
 }

@@ -5,12 +5,14 @@
 //! it is decided in the policy room's table of rules.
 
 mod app;
+mod cron;
 mod event;
 mod federation;
 mod fleet;
 mod identity;
 mod image;
 mod instance;
+mod job;
 mod route;
 mod secret;
 mod tenancy;
@@ -18,12 +20,14 @@ mod tenancy;
 use std::fmt::Debug;
 
 pub use app::*;
+pub use cron::*;
 pub use event::*;
 pub use federation::*;
 pub use fleet::*;
 pub use identity::*;
 pub use image::*;
 pub use instance::*;
+pub use job::*;
 pub use route::*;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 pub use secret::*;
@@ -271,7 +275,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 22] = [
+static ALL: [KindDescriptor; 24] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -291,6 +295,8 @@ static ALL: [KindDescriptor; 22] = [
     // Before those who name them, so that a folder of manifests is applied in an order that works at once.
     KindDescriptor::of::<Secret>(),
     KindDescriptor::of::<App>(),
+    KindDescriptor::of::<Job>(),
+    KindDescriptor::of::<CronJob>(),
     KindDescriptor::of::<Instance>(),
     KindDescriptor::of::<Route>(),
     KindDescriptor::of::<Event>(),

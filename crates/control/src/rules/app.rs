@@ -50,7 +50,7 @@ pub fn tear_down(step: &mut Step<'_>, app: Uid) -> Teardown {
 
 /// Identifies what instances of an app are made from: its template, with the versions that variables come from, and the
 /// content of its image.
-fn template_hash(template: &Template, image: Digest) -> String {
+pub(super) fn template_hash(template: &Template, image: Digest) -> String {
     let what = serde_json::to_vec(&(template, image)).expect("templates are plain data");
     Digest::of(&what).hex()[..16].to_owned()
 }
@@ -164,6 +164,7 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, di
         template_hash: hash.to_owned(),
         template: template.clone(),
         image_digest: digest,
+        job: None,
     };
     step.put(Object::<Instance>::new(metadata, spec));
     instance::reconcile(step, uid);
@@ -172,7 +173,7 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, di
 /// Why no instance can be made of an app: a word for programs, and what to do.
 pub type Missing = (&'static str, String);
 
-fn no_image(name: &Name) -> Missing {
+pub(super) fn no_image(name: &Name) -> Missing {
     ("ImageNotFound", format!("there is no image {name}: import it with `nexus image import PATH --name {name}`"))
 }
 

@@ -13,8 +13,13 @@ use crate::world::Part;
 
 /// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not.
 pub fn charge(spec: &AppSpec) -> [u64; 3] {
-    let n = u64::from(spec.replicas);
-    [n, n * u64::from(spec.resources.cpu.0), n.saturating_mul(spec.resources.memory.0)]
+    charge_of(spec.replicas, &spec.resources)
+}
+
+/// What so many instances take.
+pub fn charge_of(instances: u32, each: &Resources) -> [u64; 3] {
+    let n = u64::from(instances);
+    [n, n * u64::from(each.cpu.0), n.saturating_mul(each.memory.0)]
 }
 
 /// The amounts in the order of [`charge`].

@@ -123,6 +123,8 @@ const RULES: &[Rule] = &[
     Rule::new("hosts", Holder::Fleet, &["fleet-view"], &["fleet-operate"]).level(Level::Fleet),
     Rule::new("images", Holder::Project, &["view"], &["edit"]),
     Rule::new("apps", Holder::Project, &["view"], &["edit"]),
+    Rule::new("jobs", Holder::Project, &["view"], &["edit"]),
+    Rule::new("cron-jobs", Holder::Project, &["view"], &["edit"]),
     Rule::new("instances", Holder::Project, &["view"], &["edit"])
         .verbs(&[("logs", &["view"], Level::Project), ("exec", &["operate"], Level::Project)]),
     Rule::new("routes", Holder::Project, &["view"], &["edit"]),
