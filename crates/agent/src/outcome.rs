@@ -19,6 +19,11 @@ fn file(dir: &Path) -> PathBuf {
     dir.join("outcome.json")
 }
 
+/// Whether an instance has ended for good. Blocks.
+pub(crate) fn is_there(disk: &dyn Disk, dir: &Path) -> bool {
+    disk.exists(&file(dir)).unwrap_or(false)
+}
+
 /// What was kept in an instance's folder. Blocks.
 pub(crate) fn load(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Outcome>> {
     let path = file(dir);

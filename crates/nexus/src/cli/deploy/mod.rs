@@ -17,7 +17,7 @@ use super::output::{self, Format};
 use super::{image, resource, settle};
 use crate::exit::Fail;
 use spec::Wanted;
-pub use spec::class;
+pub use spec::{class, secret, variable};
 
 /// An update that others get in the way of is tried so often.
 const TRIES: usize = 5;
@@ -154,13 +154,13 @@ impl DeployArgs {
 
 /// What `--image` means.
 #[derive(Debug, PartialEq, Eq)]
-enum ImageArg {
+pub enum ImageArg {
     File(PathBuf),
     Name(Name),
 }
 
 /// An existing path is a file to import, except a folder that is no image but has a name that an image could have.
-fn image_arg(text: &str) -> Result<ImageArg, Fail> {
+pub fn image_arg(text: &str) -> Result<ImageArg, Fail> {
     let path = Path::new(text);
     let name = text.parse::<Name>();
     if path.exists() {
