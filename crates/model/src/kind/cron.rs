@@ -66,6 +66,7 @@ pub struct CronJobSpec {
     #[schemars(range(max = MAX_HISTORY))]
     pub failed_history: u32,
     /// What each run does.
+    #[schemars(extend("properties" = {"cancelled": {"const": false}}, "required" = ["template"]))]
     pub job: JobSpec,
 }
 

@@ -37,7 +37,7 @@ pub const COMPLETIONS_VARIABLE: &str = "NEXUS_JOB_COMPLETIONS";
 #[serde(rename_all = "camelCase", default)]
 pub struct JobSpec {
     /// What each instance runs. A container; it is not started again when it ends.
-    #[schemars(extend("properties" = {"runtime": {"const": "container"}}))]
+    #[schemars(extend("properties" = {"runtime": {"const": "container"}}, "required" = ["image"]))]
     pub template: Template,
     /// So many instances have to end with exit code 0.
     #[schemars(range(min = 1, max = MAX_COMPLETIONS))]
