@@ -93,6 +93,7 @@ impl AgentHandle {
             InstancePhase::Running,
             InstancePhase::BackOff,
             InstancePhase::Stopping,
+            InstancePhase::Exited,
         ] {
             let count = facts.instances.values().filter(|i| i.phase == phase).count();
             let _ = writeln!(out, "nexus_agent_instances{{phase=\"{phase:?}\"}} {count}");

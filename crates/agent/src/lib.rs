@@ -18,6 +18,7 @@ mod identity;
 pub mod images;
 pub mod keeper;
 mod observer;
+mod outcome;
 mod plans;
 mod plug;
 mod report;

@@ -48,6 +48,8 @@ fn plan(refs: serde_json::Value, newest: &[(&str, u64)]) -> Arc<InstancePlan> {
         address4: std::net::Ipv4Addr::LOCALHOST,
         secrets: newest.iter().map(|(name, version)| (name.parse().unwrap(), *version)).collect(),
         request_id: None,
+        once: false,
+        kept: false,
     })
 }
 

@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 
 use crate::config::AgentConfig;
+use crate::outcome;
 use crate::worker::Shared;
 
 /// How often a followed log is looked at.
@@ -86,8 +87,10 @@ async fn logs(
         }
     }
     loop {
+        // Asked before the log is read to its end, so that nothing is missed of what was written last.
+        let over = outcome::is_there(&*disk, &dir);
         let Some(file) = live.clone() else {
-            if !request.follow {
+            if !request.follow || over {
                 break;
             }
             pause(&mut frames).await?;
@@ -122,7 +125,7 @@ async fn logs(
         for (channel, text) in held.take().into_iter().flatten() {
             sink.send(channel, text).await.map_err(gone)?;
         }
-        if !request.follow {
+        if !request.follow || over {
             break;
         }
         pause(&mut frames).await?;

@@ -16,6 +16,8 @@ pub const WELL_AFTER: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
     Running { epoch: u64 },
+    /// It has run to its end, and is not to run again: only its output stays.
+    Kept,
     Gone,
 }
 
@@ -40,6 +42,8 @@ pub struct Memory {
     pub ill: bool,
     /// All that it had here has been cleared away.
     pub cleared: bool,
+    /// Of what is kept: all but its output has been cleared away.
+    pub settled: bool,
     /// How long it may take to stop.
     pub grace: Duration,
 }
@@ -56,6 +60,10 @@ pub enum Step {
     Wait(Duration),
     /// Its process has ended, or must: remove it from the runtime, to start it again.
     Reset,
+    /// Remove all of it but its output.
+    Settle,
+    /// It is settled: nothing is to be done until something changes.
+    Rest,
     /// Remove everything of it.
     Clear,
     /// Nothing is left to do, for good.
@@ -68,6 +76,9 @@ pub fn next_step(want: Want, seen: Seen, memory: &Memory, now: Duration) -> Step
         (Want::Gone, Seen::Nothing) if memory.cleared => Step::Done,
         (Want::Gone, Seen::Nothing | Seen::Exited { .. }) => Step::Clear,
         (Want::Gone, Seen::Running { .. }) => stop(memory, now, Step::Clear),
+        (Want::Kept, Seen::Nothing) if memory.settled => Step::Rest,
+        (Want::Kept, Seen::Nothing | Seen::Exited { .. }) => Step::Settle,
+        (Want::Kept, Seen::Running { .. }) => stop(memory, now, Step::Settle),
         // A lower number than what runs is an old plan's: the epoch never goes back.
         (Want::Running { epoch }, Seen::Running { epoch: running }) if running >= epoch && !memory.ill => Step::Watch,
         (Want::Running { .. }, Seen::Running { .. }) => stop(memory, now, Step::Reset),
@@ -131,6 +142,18 @@ mod tests {
         assert_eq!(next_step(Want::Running { epoch: 2 }, running, &m, 15 * S), Step::Reset);
         m.cleared = true;
         assert_eq!(next_step(Want::Gone, Seen::Nothing, &m, 15 * S), Step::Done);
+    }
+
+    #[test]
+    fn what_has_ended_for_good_keeps_its_output_and_never_starts_again() {
+        let mut m = memory();
+        for seen in [Seen::Nothing, Seen::Exited { epoch: 1 }] {
+            assert_eq!(next_step(Want::Kept, seen, &m, S), Step::Settle);
+        }
+        assert_eq!(next_step(Want::Kept, Seen::Running { epoch: 1 }, &m, S), Step::Ask);
+        m.settled = true;
+        assert_eq!(next_step(Want::Kept, Seen::Nothing, &m, S), Step::Rest);
+        assert_eq!(next_step(Want::Gone, Seen::Nothing, &m, S), Step::Clear);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::config::Engines;
 use crate::health;
 use crate::identity::{Identities, Identity};
 use crate::observer::{Observer, View};
+use crate::outcome::{self, Outcome};
 use crate::secrets::{Follower, Secrets};
 use crate::step::{Memory, Seen, Step, WELL_AFTER, Want, backoff, next_step};
 
@@ -33,6 +34,8 @@ const LAME: Duration = Duration::from_millis(500);
 /// A new instance is probed this soon, then less and less often until it is ready.
 const FIRST_PROBE: Duration = Duration::from_millis(20);
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// An instance of a job that can't be started so often in a row has failed.
+const START_TRIES: u32 = 5;
 
 /// What all workers share.
 pub(crate) struct Shared {
@@ -75,6 +78,10 @@ pub(crate) struct Worker {
     identity: Option<Identity>,
     /// Keeps the files of its secrets new while it runs.
     follower: Option<Follower>,
+    /// Of a job's: how it ended, if it did.
+    outcome: Option<Outcome>,
+    /// Whether the disk was asked for the outcome.
+    remembered: bool,
 }
 
 impl Worker {
@@ -91,13 +98,18 @@ impl Worker {
             exit_code: None,
             message: String::new(),
         };
-        Self { shared, uid, orders, views, memory: Memory::default(), report, identity: None, follower: None }
+        let (memory, identity, follower, outcome) = Default::default();
+        Self { shared, uid, orders, views, memory, report, identity, follower, outcome, remembered: false }
     }
 
     /// Works until the instance is gone and nothing of it is left.
     pub async fn run(mut self) -> Uid {
         loop {
             let order = self.orders.borrow_and_update().clone();
+            let once = order.plan.as_ref().is_some_and(|p| p.once);
+            if once && !self.remembered && !self.remember().await {
+                continue;
+            }
             let (kind, state) = self.look();
             let seen = match &state {
                 None => Seen::Nothing,
@@ -105,11 +117,16 @@ impl Worker {
                 Some((epoch, State::Exited { .. })) => Seen::Exited { epoch: *epoch },
             };
             let want = match &order.plan {
-                Some(plan) if order.wanted && plan.desired == Desired::Running => Want::Running { epoch: plan.epoch },
+                Some(plan) if order.wanted && plan.kept => Want::Kept,
+                Some(plan) if order.wanted && plan.desired == Desired::Running => match self.outcome {
+                    Some(_) => Want::Kept,
+                    None => Want::Running { epoch: plan.epoch },
+                },
                 _ => Want::Gone,
             };
             self.report.epoch = match (seen, want) {
                 (Seen::Running { epoch } | Seen::Exited { epoch }, _) | (_, Want::Running { epoch }) => epoch,
+                (_, Want::Kept) => order.plan.as_ref().map_or(self.report.epoch, |p| p.epoch),
                 _ => self.report.epoch,
             };
             self.memory.grace = order
@@ -139,7 +156,10 @@ impl Worker {
                 }
                 Step::Ask => self.ask(kind).await,
                 Step::Wait(until) => self.wait(Some(until)).await,
+                Step::Reset if once => self.end(state.map(|(_, s)| s)).await,
                 Step::Reset => self.reset(kind, state.map(|(_, s)| s)).await,
+                Step::Settle => self.settle(kind).await,
+                Step::Rest => self.wait(None).await,
                 Step::Clear => self.clear(kind).await,
             }
         }
@@ -197,7 +217,11 @@ impl Worker {
             }
             Err(why) => {
                 tracing::warn!(uid = %self.uid, name = %plan.name, reason = why, "an instance can't be started");
-                self.failed(&why);
+                if plan.once && self.memory.failures + 1 >= START_TRIES {
+                    self.conclude(Outcome { code: None, message: why, started: None }).await;
+                } else {
+                    self.failed(&why);
+                }
             }
         }
         self.shared.observer.look().await;
@@ -238,11 +262,7 @@ impl Worker {
                     self.memory.failures = 0;
                 }
                 self.report.exit_code = *code;
-                match (message.is_empty(), code) {
-                    (false, _) => message.clone(),
-                    (true, Some(code)) => format!("it exited with {code}"),
-                    (true, None) => "it ended, nobody knows how".into(),
-                }
+                ended(*code, message.clone())
             }
             _ => String::new(),
         };
@@ -256,6 +276,83 @@ impl Worker {
         (self.memory.asked, self.memory.ill) = (None, false);
         self.failed(&why);
         self.shared.observer.look().await;
+    }
+
+    /// Reads how it ended, if an earlier worker saw that. False if the disk has to be asked again.
+    async fn remember(&mut self) -> bool {
+        let (disk, dir) = (self.shared.env.disk.clone(), self.shared.logs(self.uid));
+        let loaded = tokio::task::spawn_blocking(move || outcome::load(&*disk, &dir)).await;
+        match loaded.map_err(std::io::Error::other).flatten() {
+            Ok(found) => {
+                (self.outcome, self.remembered) = (found, true);
+                true
+            }
+            Err(error) => {
+                self.tell(InstancePhase::Scheduled, format!("whether it has ended can't be read: {error}"));
+                self.wait(Some(self.shared.env.monotonic() + Duration::from_secs(1))).await;
+                false
+            }
+        }
+    }
+
+    /// The process of a job's instance has ended, or has to.
+    async fn end(&mut self, state: Option<State>) {
+        let ill = self.memory.ill;
+        let (code, message) = match state {
+            // Its liveness check has failed, however politely it went.
+            _ if ill => (None, self.report.message.clone()),
+            Some(State::Exited { code, message, .. }) => (code, ended(code, message)),
+            _ => (None, "it was killed".into()),
+        };
+        self.conclude(Outcome { code, message, started: self.report.started }).await;
+    }
+
+    /// Notes how it ended, before anything of it is removed.
+    async fn conclude(&mut self, outcome: Outcome) {
+        let (disk, dir, kept) = (self.shared.env.disk.clone(), self.shared.logs(self.uid), outcome.clone());
+        let saved = tokio::task::spawn_blocking(move || outcome::save(&*disk, &dir, &kept)).await;
+        if let Err(error) = saved.map_err(std::io::Error::other).flatten() {
+            tracing::warn!(uid = %self.uid, %error, "how an instance ended can't be noted");
+            self.tell(InstancePhase::Stopping, format!("how it ended can't be noted: {error}"));
+            return self.wait(Some(self.shared.env.monotonic() + Duration::from_secs(1))).await;
+        }
+        tracing::info!(uid = %self.uid, code = ?outcome.code, reason = outcome.message, "an instance has ended");
+        (self.outcome, self.remembered) = (Some(outcome), true);
+        self.memory.ill = false;
+    }
+
+    /// Removes all of an instance that has ended but its output, and says that it has.
+    async fn settle(&mut self, kind: Option<kind::Runtime>) {
+        if let Err(why) = self.take_down(kind).await {
+            tracing::warn!(uid = %self.uid, reason = why, "what an instance used can't be cleared away yet");
+            self.tell(InstancePhase::Stopping, why);
+            return self.wait(Some(self.shared.env.monotonic() + Duration::from_secs(1))).await;
+        }
+        self.memory.settled = true;
+        let outcome = self.outcome.clone();
+        if let Some(outcome) = &outcome {
+            self.report.exit_code = outcome.code;
+            self.report.started = outcome.started.or(self.report.started);
+        }
+        self.report.endpoint = None;
+        // Its address is free by now, so that it may be somebody else's as soon as this is known.
+        self.tell(InstancePhase::Exited, outcome.map(|o| o.message).unwrap_or_default());
+        self.shared.observer.look().await;
+    }
+
+    /// Removes what runs, its network, its identity and its secrets.
+    async fn take_down(&mut self, kind: Option<kind::Runtime>) -> Result<(), String> {
+        self.remove(kind).await?;
+        self.shared.engines.net.unplug(self.uid).await.map_err(|e| e.to_string())?;
+        self.identity = None;
+        if let Some(identities) = &self.shared.identities {
+            identities.remove(self.uid).await?;
+        }
+        self.follower = None;
+        if let Some(secrets) = &self.shared.secrets {
+            secrets.remove(self.uid).await?;
+        }
+        Ok(())
     }
 
     async fn remove(&self, kind: Option<kind::Runtime>) -> Result<(), String> {
@@ -272,16 +369,7 @@ impl Worker {
     async fn clear(&mut self, kind: Option<kind::Runtime>) {
         self.tell(InstancePhase::Stopping, "");
         let cleared = async {
-            self.remove(kind).await?;
-            self.shared.engines.net.unplug(self.uid).await.map_err(|e| e.to_string())?;
-            self.identity = None;
-            if let Some(identities) = &self.shared.identities {
-                identities.remove(self.uid).await?;
-            }
-            self.follower = None;
-            if let Some(secrets) = &self.shared.secrets {
-                secrets.remove(self.uid).await?;
-            }
+            self.take_down(kind).await?;
             let (disk, dir) = (self.shared.env.disk.clone(), self.shared.logs(self.uid));
             let removed = tokio::task::spawn_blocking(move || disk.remove_dir_all(&dir)).await;
             removed.map_err(|e| e.to_string())?.map_err(|e| format!("its logs can't be removed: {e}"))
@@ -396,6 +484,15 @@ impl Worker {
                 next_live = self.shared.env.monotonic() + every(&live);
             }
         }
+    }
+}
+
+/// How a process ended, in a sentence.
+fn ended(code: Option<i32>, message: String) -> String {
+    match code {
+        _ if !message.is_empty() => message,
+        Some(code) => format!("it exited with {code}"),
+        None => "it ended, nobody knows how".into(),
     }
 }
 

@@ -314,6 +314,8 @@ fn instance(n: u8, epoch: u64) -> InstancePlan {
         address4: Ipv4Addr::LOCALHOST,
         secrets: Default::default(),
         request_id: None,
+        once: false,
+        kept: false,
     }
 }
 
@@ -713,4 +715,39 @@ async fn images_are_fetched_once_whole_and_checked() {
         assert!(!blobs.has(digest));
     }
     serving.abort();
+}
+
+#[tokio::test]
+async fn a_jobs_instance_runs_once_and_only_its_output_stays() {
+    let host = Host::new();
+    host.runtime.refuse.lock().unwrap().insert(uid(2));
+    let once = |n| InstancePlan { once: true, ..instance(n, 1) };
+    let mut plane = plane(&host.pki, None).await;
+    plane.plan.send_replace(plan(1, [once(1), once(2)]));
+    let daemon = host.start(std::slice::from_ref(&plane.at));
+    plane.instance(uid(1), "runs", |i| i.phase == InstancePhase::Running).await;
+    let logs = host.dir.path().join("logs").join(uid(1).to_string());
+    host.runtime.exit(uid(1), 3);
+    let report = plane.instance(uid(1), "has ended", |i| i.phase == InstancePhase::Exited).await;
+    assert_eq!((report.exit_code, report.restarts, report.ready), (Some(3), 0, false));
+    assert!(report.message.contains("exited with 3"), "{report:?}");
+    assert!(!host.net.0.lock().unwrap().contains(&uid(1)), "its address is free once its end is told");
+    // What can't be started fails at last.
+    let report = plane.instance(uid(2), "is given up", |i| i.phase == InstancePhase::Exited).await;
+    assert_eq!((report.exit_code, host.runtime.starts_of(uid(2)).len()), (None, 5));
+    daemon.stop().await;
+
+    // An agent that starts with the plan of before must not run it again.
+    let daemon = host.start(std::slice::from_ref(&plane.at));
+    plane.report.send_replace(None);
+    plane.instance(uid(1), "has ended, as before", |i| i.phase == InstancePhase::Exited && i.exit_code == Some(3)).await;
+    assert_eq!(host.runtime.starts_of(uid(1)).len(), 1);
+    let kept = InstancePlan { desired: Desired::Gone, kept: true, ..once(1) };
+    plane.plan.send_replace(plan(2, [kept]));
+    plane.report("the plan is applied", |r| r.applied == Some(2)).await;
+    assert!(logs.join("outcome.json").exists());
+    plane.plan.send_replace(plan(3, []));
+    eventually("nothing of it is left", || !logs.exists()).await;
+    daemon.stop().await;
+    plane.kill().await;
 }

@@ -1,6 +1,6 @@
 //! Answers to mutations, and `Prefer: wait` (RFC 7240): after a change, the answer is held until the object has settled.
 //!
-//! Settled, for any kind: its `status.phase` is `Ready`, `Running` or `Stopped` and, if it tells which generation it
+//! Settled, for any kind: its `status.phase` is `Ready`, `Running`, `Stopped`, `Complete` or `Failed` and, if it tells which generation it
 //! speaks of, that is this one. Kinds without a phase are settled at once; a delete is settled when its tombstone is gone.
 //! The outcome of the change does not depend on the wait: when the time is over, or the store can't be watched, the
 //! answer is the object as last seen, with `X-Cnx-Settled: false`.
@@ -59,7 +59,7 @@ impl Waiting<'_> {
             return Look::Settled;
         }
         let status = stored.status();
-        let good = matches!(status["phase"].as_str(), Some("Ready" | "Running" | "Stopped"));
+        let good = matches!(status["phase"].as_str(), Some("Ready" | "Running" | "Stopped" | "Complete" | "Failed"));
         let observed = status["observedGeneration"].as_u64().unwrap_or(0);
         let current = !info.has_observed_generation || observed >= stored.metadata.generation;
         if good && current { Look::Settled } else { Look::NotYet }

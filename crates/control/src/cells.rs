@@ -269,16 +269,21 @@ pub fn everything(step: &mut Step<'_>) {
     let apps: Vec<_> = step.world.apps.live.keys().cloned().collect();
     let hosts: Vec<_> = step.world.hosts.live.keys().map(|(_, name)| name.clone()).collect();
     let buried: Vec<Dirty> = {
-        use nexus_model::kind::{App, Kind, Organization, Project};
+        use nexus_model::kind::{App, CronJob, Job, Kind, Organization, Project};
         let w = &step.world;
         let apps = w.apps.buried.keys().map(|uid| Dirty::Buried(App::PLURAL, *uid));
         let projects = w.projects.buried.keys().map(|uid| Dirty::Buried(Project::PLURAL, *uid));
         let organizations = w.organizations.buried.keys().map(|uid| Dirty::Buried(Organization::PLURAL, *uid));
-        apps.chain(projects).chain(organizations).collect()
+        let jobs = w.jobs.buried.keys().map(|uid| Dirty::Buried(Job::PLURAL, *uid));
+        let crons = w.cron_jobs.buried.keys().map(|uid| Dirty::Buried(CronJob::PLURAL, *uid));
+        apps.chain(projects).chain(organizations).chain(jobs).chain(crons).collect()
     };
     let usages: Vec<_> = step.world.usages.live.keys().map(|(_, name)| name.clone()).collect();
     step.dirty.extend(usages.into_iter().map(Dirty::Usage));
     step.dirty.extend(apps.into_iter().map(Dirty::App));
     step.dirty.extend(hosts.into_iter().map(Dirty::Host));
     step.dirty.extend(buried);
+    let jobs: Vec<_> = step.world.jobs.live.keys().cloned().map(Dirty::Job).collect();
+    let crons: Vec<_> = step.world.cron_jobs.live.keys().cloned().map(Dirty::Cron).collect();
+    step.dirty.extend(jobs.into_iter().chain(crons));
 }

@@ -19,6 +19,7 @@ use crate::decide::decide;
 use crate::intent::{Accepted, Intent};
 use crate::rules;
 use crate::rules::usage::{amounts, charge};
+use crate::rules::job;
 use crate::scheduler::Scheduler;
 use crate::step::{Dirty, Ops, Step, any_key};
 use crate::world::{Part, Stored, World};
@@ -384,6 +385,8 @@ impl Core {
 
     /// Judges hosts. Called a few times a second.
     pub fn tick(&mut self, at: Moment<'_>) {
+        let due: Vec<Dirty> = self.world.due(at.now).collect();
+        self.dirty.extend(due);
         if self.world.part == Part::Global {
             self.judge_regions(at);
         }
@@ -508,6 +511,12 @@ impl Core {
                 let global = world.fleet().apps.get(project.as_ref(), name);
                 global.map(|o| (project.clone(), o.owner_ref()))
             }
+            Dirty::Job((project, name)) => {
+                world.jobs.get(project.as_ref(), name).map(|o| (project.clone(), o.owner_ref()))
+            }
+            Dirty::Cron((project, name)) => {
+                world.cron_jobs.get(project.as_ref(), name).map(|o| (project.clone(), o.owner_ref()))
+            }
             Dirty::Buried(..) | Dirty::Room => None,
         };
         let Some((project, regarding)) = regarding else { return };
@@ -539,6 +548,13 @@ impl Core {
                     let cells = world.instances_of(app.metadata.uid).filter_map(cell_of).collect();
                     (cells, format!("app {project}/{}", place.1))
                 }
+                Dirty::Job(place) => {
+                    let Some(job) = world.jobs.live.get(place) else { continue };
+                    let project = place.0.as_ref().map_or("-", |p| p.as_str());
+                    let cells = world.instances_of(job.metadata.uid).filter_map(cell_of).collect();
+                    (cells, format!("job {project}/{}", place.1))
+                }
+                Dirty::Cron(_) => continue,
                 Dirty::Child(_) | Dirty::Usage(_) | Dirty::Project(_) | Dirty::Buried(..) | Dirty::Room => continue,
             };
             for cell in cells {
@@ -665,9 +681,11 @@ impl Core {
         let mut differences = Vec::new();
         let mut uses: BTreeMap<&Name, [u64; 3]> = BTreeMap::new();
         let charged = self.world.part != Part::Global;
-        for app in self.world.apps.live.values().filter(|_| charged) {
-            let sum = uses.entry(app.metadata.project.as_ref().expect("apps have a project")).or_default();
-            for (total, part) in sum.iter_mut().zip(charge(&app.spec)) {
+        let apps = self.world.apps.live.values().map(|a| (a.metadata.project.as_ref(), charge(&a.spec)));
+        let jobs = self.world.jobs.live.values().map(|j| (j.metadata.project.as_ref(), job::charge(j)));
+        for (project, charge) in apps.chain(jobs).filter(|_| charged) {
+            let sum = uses.entry(project.expect("apps and jobs have a project")).or_default();
+            for (total, part) in sum.iter_mut().zip(charge) {
                 *total = total.saturating_add(part);
             }
         }
@@ -695,7 +713,7 @@ impl Core {
             differences.push(format!("host {name}: {:?} counted as reserved, {sum:?} reserved", host.status.reserved));
         }
         let mut slots = BTreeSet::new();
-        for i in self.world.instances_on(name) {
+        for i in self.world.instances_on(name).filter(|i| i.status.finished.is_none()) {
             if !slots.insert(i.status.slot) {
                 differences.push(format!("host {name}: slot {:?} is given twice", i.status.slot));
             }

@@ -612,6 +612,8 @@ impl Admit for Image {
         for place in users {
             step.mark(Dirty::App(place));
         }
+        let jobs = rules::job::waiting_for(step.world, project, |t| t.image == new.metadata.name);
+        jobs.into_iter().for_each(|dirty| step.mark(dirty));
     }
 }
 
@@ -678,6 +680,38 @@ impl Admit for App {
 }
 
 impl Admit for AppRevision {}
+
+impl Admit for Job {
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        let project = new.metadata.project.clone().expect("jobs have a project");
+        if old.is_none() {
+            rules::job::refuse_more(step.world, &project)?;
+        }
+        recharge(step, &project, old.map_or([0; 3], rules::job::charge), rules::job::charge(new))
+    }
+
+    fn changed(step: &mut Step<'_>, new: &Object<Self>) {
+        step.mark(Dirty::Job((new.metadata.project.clone(), new.metadata.name.clone())));
+    }
+
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        rules::job::bury(step, old)
+    }
+}
+
+impl Admit for CronJob {
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::cron::admit(step, old, new)
+    }
+
+    fn changed(step: &mut Step<'_>, new: &Object<Self>) {
+        step.mark(Dirty::Cron((new.metadata.project.clone(), new.metadata.name.clone())));
+    }
+
+    fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {
+        rules::cron::bury(step, old)
+    }
+}
 
 impl Admit for Instance {
     fn delete(step: &mut Step<'_>, old: &Object<Self>) -> AnyObject {

@@ -12,7 +12,7 @@ use nexus_store::{KeyValue, WatchEvent};
 use crate::cells;
 use crate::core::{Core, Moment};
 use crate::rules::child::is_child;
-use crate::rules::{fleet, secret};
+use crate::rules::{fleet, job, secret};
 use crate::step::Dirty;
 use crate::world::{Place, World};
 
@@ -112,13 +112,15 @@ impl Core {
                 let Some(project) = &place.0 else { return };
                 let users = self.world.apps.within(project).filter(|a| a.spec.image == place.1);
                 let users: Vec<Dirty> = users.map(place_of).map(Dirty::App).collect();
-                self.mark(users);
+                let jobs = job::waiting_for(&self.world, project, |t| t.image == place.1);
+                self.mark(users.into_iter().chain(jobs));
             }
             p if p == Secret::PLURAL => {
                 let Some(project) = &place.0 else { return };
                 let users = secret::users(&self.world, project, &place.1).map(place_of).map(Dirty::App);
                 let users: Vec<Dirty> = users.collect();
-                self.mark(users);
+                let jobs = job::waiting_for(&self.world, project, |t| secret::names(t, &place.1));
+                self.mark(users.into_iter().chain(jobs));
             }
             p if p == Region::PLURAL => {
                 // Shares may have changed. What a region merely says of itself changes none.

@@ -4,11 +4,13 @@
 pub mod app;
 pub mod buried;
 pub mod child;
+pub mod cron;
 pub mod federation;
 pub mod fleet;
 pub mod history;
 pub mod host;
 pub mod instance;
+pub mod job;
 pub mod order;
 pub mod people;
 pub mod rollout;
@@ -30,5 +32,7 @@ pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
         Dirty::Buried(plural, uid) => buried::reconcile(step, plural, *uid),
         Dirty::Host(name) => host::reconcile(step, name),
         Dirty::Room => instance::wake(step),
+        Dirty::Job(place) => job::reconcile(step, place),
+        Dirty::Cron(place) => cron::reconcile(step, place),
     }
 }

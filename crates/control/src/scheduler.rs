@@ -224,7 +224,11 @@ impl Scheduler {
 
     /// Moves an instance's reservation from where `old` had it to where `new` has it.
     pub fn set_instance(&mut self, old: Option<&Object<Instance>>, new: Option<&Object<Instance>>) {
-        let place = |o: Option<&Object<Instance>>| o.and_then(|o| o.status.host.clone().zip(o.status.slot));
+        // A job's instance that has ended takes nothing any more, though its row stays.
+        let place = |o: Option<&Object<Instance>>| {
+            let o = o.filter(|o| o.status.finished.is_none())?;
+            o.status.host.clone().zip(o.status.slot)
+        };
         let buried = |o: Option<&Object<Instance>>| o.is_some_and(|o| o.metadata.deleting.is_some());
         let waits = |o: &&Object<Instance>| o.status.host.is_none() && o.metadata.deleting.is_none();
         let waited = |o: &Object<Instance>| (app_uid(o), o.spec.template_hash.clone());
@@ -437,7 +441,7 @@ impl Scheduler {
     /// What the rows reserve on a host, recounted from nothing.
     pub fn reserved<'a>(instances: impl Iterator<Item = &'a Object<Instance>>) -> kind::Capacity {
         let mut sum = kind::Capacity::default();
-        for instance in instances {
+        for instance in instances.filter(|i| i.status.finished.is_none()) {
             let r = &instance.spec.template.resources;
             sum.cpu = MilliCpu(sum.cpu.0.saturating_add(r.cpu.0));
             sum.memory = Bytes(sum.memory.0.saturating_add(r.memory.0));

@@ -32,6 +32,8 @@ pub enum Dirty {
     Host(Name),
     /// Room may have come for instances that found none.
     Room,
+    Job(Place),
+    Cron(Place),
 }
 
 /// Store operations by key: `None` deletes.

@@ -354,19 +354,22 @@ fn instance_plan(world: &World, i: &Object<Instance>) -> Option<InstancePlan> {
         Runtime::Container => ImageFormat::Oci,
         Runtime::Function => ImageFormat::Wasm,
     };
+    let (deleting, ended) = (i.metadata.deleting.is_some(), i.status.finished.is_some());
     Some(InstancePlan {
         uid: i.metadata.uid,
         name: i.metadata.name.clone(),
         project: project.clone(),
         app: i.spec.app.clone(),
         epoch: i.status.epoch,
-        desired: if i.metadata.deleting.is_some() { Desired::Gone } else { Desired::Running },
+        desired: if deleting || ended { Desired::Gone } else { Desired::Running },
         template: i.spec.template.clone(),
         image: ImagePlan { format, digest: i.spec.image_digest },
         address6: i.status.address6?,
         address4: i.status.address4?,
         secrets: followed.filter_map(|s| newest(&s.name)).collect(),
         request_id: i.metadata.request_id.clone(),
+        once: i.spec.job.is_some(),
+        kept: ended && !deleting,
     })
 }
 

@@ -12,13 +12,15 @@ use std::time::Duration;
 
 use nexus_model::kind::{self, *};
 use nexus_model::plan::RegionSummary;
-use nexus_model::{ApiError, Code, Name, Object, Uid, key};
+use nexus_model::{ApiError, Code, Name, Object, Timestamp, Uid, key};
 use nexus_store::KeyValue;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::Trail;
 use crate::intent::Accepted;
+use crate::rules::{cron, job};
 use crate::scheduler::Scheduler;
+use crate::step::Dirty;
 use crate::traffic::Traffic;
 
 /// Where an object stands: project or organization (for kinds that belong to one) and name.
@@ -124,6 +126,8 @@ pub struct World {
     pub secrets: Table<Secret>,
     pub apps: Table<App>,
     pub app_revisions: Table<AppRevision>,
+    pub jobs: Table<Job>,
+    pub cron_jobs: Table<CronJob>,
     pub instances: Table<Instance>,
     pub routes: Table<Route>,
     pub events: Table<Event>,
@@ -149,6 +153,8 @@ pub struct World {
     pub host_addresses: BTreeMap<SocketAddr, Name>,
     /// Each project's events, oldest first.
     pub event_order: BTreeMap<Name, VecDeque<Name>>,
+    /// Living objects that are to be looked at although nothing happens to them, by when.
+    pub(crate) timers: BTreeSet<(Timestamp, Dirty)>,
     /// Only in a view's world: hosts whose plans changed since they were last taken.
     pub replanned: Option<BTreeSet<Name>>,
     /// Only in the writer's world: hosts whose last report was no news of any instance, with that report's fingerprint. As
@@ -202,7 +208,8 @@ macro_rules! for_kind {
     ($plural:expr, $K:ident => $body:expr) => {
         for_kind!(@ $plural, $K, $body,
             Organization Project User Group ServiceAccount RoleBinding Policy Token AccessKey Session Credential
-            IdentityProvider Departure SigningKey Region Zone Cell Host Image Secret App AppRevision Instance Route Event Usage)
+            IdentityProvider Departure SigningKey Region Zone Cell Host Image Secret App AppRevision Job CronJob Instance
+            Route Event Usage)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -240,6 +247,8 @@ stored! {
     Secret => secrets;
     App => apps, index_app;
     AppRevision => app_revisions, index_revision;
+    Job => jobs, index_job;
+    CronJob => cron_jobs, index_cron;
     Instance => instances, index_instance;
     Route => routes;
     Event => events, index_event;
@@ -354,7 +363,33 @@ fn index_instance(world: &mut World, old: Option<&Object<Instance>>, new: Option
 /// The part of an instance's row that its host's plan depends on and that can change.
 fn for_plan(i: &Object<Instance>) -> impl PartialEq + use<'_> {
     let s = &i.status;
-    (s.host.as_ref(), s.epoch, s.address6, s.address4, i.metadata.deleting.is_some())
+    (s.host.as_ref(), s.epoch, s.address6, s.address4, i.metadata.deleting.is_some(), s.finished.is_some())
+}
+
+fn index_job(world: &mut World, old: Option<&Object<Job>>, new: Option<&Object<Job>>) {
+    let dirty = |o: &Object<Job>| Dirty::Job((o.metadata.project.clone(), o.metadata.name.clone()));
+    set_timer(world, old, new, job::due, dirty);
+}
+
+fn index_cron(world: &mut World, old: Option<&Object<CronJob>>, new: Option<&Object<CronJob>>) {
+    let dirty = |o: &Object<CronJob>| Dirty::Cron((o.metadata.project.clone(), o.metadata.name.clone()));
+    set_timer(world, old, new, cron::due, dirty);
+}
+
+fn set_timer<K: Kind>(
+    world: &mut World,
+    old: Option<&Object<K>>,
+    new: Option<&Object<K>>,
+    due: impl Fn(&Object<K>) -> Option<Timestamp>,
+    dirty: impl Fn(&Object<K>) -> Dirty,
+) {
+    let timer = |o: &Object<K>| Some((due(o).filter(|_| o.metadata.deleting.is_none())?, dirty(o)));
+    if let Some(timer) = old.and_then(timer) {
+        world.timers.remove(&timer);
+    }
+    if let Some(timer) = new.and_then(timer) {
+        world.timers.insert(timer);
+    }
 }
 
 fn index_event(world: &mut World, old: Option<&Object<Event>>, new: Option<&Object<Event>>) {
@@ -545,6 +580,11 @@ impl World {
             Some(place) => self.instances.live.get(place),
             None => self.instances.buried.get(&uid),
         }
+    }
+
+    /// What is to be looked at by `now` although nothing happens to it.
+    pub fn due(&self, now: Timestamp) -> impl Iterator<Item = Dirty> + '_ {
+        self.timers.iter().take_while(move |(at, _)| *at <= now).map(|(_, dirty)| dirty.clone())
     }
 
     pub fn instances_of(&self, app: Uid) -> impl Iterator<Item = &Object<Instance>> {

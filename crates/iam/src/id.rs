@@ -136,6 +136,11 @@ impl SpiffeId {
         Self::new(trust_domain, &["project", project, "app", app])
     }
 
+    /// A workload that is a job's: another than the app of that name.
+    pub fn job(trust_domain: &str, project: &str, job: &str) -> Result<Self, IdError> {
+        Self::new(trust_domain, &["project", project, "job", job])
+    }
+
     pub fn as_str(&self) -> &str {
         &self.text
     }

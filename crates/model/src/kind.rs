@@ -6,12 +6,14 @@
 
 mod app;
 mod autoscale;
+mod cron;
 mod event;
 mod federation;
 mod fleet;
 mod identity;
 mod image;
 mod instance;
+mod job;
 mod rollout;
 mod route;
 mod secret;
@@ -21,12 +23,14 @@ use std::fmt::Debug;
 
 pub use app::*;
 pub use autoscale::*;
+pub use cron::*;
 pub use event::*;
 pub use federation::*;
 pub use fleet::*;
 pub use identity::*;
 pub use image::*;
 pub use instance::*;
+pub use job::*;
 pub use rollout::*;
 pub use route::*;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -275,7 +279,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 23] = [
+static ALL: [KindDescriptor; 25] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -296,6 +300,8 @@ static ALL: [KindDescriptor; 23] = [
     KindDescriptor::of::<Secret>(),
     KindDescriptor::of::<App>(),
     KindDescriptor::of::<AppRevision>(),
+    KindDescriptor::of::<Job>(),
+    KindDescriptor::of::<CronJob>(),
     KindDescriptor::of::<Instance>(),
     KindDescriptor::of::<Route>(),
     KindDescriptor::of::<Event>(),

@@ -12,6 +12,7 @@ pub mod name;
 pub mod object;
 pub mod plan;
 pub mod quantity;
+pub mod schedule;
 pub mod secret;
 pub mod selector;
 pub mod time;

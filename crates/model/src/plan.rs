@@ -131,6 +131,12 @@ pub struct InstancePlan {
     pub secrets: BTreeMap<Name, u64>,
     #[serde(default)]
     pub request_id: Option<RequestId>,
+    /// A job's: when it ends, its end is reported, and it is not started again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub once: bool,
+    /// Of what is to be gone: its output stays. A release that does not know this removes that too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kept: bool,
 }
 
 /// A host's whole desired state.

@@ -33,7 +33,7 @@ use nexus_env::{Endpoint, Env, Listener};
 use nexus_iam::SpiffeId;
 use nexus_iam::svid::JwtBundle;
 use nexus_model::plan::InstancePlan;
-use nexus_model::{Name, Uid};
+use nexus_model::Uid;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use tokio::sync::{Semaphore, watch};
@@ -106,9 +106,10 @@ impl Identities {
         })
     }
 
-    /// Who an instance is, by its project and app.
-    fn id(&self, project: &Name, app: &Name) -> Result<SpiffeId, String> {
-        SpiffeId::workload(&self.trust_domain, project.as_str(), app.as_str()).map_err(|e| e.to_string())
+    /// Who an instance is, by its project and its app or job.
+    fn id(&self, plan: &InstancePlan) -> Result<SpiffeId, String> {
+        let id = if plan.once { SpiffeId::job } else { SpiffeId::workload };
+        id(&self.trust_domain, plan.project.as_str(), plan.app.as_str()).map_err(|e| e.to_string())
     }
 
     fn folder(&self, instance: Uid) -> PathBuf {
@@ -121,7 +122,7 @@ impl Identities {
 
     /// Serves an instance's identity from now on: when this returns, its socket is there.
     pub async fn open(&self, plan: &InstancePlan) -> Result<Identity, String> {
-        let id = self.id(&plan.project, &plan.app)?;
+        let id = self.id(plan)?;
         let failed = |e: io::Error| format!("the socket of its identity can't be made: {e}");
         let folder = self.folder(plan.uid);
         let listener = self.listen(&folder).await.map_err(failed)?;

@@ -123,6 +123,8 @@ fn plan(number: u8, app: &str) -> InstancePlan {
         address4: std::net::Ipv4Addr::LOCALHOST,
         secrets: Default::default(),
         request_id: None,
+        once: false,
+        kept: false,
     }
 }
 

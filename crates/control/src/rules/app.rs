@@ -194,6 +194,7 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, di
         template_hash: hash.to_owned(),
         template: template.clone(),
         image_digest: digest,
+        job: None,
     };
     step.put(Object::<Instance>::new(metadata, spec));
     instance::reconcile(step, uid);
@@ -202,7 +203,7 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, di
 /// Why no instance can be made of an app: a word for programs, and what to do.
 pub type Missing = (&'static str, String);
 
-fn no_image(name: &Name) -> Missing {
+pub(super) fn no_image(name: &Name) -> Missing {
     ("ImageNotFound", format!("there is no image {name}: import it with `nexus image import PATH --name {name}`"))
 }
 

@@ -3,7 +3,7 @@
 use nexus_model::kind::*;
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::{app, fleet, instance, secret};
+use crate::rules::{app, cron, fleet, instance, job, secret};
 use crate::step::{Dirty, Step};
 use crate::world::{Stored, World};
 
@@ -29,6 +29,16 @@ pub fn reconcile(step: &mut Step<'_>, plural: &'static str, uid: Uid) {
         p if p == App::PLURAL && step.world.apps.buried.contains_key(&uid) => {
             let teardown = app::tear_down(step, uid);
             finish::<App>(step, uid, teardown);
+        }
+        p if p == Job::PLURAL && step.world.jobs.buried.contains_key(&uid) => {
+            let teardown = job::tear_down(step, uid);
+            let owner = step.world.jobs.buried.get(&uid).and_then(|j| j.metadata.owner.as_ref().map(|o| o.uid));
+            finish::<Job>(step, uid, teardown);
+            owner.into_iter().for_each(|owner| step.mark(Dirty::Buried(CronJob::PLURAL, owner)));
+        }
+        p if p == CronJob::PLURAL && step.world.cron_jobs.buried.contains_key(&uid) => {
+            let teardown = cron::tear_down(step, uid);
+            finish::<CronJob>(step, uid, teardown);
         }
         p if p == Project::PLURAL && step.world.projects.buried.contains_key(&uid) => {
             let teardown = tear_down_buried_project(step, uid);
@@ -104,6 +114,15 @@ pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
     let (apps, routes, images) =
         (take::<App>(step.world, name), take::<Route>(step.world, name), take::<Image>(step.world, name));
     let (instances, secrets) = (take::<Instance>(step.world, name), take::<Secret>(step.world, name));
+    // Before their jobs, or they would go on making some.
+    let (crons, jobs) = (take::<CronJob>(step.world, name), take::<Job>(step.world, name));
+    crons.iter().for_each(|c| drop(cron::bury(step, c)));
+    if crons.is_empty() {
+        jobs.iter().for_each(|j| drop(job::bury(step, j)));
+    }
+    if !crons.is_empty() || !jobs.is_empty() {
+        return Teardown::Progressed;
+    }
     let mut progressed =
         !(apps.is_empty() && routes.is_empty() && images.is_empty() && instances.is_empty() && secrets.is_empty());
     apps.iter().for_each(|a| drop(app::bury(step, a)));
@@ -119,6 +138,8 @@ pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
     }
     let mine = |p: Option<&Name>| p == Some(name);
     let waiting = step.world.apps.buried.values().any(|a| mine(a.metadata.project.as_ref()))
+        || step.world.jobs.buried.values().any(|j| mine(j.metadata.project.as_ref()))
+        || step.world.cron_jobs.buried.values().any(|c| mine(c.metadata.project.as_ref()))
         || step.world.instances.buried.values().any(|i| mine(i.metadata.project.as_ref()));
     if !progressed && !waiting {
         let events = take::<Event>(step.world, name);

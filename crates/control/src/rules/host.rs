@@ -176,8 +176,7 @@ pub fn set_state(step: &mut Step<'_>, name: &Name, state: HostState, why: &str) 
 
 /// Follows what an operator decided. Whether the instances here are to go or to stay, is for their apps to look at.
 pub fn decided(step: &mut Step<'_>, name: &Name) {
-    let apps = step.world.instances_on(name).map(|i| Dirty::App((i.metadata.project.clone(), i.spec.app.clone())));
-    let apps: Vec<_> = apps.collect();
+    let apps: Vec<_> = step.world.instances_on(name).map(instance::owner).collect();
     apps.into_iter().for_each(|app| step.mark(app));
     step.mark(Dirty::Host(name.clone()));
 }

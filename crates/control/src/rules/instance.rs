@@ -7,7 +7,7 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::InstanceReport;
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::host;
+use crate::rules::{host, job};
 use crate::step::{Dirty, Step};
 
 /// The infrastructure addresses of a slot on a host.
@@ -26,7 +26,7 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
         return;
     }
     let project = instance.metadata.project.clone();
-    let app = step.world.apps.get(project.as_ref(), &instance.spec.app);
+    let app = step.world.apps.get(project.as_ref(), &instance.spec.app).filter(|_| instance.spec.job.is_none());
     let spread = app.map(|a| a.spec.spread).unwrap_or_default();
     let scheduler = step.world.scheduler.as_mut().expect("only the writer reconciles");
     let mut new = instance.clone();
@@ -76,9 +76,14 @@ pub fn wake(step: &mut Step<'_>) {
     first.into_iter().for_each(|uid| step.mark(Dirty::Instance(uid)));
 }
 
+/// The app or job that an instance belongs to.
+pub fn owner(instance: &Object<Instance>) -> Dirty {
+    let place = (instance.metadata.project.clone(), instance.spec.app.clone());
+    if instance.spec.job.is_some() { Dirty::Job(place) } else { Dirty::App(place) }
+}
+
 fn mark_app(step: &mut Step<'_>, instance: &Object<Instance>) {
-    let app = (instance.metadata.project.clone(), instance.spec.app.clone());
-    step.mark(Dirty::App(app));
+    step.mark(owner(instance));
 }
 
 /// Ends an instance. Its name is free at once; capacity and address stay its own until the host confirms that it is gone.
@@ -103,7 +108,8 @@ pub fn bury(step: &mut Step<'_>, instance: &Object<Instance>, why: &str) -> Obje
 pub fn erase(step: &mut Step<'_>, buried: &Object<Instance>) {
     step.erase(buried);
     if let Some(owner) = &buried.metadata.owner {
-        step.mark(Dirty::Buried(App::PLURAL, owner.uid));
+        let plural = if buried.spec.job.is_some() { Job::PLURAL } else { App::PLURAL };
+        step.mark(Dirty::Buried(plural, owner.uid));
     }
     if let Some(project) = &buried.metadata.project {
         mark_project(step, project);
@@ -135,6 +141,9 @@ fn message_of(report: &InstanceReport) -> &str {
 /// Whether a report says anything that the instance's status does not say already.
 pub fn is_news(instance: &Object<Instance>, report: &InstanceReport) -> bool {
     let s = &instance.status;
+    if s.finished.is_some() {
+        return false;
+    }
     let known = (s.phase, s.ready, s.endpoint, s.restarts, s.started, s.exit_code, s.message.as_str());
     let told = (
         report.phase,
@@ -148,8 +157,41 @@ pub fn is_news(instance: &Object<Instance>, report: &InstanceReport) -> bool {
     known != told || !s.conditions.iter().any(|c| c.kind == "Ready")
 }
 
+/// Whether a report says that a job's instance has run to its end. An agent of the release before knows no jobs: it says that
+/// it is about to start what has ended again.
+fn has_ended(instance: &Object<Instance>, report: &InstanceReport) -> bool {
+    let again = report.phase == InstancePhase::BackOff && report.exit_code.is_some();
+    instance.spec.job.is_some() && (again || report.phase == InstancePhase::Exited)
+}
+
+/// Takes in the end of a job's instance: its room and its address are free, its row stays for its output.
+fn end(step: &mut Step<'_>, instance: &Object<Instance>, report: &InstanceReport) {
+    let mut new = instance.clone();
+    let s = &mut new.status;
+    s.phase = InstancePhase::Exited;
+    (s.ready, s.endpoint, s.finished) = (false, None, Some(step.now));
+    (s.started, s.exit_code) = (report.started.or(s.started), report.exit_code);
+    message_of(report).clone_into(&mut s.message);
+    let (severity, reason) = match s.exit_code {
+        Some(0) => (Severity::Normal, "Succeeded"),
+        _ => (Severity::Warning, "Failed"),
+    };
+    let message = s.message.clone();
+    set_condition(&mut s.conditions, "Ready", ConditionStatus::False, reason, &message, step.now);
+    step.put(new.clone());
+    step.event(instance.metadata.project.as_ref(), instance.owner_ref(), severity, reason, message);
+    if let Some(host) = &instance.status.host {
+        host::recount(step, host, None);
+        step.mark(Dirty::Host(host.clone()));
+    }
+    job::ended(step, &new);
+}
+
 /// Takes in what a host says of a living instance.
 pub fn observe(step: &mut Step<'_>, instance: &Object<Instance>, report: &InstanceReport) {
+    if has_ended(instance, report) {
+        return end(step, instance, report);
+    }
     let mut new = instance.clone();
     let s = &mut new.status;
     s.phase = report.phase;

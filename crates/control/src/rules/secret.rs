@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::intent::Change;
 use crate::rules::app::Missing;
+use crate::rules::job;
 use crate::step::{Dirty, Step};
 use crate::world::World;
 
@@ -76,18 +77,38 @@ pub fn changed(step: &mut Step<'_>, secret: &Object<Secret>) {
     let users = users(step.world, project, &secret.metadata.name);
     let users: Vec<_> = users.map(|a| (a.metadata.project.clone(), a.metadata.name.clone())).collect();
     users.into_iter().for_each(|place| step.mark(Dirty::App(place)));
+    let jobs = job::waiting_for(step.world, project, |t| names(t, &secret.metadata.name));
+    jobs.into_iter().for_each(|dirty| step.mark(dirty));
+}
+
+/// Whether a template names a secret.
+pub fn names(template: &Template, secret: &Name) -> bool {
+    template.secrets.iter().any(|s| s.name == *secret)
 }
 
 pub fn refuse_used(step: &Step<'_>, secret: &Object<Secret>) -> Result<(), ApiError> {
     let (Some(project), name) = (&secret.metadata.project, &secret.metadata.name) else { return Ok(()) };
     let users: Vec<&str> = users(step.world, project, name).map(|app| app.metadata.name.as_str()).take(6).collect();
     if users.is_empty() {
-        return Ok(());
+        return refuse_used_by_jobs(step, project, name);
     }
     let more = if users.len() > 5 { " and others" } else { "" };
     let shown = users[..users.len().min(5)].join(", ");
     let detail = format!("secret {name} is named by apps ({shown}{more}): take it out of them first");
     Err(ApiError::new(Code::Conflict, detail))
+}
+
+fn refuse_used_by_jobs(step: &Step<'_>, project: &Name, name: &Name) -> Result<(), ApiError> {
+    let jobs = job::users(step.world, project, |t| names(t, name)).map(|j| ("job", &j.metadata.name));
+    let crons = step.world.cron_jobs.within(project).filter(|c| names(&c.spec.job.template, name));
+    let crons = crons.map(|c| ("cron job", &c.metadata.name));
+    match jobs.chain(crons).next() {
+        None => Ok(()),
+        Some((what, user)) => {
+            let detail = format!("secret {name} is named by {what} {user}: delete that, or wait until it has finished");
+            Err(ApiError::new(Code::Conflict, detail))
+        }
+    }
 }
 
 /// Removes the sealed values of a secret that is erased.
@@ -101,8 +122,12 @@ pub fn forget_versions(step: &mut Step<'_>, secret: &Object<Secret>) {
 
 /// What instances of an app are made from: its template, in which each variable's secret has a version.
 pub fn resolve(world: &World, app: &Object<App>) -> Result<Template, Missing> {
-    let mut template = app.spec.template();
-    let Some(project) = &app.metadata.project else { return Ok(template) };
+    resolve_in(world, app.metadata.project.as_ref(), app.spec.template())
+}
+
+/// The same for any template of a project.
+pub fn resolve_in(world: &World, project: Option<&Name>, mut template: Template) -> Result<Template, Missing> {
+    let Some(project) = project else { return Ok(template) };
     for wanted in &mut template.secrets {
         let name = &wanted.name;
         let Some(secret) = world.secret(project, name) else {

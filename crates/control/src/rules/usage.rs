@@ -14,8 +14,13 @@ use crate::world::Part;
 /// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not. One that is scaled by the cloud
 /// takes the most that it may come to have, so that scaling is never refused for a quota, and no quota is passed by it.
 pub fn charge(spec: &AppSpec) -> [u64; 3] {
-    let n = u64::from(spec.most_replicas());
-    [n, n * u64::from(spec.resources.cpu.0), n.saturating_mul(spec.resources.memory.0)]
+    charge_of(spec.most_replicas(), &spec.resources)
+}
+
+/// What so many instances take.
+pub fn charge_of(instances: u32, each: &Resources) -> [u64; 3] {
+    let n = u64::from(instances);
+    [n, n * u64::from(each.cpu.0), n.saturating_mul(each.memory.0)]
 }
 
 /// The amounts in the order of [`charge`].

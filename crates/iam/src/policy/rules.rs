@@ -124,6 +124,8 @@ const RULES: &[Rule] = &[
     Rule::new("images", Holder::Project, &["view"], &["edit"]),
     Rule::new("apps", Holder::Project, &["view"], &["edit"]).verbs(&[("load", &["view"], Level::Project)]),
     Rule::new("app-revisions", Holder::Project, &["view"], &["edit"]),
+    Rule::new("jobs", Holder::Project, &["view"], &["edit"]),
+    Rule::new("cron-jobs", Holder::Project, &["view"], &["edit"]),
     Rule::new("instances", Holder::Project, &["view"], &["edit"])
         .verbs(&[("logs", &["view"], Level::Project), ("exec", &["operate"], Level::Project)]),
     Rule::new("routes", Holder::Project, &["view"], &["edit"]),

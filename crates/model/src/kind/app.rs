@@ -468,6 +468,12 @@ fn is_text(text: &str) -> bool {
     text.chars().count() <= MAX_TEXT && !text.contains('\0')
 }
 
+/// The errors of a template that stands at `field`, such as `spec.template`.
+pub(super) fn validate_template_at(field: &str, template: &Template) -> Vec<FieldError> {
+    let moved = |e: FieldError| FieldError { field: e.field.replacen("spec", field, 1), ..e };
+    validate_template(template).into_iter().map(moved).collect()
+}
+
 fn validate_template(t: &Template) -> Vec<FieldError> {
     let mut errors = Vec::new();
     let mut check = |ok: bool, field: &str, message: &str| {

@@ -1,4 +1,4 @@
-//! One placed replica of an app.
+//! One placed replica of an app, or one try of a job.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -21,6 +21,18 @@ pub struct InstanceSpec {
     pub template: Template,
     /// The image's content at the moment of creation.
     pub image_digest: Digest,
+    /// Of a job's: it runs once, and is not started again where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<InstanceJob>,
+}
+
+/// What an instance is of its job. `app` is the job's name then.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct InstanceJob {
+    /// Of an indexed job: which part of the work is its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub index: Option<u32>,
 }
 
 impl Default for InstanceSpec {
@@ -30,6 +42,7 @@ impl Default for InstanceSpec {
             template_hash: String::new(),
             template: Template::default(),
             image_digest: Digest::of(b""),
+            job: None,
         }
     }
 }
@@ -47,6 +60,8 @@ pub enum InstancePhase {
     /// It ended and waits for its back-off to pass before it is started again.
     BackOff,
     Stopping,
+    /// A job's: it has run to its end. Its output stays on its host until the job goes, its room and its address are free.
+    Exited,
     /// Its host is lost or it was superseded.
     Lost,
 }
@@ -80,6 +95,9 @@ pub struct InstanceStatus {
     pub started: Option<Timestamp>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
+    /// Of a job's: when its end was seen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished: Option<Timestamp>,
     /// Why it is not ready, in a sentence.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub message: String,
@@ -90,7 +108,7 @@ impl Kind for Instance {
     const KIND: &'static str = "Instance";
     const PLURAL: &'static str = "instances";
     const SHORT: &'static [&'static str] = &["inst"];
-    const ABOUT: &'static str = "One placed replica of an app. Deleting it makes the app place another.";
+    const ABOUT: &'static str = "One placed replica of an app, or one try of a job. Deleting it makes its owner place another.";
     const SCOPE: Scope = Scope::Project;
     const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs { create: false, update: false, delete: true };

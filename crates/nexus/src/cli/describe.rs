@@ -21,6 +21,7 @@ const INSTANCES: usize = 50;
 #[command(after_help = "Examples:\n  \
     nexus describe app web\n  \
     nexus describe app/web\n  \
+    nexus describe job report\n  \
     nexus describe host zone-a-1\n  \
     nexus describe cell zone-a-cell-1")]
 pub struct DescribeArgs {
@@ -68,7 +69,7 @@ async fn describe(cloud: &Cloud, kind: &'static KindDescriptor, object: &Value) 
             section(&mut out, title, &content);
         }
     }
-    if kind.kind == "App" {
+    if matches!(kind.kind, "App" | "Job") {
         let urls = cloud.urls(object);
         section(&mut out, "Addresses", &urls.join("\n"));
         let instances = settle::instances_of(cloud, object).await?;

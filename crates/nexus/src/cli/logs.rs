@@ -27,14 +27,15 @@ const LOOK: Duration = Duration::from_secs(2);
 /// A line that is longer is passed on in pieces.
 const MAX_LINE: usize = 1 << 20;
 
-/// Shows what an instance, or all of an app's, wrote
+/// Shows what an instance, or all of an app's or a job's, wrote
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     nexus logs web\n  \
     nexus logs app/web -f --tail 10\n  \
-    nexus logs instance/web-0a1b2c3d")]
+    nexus logs instance/web-0a1b2c3d\n  \
+    nexus logs job/report -f    # until it has finished")]
 pub struct LogsArgs {
-    /// An app or an instance: NAME, app/NAME or instance/NAME
+    /// An app, an instance or a job: NAME, app/NAME, instance/NAME or job/NAME
     #[arg(value_name = "APP|INSTANCE")]
     what: String,
     /// Goes on with what is written from now on
@@ -64,9 +65,9 @@ pub async fn find(cloud: &Cloud, word: &str, apps_first: bool) -> anyhow::Result
         let kind = resource::find_kind(kind)?;
         let name = resource::find_name(kind, name)?;
         return match kind.kind {
-            "App" => Ok(Found::App(cloud.get(kind, &name).await?)),
+            "App" | "Job" => Ok(Found::App(cloud.get(kind, &name).await?)),
             "Instance" => Ok(Found::Instance(cloud.get(kind, &name).await?)),
-            _ => Err(Fail::usage(format!("{} don't run: name an app or an instance", kind.plural)).into()),
+            _ => Err(Fail::usage(format!("{} don't run: name an app, a job or an instance", kind.plural)).into()),
         };
     }
     let name = resource::find_name(if apps_first { apps } else { instances }, word)?;
@@ -95,7 +96,8 @@ pub async fn run(args: &LogsArgs) -> anyhow::Result<()> {
         Found::App(app) => {
             let instances = settle::instances_of(&cloud, &app).await?;
             if instances.is_empty() {
-                output::note(&format!("app/{} has no instances", text(&app, "/metadata/name")));
+                let kind = text(&app, "/kind").to_lowercase();
+                output::note(&format!("{kind}/{} has no instances", text(&app, "/metadata/name")));
             }
             for instance in &instances {
                 once(&cloud, &cloud.region_of(instance), &name_of(instance)?, args.tail).await?;
@@ -209,6 +211,14 @@ async fn tail_one(cloud: &Cloud, at: At, tail: Option<u32>) -> (At, anyhow::Resu
 
 /// The instances of an app, and the regions that can't be asked for theirs. Where a global app runs may change.
 async fn look_around(cloud: &Cloud, app: &mut Value) -> Result<(Vec<Value>, Vec<(Name, String)>), ClientError> {
+    if text(app, "/kind") == "Job" {
+        let (project, name) = (text(app, "/metadata/project"), text(app, "/metadata/name"));
+        let path = format!("/v1/regions/{}/projects/{project}/jobs/{name}", cloud.region_of(app));
+        if let Some(newer) = cloud.find(&path).await? {
+            *app = newer;
+        }
+        return Ok((settle::instances_of(cloud, app).await?, Vec::new()));
+    }
     if cloud.region_of(app) != *kind::GLOBAL {
         return Ok((settle::instances_of(cloud, app).await?, Vec::new()));
     }
@@ -248,10 +258,22 @@ async fn follow(cloud: &Cloud, mut app: Value, tail: Option<u32>) -> anyhow::Res
                 let at = |i: &Value| name_of(i).map(|name| (cloud.region_of(i), name));
                 let there: BTreeSet<At> = instances.iter().map(at).collect::<Result<_, _>>()?;
                 let gone = |at: &At| !there.contains(at) && !unheard.contains(&at.0);
+                // What a job's instance wrote is all told once its stream has ended.
+                let over: BTreeSet<At> = instances
+                    .iter()
+                    .filter(|i| i["status"]["phase"] == "Exited")
+                    .map(at)
+                    .collect::<Result<_, _>>()?;
+                let told = |at: &At| over.contains(at) && (heard.contains(at) || complained.contains(at));
+                let told: BTreeSet<At> = there.iter().filter(|at| told(at)).cloned().collect();
+                let rest = there.iter().any(|at| !told.contains(at));
+                if !rest && text(&app, "/kind") == "Job" && !text(&app, "/status/finished").is_empty() {
+                    return Ok(());
+                }
                 heard.retain(|at| !gone(at));
                 complained.retain(|at| !gone(at));
                 for at in there {
-                    if followed.contains(&at) {
+                    if followed.contains(&at) || told.contains(&at) {
                         continue;
                     }
                     if followed.len() >= MAX_FOLLOWED {

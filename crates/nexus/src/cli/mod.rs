@@ -11,6 +11,7 @@ mod ca;
 mod can;
 mod cell;
 mod cloud;
+mod cron;
 mod debug;
 mod delete;
 mod deploy;
@@ -23,6 +24,7 @@ mod get;
 pub mod host;
 mod image;
 mod install;
+mod job;
 mod join;
 mod leave;
 mod login;
@@ -128,6 +130,8 @@ pub enum UserCommand {
     Apply(apply::ApplyArgs),
     Delete(delete::DeleteArgs),
     Logs(logs::LogsArgs),
+    Job(job::JobArgs),
+    Cron(cron::CronArgs),
     Exec(exec::ExecArgs),
     Events(events::EventsArgs),
     Audit(audit::AuditArgs),
@@ -194,6 +198,8 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::Apply(args) => apply::run(&args).await?,
         UserCommand::Delete(args) => delete::run(&args).await?,
         UserCommand::Logs(args) => logs::run(&args).await?,
+        UserCommand::Job(args) => job::run(&args).await?,
+        UserCommand::Cron(args) => cron::run(&args).await?,
         UserCommand::Exec(args) => return exec::run(&args).await,
         UserCommand::Events(args) => events::run(&args).await?,
         UserCommand::Audit(args) => audit::run(&args).await?,

@@ -22,7 +22,7 @@ const NAMED: usize = 10;
 pub fn is_settled(object: &Value) -> bool {
     let status = &object["status"];
     let Some(phase) = status["phase"].as_str() else { return true };
-    let good = matches!(phase, "Ready" | "Running" | "Stopped");
+    let good = matches!(phase, "Ready" | "Running" | "Stopped" | "Complete" | "Failed");
     let generation = object["metadata"]["generation"].as_u64().unwrap_or(0);
     good && status["observedGeneration"].as_u64().is_none_or(|seen| seen >= generation)
 }
@@ -55,8 +55,13 @@ pub fn failure(object: &Value) -> Option<String> {
 pub fn state(object: &Value) -> String {
     let status = &object["status"];
     let phase = status["phase"].as_str().unwrap_or("Unknown");
-    match (status["readyReplicas"].as_u64(), status["desiredReplicas"].as_u64()) {
-        (Some(ready), Some(wanted)) => format!("{phase}, {ready} of {wanted} ready"),
+    let count = |key: &str| status[key].as_u64();
+    match (count("readyReplicas"), count("desiredReplicas"), count("succeeded"), object["spec"]["completions"].as_u64()) {
+        (Some(ready), Some(wanted), ..) => format!("{phase}, {ready} of {wanted} ready"),
+        (.., Some(done), Some(wanted)) => {
+            let (active, failed) = (count("active").unwrap_or(0), count("failed").unwrap_or(0));
+            format!("{phase}, {done} of {wanted} succeeded, {active} active, {failed} failed")
+        }
         _ => phase.to_owned(),
     }
 }

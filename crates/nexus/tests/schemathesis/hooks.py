@@ -61,6 +61,10 @@ def app(image="missing"):
     return {"spec": {"image": image, "replicas": 0}}
 
 
+def job(image="missing"):
+    return {"template": {"image": image}}
+
+
 def provider():
     return {"issuer": "https://login.example.com", "clientId": "cloudnexus"}
 
@@ -87,6 +91,8 @@ BODIES = {
     "cells": (f"{REGION}/cells", lambda n: {"spec": {}}),
     "images": (f"{PROJECT}/images", lambda n: {"spec": WASM}),
     "apps": (f"{PROJECT}/apps", lambda n: app()),
+    "jobs": (f"{PROJECT}/jobs", lambda n: {"spec": job()}),
+    "cron-jobs": (f"{PROJECT}/cron-jobs", lambda n: {"spec": {"schedule": "0 0 1 1 *", "job": job()}}),
     "secrets": (f"{PROJECT}/secrets", lambda n: {"spec": {"data": {"password": n}}}),
     "routes": (f"{PROJECT}/routes", lambda n: {"spec": {"host": f"{n}.example.com", "app": APP}}),
 }
@@ -301,6 +307,25 @@ def repair_app(spec):
         spec.pop("autoscale", None)
 
 
+def repair_job(spec, patch):
+    """A job that no image keeps from being begun, and that ends at once if there is one."""
+    if isinstance(spec.get("template"), dict):
+        template = spec["template"]
+        template["runtime"] = "container"
+        repair_app(template)
+        # A quota has room for them all.
+        template.pop("resources", None)
+        if template.get("image") == "busybox":
+            template["image"] = "missing"
+    for field in ("completions", "parallelism"):
+        if spec.get(field) is not None:
+            spec[field] = int(spec[field]) % 4 + 1
+    if patch:
+        # What a job does can't change.
+        for field in ("template", "completions", "indexed"):
+            spec.pop(field, None)
+
+
 def repair_body(case):
     body = case.body
     if not isinstance(body, dict):
@@ -340,6 +365,22 @@ def repair_body(case):
         repair_app(spec)
         # Only global apps say where they run.
         spec.pop("regions", None)
+    if kind == "jobs":
+        repair_job(spec, case.method == "PATCH")
+        if case.method == "PUT":
+            # The fixture's, which can't change, or a new one's.
+            spec.update(job())
+            for field in ("completions", "indexed"):
+                spec.pop(field, None)
+    if kind == "cron-jobs":
+        # What an expression or a zone means no pattern says.
+        for field, known in (("schedule", "0 0 1 1 *"), ("timeZone", "Europe/Berlin")):
+            if field in spec or (field == "schedule" and case.method != "PATCH"):
+                spec[field] = known
+        if isinstance(spec.get("job"), dict):
+            repair_job(spec["job"], False)
+            # Every run would fail.
+            spec["job"].pop("cancelled", None)
     if kind == "regions":
         # What tier a region is of can't change.
         spec.pop("tier", None)

@@ -17,8 +17,8 @@ use super::cloud::{Cloud, CloudArgs, Guard, is_code, text};
 use super::output::{self, Format};
 use super::{image, pull, resource, settle};
 use crate::exit::Fail;
-pub use spec::class;
 use spec::{Replicas, Wanted};
+pub use spec::{class, secret, variable};
 
 /// An update that others get in the way of is tried so often.
 const TRIES: usize = 5;
@@ -166,7 +166,7 @@ impl DeployArgs {
 
 /// What `--image` means.
 #[derive(Debug, PartialEq, Eq)]
-enum ImageArg {
+pub enum ImageArg {
     File(PathBuf),
     Name(Name),
     /// In a registry.
@@ -174,7 +174,7 @@ enum ImageArg {
 }
 
 /// An existing path is a file to import, except a folder that is no image but has a name that an image could have.
-fn image_arg(text: &str) -> Result<ImageArg, Fail> {
+pub fn image_arg(text: &str) -> Result<ImageArg, Fail> {
     let path = Path::new(text);
     let name = text.parse::<Name>();
     if path.exists() {

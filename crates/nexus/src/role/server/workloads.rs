@@ -92,7 +92,7 @@ pub fn placed(view: &View, fleet: &Fleet, host: &Name, instance: Uid) -> Result<
     }
     let found = view.read(|world| {
         let here = world.instance(instance).filter(|i| i.status.host.as_ref() == Some(host))?;
-        let runs = here.metadata.deleting.is_none() && here.status.phase != InstancePhase::Lost;
+        let runs = here.metadata.deleting.is_none() && here.status.phase != InstancePhase::Lost && here.status.finished.is_none();
         runs.then(|| here.clone())
     });
     found.ok_or_else(|| {
@@ -129,8 +129,9 @@ impl Workloads {
     fn placed(&self, host: &Name, instance: Uid) -> Result<SpiffeId, Refusal> {
         let found = placed(&self.view, &self.fleet, host, instance)?;
         let project = found.metadata.project.as_ref().map_or("", Name::as_str);
-        SpiffeId::workload(&self.trust_domain, project, found.spec.app.as_str())
-            .map_err(|e| Refusal::internal(e.to_string()))
+        let (name, domain) = (found.spec.app.as_str(), &self.trust_domain);
+        let id = if found.spec.job.is_some() { SpiffeId::job } else { SpiffeId::workload };
+        id(domain, project, name).map_err(|e| Refusal::internal(e.to_string()))
     }
 
     fn certificate(&self, request: &WorkloadCertificateRequest) -> Result<WorkloadCertificate, Refusal> {
