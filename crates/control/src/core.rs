@@ -298,6 +298,7 @@ impl Core {
             }
         }
         cells::everything(&mut step);
+        rules::delivery::everything(&mut step);
         let ops = step.finish();
         self.absorb(ops);
     }
@@ -463,7 +464,7 @@ impl Core {
                 let global = world.fleet().apps.get(project.as_ref(), name);
                 global.map(|o| (project.clone(), o.owner_ref()))
             }
-            Dirty::Buried(..) | Dirty::Room => None,
+            Dirty::Buried(..) | Dirty::Room | Dirty::Event(_) | Dirty::Delivery(_) => None,
         };
         let Some((project, regarding)) = regarding else { return };
         let mut step = self.step(at);
@@ -495,6 +496,7 @@ impl Core {
                     (cells, format!("app {project}/{}", place.1))
                 }
                 Dirty::Child(_) | Dirty::Usage(_) | Dirty::Project(_) | Dirty::Buried(..) | Dirty::Room => continue,
+                Dirty::Event(_) | Dirty::Delivery(_) => continue,
             };
             for cell in cells {
                 let named_here = found.entry(cell).or_default();
@@ -584,6 +586,10 @@ impl Core {
         }
         let mut step = self.step(at);
         rules::people::forget_ended(&mut step);
+        let ops = step.finish();
+        self.absorb(ops);
+        let mut step = self.step(at);
+        rules::delivery::forget_old(&mut step);
         let ops = step.finish();
         self.absorb(ops);
     }

@@ -7,6 +7,7 @@
 //!   [`cells`] judges hosts; [`scheduler`] chooses cells and hosts.
 //! * [`world`]: the region's state as typed tables; [`step`]: one decision over it, all or nothing.
 //! * [`secrets`]: the sealed values that the writer passes on unseen.
+//! * [`outbox`]: what is told to others' servers.
 //! * [`audit`]: the record that every accepted change leaves.
 //! * [`view`]: what the committed state means for hosts and gateways; [`directory`]: what it means for who may do what.
 //!
@@ -22,6 +23,7 @@ pub mod fleet;
 mod inbox;
 pub mod intent;
 mod link;
+pub mod outbox;
 pub mod region;
 pub mod rules;
 pub mod scheduler;

@@ -4,6 +4,7 @@
 pub mod app;
 pub mod buried;
 pub mod child;
+pub mod delivery;
 pub mod federation;
 pub mod fleet;
 pub mod host;
@@ -27,5 +28,7 @@ pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
         Dirty::Buried(plural, uid) => buried::reconcile(step, plural, *uid),
         Dirty::Host(name) => host::reconcile(step, name),
         Dirty::Room => instance::wake(step),
+        Dirty::Event(place) => delivery::fan_out(step, place),
+        Dirty::Delivery(place) => delivery::reconcile(step, place),
     }
 }

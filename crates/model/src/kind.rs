@@ -14,6 +14,7 @@ mod instance;
 mod route;
 mod secret;
 mod tenancy;
+mod webhook;
 
 use std::fmt::Debug;
 
@@ -31,6 +32,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 pub use tenancy::*;
+pub use webhook::*;
 
 use crate::FieldError;
 use crate::selector::{Labels, is_label_key, is_label_value};
@@ -271,7 +273,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 22] = [
+static ALL: [KindDescriptor; 24] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -295,6 +297,8 @@ static ALL: [KindDescriptor; 22] = [
     KindDescriptor::of::<Route>(),
     KindDescriptor::of::<Event>(),
     KindDescriptor::of::<Usage>(),
+    KindDescriptor::of::<Webhook>(),
+    KindDescriptor::of::<Delivery>(),
 ];
 
 /// Kinds that only servers read and write: they are stored like all others, and nothing else is made of their declaration.

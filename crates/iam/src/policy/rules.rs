@@ -130,6 +130,8 @@ const RULES: &[Rule] = &[
     Rule::new("usages", Holder::Project, &["view", "bill"], &["edit"]),
     Rule::new("blobs", Holder::Project, &["view"], &[]).verbs(&[("put", &["edit"], Level::Project)]),
     Rule::new("secrets", Holder::Project, &["view"], &["edit"]).verbs(&[("reveal", &["reveal"], Level::Project)]),
+    Rule::new("webhooks", Holder::Project, &["view"], &["edit"]).verbs(&[("test", &["edit"], Level::Project)]),
+    Rule::new("deliveries", Holder::Project, &["view"], &["edit"]).verbs(&[("resend", &["edit"], Level::Project)]),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
     Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization).verbs(&[
         ("set-password", &["self"], Level::Organization),
@@ -172,6 +174,8 @@ pub const VERBS: &[(&str, &str)] = &[
     ("users", "invite"),
     ("users", "enroll-totp"),
     ("users", "confirm-totp"),
+    ("webhooks", "test"),
+    ("deliveries", "resend"),
 ];
 
 /// Actions on collections that are no kinds.
