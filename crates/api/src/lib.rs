@@ -42,6 +42,7 @@ mod signin;
 mod streams;
 mod tries;
 mod watch;
+mod webhooks;
 mod whoami;
 mod write;
 
@@ -63,7 +64,7 @@ pub use audit::Audit;
 pub use doors::{
     BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint, EtcdStatus, Frame,
     FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, ProviderDoor, ProviderRequest, Remote,
-    ServerStatus, StatusSource, Topology,
+    ServerStatus, StatusSource, Topology, WebhookDoor,
 };
 
 pub use caller::PeerAddress;
@@ -95,6 +96,7 @@ pub struct Api {
     pub blobs: Arc<dyn Blobs>,
     pub hosts: Arc<dyn HostDoor>,
     pub providers: Arc<dyn ProviderDoor>,
+    pub webhooks: Arc<dyn WebhookDoor>,
     pub operations: Arc<dyn Operations>,
     pub status: Arc<dyn StatusSource>,
     /// How this server signs the audit logs, and where it notes what it refuses.

@@ -34,6 +34,8 @@ pub(crate) enum Verb {
     Logs,
     Exec,
     Reveal,
+    Test,
+    Resend,
     SetPassword,
     Invite,
     EnrollTotp,
@@ -41,7 +43,7 @@ pub(crate) enum Verb {
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 7] = [
+pub(crate) const VERBS: [(&str, &str, Verb); 9] = [
     ("instances", "logs", Verb::Logs),
     ("instances", "exec", Verb::Exec),
     ("secrets", "reveal", Verb::Reveal),
@@ -49,6 +51,8 @@ pub(crate) const VERBS: [(&str, &str, Verb); 7] = [
     ("users", "invite", Verb::Invite),
     ("users", "enroll-totp", Verb::EnrollTotp),
     ("users", "confirm-totp", Verb::ConfirmTotp),
+    ("webhooks", "test", Verb::Test),
+    ("deliveries", "resend", Verb::Resend),
 ];
 
 impl Verb {
@@ -60,6 +64,7 @@ impl Verb {
         match self {
             Self::Logs | Self::Exec => READ,
             Self::Reveal => &[Method::GET],
+            Self::Test | Self::Resend => &[Method::POST],
             Self::SetPassword | Self::Invite | Self::EnrollTotp | Self::ConfirmTotp => &[Method::POST],
         }
     }

@@ -36,7 +36,7 @@ use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
 use crate::{
     Api, audit, blobs, credentials, elsewhere, federation, list, operations, secrets, settle, signature, signin,
-    streams, watch, whoami, write,
+    streams, watch, webhooks, whoami, write,
 };
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
@@ -306,6 +306,8 @@ async fn answer(
     // What a change would make is known only from its body, so those ask when they have read it.
     let lens = match &target {
         Target::Collection(_) | Target::Object(..) if !reads => Lens::All,
+        // It wants to know by what right.
+        Target::Custom(_, _, Verb::Test | Verb::Resend) => Lens::All,
         _ => server.authorize(&context, &target, &parts.method, None).await?.lens,
     };
     match target {
@@ -336,6 +338,10 @@ async fn answer(
         ) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;
             Ok(server.deadline(credentials::change(&server, &place, &name, verb, &parts, body, &context)).await?)
+        }
+        Target::Custom(_, _, Verb::Test | Verb::Resend) => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            server.deadline(webhooks::tell(&server, &target, &parts, body, &context)).await
         }
         Target::Custom(place, name, Verb::Reveal) => {
             let _permit = server.admission.admit(class, &server.api.env).await?;

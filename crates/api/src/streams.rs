@@ -54,9 +54,13 @@ pub(crate) async fn handle(
     match verb {
         Verb::Logs => logs(server, place, name, parts, ended).await,
         Verb::Exec => exec(server, place, name, parts, ended).await,
-        Verb::Reveal | Verb::SetPassword | Verb::Invite | Verb::EnrollTotp | Verb::ConfirmTotp => {
-            Err(Refusal::new(Code::NotFound, "only instances have streams"))
-        }
+        Verb::Reveal
+        | Verb::Test
+        | Verb::Resend
+        | Verb::SetPassword
+        | Verb::Invite
+        | Verb::EnrollTotp
+        | Verb::ConfirmTotp => Err(Refusal::new(Code::NotFound, "only instances have streams")),
     }
 }
 

@@ -115,7 +115,9 @@ fn decide_kind<K: Admit>(step: &mut Step<'_>, intent: &Intent) -> Result<Accepte
             update(step, intent, old, wanted)
         }
         (Change::Delete, Some(old)) => delete::<K>(step, intent, old),
-        (Change::Audit { .. } | Change::Tell { .. }, _) => Err(ApiError::new(Code::Internal, "what is done to the log or about deliveries is of no kind")),
+        (Change::Audit { .. } | Change::Tell { .. }, _) => {
+            Err(ApiError::new(Code::Internal, "what is done to the log or about deliveries is of no kind"))
+        }
         (Change::Patch { .. } | Change::Delete, None) => Err(ApiError::not_found(K::KIND, target.name.as_str())),
     }
 }

@@ -83,7 +83,10 @@ mod tests {
         let header = key.sign(id, time, body);
         assert_eq!(header, "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
         assert!(key.check(id, time, body, &header));
-        assert!(key.check(id, time, body, &format!("v1a,x v1,AAAA {header}")), "a receiver that changes keys gets several");
+        assert!(
+            key.check(id, time, body, &format!("v1a,x v1,AAAA {header}")),
+            "a receiver that changes keys gets several"
+        );
         for (other, t, b) in [("msg_x", time, &body[..]), (id, time + 1, body), (id, time, b"{}")] {
             assert!(!key.check(other, t, b, &header));
         }

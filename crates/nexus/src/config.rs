@@ -15,7 +15,7 @@ use nexus_model::kind::{Capacity, Classes, GLOBAL, Tier};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::role::server::providers::Network;
+use crate::role::server::outbound::Network;
 
 /// Why a role can't use its configuration.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +143,10 @@ pub struct ServerConfig {
     /// would tell a tenant what answers there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub provider_networks: Vec<String>,
+    /// Where webhooks and callbacks of tenants may lead beside the public internet, such as `10.1.0.0/16`. A tenant learns of
+    /// what answers there whether it takes a POST.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub webhook_networks: Vec<String>,
     /// The zones that the first start creates, beside the region, the organization `default` and the projects `default`
     /// and `system`.
     #[serde(default)]
@@ -506,6 +510,9 @@ impl Config for ServerConfig {
         for network in &self.provider_networks {
             network.parse::<Network>().map_err(|why| ("provider_networks", why))?;
         }
+        for network in &self.webhook_networks {
+            network.parse::<Network>().map_err(|why| ("webhook_networks", why))?;
+        }
         if self.region == GLOBAL {
             return Err(("region", format!("`{GLOBAL}` is the name of what belongs to no region")));
         }
@@ -735,6 +742,7 @@ mod tests {
             domain: "localhost".into(),
             issuer: None,
             provider_networks: Vec::new(),
+            webhook_networks: Vec::new(),
             zones: vec!["zone-a".parse().unwrap()],
             join: false,
             authority: None,

@@ -121,7 +121,8 @@ pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
     let waiting = step.world.apps.buried.values().any(|a| mine(a.metadata.project.as_ref()))
         || step.world.instances.buried.values().any(|i| mine(i.metadata.project.as_ref()));
     if !progressed && !waiting {
-        progressed = take_away::<Webhook>(step, name) || take_away::<Delivery>(step, name) || take_away::<Event>(step, name);
+        progressed =
+            take_away::<Webhook>(step, name) || take_away::<Delivery>(step, name) || take_away::<Event>(step, name);
         if !progressed {
             return Teardown::Gone;
         }

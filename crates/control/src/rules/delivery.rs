@@ -69,12 +69,7 @@ pub fn admit(step: &mut Step<'_>, old: Option<&Object<Webhook>>, new: &mut Objec
     Ok(())
 }
 
-fn refuse_missing_secret(
-    world: &World,
-    project: &Name,
-    secret: &SigningSecret,
-    field: &str,
-) -> Result<(), ApiError> {
+fn refuse_missing_secret(world: &World, project: &Name, secret: &SigningSecret, field: &str) -> Result<(), ApiError> {
     let SigningSecret { name, key } = secret;
     let message = match world.secret(project, name) {
         Some(found) if found.spec.keys.contains(key) => return Ok(()),
@@ -155,7 +150,8 @@ fn drop_oldest(step: &mut Step<'_>, project: &Name) {
         DeliveryPhase::Dead => 1,
         DeliveryPhase::Pending | DeliveryPhase::Waiting => 2,
     };
-    let Some(oldest) = step.world.deliveries.within(project).min_by_key(|d| (rank(d), &d.metadata.name)).cloned() else {
+    let Some(oldest) = step.world.deliveries.within(project).min_by_key(|d| (rank(d), &d.metadata.name)).cloned()
+    else {
         return;
     };
     step.erase(&oldest);
@@ -183,7 +179,8 @@ fn hook_of(world: &World, delivery: &Object<Delivery>) -> Option<Object<Webhook>
 pub(crate) fn await_end(step: &mut Step<'_>, intent: &Intent, accepted: &Accepted) -> Result<(), ApiError> {
     let Some(Callback { url, secret }) = &intent.by.callback else { return Ok(()) };
     let Some(project) = &intent.target.project else {
-        let detail = "a callback is signed with a secret of a project, and this is in none: use `Prefer: wait` or a watch";
+        let detail =
+            "a callback is signed with a secret of a project, and this is in none: use `Prefer: wait` or a watch";
         return Err(ApiError::new(Code::BadRequest, detail));
     };
     refuse_missing_secret(step.world, project, secret, "Callback-Secret")?;
@@ -354,7 +351,8 @@ fn attempted(step: &mut Step<'_>, mut delivery: Object<Delivery>, attempt: &Atte
     let project = delivery.metadata.project.clone().expect("deliveries have a project");
     if attempt.taken && step.world.outbox.counts(&project).delivered > DELIVERED {
         let delivered = |d: &&Object<Delivery>| d.status.phase == DeliveryPhase::Delivered;
-        if let Some(oldest) = step.world.deliveries.within(&project).find(delivered).cloned() {
+        let oldest = step.world.deliveries.within(&project).find(delivered).cloned();
+        if let Some(oldest) = oldest {
             step.erase(&oldest);
         }
     }

@@ -38,9 +38,8 @@ pub fn is_url(text: &str) -> bool {
         None => (rest, ""),
     };
     let path_byte = |b: u8| matches!(b, b'!' | b'$'..=b';' | b'=' | b'?'..=b'Z' | b'_' | b'a'..=b'z' | b'~');
-    let is_port = |port: &str| {
-        port.bytes().all(|b| b.is_ascii_digit()) && !port.starts_with('0') && port.parse::<u16>().is_ok()
-    };
+    let is_port =
+        |port: &str| port.bytes().all(|b| b.is_ascii_digit()) && !port.starts_with('0') && port.parse::<u16>().is_ok();
     let lower = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f' | b':' | b'.');
     let host_is_good = match authority.strip_prefix('[') {
         Some(rest) => rest.split_once(']').is_some_and(|(address, port)| {
@@ -51,9 +50,9 @@ pub fn is_url(text: &str) -> bool {
             let (host, port) = authority.split_once(':').map_or((authority, None), |(host, port)| (host, Some(port)));
             let labels = || host.split('.');
             // What ends in a number is an address to whoever connects, and must be one (URL standard, section 3.5).
-            let number = labels().next_back().is_some_and(|last| {
-                last.bytes().all(|b| b.is_ascii_digit()) || last.starts_with("0x")
-            });
+            let number = labels()
+                .next_back()
+                .is_some_and(|last| last.bytes().all(|b| b.is_ascii_digit()) || last.starts_with("0x"));
             port.is_none_or(is_port)
                 && labels().count() <= 21
                 && labels().all(|label| label.parse::<Name>().is_ok())
@@ -64,7 +63,9 @@ pub fn is_url(text: &str) -> bool {
 }
 
 fn is_word(text: &str) -> bool {
-    text.len() <= 64 && text.starts_with(|c: char| c.is_ascii_uppercase()) && text.bytes().all(|b| b.is_ascii_alphanumeric())
+    text.len() <= 64
+        && text.starts_with(|c: char| c.is_ascii_uppercase())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric())
 }
 
 /// The key of a secret of the project: what is sent is signed with its newest value.
@@ -195,12 +196,20 @@ impl Kind for Webhook {
                 errors.push(FieldError::new(field, message));
             }
         };
-        check(is_url(&spec.url), "spec.url".into(), "an http:// or https:// URL with a lower-case host, without user or #");
+        check(
+            is_url(&spec.url),
+            "spec.url".into(),
+            "an http:// or https:// URL with a lower-case host, without user or #",
+        );
         check(is_key(&spec.secret.key), "spec.secret.key".into(), "names no key of a secret");
         for (field, words) in [("kinds", &spec.kinds), ("reasons", &spec.reasons)] {
             check(words.len() <= MAX_WORDS, format!("spec.{field}"), "at most 32");
             for (i, word) in words.iter().enumerate().take(MAX_WORDS) {
-                check(is_word(word), format!("spec.{field}[{i}]"), "one word that begins with a capital, such as App or Ready");
+                check(
+                    is_word(word),
+                    format!("spec.{field}[{i}]"),
+                    "one word that begins with a capital, such as App or Ready",
+                );
             }
         }
         let attempts = (1..=MAX_ATTEMPTS).contains(&spec.max_attempts);
@@ -418,7 +427,10 @@ mod tests {
 
     #[test]
     fn an_event_has_the_attributes_that_cloudevents_asks_for() {
-        let metadata = Metadata { region: Some("eu".parse().unwrap()), ..Metadata::new("x".parse().unwrap(), Some("shop".parse().unwrap())) };
+        let metadata = Metadata {
+            region: Some("eu".parse().unwrap()),
+            ..Metadata::new("x".parse().unwrap(), Some("shop".parse().unwrap()))
+        };
         let event = Delivery::example().cloud_event(&metadata);
         for required in ["specversion", "id", "source", "type"] {
             assert!(event[required].as_str().is_some_and(|t| !t.is_empty()), "{required}");

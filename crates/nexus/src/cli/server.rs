@@ -308,6 +308,7 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
         domain: args.domain.clone(),
         issuer: None,
         provider_networks: Vec::new(),
+        webhook_networks: Vec::new(),
         zones: args.zones.clone(),
         join: false,
         authority: Some(authority),
@@ -398,6 +399,8 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
     let keep: Option<AuditKeep> = serde_json::from_value(field("audit_keep")).context("how long records are kept")?;
     let networks: Option<Vec<String>> = serde_json::from_value(field("provider_networks"))
         .context("the networks in which identity providers may be")?;
+    let hooks: Option<Vec<String>> =
+        serde_json::from_value(field("webhook_networks")).context("the networks that webhooks may lead to")?;
     let config = ServerConfig {
         name: name.clone(),
         node_id: joined.node,
@@ -418,6 +421,7 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         domain: joined.domain,
         issuer: joined.issuer,
         provider_networks: networks.unwrap_or_default(),
+        webhook_networks: hooks.unwrap_or_default(),
         zones: joined.zones,
         join: true,
         authority,

@@ -229,6 +229,8 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 issuer: None,
                 // Whoever develops against a provider has it on this machine.
                 provider_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],
+                // And so with what receives events.
+                webhook_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],
                 zones: plan.zones.clone(),
                 join: false,
                 authority: Some(authority.clone()),

@@ -65,6 +65,11 @@ def provider():
     return {"issuer": "https://login.example.com", "clientId": "cloudnexus"}
 
 
+def webhook():
+    # Nobody is asked: the address is not one that servers reach from here.
+    return {"url": "https://hooks.invalid/cloud", "secret": {"name": FIXTURE, "key": "password"}, "maxAttempts": 1}
+
+
 EMPTY = digest(b"")
 WASM = {"format": "wasm", "digest": EMPTY, "blobs": [{"digest": EMPTY, "size": 0}]}
 # Whoever is there from the beginning, and a policy that permits nothing.
@@ -88,6 +93,8 @@ BODIES = {
     "images": (f"{PROJECT}/images", lambda n: {"spec": WASM}),
     "apps": (f"{PROJECT}/apps", lambda n: app()),
     "secrets": (f"{PROJECT}/secrets", lambda n: {"spec": {"data": {"password": n}}}),
+    # After the secret that signs.
+    "webhooks": (f"{PROJECT}/webhooks", lambda n: {"spec": webhook()}),
     "routes": (f"{PROJECT}/routes", lambda n: {"spec": {"host": f"{n}.example.com", "app": APP}}),
 }
 # What reads and changes; never deleted.
@@ -166,6 +173,9 @@ def real_name(case, kind):
         return "local"
     if kind == "sessions":
         return sign_in() if deletes else pick(f"{ORGANIZATION}/sessions?limit=1")
+    if kind == "deliveries":
+        # Each test makes another.
+        return call("POST", f"{PROJECT}/webhooks/{FIXTURE}:test").json()["metadata"]["name"]
     if kind == "usages":
         # Named as its project.
         return "default"
@@ -244,6 +254,12 @@ def repair_headers(case):
     # Generators are fond of a few keys, and all but the first request with one would be refused. Some stay.
     if case.headers and "Idempotency-Key" in case.headers and is_positive(case, "header") and next(numbers) % 8:
         case.headers["Idempotency-Key"] = f"st-{next(numbers)}"
+    # Only a secret that is there signs, and only few names are worth looking up.
+    if case.headers and "Callback" in case.headers and is_positive(case, "header"):
+        case.headers["Callback"] = "https://hooks.invalid/done"
+        case.headers["Callback-Secret"] = f"{FIXTURE}/password"
+    elif case.headers and is_positive(case, "header"):
+        case.headers.pop("Callback-Secret", None)
     # What never settles would be waited for.
     if case.headers and "wait=" in str(case.headers.get("Prefer", "")):
         case.headers["Prefer"] = "wait=0"
@@ -326,6 +342,13 @@ def repair_body(case):
         if case.method != "PATCH":
             spec.pop("binary", None)
             spec["data"] = {"password": f"p{next(numbers)}"}
+    if kind == "webhooks":
+        if case.method == "PATCH":
+            for field in ("url", "secret", "enabled"):
+                spec.pop(field, None)
+        else:
+            spec.update(webhook())
+            spec["enabled"] = True
     if kind in ("role-bindings", "policies", "tokens", "access-keys"):
         spec.pop("project", None)
     if kind == "role-bindings":

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::apply::{Outcome, diff};
 use super::cloud::{Cloud, CloudArgs, Guard, is_code, text};
 use super::output::{self, Format};
+use super::webhook::CallbackArgs;
 use super::{image, resource, settle};
 use crate::exit::Fail;
 use spec::Wanted;
@@ -44,6 +45,7 @@ enum SpreadArg {
     nexus deploy web --secret DB_PASSWORD=db/password --secret /run/secrets/tls=tls\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
+    nexus deploy web --replicas 5 --no-wait --callback https://ci.example.com/done\n  \
     nexus deploy job --image tools --command sh -c 'sleep 1000'\n\n\
     Of an app that exists, only what is named changes. A path is imported first, as `nexus image import` does.")]
 pub struct DeployArgs {
@@ -114,6 +116,8 @@ pub struct DeployArgs {
     /// Shows what would change, and changes nothing
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    callback: CallbackArgs,
     /// What is shown of the app in the end
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -197,6 +201,8 @@ pub async fn deploy(args: &DeployArgs) -> anyhow::Result<()> {
         }
         None => {}
     }
+    // The image is not what is waited for.
+    let cloud = cloud.calling_back(&args.callback);
     let path = cloud.object(kind, &args.name);
     let title = resource::title(kind, args.name.as_str());
     let (before, object) = send(&cloud, args, &wanted, imported.as_ref().map(|i| i.format), &path).await?;

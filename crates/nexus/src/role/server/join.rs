@@ -452,7 +452,7 @@ impl Joins {
     fn shared_config(&self) -> serde_json::Map<String, Value> {
         let mut out = serde_json::Map::new();
         let all = serde_json::to_value(&self.config).expect("a configuration is plain data");
-        for field in ["tier", "global", "cells", "store", "audit_keep", "provider_networks"] {
+        for field in ["tier", "global", "cells", "store", "audit_keep", "provider_networks", "webhook_networks"] {
             if let Some(value) = all.get(field).filter(|v| !v.is_null()) {
                 out.insert(field.to_owned(), value.clone());
             }
