@@ -205,7 +205,7 @@ async fn a_webhook_that_is_gone_or_disabled_is_told_nothing() {
 fn of_one_object_only_the_oldest_is_on_its_way_and_no_project_takes_all_the_room() {
     let mut queue = Queue::default();
     let now = Timestamp::from_millis(10_000);
-    let mut put = |queue: &mut Queue, n: usize, project: &str, object_of: u8, next: i64| {
+    let put = |queue: &mut Queue, n: usize, project: &str, object_of: u8, next: i64| {
         let mut delivery = object::<Delivery>(&format!("{n:04}"), Delivery::example());
         delivery.metadata.project = Some(name(project));
         delivery.metadata.owner = Some(OwnerRef { uid: Uid::from_random([9; 16]), ..delivery.owner_ref() });
