@@ -586,6 +586,7 @@ pub(crate) fn provenance(context: &Context, policies: &[String]) -> Provenance {
             Proof::AccessKey { name, .. } => Some(format!("access key {name}")),
             Proof::Session { name, .. } => Some(name.to_string()),
         },
+        callback: None,
     }
 }
 

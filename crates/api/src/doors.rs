@@ -143,6 +143,12 @@ pub trait ProviderDoor: Send + Sync {
     async fn ask(&self, request: ProviderRequest) -> Result<Bytes, String>;
 }
 
+/// What servers may tell things to.
+pub trait WebhookDoor: Send + Sync {
+    /// Why a URL is not one that this cloud's servers reach, where its host is an address; a name is judged when it is used.
+    fn refuses(&self, url: &str) -> Option<String>;
+}
+
 /// How the control plane does, in a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

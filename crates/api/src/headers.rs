@@ -15,6 +15,8 @@ pub(crate) const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("prefe
 pub(crate) const SETTLED: HeaderName = HeaderName::from_static("x-cnx-settled");
 /// How old the copy may be that a read with `?consistency=stale` was answered from.
 pub(crate) const STALE_MS: HeaderName = HeaderName::from_static("x-cnx-stale-ms");
+pub(crate) const CALLBACK: HeaderName = HeaderName::from_static("callback");
+pub(crate) const CALLBACK_SECRET: HeaderName = HeaderName::from_static("callback-secret");
 pub(crate) const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
 /// The longest `Prefer: wait`.
@@ -25,7 +27,7 @@ fn bad(detail: impl Into<String>) -> ApiError {
 }
 
 /// A header that may be given once, as text.
-fn single<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, ApiError> {
+pub(crate) fn single<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, ApiError> {
     let mut values = headers.get_all(name).iter();
     let Some(value) = values.next() else { return Ok(None) };
     if values.next().is_some() {

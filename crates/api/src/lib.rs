@@ -45,6 +45,7 @@ mod signin;
 mod streams;
 mod tries;
 mod watch;
+mod webhooks;
 mod whoami;
 mod write;
 
@@ -67,6 +68,7 @@ pub use doors::{
     BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint, EtcdStatus, Frame,
     FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, ProviderDoor, ProviderRequest, Pull,
     PullStream, Pulls, Remote, ServerStatus, StatusSource, Topology,
+    WebhookDoor,
 };
 
 pub use caller::PeerAddress;
@@ -99,6 +101,7 @@ pub struct Api {
     pub pulls: Arc<dyn Pulls>,
     pub hosts: Arc<dyn HostDoor>,
     pub providers: Arc<dyn ProviderDoor>,
+    pub webhooks: Arc<dyn WebhookDoor>,
     pub operations: Arc<dyn Operations>,
     pub status: Arc<dyn StatusSource>,
     /// How this server signs the audit logs, and where it notes what it refuses.

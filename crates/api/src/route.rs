@@ -34,6 +34,8 @@ pub(crate) enum Verb {
     Logs,
     Exec,
     Reveal,
+    Test,
+    Resend,
     SetPassword,
     Invite,
     EnrollTotp,
@@ -46,7 +48,7 @@ pub(crate) enum Verb {
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 12] = [
+pub(crate) const VERBS: [(&str, &str, Verb); 14] = [
     ("instances", "logs", Verb::Logs),
     ("instances", "exec", Verb::Exec),
     ("secrets", "reveal", Verb::Reveal),
@@ -59,6 +61,8 @@ pub(crate) const VERBS: [(&str, &str, Verb); 12] = [
     ("apps", "resume", Verb::Resume),
     ("apps", "promote", Verb::Promote),
     ("apps", "undo", Verb::Undo),
+    ("webhooks", "test", Verb::Test),
+    ("deliveries", "resend", Verb::Resend),
 ];
 
 impl Verb {
@@ -70,6 +74,7 @@ impl Verb {
         match self {
             Self::Logs | Self::Exec => READ,
             Self::Reveal | Self::Load => &[Method::GET],
+            Self::Test | Self::Resend => &[Method::POST],
             Self::SetPassword | Self::Invite | Self::EnrollTotp | Self::ConfirmTotp => &[Method::POST],
             Self::Pause | Self::Resume | Self::Promote | Self::Undo => &[Method::POST],
         }

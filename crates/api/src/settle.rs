@@ -11,6 +11,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
 use nexus_model::kind::KindDescriptor;
+use nexus_model::object::is_settled;
 use nexus_model::{Uid, key};
 use nexus_store::{KeyValue, RangeRequest, WatchEvent};
 
@@ -59,10 +60,11 @@ impl Waiting<'_> {
             return Look::Settled;
         }
         let status = stored.status();
-        let good = matches!(status["phase"].as_str(), Some("Ready" | "Running" | "Stopped" | "Complete" | "Failed"));
-        let observed = status["observedGeneration"].as_u64().unwrap_or(0);
-        let current = !info.has_observed_generation || observed >= stored.metadata.generation;
-        if good && current { Look::Settled } else { Look::NotYet }
+        // A status that was not written yet says nothing, not even of what its kind has.
+        let known = status["phase"].is_string();
+        let current = !info.has_observed_generation || status["observedGeneration"].is_u64();
+        let settled = known && current && is_settled(&status, stored.metadata.generation);
+        if settled { Look::Settled } else { Look::NotYet }
     }
 
     /// True once the object has settled, false if it never will.

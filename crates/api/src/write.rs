@@ -6,7 +6,7 @@ use axum::body::Body;
 use http::Method;
 use http::request::Parts;
 use nexus_control::decide::merge_patch;
-use nexus_control::intent::{Accepted, Change, Intent, Target};
+use nexus_control::intent::{Accepted, Change, Intent, Provenance, Target};
 use nexus_env::RngExt;
 use nexus_iam::TokenSecret;
 use nexus_model::kind::{AccessKey, AccessKeySpec, GLOBAL, Holder, Image, ImageSpec, Kind, Token, TokenSpec};
@@ -24,6 +24,7 @@ use crate::query::Query;
 use crate::route::{self, Place};
 use crate::secrets;
 use crate::serve::{Context, Server};
+use crate::webhooks;
 
 pub(crate) const JSON: &[&str] = &["application/json"];
 pub(crate) const PATCH: &[&str] = &["application/merge-patch+json", "application/json"];
@@ -106,7 +107,7 @@ async fn read(
 async fn left_by(server: &Server, place: &Place, name: &Name, change: &Change) -> Result<Option<AnyObject>, ApiError> {
     match change {
         Change::Create { object } | Change::Put { object } => Ok(Some(object.clone())),
-        Change::Delete | Change::Rollout { .. } | Change::Audit { .. } => Ok(None),
+        Change::Delete | Change::Rollout { .. } | Change::Audit { .. } | Change::Tell { .. } => Ok(None),
         Change::Patch { patch } => {
             let Some(kv) = find(server, place, name, Consistency::Stale).await? else { return Ok(None) };
             let mut object: Value = serde_json::from_slice(&kv.value).map_err(|e| unreadable(&kv, &e))?;
@@ -204,7 +205,11 @@ fn verb(change: &Change) -> &'static str {
     match change {
         Change::Create { .. } => "create",
         Change::Delete => "delete",
-        Change::Put { .. } | Change::Patch { .. } | Change::Rollout { .. } | Change::Audit { .. } => "update",
+        Change::Put { .. }
+        | Change::Patch { .. }
+        | Change::Rollout { .. }
+        | Change::Audit { .. }
+        | Change::Tell { .. } => "update",
     }
 }
 
@@ -253,6 +258,7 @@ pub(crate) async fn submit(
     let dry_run = query.flag("dryRun")?;
     let idempotency_key = headers::idempotency_key(&parts.headers)?;
     let wait = headers::prefer_wait(&parts.headers)?;
+    let callback = webhooks::callback(server, place, &parts.headers)?;
     let Asked { name, mut change, if_match } = read(server, place, name, parts, body).await?;
     let brought = if secrets::is_secret(place) { Some(secrets::take(&mut change)?) } else { None };
     let mut secret = None;
@@ -269,6 +275,7 @@ pub(crate) async fn submit(
     let sealed = federation::prepare(server, place, &name, &mut change, left.as_ref())?;
     let idempotency_key = idempotency_key.filter(|_| !sealed);
     let allowed = server.authorize(context, target, &parts.method, left.as_ref()).await?;
+    webhooks::check(server, place, left.as_ref())?;
     if place.kind.plural == Image::PLURAL {
         refuse_others_blobs(server, place, left.as_ref()).await?;
     }
@@ -295,7 +302,7 @@ pub(crate) async fn submit(
     let intent = Intent {
         request_id: context.request_id.clone(),
         actor: context.caller.name.clone(),
-        by: audit::provenance(context, &allowed.by),
+        by: Provenance { callback, ..audit::provenance(context, &allowed.by) },
         target: Target {
             plural: place.kind.plural.to_owned(),
             project: place.project.clone(),

@@ -85,7 +85,7 @@ fn routes() -> Vec<(&'static str, String, Option<Value>)> {
             let body = match *verb {
                 "set-password" => json!({"old": "something or other", "new": "something else then"}),
                 "confirm-totp" => json!({"code": "000000"}),
-                "invite" | "enroll-totp" => json!({}),
+                "invite" | "enroll-totp" | "test" | "resend" => json!({}),
                 _ => {
                     add("GET", &format!("{one}:{verb}"), None);
                     continue;

@@ -226,6 +226,20 @@ pub(crate) fn changed<K: Stored>(
     step.record(draft)
 }
 
+/// Records what was done with an object that did not change its spec.
+pub(crate) fn acted<K: Stored>(step: &mut Step<'_>, intent: &Intent, verb: &str, uid: Uid) -> Result<(), ApiError> {
+    let target = &intent.target;
+    let mut draft = draft_of(step, intent, format!("{}:{verb}", K::PLURAL))?;
+    draft.target = Some(Target {
+        name: target.name.to_string(),
+        organization: owner::<K>(step, target, None),
+        plural: K::PLURAL.to_owned(),
+        project: target.project.as_ref().map(Name::to_string),
+        uid: Some(uid),
+    });
+    step.record(draft)
+}
+
 /// The organization that an object belongs to.
 fn owner<K: Stored>(step: &Step<'_>, target: &crate::intent::Target, spec: Option<&Value>) -> Option<String> {
     if K::PLURAL == Organization::PLURAL {

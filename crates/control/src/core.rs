@@ -302,6 +302,7 @@ impl Core {
             }
         }
         cells::everything(&mut step);
+        rules::delivery::everything(&mut step);
         let ops = step.finish();
         self.absorb(ops);
     }
@@ -517,7 +518,7 @@ impl Core {
             Dirty::Cron((project, name)) => {
                 world.cron_jobs.get(project.as_ref(), name).map(|o| (project.clone(), o.owner_ref()))
             }
-            Dirty::Buried(..) | Dirty::Room => None,
+            Dirty::Buried(..) | Dirty::Room | Dirty::Event(_) | Dirty::Delivery(_) => None,
         };
         let Some((project, regarding)) = regarding else { return };
         let mut step = self.step(at);
@@ -556,6 +557,7 @@ impl Core {
                 }
                 Dirty::Cron(_) => continue,
                 Dirty::Child(_) | Dirty::Usage(_) | Dirty::Project(_) | Dirty::Buried(..) | Dirty::Room => continue,
+                Dirty::Event(_) | Dirty::Delivery(_) => continue,
             };
             for cell in cells {
                 let named_here = found.entry(cell).or_default();
@@ -645,6 +647,10 @@ impl Core {
         }
         let mut step = self.step(at);
         rules::people::forget_ended(&mut step);
+        let ops = step.finish();
+        self.absorb(ops);
+        let mut step = self.step(at);
+        rules::delivery::forget_old(&mut step);
         let ops = step.finish();
         self.absorb(ops);
     }

@@ -37,8 +37,12 @@ pub fn decide(step: &mut Step<'_>, intent: &Intent) -> Result<Accepted, ApiError
     if let Change::Audit { deed } = &intent.change {
         return audit::carry_out(step, intent, deed);
     }
+    if let Change::Tell { deed } = &intent.change {
+        return rules::delivery::carry_out(step, intent, deed);
+    }
     let accepted = for_kind!(&intent.target.plural, K => decide_kind::<K>(step, intent)?)
         .ok_or_else(|| ApiError::new(Code::NotFound, format!("there is no kind {:?}", intent.target.plural)))?;
+    rules::delivery::await_end(step, intent, &accepted)?;
     if let Some(place) = place.filter(|_| !intent.dry_run) {
         let at = step.now.as_millis();
         step.remember(place, Remembered { fingerprint: fingerprint(intent), answer: accepted.clone(), at });
@@ -112,7 +116,9 @@ fn decide_kind<K: Admit>(step: &mut Step<'_>, intent: &Intent) -> Result<Accepte
         }
         (Change::Delete, Some(old)) => delete::<K>(step, intent, old),
         (Change::Rollout { order }, Some(old)) => ordered::<K>(step, intent, old, *order),
-        (Change::Audit { .. }, _) => Err(ApiError::new(Code::Internal, "what is done to the log is of no kind")),
+        (Change::Audit { .. } | Change::Tell { .. }, _) => {
+            Err(ApiError::new(Code::Internal, "what is done to the log or about deliveries is of no kind"))
+        }
         (Change::Patch { .. } | Change::Rollout { .. } | Change::Delete, None) => {
             Err(ApiError::not_found(K::KIND, target.name.as_str()))
         }
@@ -733,6 +739,16 @@ impl Admit for Route {
             }
         }
     }
+}
+
+impl Admit for Webhook {
+    fn admit(step: &mut Step<'_>, old: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
+        rules::delivery::admit(step, old, new)
+    }
+}
+
+impl Admit for Delivery {
+    const TOLD: bool = false;
 }
 
 impl Admit for Event {}

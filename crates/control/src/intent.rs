@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use async_trait::async_trait;
 use nexus_audit::Anchor;
+use nexus_model::kind::SigningSecret;
 use nexus_model::{AnyObject, ApiError, Name, RequestId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -51,6 +52,10 @@ pub enum Change {
     Rollout {
         order: RolloutOrder,
     },
+    /// Not of an object's spec, but of what is told to others' servers.
+    Tell {
+        deed: Telling,
+    },
     /// Not of an object, but of the audit log itself.
     Audit {
         deed: Deed,
@@ -70,6 +75,42 @@ pub enum RolloutOrder {
     Undo {
         to: Option<u64>,
     },
+}
+
+/// What is done about deliveries, beside reading and deleting them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Telling {
+    /// A server has tried to send the target.
+    Attempted(Attempt),
+    /// The target is to be sent again.
+    Resend,
+    /// The target, a webhook, is to be told something.
+    Test,
+}
+
+/// One try of a delivery.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Attempt {
+    /// From 1, so that one try is not counted twice.
+    pub number: u32,
+    /// The receiver took it.
+    pub taken: bool,
+    /// Another try would do no better.
+    pub fatal: bool,
+    /// There is nobody to send it to any more.
+    pub obsolete: bool,
+    /// What came of it, in few words.
+    pub message: String,
+}
+
+/// Who is to be told when a change has come to its end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Callback {
+    pub url: String,
+    pub secret: SigningSecret,
 }
 
 /// What is done to the audit log, beside what is written into it with every change.
@@ -93,6 +134,9 @@ pub struct Provenance {
     /// The ids of the policies that allowed it.
     pub policies: Vec<String>,
     pub session: Option<String>,
+    /// Not for the log: whom they want to be told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub callback: Option<Callback>,
 }
 
 /// One request to the writer.

@@ -9,6 +9,7 @@
 //! * [`autoscale`]: how many instances an app has, where the cloud is to decide that.
 //! * [`traffic`]: what gateways say of requests, in memory.
 //! * [`secrets`]: the sealed values that the writer passes on unseen.
+//! * [`outbox`]: what is told to others' servers.
 //! * [`audit`]: the record that every accepted change leaves.
 //! * [`view`]: what the committed state means for hosts and gateways; [`directory`]: what it means for who may do what.
 //!
@@ -26,6 +27,7 @@ pub mod fleet;
 mod inbox;
 pub mod intent;
 mod link;
+pub mod outbox;
 pub mod region;
 pub mod rules;
 pub mod scheduler;

@@ -5,6 +5,7 @@ pub mod app;
 pub mod buried;
 pub mod child;
 pub mod cron;
+pub mod delivery;
 pub mod federation;
 pub mod fleet;
 pub mod history;
@@ -34,5 +35,7 @@ pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
         Dirty::Room => instance::wake(step),
         Dirty::Job(place) => job::reconcile(step, place),
         Dirty::Cron(place) => cron::reconcile(step, place),
+        Dirty::Event(place) => delivery::fan_out(step, place),
+        Dirty::Delivery(place) => delivery::reconcile(step, place),
     }
 }

@@ -11,6 +11,7 @@ use nexus_env::{Rng, RngExt};
 use nexus_model::kind::{self, Event, EventSpec, Severity};
 use nexus_model::{AnyObject, Metadata, Name, Object, OwnerRef, RequestId, Timestamp, Uid, key};
 
+use crate::rules::delivery;
 use crate::world::{Blocked, Place, Remembered, Seat, Stored, World, key_of};
 
 /// Events kept per project; the oldest go first.
@@ -34,6 +35,10 @@ pub enum Dirty {
     Room,
     Job(Place),
     Cron(Place),
+    /// Webhooks are to be told of it.
+    Event(Place),
+    /// A callback that waits for the end of a change.
+    Delivery(Place),
 }
 
 /// Store operations by key: `None` deletes.
@@ -104,6 +109,7 @@ impl<'a> Step<'a> {
         // Whoever gets here has not asked: better that this one step fails than that the evidence is gone.
         assert!(!self.world.unreadable.contains_key(&key), "{key} holds something that can't be read");
         self.ops.insert(key, Some(new.to_vec().into()));
+        self.wake(new.metadata.uid);
         let old = self.world.replace(&seat, Some(new));
         self.undo.push(Box::new(move |world| drop(world.replace(&seat, old))));
     }
@@ -112,6 +118,7 @@ impl<'a> Step<'a> {
     pub fn bury<K: Stored>(&mut self, old: &Object<K>) -> Object<K> {
         let mut new = old.clone();
         new.metadata.deleting = Some(self.now);
+        self.wake(old.metadata.uid);
         self.ops.insert(key_of(old), None);
         self.ops.insert(key_of(&new), Some(new.to_vec().into()));
         let (from, to) = (Seat::of(old), Seat::of(&new));
@@ -123,9 +130,15 @@ impl<'a> Step<'a> {
     /// Removes an object, living or buried, for good.
     pub fn erase<K: Stored>(&mut self, old: &Object<K>) {
         self.ops.insert(key_of(old), None);
+        self.wake(old.metadata.uid);
         let seat = Seat::of(old);
         let old = self.world.replace::<K>(&seat, None);
         self.undo.push(Box::new(move |world| drop(world.replace(&seat, old))));
+    }
+
+    /// Has those look who wait for a change of an object.
+    fn wake(&mut self, uid: Uid) {
+        self.dirty.extend(self.world.outbox.waiting_for(uid).into_iter().map(Dirty::Delivery));
     }
 
     pub fn remember(&mut self, place: String, remembered: Remembered) {
@@ -169,7 +182,7 @@ impl<'a> Step<'a> {
         if let Some(mut event) = same {
             event.spec.count += 1;
             event.spec.last = self.now;
-            self.put(event);
+            self.tell(&project, event);
             return;
         }
         let stem: String = regarding.name.as_str().chars().take(48).collect();
@@ -186,14 +199,24 @@ impl<'a> Step<'a> {
             first: self.now,
             last: self.now,
             request_id: self.request_id.clone(),
+            untold: false,
         };
-        self.put(Object::<Event>::new(metadata, spec));
+        self.tell(&project, Object::<Event>::new(metadata, spec));
         let order = self.world.event_order.get(&project);
         if let Some(oldest) = order.filter(|o| o.len() > EVENTS_PER_PROJECT).and_then(|o| o.front()).cloned()
             && let Some(event) = self.world.events.get(Some(&project), &oldest).cloned()
         {
             self.erase(&event);
         }
+    }
+
+    /// Puts an event, for webhooks too.
+    fn tell(&mut self, project: &Name, mut event: Object<Event>) {
+        event.spec.untold |= delivery::is_wanted(self.world, project, &event.spec);
+        if event.spec.untold {
+            self.mark(Dirty::Event((Some(project.clone()), event.metadata.name.clone())));
+        }
+        self.put(event);
     }
 
     /// The store's key and revision of an object, for preconditions. `None` while a change of it is not yet committed.

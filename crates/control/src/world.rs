@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Trail;
 use crate::intent::Accepted;
+use crate::outbox::Outbox;
 use crate::rules::{cron, job};
 use crate::scheduler::Scheduler;
 use crate::step::Dirty;
@@ -132,6 +133,12 @@ pub struct World {
     pub routes: Table<Route>,
     pub events: Table<Event>,
     pub usages: Table<Usage>,
+    pub webhooks: Table<Webhook>,
+    pub deliveries: Table<Delivery>,
+    /// What is to be told to others' servers.
+    pub outbox: Outbox,
+    /// Events of which webhooks are yet to be told.
+    pub untold: BTreeSet<Place>,
     pub remembered: BTreeMap<String, Remembered>,
     /// Keys whose values can't be read, and why. Nothing is written over them; the rest of the world goes on.
     pub unreadable: BTreeMap<String, String>,
@@ -209,7 +216,7 @@ macro_rules! for_kind {
         for_kind!(@ $plural, $K, $body,
             Organization Project User Group ServiceAccount RoleBinding Policy Token AccessKey Session Credential
             IdentityProvider Departure SigningKey Region Zone Cell Host Image Secret App AppRevision Job CronJob Instance
-            Route Event Usage)
+            Route Event Usage Webhook Delivery)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -253,6 +260,8 @@ stored! {
     Route => routes;
     Event => events, index_event;
     Usage => usages;
+    Webhook => webhooks;
+    Delivery => deliveries, index_delivery;
 }
 
 /// What no two hosts may share: their address, and both prefixes as addresses with port 0.
@@ -392,7 +401,18 @@ fn set_timer<K: Kind>(
     }
 }
 
+fn index_delivery(world: &mut World, old: Option<&Object<Delivery>>, new: Option<&Object<Delivery>>) {
+    world.outbox.replaced(old, new);
+}
+
 fn index_event(world: &mut World, old: Option<&Object<Event>>, new: Option<&Object<Event>>) {
+    if let Some(event) = new.or(old) {
+        let place = (event.metadata.project.clone(), event.metadata.name.clone());
+        match new.is_some_and(|new| new.spec.untold) {
+            true => drop(world.untold.insert(place)),
+            false => drop(world.untold.remove(&place)),
+        }
+    }
     match (old, new) {
         (None, Some(new)) => {
             let project = new.metadata.project.clone().expect("events have a project");

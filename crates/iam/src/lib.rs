@@ -6,7 +6,7 @@
 //! [`password`] and [`totp`] check people, [`federation`] those whom another provider vouches for; [`access_key`] and
 //! [`sigv4`] programs that sign their requests. [`jwt`] makes and checks the short-lived tokens that all of them get.
 //! [`svid`] makes and checks the tokens by which workloads know each other.
-//! [`envelope`] keeps secrets that must be read again.
+//! [`envelope`] keeps secrets that must be read again. [`webhook`] signs what is told to others' servers.
 //!
 //! Architecture invariant: no socket, file or clock lives here. Time comes in as a parameter, or, where rustls itself
 //! asks for it, through a [`tls::Clock`]. The one exception to "chance comes in by the door" is key generation and
@@ -27,6 +27,7 @@ pub mod svid;
 pub mod tls;
 pub mod token;
 pub mod totp;
+pub mod webhook;
 
 pub use ca::{CaError, CertificateAuthority, Issued, Signed};
 pub use id::{IdError, Role, SpiffeId};

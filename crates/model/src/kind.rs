@@ -18,6 +18,7 @@ mod rollout;
 mod route;
 mod secret;
 mod tenancy;
+mod webhook;
 
 use std::fmt::Debug;
 
@@ -39,6 +40,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 pub use tenancy::*;
+pub use webhook::*;
 
 use crate::FieldError;
 use crate::selector::{Labels, is_label_key, is_label_value};
@@ -279,7 +281,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 25] = [
+static ALL: [KindDescriptor; 27] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -306,6 +308,8 @@ static ALL: [KindDescriptor; 25] = [
     KindDescriptor::of::<Route>(),
     KindDescriptor::of::<Event>(),
     KindDescriptor::of::<Usage>(),
+    KindDescriptor::of::<Webhook>(),
+    KindDescriptor::of::<Delivery>(),
 ];
 
 /// Kinds that only servers read and write: they are stored like all others, and nothing else is made of their declaration.

@@ -132,6 +132,14 @@ pub fn set_condition(
     }
 }
 
+/// Whether an object is as its spec wants it: its phase is a good one and speaks of the newest generation. Kinds without a
+/// phase have nothing to wait for.
+pub fn is_settled(status: &Value, generation: u64) -> bool {
+    let Some(phase) = status["phase"].as_str() else { return true };
+    let good = matches!(phase, "Ready" | "Running" | "Stopped" | "Complete" | "Failed");
+    good && status["observedGeneration"].as_u64().is_none_or(|seen| seen >= generation)
+}
+
 /// An object of a kind known when compiled.
 #[derive(Debug, Clone)]
 pub struct Object<K: Kind> {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::role::agent::default_images_percent;
 use crate::role::server::image_gc::{LEAST_GRACE, default_grace};
-use crate::role::server::providers::Network;
+use crate::role::server::outbound::Network;
 
 /// Why a role can't use its configuration.
 #[derive(Debug, thiserror::Error)]
@@ -151,6 +151,10 @@ pub struct ServerConfig {
     /// How long blobs are kept that no image names any more, in hours
     #[serde(default = "default_grace")]
     pub blob_grace_hours: u32,
+    /// Where webhooks and callbacks of tenants may lead beside the public internet, such as `10.1.0.0/16`. A tenant learns of
+    /// what answers there whether it takes a POST.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub webhook_networks: Vec<String>,
     /// The zones that the first start creates, beside the region, the organization `default` and the projects `default`
     /// and `system`.
     #[serde(default)]
@@ -523,6 +527,9 @@ impl Config for ServerConfig {
         if self.blob_grace_hours < LEAST_GRACE {
             return Err(("blob_grace_hours", format!("at least {LEAST_GRACE}: an upload has a day to be named")));
         }
+        for network in &self.webhook_networks {
+            network.parse::<Network>().map_err(|why| ("webhook_networks", why))?;
+        }
         if self.region == GLOBAL {
             return Err(("region", format!("`{GLOBAL}` is the name of what belongs to no region")));
         }
@@ -757,6 +764,7 @@ mod tests {
             provider_networks: Vec::new(),
             registry_networks: Vec::new(),
             blob_grace_hours: default_grace(),
+            webhook_networks: Vec::new(),
             zones: vec!["zone-a".parse().unwrap()],
             join: false,
             authority: None,

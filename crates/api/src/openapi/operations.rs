@@ -1,6 +1,6 @@
 //! Paths and operations, and the parameters, headers and responses that they share.
 
-use nexus_model::kind::{self, GLOBAL, Home, KindDescriptor, Scope};
+use nexus_model::kind::{self, GLOBAL, Home, KindDescriptor, MAX_URL, Scope, URL_PATTERN};
 use nexus_model::{API_VERSION, Code, Digest, Name};
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
@@ -119,6 +119,20 @@ pub(super) fn parameters(region: &Name) -> Value {
             "Prefer",
             "`wait=N`: answer when the object has settled, or after N seconds (at most 300). See RFC 7240.",
             json!({"type": "string", "examples": ["wait=1"]}),
+        ),
+        "Callback": header(
+            "Callback",
+            "Where to tell, as a signed CloudEvent, that the object has settled. Only addresses of the public internet are \
+             reached, and those that the operator allows.",
+            json!({"type": "string", "maxLength": MAX_URL, "pattern": URL_PATTERN}),
+        ),
+        "CallbackSecret": header(
+            "Callback-Secret",
+            "The secret of the project that signs the callback, as NAME or NAME/KEY.",
+            json!({
+                "type": "string", "default": "callbacks/key", "maxLength": 192,
+                "pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?$",
+            }),
         ),
         "RequestId": header(
             "X-Request-Id",
@@ -263,6 +277,12 @@ fn list_operation(d: &KindDescriptor, in_project: bool) -> Value {
     out
 }
 
+/// What a change of what is in a project takes beside.
+fn callback(d: &KindDescriptor) -> Vec<Value> {
+    let some = d.scope == Scope::Project;
+    ["Callback", "CallbackSecret"].into_iter().filter(|_| some).map(parameter).collect()
+}
+
 fn body(content: &[(&str, &str)], example: &Value) -> Value {
     let content: Map<_, _> = content
         .iter()
@@ -292,6 +312,7 @@ fn collection(d: &KindDescriptor) -> Value {
     if d.verbs.create {
         let mut parameters = place(d, true);
         parameters.extend(["DryRun", "IdempotencyKey", "Prefer"].map(parameter));
+        parameters.extend(callback(d));
         let good = vec![
             ("201", success("Created", as_json(d.kind), CREATED)),
             ("200", success("A dry run's result", as_json(d.kind), CHANGED)),
@@ -338,13 +359,16 @@ fn object(d: &KindDescriptor) -> Value {
             more.push("OnlyNew");
         }
         let responses = answers(good, &["403", "409", "412", "413", "415", "422"]);
+        let mut parameters = here(&more);
+        parameters.extend(callback(d));
         let mut put =
-            operation(&format!("put{}", d.kind), d.plural, &format!("{summary} {}", d.kind), here(&more), responses);
+            operation(&format!("put{}", d.kind), d.plural, &format!("{summary} {}", d.kind), parameters, responses);
         let example = json!({"spec": (d.example)()});
         put["requestBody"] = body(&[("application/json", &format!("{}Replacement", d.kind))], &example);
         out["put"] = put;
         let responses = answers(vec![changed()], &["403", "409", "412", "413", "415", "422"]);
-        let parameters = here(&["DryRun", "IdempotencyKey", "Prefer", "IfMatch"]);
+        let mut parameters = here(&["DryRun", "IdempotencyKey", "Prefer", "IfMatch"]);
+        parameters.extend(callback(d));
         let mut patch =
             operation(&format!("patch{}", d.kind), d.plural, &format!("Change {}", d.kind), parameters, responses);
         let name = format!("{}Patch", d.kind);
@@ -354,8 +378,9 @@ fn object(d: &KindDescriptor) -> Value {
     }
     if d.verbs.delete {
         let responses =
-            answers(vec![("200", success("Its tombstone", as_json(d.kind), CHANGED))], &["403", "409", "412"]);
-        let parameters = here(&["DryRun", "IdempotencyKey", "Prefer", "IfMatch"]);
+            answers(vec![("200", success("Its tombstone", as_json(d.kind), CHANGED))], &["403", "409", "412", "422"]);
+        let mut parameters = here(&["DryRun", "IdempotencyKey", "Prefer", "IfMatch"]);
+        parameters.extend(callback(d));
         out["delete"] =
             operation(&format!("delete{}", d.kind), d.plural, &format!("Delete {}", d.kind), parameters, responses);
     }
@@ -537,6 +562,15 @@ fn scale_path() -> Value {
     json!({"post": post})
 }
 
+/// A verb without a body that puts a delivery on its way.
+fn telling_path(d: &KindDescriptor, id: &str, about: &str) -> Value {
+    let mut parameters = place(d, true);
+    parameters.push(name_parameter(d));
+    parameters.push(parameter("IdempotencyKey"));
+    let good = success("The delivery", as_json("Delivery"), &[("ETag", "ETag")]);
+    json!({"post": operation(id, d.plural, about, parameters, answers(vec![("200", good)], &["403", "409", "413", "415", "422"]))})
+}
+
 fn blob_path() -> Value {
     let here = || vec![parameter("Region"), parameter("Project"), parameter("Digest")];
     let octets = json!({"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}});
@@ -627,7 +661,7 @@ pub(super) fn paths() -> Map<String, Value> {
     for d in kind::all() {
         let list = collection_template(d, true);
         paths.insert(format!("{list}/{{name}}"), object(d));
-        paths.insert(list, collection(d));
+        paths.insert(list.clone(), collection(d));
         if d.scope == Scope::Project {
             paths.insert(collection_template(d, false), json!({"get": list_operation(d, false)}));
         }
@@ -639,6 +673,14 @@ pub(super) fn paths() -> Map<String, Value> {
         }
         if d.plural == "secrets" {
             paths.insert(format!("{}/{{name}}:reveal", collection_template(d, true)), reveal_path(d));
+        }
+        if d.plural == "webhooks" {
+            let about = "Send a webhook something";
+            paths.insert(format!("{list}/{{name}}:test"), telling_path(d, "testWebhook", about));
+        }
+        if d.plural == "deliveries" {
+            let about = "Send a delivery again";
+            paths.insert(format!("{list}/{{name}}:resend"), telling_path(d, "resendDelivery", about));
         }
     }
     let apps = kind::find("apps").expect("a kind");

@@ -19,7 +19,7 @@ use http_body_util::BodyExt;
 use nexus_api::pull::PullEvent;
 use nexus_api::{
     Api, Audit, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations,
-    Operators, ProviderDoor, ProviderRequest, Pull, PullStream, Pulls, Remote, StatusSource, Topology,
+    Operators, ProviderDoor, ProviderRequest, Pull, PullStream, Pulls, Remote, StatusSource, Topology, WebhookDoor,
 };
 use nexus_control::audit::{Heads, Notes};
 use nexus_control::directory::Directory;
@@ -364,7 +364,7 @@ impl Writer for FakeWriter {
                 value["spec"] = (kind.parse_spec)(&value["spec"]).map_err(ApiError::invalid)?;
                 serde_json::from_value(value).unwrap()
             }
-            Change::Rollout { .. } => old.clone().ok_or_else(missing)?,
+            Change::Rollout { .. } | Change::Tell { .. } => old.clone().ok_or_else(missing)?,
             Change::Audit { .. } => return Err(ApiError::new(Code::NotFound, "nothing to forget")),
             Change::Delete => {
                 let mut object = old.clone().ok_or_else(missing)?;
@@ -575,6 +575,15 @@ impl ProviderDoor for NoProviders {
     }
 }
 
+/// Only the addresses of this machine are inside.
+struct Outside;
+
+impl WebhookDoor for Outside {
+    fn refuses(&self, url: &str) -> Option<String> {
+        url.contains("//127.").then(|| "it is inside".to_owned())
+    }
+}
+
 /// What a test may bring of its own.
 struct Parts {
     env: Env,
@@ -688,6 +697,7 @@ impl World {
             pulls: Arc::new(OneImage),
             hosts: Arc::new(EchoHost),
             providers,
+            webhooks: Arc::new(Outside),
             operations: Arc::new(EchoOperations),
             status: Arc::new(Status),
             audit: Arc::new(audit(&store, &global)),

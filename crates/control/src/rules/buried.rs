@@ -142,9 +142,8 @@ pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
         || step.world.cron_jobs.buried.values().any(|c| mine(c.metadata.project.as_ref()))
         || step.world.instances.buried.values().any(|i| mine(i.metadata.project.as_ref()));
     if !progressed && !waiting {
-        let events = take::<Event>(step.world, name);
-        progressed = !events.is_empty();
-        events.iter().for_each(|e| step.erase(e));
+        progressed =
+            take_away::<Webhook>(step, name) || take_away::<Delivery>(step, name) || take_away::<Event>(step, name);
         if !progressed {
             return Teardown::Gone;
         }

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::intent::Change;
 use crate::rules::app::Missing;
-use crate::rules::job;
+use crate::rules::{delivery, job};
 use crate::step::{Dirty, Step};
 use crate::world::World;
 
@@ -63,7 +63,7 @@ pub fn leave_out_values(change: &mut Change) {
                 patch.shift_remove("spec");
             }
         }
-        Change::Delete | Change::Rollout { .. } | Change::Audit { .. } => {}
+        Change::Delete | Change::Rollout { .. } | Change::Audit { .. } | Change::Tell { .. } => {}
     }
 }
 
@@ -89,6 +89,10 @@ pub fn names(template: &Template, secret: &Name) -> bool {
 pub fn refuse_used(step: &Step<'_>, secret: &Object<Secret>) -> Result<(), ApiError> {
     let (Some(project), name) = (&secret.metadata.project, &secret.metadata.name) else { return Ok(()) };
     let users: Vec<&str> = users(step.world, project, name).map(|app| app.metadata.name.as_str()).take(6).collect();
+    if let Some(hook) = delivery::users(step.world, project, name).next() {
+        let detail = format!("secret {name} signs for webhook {}: give that another first", hook.metadata.name);
+        return Err(ApiError::new(Code::Conflict, detail));
+    }
     if users.is_empty() {
         return refuse_used_by_jobs(step, project, name);
     }

@@ -134,6 +134,8 @@ const RULES: &[Rule] = &[
     Rule::new("blobs", Holder::Project, &["view"], &[])
         .verbs(&[("put", &["edit"], Level::Project), ("pull", &["edit"], Level::Project)]),
     Rule::new("secrets", Holder::Project, &["view"], &["edit"]).verbs(&[("reveal", &["reveal"], Level::Project)]),
+    Rule::new("webhooks", Holder::Project, &["view"], &["edit"]).verbs(&[("test", &["edit"], Level::Project)]),
+    Rule::new("deliveries", Holder::Project, &["view"], &["edit"]).verbs(&[("resend", &["edit"], Level::Project)]),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
     Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization).verbs(&[
         ("set-password", &["self"], Level::Organization),
@@ -177,6 +179,8 @@ pub const VERBS: &[(&str, &str)] = &[
     ("users", "enroll-totp"),
     ("users", "confirm-totp"),
     ("apps", "load"),
+    ("webhooks", "test"),
+    ("deliveries", "resend"),
 ];
 
 /// Actions on collections that are no kinds.

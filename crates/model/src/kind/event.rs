@@ -31,6 +31,9 @@ pub struct EventSpec {
     pub last: Timestamp,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<RequestId>,
+    /// Webhooks that want to hear of it have not been given it yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub untold: bool,
 }
 
 impl Default for EventSpec {
@@ -48,6 +51,7 @@ impl Default for EventSpec {
             first: Timestamp::default(),
             last: Timestamp::default(),
             request_id: None,
+            untold: false,
         }
     }
 }

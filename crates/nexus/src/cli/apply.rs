@@ -12,6 +12,7 @@ use similar::TextDiff;
 
 use super::cloud::{Cloud, CloudArgs, Guard};
 use super::manifest::{self, Manifest, users_part};
+use super::webhook::CallbackArgs;
 use super::{output, resource, settle};
 use crate::exit::Fail;
 
@@ -34,6 +35,8 @@ pub struct ApplyArgs {
     /// How many seconds to wait for each object
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     timeout: u64,
+    #[command(flatten)]
+    callback: CallbackArgs,
     #[command(flatten)]
     cloud: CloudArgs,
 }
@@ -107,7 +110,7 @@ pub fn region_of(cloud: &Cloud, asked: Option<&Name>, manifest: &Manifest) -> an
 
 pub async fn run(args: &ApplyArgs) -> anyhow::Result<()> {
     let manifests = manifest::read(&args.files)?;
-    let cloud = Cloud::connect(&args.cloud)?;
+    let cloud = Cloud::connect(&args.cloud)?.calling_back(&args.callback);
     let mut places = Vec::new();
     for manifest in &manifests {
         let owner = owner_of(&cloud, &args.cloud, manifest)?;

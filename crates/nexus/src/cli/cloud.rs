@@ -16,6 +16,7 @@ use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::webhook::CallbackArgs;
 use crate::client::{Client, ClientError, Parts};
 use crate::context::Target;
 use crate::exit::Fail;
@@ -49,6 +50,7 @@ pub struct Cloud {
     pub client: Client,
     pub target: Target,
     data_dir: Option<PathBuf>,
+    callback: CallbackArgs,
 }
 
 /// What to list.
@@ -108,12 +110,18 @@ impl Cloud {
         if let Some(organization) = &args.organization {
             target.organization = organization.clone();
         }
-        Ok(Self { client: Client::new(&target)?, target, data_dir })
+        Ok(Self { client: Client::new(&target)?, target, data_dir, callback: CallbackArgs::default() })
     }
 
     #[cfg(test)]
     pub fn for_test(client: Client, target: Target) -> Self {
-        Self { client, target, data_dir: None }
+        Self { client, target, data_dir: None, callback: CallbackArgs::default() }
+    }
+
+    /// Has the end of each change that is made from now on told.
+    pub fn calling_back(mut self, callback: &CallbackArgs) -> Self {
+        self.callback = callback.clone();
+        self
     }
 
     /// The folder of the local cloud that this is, if it is one.
@@ -225,7 +233,7 @@ impl Cloud {
     }
 
     pub async fn put(&self, path: &str, object: &Value, guard: Guard, dry_run: bool) -> Result<Put, ClientError> {
-        let mut parts = once(Parts::json(object)?)?;
+        let mut parts = self.callback.apply(once(Parts::json(object)?)?)?;
         parts = match guard {
             Guard::None => parts,
             Guard::New => parts.header(IF_NONE_MATCH, "*")?,
@@ -241,7 +249,7 @@ impl Cloud {
 
     /// Deletes an object and waits until nothing is left of it, at most so long. Answers whether that is so.
     pub async fn delete(&self, path: &str, wait: Option<Duration>) -> Result<bool, ClientError> {
-        let mut parts = once(Parts::default())?;
+        let mut parts = self.callback.apply(once(Parts::default())?)?;
         if let Some(wait) = wait {
             parts = parts
                 .header(HeaderName::from_static("prefer"), &format!("wait={}", wait.as_secs()))?
@@ -336,7 +344,7 @@ mod tests {
             project: name("shop"),
             organization: name("acme"),
         };
-        Cloud { client: Client::new(&target).unwrap(), target, data_dir: None }
+        Cloud::for_test(Client::new(&target).unwrap(), target)
     }
 
     #[test]

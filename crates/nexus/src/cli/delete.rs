@@ -9,6 +9,7 @@ use nexus_model::kind::KindDescriptor;
 
 use super::cloud::{Cloud, CloudArgs, absent, selector};
 use super::progress::Progress;
+use super::webhook::CallbackArgs;
 use super::{apply, get, manifest, output, report, resource};
 use crate::exit::{Exit, Fail};
 
@@ -47,6 +48,8 @@ pub struct DeleteArgs {
     /// An object that does not exist is no error
     #[arg(long)]
     ignore_not_found: bool,
+    #[command(flatten)]
+    callback: CallbackArgs,
     #[command(flatten)]
     cloud: CloudArgs,
 }
@@ -107,7 +110,7 @@ pub async fn images(cloud: &CloudArgs, names: &[String]) -> anyhow::Result<()> {
 }
 
 pub async fn run(args: &DeleteArgs) -> anyhow::Result<()> {
-    let cloud = Cloud::connect(&args.cloud)?;
+    let cloud = Cloud::connect(&args.cloud)?.calling_back(&args.callback);
     let doomed = find(&cloud, args).await?;
     if doomed.is_empty() {
         output::note("nothing to delete");

@@ -48,6 +48,7 @@ mod table;
 mod token;
 mod user;
 mod version;
+mod webhook;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -149,6 +150,7 @@ pub enum UserCommand {
     AccessKey(access_key::AccessKeyArgs),
     Secret(secret::SecretArgs),
     MasterKey(master_key::MasterKeyArgs),
+    Webhook(webhook::WebhookArgs),
     SecondFactor(login::SecondFactorArgs),
     Can(can::CanArgs),
     Policy(can::PolicyArgs),
@@ -216,6 +218,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::AccessKey(args) => access_key::run(&args).await?,
         UserCommand::Secret(args) => secret::run(&args).await?,
         UserCommand::MasterKey(args) => master_key::run(&args).await?,
+        UserCommand::Webhook(args) => webhook::run(&args).await?,
         UserCommand::SecondFactor(args) => login::second_factor(&args).await?,
         UserCommand::Can(args) => return can::can(&args).await,
         UserCommand::Policy(args) => can::policy(&args).await?,

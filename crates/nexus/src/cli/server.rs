@@ -310,6 +310,7 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
         provider_networks: Vec::new(),
         registry_networks: Vec::new(),
         blob_grace_hours: crate::role::server::image_gc::default_grace(),
+        webhook_networks: Vec::new(),
         zones: args.zones.clone(),
         join: false,
         authority: Some(authority),
@@ -404,6 +405,8 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         serde_json::from_value(field("registry_networks")).context("the networks in which registries may be")?;
     let grace: Option<u32> =
         serde_json::from_value(field("blob_grace_hours")).context("how long unnamed blobs are kept")?;
+    let hooks: Option<Vec<String>> =
+        serde_json::from_value(field("webhook_networks")).context("the networks that webhooks may lead to")?;
     let config = ServerConfig {
         name: name.clone(),
         node_id: joined.node,
@@ -426,6 +429,7 @@ async fn join_server(args: &ServerJoinArgs) -> anyhow::Result<()> {
         provider_networks: networks.unwrap_or_default(),
         registry_networks: registries.unwrap_or_default(),
         blob_grace_hours: grace.unwrap_or_else(crate::role::server::image_gc::default_grace),
+        webhook_networks: hooks.unwrap_or_default(),
         zones: joined.zones,
         join: true,
         authority,

@@ -20,11 +20,7 @@ const NAMED: usize = 10;
 /// Whether an object has settled, by the same rule as the API's `Prefer: wait`: its phase is a good one and speaks of the
 /// newest generation. An object without a phase has nothing to wait for.
 pub fn is_settled(object: &Value) -> bool {
-    let status = &object["status"];
-    let Some(phase) = status["phase"].as_str() else { return true };
-    let good = matches!(phase, "Ready" | "Running" | "Stopped" | "Complete" | "Failed");
-    let generation = object["metadata"]["generation"].as_u64().unwrap_or(0);
-    good && status["observedGeneration"].as_u64().is_none_or(|seen| seen >= generation)
+    nexus_model::object::is_settled(&object["status"], object["metadata"]["generation"].as_u64().unwrap_or(0))
 }
 
 /// Whether the last orders about an app's rollout have been followed.

@@ -231,6 +231,8 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 provider_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],
                 registry_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],
                 blob_grace_hours: crate::role::server::image_gc::default_grace(),
+                // And so with what receives events.
+                webhook_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],
                 zones: plan.zones.clone(),
                 join: false,
                 authority: Some(authority.clone()),

@@ -6,6 +6,7 @@ pub mod authority;
 pub mod backups;
 mod blobs;
 pub mod certificates;
+mod deliveries;
 pub mod engine;
 mod fleet;
 mod groups;
@@ -16,7 +17,8 @@ mod keys;
 mod membership;
 pub mod northbound;
 mod operations;
-pub mod providers;
+pub mod outbound;
+mod providers;
 mod pulls;
 mod registry;
 mod remote;
@@ -210,6 +212,20 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         let (keys, stop) = (keys.clone(), stop.clone());
         tasks.spawn(async move { keys.follow(stop).await });
     }
+    let door = deliveries::door(&config.webhook_networks)?;
+    let both: [Arc<dyn Store>; 2] = [contract.clone(), groups.global.clone()];
+    for (own, writer) in [&writers.region, &writers.global].into_iter().enumerate() {
+        let sender = deliveries::Sender {
+            server: config.name.clone(),
+            env: env.clone(),
+            store: both[own].clone(),
+            writer: writer.clone(),
+            secrets: both[own..].to_vec(),
+            keys: keys.clone(),
+            door: door.clone(),
+        };
+        tasks.spawn(Arc::new(sender).run(stop.clone()));
+    }
     let secrets = Arc::new(Secrets {
         view: view.clone(),
         fleet: fleet.clone(),
@@ -325,6 +341,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         pulls: Arc::new(pulls),
         hosts: Arc::new(hosts::Hosts::new(view.clone(), pool.clone())),
         providers: Arc::new(providers::Providers::new(&config.provider_networks)?),
+        webhooks: Arc::new(deliveries::Judge(door)),
         operations: Arc::new(operations),
         status: status.clone(),
         audit,

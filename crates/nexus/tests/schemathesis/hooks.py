@@ -69,6 +69,11 @@ def provider():
     return {"issuer": "https://login.example.com", "clientId": "cloudnexus"}
 
 
+def webhook():
+    # Nobody is asked: the address is not one that servers reach from here.
+    return {"url": "https://hooks.invalid/cloud", "secret": {"name": FIXTURE, "key": "password"}, "maxAttempts": 1}
+
+
 EMPTY = digest(b"")
 WASM = {"format": "wasm", "digest": EMPTY, "blobs": [{"digest": EMPTY, "size": 0}]}
 # Whoever is there from the beginning, and a policy that permits nothing.
@@ -94,8 +99,12 @@ BODIES = {
     "jobs": (f"{PROJECT}/jobs", lambda n: {"spec": job()}),
     "cron-jobs": (f"{PROJECT}/cron-jobs", lambda n: {"spec": {"schedule": "0 0 1 1 *", "job": job()}}),
     "secrets": (f"{PROJECT}/secrets", lambda n: {"spec": {"data": {"password": n}}}),
+    # After the secret that signs.
+    "webhooks": (f"{PROJECT}/webhooks", lambda n: {"spec": webhook()}),
     "routes": (f"{PROJECT}/routes", lambda n: {"spec": {"host": f"{n}.example.com", "app": APP}}),
 }
+# An organization has twenty identity providers at most, a project as many webhooks.
+FEW = ("identity-providers", "webhooks")
 # What reads and changes; never deleted.
 FIXTURE = "st-fixture"
 # An app that is scaled, and changed by nothing else.
@@ -195,6 +204,9 @@ def real_name(case, kind):
         return pick(f"{PROJECT}/app-revisions?limit=1")
     if case.path.endswith((":undo", ":promote")):
         return rolling()
+    if kind == "deliveries":
+        # Each test makes another.
+        return call("POST", f"{PROJECT}/webhooks/{FIXTURE}:test").json()["metadata"]["name"]
     if kind == "usages":
         # Named as its project.
         return "default"
@@ -205,8 +217,8 @@ def real_name(case, kind):
     if not deletes:
         return FIXTURE
     url, body = BODIES[kind]
-    # An organization has twenty identity providers at most, with those of other requests.
-    name = f"st-gone-{next(numbers) % 4 if kind == 'identity-providers' else next(numbers)}"
+    # With those of other requests.
+    name = f"st-gone-{next(numbers) % 4 if kind in FEW else next(numbers)}"
     made(f"{url}/{name}", body(name))
     return name
 
@@ -273,6 +285,15 @@ def repair_headers(case):
     # Generators are fond of a few keys, and all but the first request with one would be refused. Some stay.
     if case.headers and "Idempotency-Key" in case.headers and is_positive(case, "header") and next(numbers) % 8:
         case.headers["Idempotency-Key"] = f"st-{next(numbers)}"
+    # Only a secret that is there signs, and only few names are worth looking up.
+    if case.headers and "/images" in case.path:
+        # They are in the region `global`, and so would the secret be.
+        case.headers.pop("Callback", None)
+    if case.headers and "Callback" in case.headers and is_positive(case, "header"):
+        case.headers["Callback"] = "https://hooks.invalid/done"
+        case.headers["Callback-Secret"] = f"{FIXTURE}/password"
+    elif case.headers and is_positive(case, "header"):
+        case.headers.pop("Callback-Secret", None)
     # What never settles would be waited for.
     if case.headers and "wait=" in str(case.headers.get("Prefer", "")):
         case.headers["Prefer"] = "wait=0"
@@ -342,7 +363,7 @@ def repair_body(case):
     if isinstance(metadata, dict):
         if case.method == "POST":
             number = next(numbers)
-            metadata["name"] = f"st-post-{number % 6 if kind == 'identity-providers' else number}"
+            metadata["name"] = f"st-post-{number % 6 if kind in FEW else number}"
         elif "name" in metadata and "name" in case.path_parameters:
             metadata["name"] = case.path_parameters["name"]
         # It has to agree with the path's, which for images is no matter of the path.
@@ -410,6 +431,13 @@ def repair_body(case):
         if case.method != "PATCH":
             spec.pop("binary", None)
             spec["data"] = {"password": f"p{next(numbers)}"}
+    if kind == "webhooks":
+        if case.method == "PATCH":
+            for field in ("url", "secret", "enabled"):
+                spec.pop(field, None)
+        else:
+            spec.update(webhook())
+            spec["enabled"] = True
     if kind in ("role-bindings", "policies", "tokens", "access-keys"):
         spec.pop("project", None)
     if kind == "role-bindings":

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::apply::{Outcome, diff};
 use super::cloud::{Cloud, CloudArgs, Guard, is_code, text};
 use super::output::{self, Format};
+use super::webhook::CallbackArgs;
 use super::{image, pull, resource, settle};
 use crate::exit::Fail;
 use spec::{Replicas, Wanted};
@@ -49,6 +50,7 @@ enum SpreadArg {
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
     nexus deploy web --image web-2.tar --canary 10:60s,50 --canary-header x-canary\n  \
     nexus deploy web --image web-3.tar --blue-green --progress-deadline 120\n  \
+    nexus deploy web --replicas 5 --no-wait --callback https://ci.example.com/done\n  \
     nexus deploy job --image tools --command sh -c 'sleep 1000'\n\n\
     Of an app that exists, only what is named changes. A path is imported first, as `nexus image import` does, and a \
     reference pulled, as `nexus image pull` does; the image gets the app's name.")]
@@ -125,6 +127,8 @@ pub struct DeployArgs {
     /// Shows what would change, and changes nothing
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    callback: CallbackArgs,
     /// What is shown of the app in the end
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -228,6 +232,8 @@ pub async fn deploy(args: &DeployArgs) -> anyhow::Result<()> {
         }
         None => {}
     }
+    // The image is not what is waited for.
+    let cloud = cloud.calling_back(&args.callback);
     let path = cloud.object(kind, &args.name);
     let title = resource::title(kind, args.name.as_str());
     let (before, object) = send(&cloud, args, &wanted, imported.map(|(format, _)| format), &path).await?;

@@ -453,7 +453,7 @@ impl Joins {
         let mut out = serde_json::Map::new();
         let all = serde_json::to_value(&self.config).expect("a configuration is plain data");
         let shared = ["tier", "global", "cells", "store", "audit_keep", "provider_networks"];
-        for field in shared.into_iter().chain(["registry_networks", "blob_grace_hours"]) {
+        for field in shared.into_iter().chain(["registry_networks", "blob_grace_hours", "webhook_networks"]) {
             if let Some(value) = all.get(field).filter(|v| !v.is_null()) {
                 out.insert(field.to_owned(), value.clone());
             }

@@ -30,11 +30,10 @@ use reqwest::{Response, StatusCode, Url};
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
-use super::providers::{Allowed, Lookup, told};
+use super::outbound::{Outbound, told};
 
 /// How long a question may take whose answer is small, read to its end.
 const PATIENCE: Duration = Duration::from_secs(30);
-const CONNECT: Duration = Duration::from_secs(10);
 /// A registry that sends nothing for so long is given up.
 const SILENCE: Duration = Duration::from_secs(30);
 const REDIRECTS: usize = 5;
@@ -46,10 +45,7 @@ const MAX_ERROR: usize = 4 << 10;
 pub const MAX_IMAGE: u64 = 64 << 30;
 
 /// The way to registries.
-pub struct Registries {
-    http: reqwest::Client,
-    allowed: Allowed,
-}
+pub struct Registries(Outbound);
 
 /// Who asks a registry. Never shown, never stored in the clear.
 #[derive(Clone)]
@@ -298,18 +294,7 @@ pub struct Session {
 
 impl Registries {
     pub fn new(networks: &[String]) -> anyhow::Result<Self> {
-        let allowed = Allowed::new(networks, "registry_networks")?;
-        crate::install_crypto();
-        let http = reqwest::Client::builder()
-            .user_agent(concat!("nexus/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .dns_resolver(Lookup(allowed.clone()))
-            .connect_timeout(CONNECT)
-            .read_timeout(SILENCE)
-            .build()
-            .context("making the client for registries")?;
-        Ok(Self { http, allowed })
+        Ok(Self(Outbound::streaming(networks, "registry_networks", SILENCE)?))
     }
 
     pub fn session(self: &Arc<Self>, wanted: Wanted, credentials: Option<Credentials>) -> Session {
@@ -319,8 +304,8 @@ impl Registries {
     /// One question, without following where it leads.
     async fn ask(&self, url: &Url, headers: HeaderMap) -> Result<Response, ApiError> {
         let at = || url.host_str().unwrap_or_default().to_owned();
-        self.allowed.judge(url).map_err(|e| wrong(format!("{}: {e}", at())))?;
-        let asked = self.http.get(url.clone()).headers(headers).send();
+        let http = self.0.to(url).map_err(|e| wrong(format!("{}: {e}", at())))?;
+        let asked = http.get(url.clone()).headers(headers).send();
         let answer = tokio::time::timeout(PATIENCE, asked).await;
         let answer = answer.map_err(|_| wrong(format!("{}: it takes too long", at())))?;
         answer.map_err(|e| wrong(format!("{}: {}", at(), told(&e))))

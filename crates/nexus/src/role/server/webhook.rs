@@ -51,14 +51,7 @@ fn secret(path: &Path) -> anyhow::Result<Vec<u8>> {
 
 impl Webhook {
     pub fn new(config: &WebhookConfig, group: &str, env: &Env, store: Arc<dyn Store>) -> anyhow::Result<Self> {
-        crate::install_crypto();
-        let http = reqwest::Client::builder()
-            .user_agent(concat!("nexus/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .timeout(PATIENCE)
-            .build()
-            .context("making the webhook's client")?;
+        let http = super::outbound::trusted(PATIENCE)?;
         let secret = secret(&config.secret_file)?;
         Ok(Self { url: config.url.clone(), secret, group: group.to_owned(), env: env.clone(), store, http })
     }
