@@ -67,8 +67,7 @@ pub use audit::Audit;
 pub use doors::{
     BlobStream, Blobs, Certificate, CertificateState, ClusterHealth, ClusterStatus, EtcdEndpoint, EtcdStatus, Frame,
     FrameStream, GroupMember, GroupStatus, HostDoor, Operations, Operators, ProviderDoor, ProviderRequest, Pull,
-    PullStream, Pulls, Remote, ServerStatus, StatusSource, Topology,
-    WebhookDoor,
+    PullStream, Pulls, Remote, ServerStatus, StatusSource, Topology, WebhookDoor,
 };
 
 pub use caller::PeerAddress;

@@ -16,7 +16,7 @@ use anyhow::{Context as _, ensure};
 use nexus_control::autoscale::backtest::{Outcome, Trace, run as replay};
 use nexus_control::autoscale::decide::Rule;
 use nexus_control::autoscale::history::{DAY_SLOTS, Measure};
-use nexus_model::kind::{Autoscale, Strategy, Template};
+use nexus_model::kind::{Autoscale, ScaleStrategy, Template};
 
 use crate::report::Row;
 
@@ -65,14 +65,14 @@ fn column(path: &Path, title: &str) -> anyhow::Result<Vec<f64>> {
     numbers.collect()
 }
 
-fn rule(strategy: Strategy, threshold: f64) -> Rule {
+fn rule(strategy: ScaleStrategy, threshold: f64) -> Rule {
     let autoscale = Autoscale { strategy, max_replicas: 10_000, ..Autoscale::default() };
     // One processor each.
     Rule { carries: [Some(threshold), None, None], ..Rule::new(&autoscale, &Template::default()) }
 }
 
 /// The outcome in terms of the 65 per cent: an instance more of a stricter rule is not one too few.
-fn outcome(strategy: Strategy, threshold: f64, trace: &Trace<'_>) -> Outcome {
+fn outcome(strategy: ScaleStrategy, threshold: f64, trace: &Trace<'_>) -> Outcome {
     replay(&rule(strategy, threshold), &Trace { judged: Some(THRESHOLD), ..*trace })
 }
 
@@ -91,16 +91,16 @@ pub fn run() -> anyhow::Result<Vec<Row>> {
             start_minutes: 1,
             judged: None,
         };
-        let reactive = outcome(Strategy::Target, THRESHOLD, &trace);
-        let ours = outcome(Strategy::Predictive, THRESHOLD, &trace);
+        let reactive = outcome(ScaleStrategy::Target, THRESHOLD, &trace);
+        let ours = outcome(ScaleStrategy::Predictive, THRESHOLD, &trace);
         // Headroom for the same price, by bisection: cost falls as the threshold rises.
         let (mut low, mut high) = (THRESHOLD / 2.0, THRESHOLD);
         for _ in 0..12 {
             let middle = f64::midpoint(low, high);
-            let dear = outcome(Strategy::Target, middle, &trace).instance_minutes > ours.instance_minutes;
+            let dear = outcome(ScaleStrategy::Target, middle, &trace).instance_minutes > ours.instance_minutes;
             (low, high) = if dear { (middle, high) } else { (low, middle) };
         }
-        let headroom = outcome(Strategy::Target, high, &trace);
+        let headroom = outcome(ScaleStrategy::Target, high, &trace);
         let kind = if tuned { "tuned on" } else { "held out" };
         let peer = "reactive at 65 %";
         let row = |what: &str, unit, value: f64, theirs: f64| {

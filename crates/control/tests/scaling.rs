@@ -233,7 +233,7 @@ fn a_schedule_holds_instances_in_its_windows() {
         time_zone: "UTC".into(),
         min_replicas: 5,
     };
-    lab.scaled(Autoscale { strategy: Strategy::Schedule, schedule: vec![window], ..Autoscale::default() });
+    lab.scaled(Autoscale { strategy: ScaleStrategy::Schedule, schedule: vec![window], ..Autoscale::default() });
     lab.pass(480, 10, |_| 1);
     assert_eq!(lab.instances(), 1);
     lab.pass(60, 10, |_| 1);
@@ -254,7 +254,7 @@ fn day(second: u64) -> u32 {
 #[test]
 fn a_days_trace_is_followed_and_another_leader_goes_on_with_its_history() {
     let mut lab = Lab::new();
-    lab.scaled(Autoscale { strategy: Strategy::Predictive, ..by_requests(10) });
+    lab.scaled(Autoscale { strategy: ScaleStrategy::Predictive, ..by_requests(10) });
     let (mut too_few, mut looked, mut most) = (0, 0, 0);
     for minute in 0..1440 {
         let from = minute * 60;
@@ -309,7 +309,7 @@ fn predictive_never_has_fewer_instances_than_target_whatever_the_load_and_the_fo
                 ScaleIn { stabilization_seconds, cooldown_seconds: (seed % 7) as u32, step_percent: 30 };
             Rule::new(&autoscale, &Template::default())
         };
-        let (target, predictive) = (rule(Strategy::Target), rule(Strategy::Predictive));
+        let (target, predictive) = (rule(ScaleStrategy::Target), rule(ScaleStrategy::Predictive));
         let (mut reactive, mut ahead) = (Memory::new(1, 0), Memory::new(1, 0));
         let mut load = 20.0;
         for at in 0..400 {

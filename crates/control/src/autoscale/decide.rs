@@ -13,7 +13,7 @@
 
 use std::collections::VecDeque;
 
-use nexus_model::kind::{Autoscale, ScaleTarget, Strategy, Template};
+use nexus_model::kind::{Autoscale, ScaleStrategy, ScaleTarget, Template};
 
 use super::forecast::Forecast;
 use super::history::{Loads, Measure};
@@ -138,7 +138,7 @@ impl Memory {
             self.busy = now.at;
         }
         let need = match a.strategy {
-            Strategy::Schedule => Need::default(),
+            ScaleStrategy::Schedule => Need::default(),
             // What is held when nothing is known is this track's own: `target` by itself would hold no other.
             _ => needs(rule, now, a.clamp(self.reactive.desired)),
         };
@@ -151,7 +151,7 @@ impl Memory {
         self.reactive.follow(held, now.at, a);
         let mut reason = need.why;
         let mut want = if need.known { held } else { held.max(a.clamp(self.own.desired)) };
-        if a.strategy == Strategy::Predictive
+        if a.strategy == ScaleStrategy::Predictive
             && let Some((will, why)) = will_need(rule, now)
             && bounded(will) > held
         {
@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn a_schedule_holds_whatever_the_load() {
-        let rule = rule(|a| a.strategy = Strategy::Schedule);
+        let rule = rule(|a| a.strategy = ScaleStrategy::Schedule);
         let mut memory = Memory::new(1, 0);
         let held = Signals { scheduled: Some(5), ..load(0, 1000.0) };
         let decision = memory.decide(&rule, &held);
@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_forecast_brings_instances_before_the_load_and_says_how_wrong_it_was() {
-        let rule = rule(|a| a.strategy = Strategy::Predictive);
+        let rule = rule(|a| a.strategy = ScaleStrategy::Predictive);
         let mut memory = Memory::new(2, 0);
         let forecast = Some(Forecast { change: 15.0, margin: 3.0, error: 2.0 });
         let now = Signals { forecasts: [None, forecast, None], ..load(0, 20.0) };

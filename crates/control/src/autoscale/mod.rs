@@ -90,7 +90,7 @@ impl Autoscaler {
         let mut signals = signals(step.world, app, seconds, fresh);
         let scaled = self.apps.entry(app.metadata.uid).or_insert_with(|| Scaled::new(History::default()));
         scaled.history.record(seconds, &signals.loads);
-        if autoscale.strategy == Strategy::Predictive {
+        if autoscale.strategy == ScaleStrategy::Predictive {
             scaled.look_ahead(seconds, autoscale.horizon_minutes, &rule.carries);
             signals.forecasts = scaled.forecasts;
         }

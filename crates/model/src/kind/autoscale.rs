@@ -10,7 +10,7 @@ use crate::FieldError;
 /// By what the number of instances is chosen. Windows of `schedule` hold whatever the strategy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Strategy {
+pub enum ScaleStrategy {
     /// What the load of the last seconds needs.
     #[default]
     Target,
@@ -121,7 +121,7 @@ impl Default for ScaleIn {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Autoscale {
-    pub strategy: Strategy,
+    pub strategy: ScaleStrategy,
     /// With 0, an app that nobody asks for has no instance; the first request waits until one is ready.
     #[schemars(range(max = 10_000))]
     pub min_replicas: u32,
@@ -149,7 +149,7 @@ const MAX_WINDOWS: usize = 32;
 impl Default for Autoscale {
     fn default() -> Self {
         Self {
-            strategy: Strategy::default(),
+            strategy: ScaleStrategy::default(),
             min_replicas: 1,
             max_replicas: 10,
             target: ScaleTarget::default(),
@@ -238,7 +238,7 @@ pub(super) fn validate(autoscale: &Autoscale, template: &Template) -> Vec<FieldE
     check((1..=100).contains(&a.scale_in.step_percent), "scaleIn.stepPercent", "between 1 and 100");
     check(a.schedule.len() <= MAX_WINDOWS, "schedule", "at most 32 windows");
     check(
-        a.strategy != Strategy::Schedule || !a.schedule.is_empty(),
+        a.strategy != ScaleStrategy::Schedule || !a.schedule.is_empty(),
         "schedule",
         "the strategy schedule needs a window at least",
     );
@@ -287,7 +287,7 @@ mod tests {
         assert!(wrong(with(window("08:30", "Europe/Berlin")), &container).is_empty());
         assert_eq!(wrong(with(window("24:00", "UTC")), &container), ["spec.autoscale.schedule[0].start"]);
         assert_eq!(wrong(with(window("08:30", "Mars/Base")), &container), ["spec.autoscale.schedule[0].timeZone"]);
-        let none = Autoscale { strategy: Strategy::Schedule, ..Autoscale::default() };
+        let none = Autoscale { strategy: ScaleStrategy::Schedule, ..Autoscale::default() };
         assert_eq!(wrong(none, &container), ["spec.autoscale.schedule"]);
         let crossed = Autoscale { min_replicas: 5, max_replicas: 4, ..Autoscale::default() };
         assert_eq!(wrong(crossed, &container), ["spec.autoscale.minReplicas"]);

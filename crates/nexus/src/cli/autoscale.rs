@@ -8,7 +8,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use nexus_control::autoscale::backtest::{Outcome, Trace, run as replay};
 use nexus_control::autoscale::decide::Rule;
 use nexus_control::autoscale::history::{DAY_SLOTS, Measure, SLOT_SECONDS};
-use nexus_model::kind::{self, App, AppSpec, Autoscale, KindDescriptor, ScaleTarget, ScaleWindow, Strategy, Weekday};
+use nexus_model::kind::{
+    self, App, AppSpec, Autoscale, KindDescriptor, ScaleStrategy, ScaleTarget, ScaleWindow, Weekday,
+};
 use nexus_model::{Name, Object};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -209,9 +211,9 @@ fn patch(args: &SetArgs) -> Map<String, Value> {
     let mut autoscale = Map::new();
     if let Some(strategy) = args.strategy {
         let strategy = match strategy {
-            StrategyArg::Target => Strategy::Target,
-            StrategyArg::Schedule => Strategy::Schedule,
-            StrategyArg::Predictive => Strategy::Predictive,
+            StrategyArg::Target => ScaleStrategy::Target,
+            StrategyArg::Schedule => ScaleStrategy::Schedule,
+            StrategyArg::Predictive => ScaleStrategy::Predictive,
         };
         autoscale.insert("strategy".into(), value(&strategy));
     }
@@ -249,7 +251,7 @@ fn summary(spec: &AppSpec) -> String {
     let ScaleTarget { cpu_percent, requests_per_second, concurrency } = a.targets(&spec.template());
     let mut parts =
         vec![format!("{}, {} to {} instances", strategy.as_str().unwrap_or_default(), a.min_replicas, a.max_replicas)];
-    if a.strategy != Strategy::Schedule {
+    if a.strategy != ScaleStrategy::Schedule {
         parts.extend(cpu_percent.map(|n| format!("{n} % of its processor each")));
         parts.extend(requests_per_second.map(|n| format!("{n} requests a second each")));
         parts.extend(concurrency.map(|n| format!("{n} requests at once each")));
@@ -438,11 +440,11 @@ async fn backtest(args: &BacktestArgs) -> anyhow::Result<()> {
     let trace = Trace { loads: &loads, measure, begins, skip, start_minutes, judged: None };
     let with = |strategy| Rule { autoscale: Autoscale { strategy, ..autoscale.clone() }, carries: rule.carries };
     let mut outcomes = vec![
-        ("target", replay(&with(Strategy::Target), &trace)),
-        ("predictive", replay(&with(Strategy::Predictive), &trace)),
+        ("target", replay(&with(ScaleStrategy::Target), &trace)),
+        ("predictive", replay(&with(ScaleStrategy::Predictive), &trace)),
     ];
     if !autoscale.schedule.is_empty() {
-        outcomes.push(("schedule", replay(&with(Strategy::Schedule), &trace)));
+        outcomes.push(("schedule", replay(&with(ScaleStrategy::Schedule), &trace)));
     }
     match args.output {
         Format::Json | Format::Yaml => {
