@@ -83,7 +83,7 @@ fn failures(cloud: &Cloud) {
     let output = run_job(cloud, "bad", &["--retries", "1", "--wait"], "echo trouble; exit 7");
     let err = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{err}");
-    assert!(err.contains("BackoffLimitExceeded") && err.contains("exited with 7"), "{err}");
+    assert!(err.contains("BackoffLimitExceeded") && err.contains("exited with status 7"), "{err}");
     let status = job(cloud, "bad")["status"].clone();
     let codes: Vec<&Value> = status["ends"].as_array().unwrap().iter().map(|end| &end["exitCode"]).collect();
     assert_eq!(codes, [7, 7], "{status}");
