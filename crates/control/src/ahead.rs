@@ -109,7 +109,89 @@ pub(crate) fn concerned<'a>(
 
 #[cfg(test)]
 mod tests {
+    use nexus_model::kind::{Host, Instance, Kind};
+    use nexus_model::{Metadata, OwnerRef, Timestamp, Uid};
+
     use super::*;
+    use crate::world::{Seat, Stored};
+
+    fn name(text: &str) -> Name {
+        text.parse().unwrap()
+    }
+
+    fn object<K: Kind>(text: &str, in_project: bool, number: u8) -> Object<K> {
+        let mut metadata = Metadata::new(name(text), in_project.then(|| name("shop")));
+        metadata.uid = Uid::from_random([number; 16]);
+        metadata.created = Timestamp::from_millis(number.into());
+        Object { metadata, spec: K::Spec::default(), status: K::Status::default() }
+    }
+
+    fn put<K: Stored>(world: &mut World, object: Object<K>) {
+        world.replace(&Seat::of(&object), Some(object));
+    }
+
+    fn image(world: &mut World, text: &str, number: u8, content: &[u8]) {
+        let mut image = object::<Image>(text, true, number);
+        image.spec.digest = Digest::of(content);
+        put(world, image);
+    }
+
+    /// Twenty hosts; an app of the image `web` on the first.
+    fn world() -> World {
+        let mut world = World::default();
+        for i in 0..20 {
+            let mut host = object::<Host>(&format!("host-{i}"), false, 100 + i);
+            host.spec.runtimes = vec![Runtime::Container];
+            put(&mut world, host);
+        }
+        image(&mut world, "web", 1, b"old");
+        image(&mut world, "unused", 2, b"unused");
+        let mut app = object::<App>("app", true, 3);
+        app.spec.image = name("web");
+        let owner = OwnerRef { kind: "App".to_owned(), name: name("app"), uid: app.metadata.uid };
+        put(&mut world, app);
+        let mut instance = object::<Instance>("app-1", true, 4);
+        (instance.spec.app, instance.spec.image_digest) = (name("app"), Digest::of(b"old"));
+        instance.status.host = Some(name("host-0"));
+        instance.metadata.owner = Some(owner);
+        put(&mut world, instance);
+        world
+    }
+
+    fn ahead(world: &World, host: &str) -> Vec<Digest> {
+        prepare(world, &name(host)).into_iter().map(|image| image.digest).collect()
+    }
+
+    #[test]
+    fn a_host_fetches_what_its_apps_are_about_to_run() {
+        let mut world = world();
+        assert_eq!(ahead(&world, "host-0"), [], "what runs is fetched for the instance");
+        image(&mut world, "web", 1, b"new");
+        assert_eq!(ahead(&world, "host-0"), [Digest::of(b"new")]);
+        let others: Vec<String> = (1..20).map(|i| format!("host-{i}")).collect();
+        let some = others.iter().filter(|host| ahead(&world, host) == [Digest::of(b"new")]).count();
+        let none = others.iter().filter(|host| ahead(&world, host).is_empty()).count();
+        assert!(
+            some > 0 && none > 0 && some + none == 19,
+            "{some} fetch it, {none} nothing, and what no app names nobody"
+        );
+        let app = world.apps.live.values().next().unwrap();
+        let planned: Vec<Name> = (0..20).map(|i| name(&format!("host-{i}"))).collect();
+        assert_eq!(concerned(&world, app, planned.iter()).len(), some + 1);
+    }
+
+    #[test]
+    fn a_host_that_takes_no_containers_fetches_none() {
+        let mut world = world();
+        image(&mut world, "web", 1, b"new");
+        let mut host = world.host(&name("host-0")).unwrap().clone();
+        host.spec.draining = true;
+        put(&mut world, host.clone());
+        assert_eq!(ahead(&world, "host-0"), []);
+        (host.spec.draining, host.spec.runtimes) = (false, vec![Runtime::Function]);
+        put(&mut world, host);
+        assert_eq!(ahead(&world, "host-0"), []);
+    }
 
     #[test]
     fn a_few_hosts_of_many_are_drawn_for_an_image() {

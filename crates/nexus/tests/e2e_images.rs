@@ -296,7 +296,7 @@ fn an_index_is_resolved(cloud: &Cloud, registry: &Registry, image_digest: &str) 
 fn the_guide_is_followed(cloud: &Cloud, open: &Registry, guarded: &Registry) {
     let program = Path::new(env!("CARGO_BIN_EXE_nexus")).parent().unwrap();
     let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
-    for (heading, blocks) in guide::sections("images.md", 4) {
+    for (heading, blocks) in guide::sections("images.md", 3) {
         for block in blocks {
             let mut shell = Command::new("sh");
             shell.args(["-eu", "-c", &block.script]).env("PATH", &path).current_dir(cloud.path(""));
