@@ -447,6 +447,23 @@ fn too_many_errors_take_a_rollout_back_and_as_many_as_before_do_not() {
 }
 
 #[test]
+fn an_app_whose_image_is_gone_keeps_what_runs() {
+    let mut lab = Lab::new(4, json!({"strategy": "canary", "steps": [{"percent": 50}]}));
+    lab.deploy("well", 2);
+    lab.until(RolloutPhase::Waiting);
+    lab.submit(&intent("images", Some("default"), "web", Change::Delete)).unwrap();
+    lab.patch(json!({"spec": {"env": {"DOES": "well", "VERSION": "3"}}}));
+    lab.pass(10);
+    assert_eq!((lab.ready(Some("2")), lab.ready(Some("first")), lab.fewest), (2, 2, 4));
+    assert!(lab.app().status.conditions.iter().any(|c| c.reason == "ImageNotFound"));
+    // The content is known still: whoever goes back runs it.
+    lab.order(RolloutOrder::Undo { to: Some(1) }).unwrap();
+    lab.pass(1);
+    lab.until(RolloutPhase::Complete);
+    assert_eq!((lab.ready(Some("first")), lab.app().spec.image_digest), (4, Some(image("web").digest)));
+}
+
+#[test]
 fn a_third_template_takes_over_from_a_second_that_was_not_through() {
     let mut lab = Lab::new(6, json!({"maxSurge": 2}));
     lab.deploy("slow", 2);

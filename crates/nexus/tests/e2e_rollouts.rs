@@ -139,6 +139,8 @@ fn good_slow_and_broken_images_are_rolled_out_and_no_request_is_lost() {
         let all = before["items"].as_array().unwrap();
         all.iter().find(|r| r["spec"]["imageDigest"] == digest).unwrap()["spec"]["revision"].to_string()
     };
+    let (_, error) = cloud.fails(&["rollout", "undo", "web", "--to-revision", "77"]);
+    assert!(error.contains("app web has no revision 77"), "{error}");
     let old = before["items"][1]["spec"]["imageDigest"].as_str().unwrap();
     cloud.ok(&["rollout", "undo", "web", "--to-revision", &number(old), "--wait"]);
     cloud.wait_ready("web", 3);

@@ -125,7 +125,8 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let mut status = before.clone();
     if let Ok(made) = &made {
         let revision = history::note(step, &app, &made.hash, &made.template.secrets, made.digest);
-        let target = if before.template_hash == made.hash { rollout::target_hash(&before) } else { &made.hash };
+        let same = before.template_hash == made.hash;
+        let target = if same { rollout::target_hash(&before) } else { &made.hash };
         let seen = members(step, uid, |hash| if hash == target { Side::Target } else { Side::Other });
         let fresh = || seen.iter().filter(|m| m.side == Side::Target && !m.drained);
         let seen = rollout::Seen {
@@ -135,16 +136,14 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
             target: fresh().count(),
             target_ready: fresh().filter(|m| m.ready).count(),
             all: seen.len(),
-            errors: errors(step.world, &app, &before),
+            errors: errors(step.world, &app, &before).filter(|_| same),
         };
         (status, told) = rollout::advance(&app.spec.rollout, &before, &seen, step.now);
         history::prune(step, &app, &[&status.template_hash, &status.stable_hash]);
     }
-    let now = match &made {
-        Ok(_) => members(step, uid, |hash| rollout::side(&status, hash)),
-        // Nothing can be made, so nothing is replaced.
-        Err(_) => members(step, uid, |_| Side::Target),
-    };
+    // Of what was never made, nothing is replaced.
+    let unknown = status.template_hash.is_empty();
+    let now = members(step, uid, |hash| if unknown { Side::Target } else { rollout::side(&status, hash) });
     let moves = rollout::moves(&now, rollout::goals(&app.spec.rollout, &status, wanted));
     let mut more = status != before || moves.stop.len() > PER_STEP;
     let mut left = PER_STEP;

@@ -215,6 +215,7 @@ pub async fn deploy(args: &DeployArgs) -> anyhow::Result<()> {
             wanted.image = Some(args.name.clone());
             let content = image::read(&path).await?;
             if !args.dry_run {
+                say_how(&cloud, &args.name, &wanted).await?;
                 image::upload(&cloud, &args.name, &content).await?;
             }
             imported = Some((content.format, content.digest));
@@ -265,6 +266,15 @@ pub async fn deploy(args: &DeployArgs) -> anyhow::Result<()> {
         // The first name is the shortest.
         Format::Table | Format::Wide => cloud.urls(&object).first().map_or(Ok(()), |url| output::text(url)),
     }
+}
+
+/// New content under the image's name begins a rollout by itself: how it is to go has to be said before.
+async fn say_how(cloud: &Cloud, name: &Name, wanted: &Wanted) -> anyhow::Result<()> {
+    let path = cloud.object(kind::find("app").expect("a kind"), name);
+    if !wanted.rollout.is_empty() && cloud.find(&path).await?.is_some() {
+        cloud.client.patch::<_, Value>(&path, &json!({"spec": {"rollout": wanted.rollout}})).await?;
+    }
+    Ok(())
 }
 
 /// Creates or changes the app, again when another change came in between. Answers it as it was and as it is.
