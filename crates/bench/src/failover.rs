@@ -77,7 +77,7 @@ pub fn run() -> anyhow::Result<Vec<Row>> {
 
 fn cordon(cloud: &Cloud, host: &str, cordoned: bool) -> anyhow::Result<()> {
     let change = json!({"spec": {"cordoned": cordoned}});
-    cloud.patch(&format!("/v1/regions/local/hosts/{host}"), &change)
+    cloud.patch(&format!("/v1/regions/local/hosts/{host}"), &change).map(drop)
 }
 
 /// How many of an app's instances are ready on another host than the dead one.

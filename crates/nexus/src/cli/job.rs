@@ -15,7 +15,7 @@ use super::output::{self, plain};
 use super::progress::Progress;
 use super::resource::{self, new_name};
 use super::table::{Columns, KindTable};
-use super::{deploy, image, settle};
+use super::{deploy, image, pull, settle};
 use crate::exit::{Exit, Fail};
 
 const LOOK: Duration = Duration::from_millis(300);
@@ -59,9 +59,13 @@ enum JobCommand {
 /// What each instance runs, and how often.
 #[derive(Debug, Args)]
 pub struct WorkArgs {
-    /// An image of this project, or a path: OCI layout, OCI or Docker archive [default: the name]
-    #[arg(long, value_name = "IMAGE|PATH")]
+    /// An image of this project; a path: OCI layout, OCI or Docker archive; or a reference to an image in a registry:
+    /// REGISTRY/REPOSITORY:TAG [default: the name]
+    #[arg(long, value_name = "IMAGE|PATH|REFERENCE")]
     image: Option<String>,
+    /// Of an image in a registry: the secret by which it is pulled
+    #[arg(long, value_name = "NAME", value_parser = resource::new_name)]
+    image_secret: Option<Name>,
     /// Successes that are wanted
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_COMPLETIONS)))]
     completions: u32,
@@ -129,7 +133,12 @@ pub fn jobs() -> &'static KindDescriptor {
 impl WorkArgs {
     /// The job that the flags ask for. An image that is a file is imported under `name`.
     pub async fn spec(&self, cloud: &Cloud, name: &Name) -> anyhow::Result<JobSpec> {
-        let image = match self.image.as_deref().map(image_arg).transpose()? {
+        let image = self.image.as_deref().map(image_arg).transpose()?;
+        if self.image_secret.is_some() && !matches!(image, Some(ImageArg::Reference(_))) {
+            let why = "--image-secret is for an image in a registry: --image REGISTRY/REPOSITORY:TAG";
+            return Err(Fail::usage(why).into());
+        }
+        let image = match image {
             None => name.clone(),
             Some(ImageArg::Name(name)) => name,
             Some(ImageArg::File(path)) => {
@@ -138,6 +147,10 @@ impl WorkArgs {
                     return Err(Fail::usage("a function does not run to an end: use a container's image").into());
                 }
                 image::upload(cloud, name, &content).await?;
+                name.clone()
+            }
+            Some(ImageArg::Reference(reference)) => {
+                pull::pull(cloud, name, &reference, self.image_secret.as_ref()).await?;
                 name.clone()
             }
         };
