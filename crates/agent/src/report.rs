@@ -7,9 +7,11 @@ use std::time::Duration;
 use nexus_env::{Endpoint, Env};
 use nexus_model::plan::{HostReport, ReportAck, method};
 use nexus_wire::WireError;
+use tokio::sync::watch;
 
 use crate::config::{AgentConfig, Engines};
 use crate::servers::Servers;
+use crate::telemetry;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Changes come in flocks: they travel together.
@@ -19,7 +21,13 @@ const DEADLINE: Duration = Duration::from_secs(2);
 const HOPS: u32 = 3;
 
 /// Reports until it is dropped.
-pub(crate) async fn run(config: Arc<AgentConfig>, env: Env, engines: Engines, servers: Arc<Servers>) {
+pub(crate) async fn run(
+    config: Arc<AgentConfig>,
+    env: Env,
+    engines: Engines,
+    servers: Arc<Servers>,
+    disk: watch::Receiver<Option<u32>>,
+) {
     let mut load = LoadMeter::default();
     let mut turn = servers.start();
     let mut leader: Option<Endpoint> = None;
@@ -38,6 +46,7 @@ pub(crate) async fn run(config: Arc<AgentConfig>, env: Env, engines: Engines, se
                 images: engines.images.held(),
                 load: load.measure(&env),
                 certificate_ends: (config.certificate_ends)(),
+                telemetry: telemetry::measure(&env, *disk.borrow()),
             };
             match send(&servers, &mut leader, &mut turn, &report).await {
                 Some(ack) => {

@@ -55,7 +55,7 @@ pub(crate) fn take(change: &mut Change) -> Result<Brought, ApiError> {
             refuse_written("spec.sealed", spec.get("sealed").is_some_and(|v| !v.is_null()))?;
             changes(spec)
         }
-        Change::Delete | Change::Audit { .. } => Ok(Brought::Nothing),
+        Change::Delete | Change::Audit { .. } | Change::Rebalance { .. } => Ok(Brought::Nothing),
     }
 }
 
@@ -142,7 +142,7 @@ pub(crate) async fn seal(
     brought: &Brought,
     compare: bool,
 ) -> Result<(), ApiError> {
-    if matches!(change, Change::Delete | Change::Audit { .. }) {
+    if matches!(change, Change::Delete | Change::Audit { .. } | Change::Rebalance { .. }) {
         return Ok(());
     }
     let current = stored(server, place, name).await?.map(|secret| secret.spec);

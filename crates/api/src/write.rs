@@ -106,7 +106,7 @@ async fn read(
 async fn left_by(server: &Server, place: &Place, name: &Name, change: &Change) -> Result<Option<AnyObject>, ApiError> {
     match change {
         Change::Create { object } | Change::Put { object } => Ok(Some(object.clone())),
-        Change::Delete | Change::Audit { .. } => Ok(None),
+        Change::Delete | Change::Audit { .. } | Change::Rebalance { .. } => Ok(None),
         Change::Patch { patch } => {
             let Some(kv) = find(server, place, name, Consistency::Stale).await? else { return Ok(None) };
             let mut object: Value = serde_json::from_slice(&kv.value).map_err(|e| unreadable(&kv, &e))?;
@@ -204,7 +204,7 @@ fn verb(change: &Change) -> &'static str {
     match change {
         Change::Create { .. } => "create",
         Change::Delete => "delete",
-        Change::Put { .. } | Change::Patch { .. } | Change::Audit { .. } => "update",
+        Change::Put { .. } | Change::Patch { .. } | Change::Audit { .. } | Change::Rebalance { .. } => "update",
     }
 }
 

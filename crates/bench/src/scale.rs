@@ -282,6 +282,7 @@ impl Agent {
             images: vec![Digest::of(b"image")],
             load: 0.3,
             certificate_ends: None,
+            telemetry: Default::default(),
         };
         let begun = Instant::now();
         match self.region.report(over_the_wire(&report)).await {

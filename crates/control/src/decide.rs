@@ -111,6 +111,7 @@ fn decide_kind<K: Admit>(step: &mut Step<'_>, intent: &Intent) -> Result<Accepte
             update(step, intent, old, wanted)
         }
         (Change::Delete, Some(old)) => delete::<K>(step, intent, old),
+        (Change::Rebalance { .. }, _) => Err(ApiError::new(Code::Internal, "a rebalance is of no kind")),
         (Change::Audit { .. }, _) => Err(ApiError::new(Code::Internal, "what is done to the log is of no kind")),
         (Change::Patch { .. } | Change::Delete, None) => Err(ApiError::not_found(K::KIND, target.name.as_str())),
     }
@@ -617,6 +618,11 @@ impl Admit for App {
         } else if !new.spec.regions.is_empty() {
             let message = "only an app of the region `global` has regions: this one runs where it is";
             return Err(ApiError::invalid(vec![FieldError::new("spec.regions", message)]));
+        }
+        let own = |(name, with): (&Name, bool)| with && *name == new.metadata.name;
+        if new.spec.constraints.company().any(own) {
+            let message = "an app is with itself wherever it is: name another one";
+            return Err(ApiError::invalid(vec![FieldError::new("spec.constraints", message)]));
         }
         let project = new.metadata.project.clone().expect("apps have a project");
         let before = old.map_or([0; 3], |old| charge(&old.spec));

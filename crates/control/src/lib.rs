@@ -6,6 +6,7 @@
 //! * [`core`]: the loop's inside, free of I/O. [`decide`] rules on what users ask; [`rules`] are the reconcilers;
 //!   [`cells`] judges hosts; [`scheduler`] chooses cells and hosts.
 //! * [`world`]: the region's state as typed tables; [`step`]: one decision over it, all or nothing.
+//! * [`surroundings`]: what an app's constraints mean in a world; [`latency`]: how far hosts are from gateways.
 //! * [`secrets`]: the sealed values that the writer passes on unseen.
 //! * [`audit`]: the record that every accepted change leaves.
 //! * [`view`]: what the committed state means for hosts and gateways; [`directory`]: what it means for who may do what.
@@ -21,6 +22,7 @@ pub mod directory;
 pub mod fleet;
 mod inbox;
 pub mod intent;
+pub mod latency;
 mod link;
 pub mod region;
 pub mod rules;
@@ -28,5 +30,6 @@ pub mod scheduler;
 pub mod secrets;
 pub mod shard;
 pub mod step;
+pub mod surroundings;
 pub mod view;
 pub mod world;

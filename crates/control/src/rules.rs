@@ -9,6 +9,7 @@ pub mod fleet;
 pub mod host;
 pub mod instance;
 pub mod people;
+pub mod rebalance;
 pub mod secret;
 pub mod usage;
 

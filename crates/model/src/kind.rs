@@ -5,6 +5,7 @@
 //! it is decided in the policy room's table of rules.
 
 mod app;
+mod constraint;
 mod event;
 mod federation;
 mod fleet;
@@ -18,6 +19,7 @@ mod tenancy;
 use std::fmt::Debug;
 
 pub use app::*;
+pub use constraint::*;
 pub use event::*;
 pub use federation::*;
 pub use fleet::*;
@@ -83,6 +85,8 @@ pub enum Show {
     Count,
     /// Milliseconds as a duration.
     Millis,
+    /// Microseconds as a duration.
+    Micros,
 }
 
 /// One column of a table. `pointer` is a JSON pointer (RFC 6901) into the object.
@@ -110,6 +114,10 @@ impl Column {
 
     pub const fn millis(title: &'static str, pointer: &'static str) -> Self {
         Self { title, pointer, show: Show::Millis, wide: false }
+    }
+
+    pub const fn micros(title: &'static str, pointer: &'static str) -> Self {
+        Self { title, pointer, show: Show::Micros, wide: false }
     }
 
     pub const fn wide(self) -> Self {

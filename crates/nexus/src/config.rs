@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nexus_control::audit::retention::Keep;
 use nexus_env::Endpoint;
-use nexus_model::Name;
+use nexus_model::{Bytes, Name};
 use nexus_model::kind::{Capacity, Classes, GLOBAL, Tier};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -322,6 +322,22 @@ pub struct AgentConfig {
     /// Countable compute classes, such as `gpu-v100 = 2`.
     #[serde(default)]
     pub classes: Classes,
+    /// Device nodes behind compute classes, as many for each unit.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub devices: BTreeMap<Name, Vec<PathBuf>>,
+    /// Storage classes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub storage: BTreeMap<Name, StorageFolder>,
+}
+
+/// What is behind a storage class of a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StorageFolder {
+    pub path: PathBuf,
+    /// How much of it instances may reserve [default: nine tenths of what is free or theirs when the agent starts]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<Bytes>,
 }
 
 /// `nexus keeper`: the owner of a host's processes.
@@ -549,12 +565,24 @@ impl Config for ServerConfig {
 impl Config for AgentConfig {
     fn resolve(&mut self, base: &Path) {
         resolve(base, &mut [&mut self.data_dir, &mut self.run_dir, &mut self.keeper_socket]);
+        self.storage.values_mut().for_each(|folder| resolve(base, &mut [&mut folder.path]));
         self.tls.resolve(base);
     }
 
     fn check(&self) -> Result<(), (&'static str, String)> {
         if self.servers.is_empty() {
             return Err(("servers", "at least one endpoint is needed".to_owned()));
+        }
+        for (class, nodes) in &self.devices {
+            let Some(units) = self.classes.get(class) else {
+                return Err(("devices", format!("{class}: say under `classes` how many of it there are")));
+            };
+            if *units == 0 || nodes.is_empty() || nodes.len() % *units as usize != 0 {
+                return Err(("devices", format!("{class}: {} nodes can't be shared out over {units} units", nodes.len())));
+            }
+            if let Some(odd) = nodes.iter().find(|node| !node.starts_with("/dev") || node.as_os_str() == "/dev") {
+                return Err(("devices", format!("{class}: {} is not below /dev", odd.display())));
+            }
         }
         if self.prefix6.segments()[4..].iter().any(|s| *s != 0) {
             return Err(("prefix6", format!("{}: the last 64 bits must be zero", self.prefix6)));

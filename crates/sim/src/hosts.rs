@@ -337,6 +337,7 @@ impl Host {
             images: Vec::new(),
             load: 0.1,
             certificate_ends: None,
+            telemetry: Default::default(),
         }
     }
 

@@ -183,6 +183,8 @@ fn open(dir: &Path, cgroup: &Path, keep: Arc<DirectKeep>, blobs: BlobStore) -> C
         cgroup_parent: cgroup.to_owned(),
         nameservers: vec![Ipv4Addr::new(10, 0, 0, 53).into()],
         limits: UnpackLimits::default(),
+        devices: Default::default(),
+        storage: Default::default(),
     };
     ContainerRuntime::new(config, keep, blobs, Arc::new(RealClock::new())).unwrap()
 }

@@ -77,9 +77,9 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let instances = step.world.instances_of(app.metadata.uid);
     let drained = |i: &Object<Instance>| {
         let host = i.status.host.as_ref().and_then(|name| step.world.host(name));
-        host.is_some_and(|host| host.spec.draining)
+        i.status.moving_to.is_some() || host.is_some_and(|host| host.spec.draining)
     };
-    // What is on a host that is being emptied is replaced as what is of an old template.
+    // What is on a host that is being emptied, or is moved by an operator, is replaced as what is of an old template.
     let (new, old): (Vec<_>, Vec<_>) =
         instances.partition(|i| hash.as_ref().is_none_or(|h| *h == i.spec.template_hash && !drained(i)));
     let doomed = doomed(&new, &old, hash.as_deref(), app.spec.replicas as usize);
@@ -117,7 +117,9 @@ fn doomed(
     wanted: usize,
 ) -> Vec<(Uid, &'static str)> {
     let why = |i: &Object<Instance>| {
-        if Some(i.spec.template_hash.as_str()) == hash { "its host is drained" } else { "replaced by a newer template" }
+        if i.status.moving_to.is_some() {
+            "an operator's rebalance moved it"
+        } else if Some(i.spec.template_hash.as_str()) == hash { "its host is drained" } else { "replaced by a newer template" }
     };
     let ready = new.iter().chain(old).filter(|i| i.status.ready).count();
     // As many replicas as are wanted stay ready while old instances are replaced.

@@ -62,7 +62,7 @@ pub fn leave_out_values(change: &mut Change) {
                 patch.shift_remove("spec");
             }
         }
-        Change::Delete | Change::Audit { .. } => {}
+        Change::Delete | Change::Audit { .. } | Change::Rebalance { .. } => {}
     }
 }
 

@@ -81,5 +81,6 @@ pub fn report<'a>(
         images: Vec::new(),
         load: 0.1,
         certificate_ends: None,
+        telemetry: Default::default(),
     }
 }

@@ -204,6 +204,7 @@ pub const OPERATIONS: &[&str] = &[
     "backup-list",
     "master-key-status",
     "master-key-rewrap",
+    "rebalance",
 ];
 
 /// Every `operations:NAME` is the fleet's.

@@ -3,6 +3,7 @@
 //! Results go to standard output, progress and advice to standard error.
 
 mod access_key;
+mod agent;
 mod apply;
 mod audit;
 mod backup;
@@ -14,6 +15,7 @@ mod debug;
 mod delete;
 mod deploy;
 mod describe;
+mod drain;
 mod events;
 mod exec;
 mod explain;
@@ -30,6 +32,7 @@ mod manifest;
 mod master_key;
 mod output;
 mod progress;
+mod rebalance;
 pub mod recover;
 mod region;
 pub mod report;
@@ -68,8 +71,7 @@ pub enum Command {
     #[command(flatten)]
     User(Box<UserCommand>),
     Server(Box<server::ServerArgs>),
-    /// Runs a host's agent
-    Agent(RoleArgs),
+    Agent(Box<agent::AgentArgs>),
     /// Runs a host's keeper
     Keeper(RoleArgs),
     Gateway(Box<host::GatewayArgs>),
@@ -118,6 +120,7 @@ impl Command {
 pub enum UserCommand {
     Deploy(deploy::DeployArgs),
     Scale(deploy::ScaleArgs),
+    Rebalance(rebalance::RebalanceArgs),
     Get(get::GetArgs),
     Describe(describe::DescribeArgs),
     Apply(apply::ApplyArgs),
@@ -182,6 +185,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
     match command {
         UserCommand::Deploy(args) => deploy::deploy(&args).await?,
         UserCommand::Scale(args) => deploy::scale(&args).await?,
+        UserCommand::Rebalance(args) => rebalance::run(&args).await?,
         UserCommand::Get(args) => get::run(&args).await?,
         UserCommand::Describe(args) => describe::run(&args).await?,
         UserCommand::Apply(args) => apply::run(&args).await?,

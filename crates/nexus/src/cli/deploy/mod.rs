@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use nexus_model::kind::{self, ImageFormat, Port, Runtime, SecretRef, Spread};
+use nexus_model::kind::{self, Constraints, ImageFormat, Port, Runtime, SecretRef, Spread};
 use nexus_model::{Bytes, MilliCpu, Name};
 use serde_json::{Value, json};
 
@@ -31,6 +31,7 @@ enum RuntimeArg {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum SpreadArg {
     Zone,
+    Rack,
     Host,
     None,
 }
@@ -43,6 +44,7 @@ enum SpreadArg {
     nexus deploy web --env MODE=fast --memory 256Mi\n  \
     nexus deploy web --secret DB_PASSWORD=db/password --secret /run/secrets/tls=tls\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
+    nexus deploy model --compute-class gpu-v100 --storage-class high-iops --constraints \"latency<20ms, not-with=batch\"\n  \
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
     nexus deploy job --image tools --command sh -c 'sleep 1000'\n\n\
     Of an app that exists, only what is named changes. A path is imported first, as `nexus image import` does.")]
@@ -90,6 +92,13 @@ pub struct DeployArgs {
     /// A compute class that each instance takes
     #[arg(long = "compute-class", value_name = "NAME[=N]", value_parser = class)]
     classes: Vec<(Name, u32)>,
+    /// The storage class of the disk that the writable layer is on
+    #[arg(long, value_name = "NAME", value_parser = resource::new_name)]
+    storage_class: Option<Name>,
+    /// What hosts must be like, with commas between: latency<20ms, zone in (a,b), label.KEY=VALUE, spread=zone|rack|host,
+    /// with=APP, not-with=APP; none with an empty text
+    #[arg(long, value_name = "CONSTRAINTS")]
+    constraints: Option<Constraints>,
     /// An instance is ready when a GET of this path on its first port succeeds
     #[arg(long, value_name = "PATH")]
     health_path: Option<String>,
@@ -142,10 +151,13 @@ impl DeployArgs {
             args: self.args.clone(),
             spread: self.spread.map(|s| match s {
                 SpreadArg::Zone => Spread::Zone,
+                SpreadArg::Rack => Spread::Rack,
                 SpreadArg::Host => Spread::Host,
                 SpreadArg::None => Spread::None,
             }),
             classes: self.classes.clone(),
+            storage_class: self.storage_class.clone(),
+            constraints: self.constraints.clone(),
             health_path: self.health_path.clone(),
             regions: self.regions.clone(),
         }
