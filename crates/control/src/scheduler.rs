@@ -584,9 +584,9 @@ impl Scheduler {
         }
         for (id, _) in &all.labels {
             let (key, _) = &self.labels.names[id.0 as usize];
-            let carried: BTreeSet<u32> = self.carried.values().flatten().map(|label| label.0).collect();
-            let like = carried.into_iter().map(|at| &self.labels.names[at as usize]).filter(|(k, _)| k == key);
-            let like: Vec<String> = like.take(NAMED).map(|(k, v)| format!("{k}={v}")).collect();
+            let carried = self.carried.values().flatten().map(|label| &self.labels.names[label.0 as usize]);
+            let like: BTreeSet<_> = carried.filter(|(k, _)| k == key).collect();
+            let like: Vec<String> = like.into_iter().take(NAMED).map(|(k, v)| format!("{k}={v}")).collect();
             text.push_str(&match like.len() {
                 0 => format!("; no host has a label {key}"),
                 _ => format!("; there are hosts with {}", like.join(", ")),
