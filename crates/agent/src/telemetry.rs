@@ -63,7 +63,8 @@ mod tests {
 
     #[test]
     fn pressure_is_that_of_some_over_ten_seconds() {
-        let text = "some avg10=12.34 avg60=1.00 avg300=0.00 total=123\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n";
+        let text =
+            "some avg10=12.34 avg60=1.00 avg300=0.00 total=123\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n";
         assert_eq!(parse_pressure(text), Some(123));
         assert_eq!(parse_pressure("some avg10=100.00 avg60=1.00 avg300=0.00 total=1"), Some(1000));
         for odd in ["", "full avg10=1.0", "some avg60=1.0", "some avg10=x", "some avg10=-1"] {

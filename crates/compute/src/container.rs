@@ -118,7 +118,9 @@ impl ContainerRuntime {
                 fs::remove_dir_all(entry.path()).map_err(host("removing a half-unpacked layer"))?;
             }
         }
-        Ok(Self { inner: Arc::new(Inner { config, keep, blobs, clock, turns: Arc::default(), choosing: Mutex::default() }) })
+        Ok(Self {
+            inner: Arc::new(Inner { config, keep, blobs, clock, turns: Arc::default(), choosing: Mutex::default() }),
+        })
     }
 
     /// Removes unpacked layers that neither `images` nor any instance here needs, and says which.
@@ -239,9 +241,9 @@ impl Inner {
             units,
         })?;
         drop(choosing);
-        let described = nodes.iter().map(|node| {
-            devices::describe(node).map_err(host(format!("looking at the device {}", node.display())))
-        });
+        let described = nodes
+            .iter()
+            .map(|node| devices::describe(node).map_err(host(format!("looking at the device {}", node.display()))));
         let devices = described.collect::<Result<Vec<_>, _>>()?;
         let plan = bundle::plan(bundle::Inputs {
             sandbox,

@@ -145,6 +145,10 @@ mod tests {
         assert_eq!(matrix.to_write(s(11)), [name("a")]);
         let trip = |us| vec![RoundTrip { gateway: name("g1"), us }];
         assert!(differs(&[], &trip(1)) && differs(&trip(20_000), &trip(30_000)) && differs(&trip(300), &trip(401)));
-        assert!(!differs(&trip(300), &trip(390)) && !differs(&trip(20_000), &trip(24_000)) && !differs(&trip(20), &trip(60)));
+        assert!(
+            !differs(&trip(300), &trip(390))
+                && !differs(&trip(20_000), &trip(24_000))
+                && !differs(&trip(20), &trip(60))
+        );
     }
 }

@@ -105,7 +105,8 @@ impl Names for Words<'_> {
         let with = self.request.with.iter().zip(self.around.with.iter().map(|(app, _)| app));
         let without = self.request.without.iter().zip(self.around.without.iter().map(|(app, _)| app));
         let mut both = with.chain(without);
-        both.find(|(group, _)| **group == id).map_or_else(|| "another app".to_owned(), |(_, app)| format!("an instance of app {app}"))
+        both.find(|(group, _)| **group == id)
+            .map_or_else(|| "another app".to_owned(), |(_, app)| format!("an instance of app {app}"))
     }
 }
 
@@ -463,7 +464,9 @@ impl Scheduler {
 
     /// The instances of a group in a zone, over all its cells.
     fn in_zone(&self, group: GroupId, zone: ZoneId) -> u32 {
-        let of = |cell: &Cell| cell.group_counts(group).0.into_iter().filter(|(z, _)| *z == zone).map(|(_, n)| n).sum::<u32>();
+        let of = |cell: &Cell| {
+            cell.group_counts(group).0.into_iter().filter(|(z, _)| *z == zone).map(|(_, n)| n).sum::<u32>()
+        };
         self.cells.values().map(of).sum()
     }
 
@@ -525,7 +528,9 @@ impl Scheduler {
             .map(|(name, cell)| {
                 let mine: u32 = match around.spread {
                     Spread::None => 0,
-                    Spread::Host | Spread::Rack | Spread::Zone => cell.group_counts(group).0.iter().map(|(_, n)| *n).sum(),
+                    Spread::Host | Spread::Rack | Spread::Zone => {
+                        cell.group_counts(group).0.iter().map(|(_, n)| *n).sum()
+                    }
                 };
                 // Among equals the emptier cell, so that the region fills evenly.
                 (mine, self.fill[name].thousandths(), name)
@@ -544,7 +549,7 @@ impl Scheduler {
         let ranked = self.ranked(&project);
         let deepest = ranked.iter().map(Vec::len).max().unwrap_or(0);
         let beyond = (0..deepest).flat_map(|rank| ranked.iter().filter_map(move |zone| zone.get(rank)));
-        let beyond: Vec<&Name> = beyond.filter(|name| !shard.contains(**name)).map(|name| *name).collect();
+        let beyond: Vec<&Name> = beyond.filter(|name| !shard.contains(**name)).copied().collect();
         let everywhere: Vec<&Name> = self.cells.keys().collect();
         let floor = if beyond.is_empty() { None } else { self.floor(&request, &everywhere) };
         for name in beyond {

@@ -30,7 +30,8 @@ impl Town {
     /// Zones with their hosts, each named by its zone and a number.
     fn new(zones: &[(&str, usize)]) -> Self {
         let names = zones.iter().map(|(zone, _)| name(zone)).collect();
-        let bootstrap = Bootstrap { region: name("local"), domain: "localhost".into(), zones: names, cells: Vec::new() };
+        let bootstrap =
+            Bootstrap { region: name("local"), domain: "localhost".into(), zones: names, cells: Vec::new() };
         let core = Core::new(World::default(), bootstrap, Cells::new(Duration::ZERO, "server-a".into(), 1));
         let (hosts, telemetry) = Default::default();
         let mut town = Self { core, rng: SeededRng::new(7), at: Duration::ZERO, revision: 0, hosts, telemetry };
@@ -62,7 +63,8 @@ impl Town {
     }
 
     fn join(&mut self, host: &str, zone: &str, change: impl FnOnce(&mut HostSpec)) {
-        let capacity = Capacity { cpu: MilliCpu(2000), memory: Bytes(64 << 30), scratch: Bytes(64 << 30), instances: 100 };
+        let capacity =
+            Capacity { cpu: MilliCpu(2000), memory: Bytes(64 << 30), scratch: Bytes(64 << 30), instances: 100 };
         let number = u8::try_from(self.hosts.len() + 1).unwrap();
         let mut spec = common::host(zone, ANY_CELL, number, capacity);
         change(&mut spec);
@@ -260,11 +262,13 @@ fn classes_of_compute_and_storage_are_counted_and_shown() {
         spec.storage = [(name("high-iops"), Bytes(1 << 30))].into_iter().collect();
     });
     town.pass(Duration::from_secs(1));
-    let model = |replicas| move |spec: &mut AppSpec| {
-        spec.replicas = replicas;
-        spec.classes = [(name("gpu-v100"), 1)].into_iter().collect();
-        spec.storage_class = Some(name("high-iops"));
-        spec.resources.scratch = Bytes(400 << 20);
+    let model = |replicas| {
+        move |spec: &mut AppSpec| {
+            spec.replicas = replicas;
+            spec.classes = [(name("gpu-v100"), 1)].into_iter().collect();
+            spec.storage_class = Some(name("high-iops"));
+            spec.resources.scratch = Bytes(400 << 20);
+        }
     };
     town.submit(&town.app("model", 2, "", model(2))).unwrap();
     town.pass(Duration::from_secs(1));

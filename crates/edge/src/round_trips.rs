@@ -113,7 +113,8 @@ impl Round {
             let took = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
             (host, matches!(opened, Ok(Ok(_))).then_some(took.max(1)))
         });
-        let measured: Vec<(Name, Option<u32>)> = futures::stream::iter(probes).buffer_unordered(AT_ONCE).collect().await;
+        let measured: Vec<(Name, Option<u32>)> =
+            futures::stream::iter(probes).buffer_unordered(AT_ONCE).collect().await;
         if self.lasts.len() > HOSTS {
             self.lasts.clear();
         }

@@ -3,6 +3,8 @@
 //! `nexus up` writes these files for the local cloud; a fleet's operator writes the same ones. A path may be relative
 //! to the folder that the file is in. Nothing secret stands in them: they name the files that hold keys.
 
+mod classes;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -10,11 +12,12 @@ use std::time::Duration;
 
 use nexus_control::audit::retention::Keep;
 use nexus_env::Endpoint;
-use nexus_model::{Bytes, Name};
+use nexus_model::Name;
 use nexus_model::kind::{Capacity, Classes, GLOBAL, Tier};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use self::classes::StorageFolder;
 use crate::role::server::providers::Network;
 
 /// Why a role can't use its configuration.
@@ -330,16 +333,6 @@ pub struct AgentConfig {
     pub storage: BTreeMap<Name, StorageFolder>,
 }
 
-/// What is behind a storage class of a host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StorageFolder {
-    pub path: PathBuf,
-    /// How much of it instances may reserve [default: nine tenths of what is free or theirs when the agent starts]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub size: Option<Bytes>,
-}
-
 /// `nexus keeper`: the owner of a host's processes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -573,17 +566,7 @@ impl Config for AgentConfig {
         if self.servers.is_empty() {
             return Err(("servers", "at least one endpoint is needed".to_owned()));
         }
-        for (class, nodes) in &self.devices {
-            let Some(units) = self.classes.get(class) else {
-                return Err(("devices", format!("{class}: say under `classes` how many of it there are")));
-            };
-            if *units == 0 || nodes.is_empty() || nodes.len() % *units as usize != 0 {
-                return Err(("devices", format!("{class}: {} nodes can't be shared out over {units} units", nodes.len())));
-            }
-            if let Some(odd) = nodes.iter().find(|node| !node.starts_with("/dev") || node.as_os_str() == "/dev") {
-                return Err(("devices", format!("{class}: {} is not below /dev", odd.display())));
-            }
-        }
+        classes::check_devices(&self.devices, &self.classes).map_err(|why| ("devices", why))?;
         if self.prefix6.segments()[4..].iter().any(|s| *s != 0) {
             return Err(("prefix6", format!("{}: the last 64 bits must be zero", self.prefix6)));
         }

@@ -11,8 +11,8 @@ use crate::pool::{Place, PoolKey, Pools, bucket_of};
 use crate::refusal::Filter;
 use crate::score::{fraction, load_term, nominal};
 use crate::types::{
-    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, RackId, Request, Runtimes,
-    UnknownHost, ZoneId,
+    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, RackId, Request,
+    Runtimes, UnknownHost, ZoneId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 

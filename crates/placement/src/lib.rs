@@ -35,6 +35,6 @@ pub use score::Score;
 pub use search::Decision;
 pub use telemetry::Telemetry;
 pub use types::{
-    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, RackId, Request, Runtime,
-    Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
+    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, RackId, Request,
+    Runtime, Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
 };

@@ -82,9 +82,13 @@ fn wishes() -> impl Strategy<Value = Wishes> {
 }
 
 fn spread() -> impl Strategy<Value = Spread> {
-    let level = prop_oneof![Just(SpreadLevel::None), Just(SpreadLevel::Host), Just(SpreadLevel::Zone), Just(SpreadLevel::Rack)];
-    (level, any::<bool>(), prop::option::weighted(0.1, 0u32..3))
-        .prop_map(|(level, required, floor)| Spread { level, required, floor })
+    let level =
+        prop_oneof![Just(SpreadLevel::None), Just(SpreadLevel::Host), Just(SpreadLevel::Zone), Just(SpreadLevel::Rack)];
+    (level, any::<bool>(), prop::option::weighted(0.1, 0u32..3)).prop_map(|(level, required, floor)| Spread {
+        level,
+        required,
+        floor,
+    })
 }
 
 fn request() -> impl Strategy<Value = Request> {

@@ -412,7 +412,10 @@ mod tests {
              20 ms of a gateway (the lowest latency measured is 31 ms), 1 without group #4"
         );
         let merged = Refusal::merged(&[refusal.clone(), refusal]).unwrap();
-        assert_eq!((merged.at(Filter::Latency), merged.labels, merged.too_far.unwrap().unmeasured), (6, vec![(LabelId(1), 4)], 2));
+        assert_eq!(
+            (merged.at(Filter::Latency), merged.labels, merged.too_far.unwrap().unmeasured),
+            (6, vec![(LabelId(1), 4)], 2)
+        );
         assert_eq!([250, 1_500, 20_000, 31_400].map(duration), ["250 us", "1.5 ms", "20 ms", "31 ms"]);
     }
 

@@ -458,8 +458,8 @@ impl Cell {
         let mut image = plan.image;
         if let Some(holders) = image.filter(|holders| holders.len() <= RARE_IMAGE) {
             for host in holders.iter() {
-                let in_scope = zones.is_none_or(|zones| zones.contains(&self.zone_of(host)))
-                    && !self.is_stale(plan, fresh, host);
+                let in_scope =
+                    zones.is_none_or(|zones| zones.contains(&self.zone_of(host))) && !self.is_stale(plan, fresh, host);
                 best.examined += 1;
                 if in_scope && self.first_failure(plan, host).is_none() {
                     best.offer(self.score_of(plan, host).merit, host);

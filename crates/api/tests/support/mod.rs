@@ -362,7 +362,9 @@ impl Writer for FakeWriter {
                 value["spec"] = (kind.parse_spec)(&value["spec"]).map_err(ApiError::invalid)?;
                 serde_json::from_value(value).unwrap()
             }
-            Change::Audit { .. } | Change::Rebalance { .. } => return Err(ApiError::new(Code::NotFound, "nothing to forget")),
+            Change::Audit { .. } | Change::Rebalance { .. } => {
+                return Err(ApiError::new(Code::NotFound, "nothing to forget"));
+            }
             Change::Delete => {
                 let mut object = old.clone().ok_or_else(missing)?;
                 object.metadata.deleting = Some(Timestamp::from_millis(1));

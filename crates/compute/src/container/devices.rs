@@ -26,7 +26,9 @@ pub(super) fn choose(
 ) -> Result<Held, String> {
     let mut taken: BTreeSet<(Name, usize)> = BTreeSet::new();
     for held in others {
-        taken.extend(held.into_iter().flat_map(|(class, units)| units.into_iter().map(move |unit| (class.clone(), unit))));
+        taken.extend(
+            held.into_iter().flat_map(|(class, units)| units.into_iter().map(move |unit| (class.clone(), unit))),
+        );
     }
     let mut held = Held::new();
     for (class, wanted) in classes {
@@ -35,7 +37,10 @@ pub(super) fn choose(
         let chosen: Vec<usize> = free.take(*wanted as usize).collect();
         if chosen.len() < *wanted as usize {
             let busy = units.len() - chosen.len();
-            return Err(format!("{wanted} of class {class} are wanted, and {busy} of this host's {} are in use", units.len()));
+            return Err(format!(
+                "{wanted} of class {class} are wanted, and {busy} of this host's {} are in use",
+                units.len()
+            ));
         }
         held.insert(class.clone(), chosen);
     }

@@ -559,8 +559,7 @@ async fn classes_bring_their_devices_and_the_folder_of_the_scratch_layer() {
         storage: [(fast.clone(), folder.clone())].into(),
         ..config(w.dir.path(), &w.cgroup)
     };
-    let runtime =
-        ContainerRuntime::new(config, w.keep.clone(), w.blobs.clone(), Arc::new(RealClock::new())).unwrap();
+    let runtime = ContainerRuntime::new(config, w.keep.clone(), w.blobs.clone(), Arc::new(RealClock::new())).unwrap();
     let wants = || {
         let mut sandbox = w.sandbox(&["sh", "-c", LASTING]);
         sandbox.template.classes.insert(gpu.clone(), 1);

@@ -119,7 +119,11 @@ fn doomed(
     let why = |i: &Object<Instance>| {
         if i.status.moving_to.is_some() {
             "an operator's rebalance moved it"
-        } else if Some(i.spec.template_hash.as_str()) == hash { "its host is drained" } else { "replaced by a newer template" }
+        } else if Some(i.spec.template_hash.as_str()) == hash {
+            "its host is drained"
+        } else {
+            "replaced by a newer template"
+        }
     };
     let ready = new.iter().chain(old).filter(|i| i.status.ready).count();
     // As many replicas as are wanted stay ready while old instances are replaced.

@@ -58,7 +58,9 @@ fn gain(here: &Standing, there: &Standing) -> Option<String> {
         return None;
     }
     match here.broken {
-        Some(constraint) if there.broken.is_none() => return Some(format!("its {constraint} constraint is not met here")),
+        Some(constraint) if there.broken.is_none() => {
+            return Some(format!("its {constraint} constraint is not met here"));
+        }
         _ => {}
     }
     for (what, here, there) in [
@@ -85,8 +87,14 @@ pub fn plan(step: &mut Step<'_>, most: u32) -> Vec<Move> {
         let on_it = i.status.host.as_ref().and_then(|host| step.world.on_host.get(host));
         on_it.map_or(0, std::collections::BTreeSet::len)
     };
-    let mut all: Vec<(std::cmp::Reverse<usize>, Uid)> =
-        step.world.instances.live.values().filter(stays).map(|i| (std::cmp::Reverse(crowd(i)), i.metadata.uid)).collect();
+    let mut all: Vec<(std::cmp::Reverse<usize>, Uid)> = step
+        .world
+        .instances
+        .live
+        .values()
+        .filter(stays)
+        .map(|i| (std::cmp::Reverse(crowd(i)), i.metadata.uid))
+        .collect();
     all.sort_unstable();
     let mut moves = Vec::new();
     for (_, uid) in all.into_iter().take(EXAMINED) {

@@ -64,7 +64,8 @@ impl FromStr for Constraint {
     fn from_str(text: &str) -> Result<Self, ConstraintError> {
         let wrong = || ConstraintError(text.chars().take(80).collect());
         let name = |text: &str| text.parse::<Name>().map_err(|_| wrong());
-        let space = |text: &str, c: char| text.trim_matches(' ').strip_prefix(c).map(|t| t.trim_matches(' ').to_owned());
+        let space =
+            |text: &str, c: char| text.trim_matches(' ').strip_prefix(c).map(|t| t.trim_matches(' ').to_owned());
         if let Some(bound) = text.strip_prefix("latency").and_then(|rest| space(rest, '<')) {
             let (digits, unit) = match (bound.strip_suffix("ms"), bound.strip_suffix("us")) {
                 (Some(digits), _) => (digits, 1_000),
@@ -265,14 +266,40 @@ mod tests {
     fn what_is_odd_is_refused() {
         let zones = format!("zone in ({})", vec!["a"; 17].join(","));
         let wrong = [
-            "", " ", "latency<0ms", "latency<20", "latency<20s", "latency<100000ms", "latency<05ms", "latency<+5ms", "latency<5ms ",
-            "latency>5ms", "zone in ()", "zone in (a,)", "zone in a", "zone=", "zone=A", &zones, "label.a", "label.=b",
-            "label.a=b c", "spread=none", "spread=", "with=", "with=A", "not-with", "notwith=a", "with=a\n", "rack=a", "with=-a",
+            "",
+            " ",
+            "latency<0ms",
+            "latency<20",
+            "latency<20s",
+            "latency<100000ms",
+            "latency<05ms",
+            "latency<+5ms",
+            "latency<5ms ",
+            "latency>5ms",
+            "zone in ()",
+            "zone in (a,)",
+            "zone in a",
+            "zone=",
+            "zone=A",
+            &zones,
+            "label.a",
+            "label.=b",
+            "label.a=b c",
+            "spread=none",
+            "spread=",
+            "with=",
+            "with=A",
+            "not-with",
+            "notwith=a",
+            "with=a\n",
+            "rack=a",
+            "with=-a",
         ];
         for text in wrong {
             assert!(one(text).is_err(), "{text:?} is read");
         }
-        let right = ["latency <  99999us", "zone  in(a)", "zone in ( a ,b )", "label.a-b_c.d=", "with=a", "not-with=a-1"];
+        let right =
+            ["latency <  99999us", "zone  in(a)", "zone in ( a ,b )", "label.a-b_c.d=", "with=a", "not-with=a-1"];
         for text in right {
             assert!(one(text).is_ok(), "{text:?} is not read");
         }

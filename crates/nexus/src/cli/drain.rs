@@ -23,7 +23,10 @@ pub struct CordonArgs {
 pub async fn cordon(args: &CordonArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?;
     leave::decide(&cloud, &args.name, true, false).await?;
-    output::text(&format!("host {} takes no new instances; `nexus host uncordon {0}` takes it back into use", args.name))
+    output::text(&format!(
+        "host {} takes no new instances; `nexus host uncordon {0}` takes it back into use",
+        args.name
+    ))
 }
 
 #[derive(Debug, Args)]
@@ -60,7 +63,9 @@ pub struct LabelArgs {
 fn change(text: &str) -> Result<(String, Option<String>), String> {
     let wrong = || format!("{text:?}: write KEY=VALUE or KEY-, with letters, digits, '-', '_' and '.'");
     match text.split_once('=') {
-        Some((key, value)) if is_label_key(key) && is_label_value(value) => Ok((key.to_owned(), Some(value.to_owned()))),
+        Some((key, value)) if is_label_key(key) && is_label_value(value) => {
+            Ok((key.to_owned(), Some(value.to_owned())))
+        }
         None => {
             let key = text.strip_suffix('-').filter(|key| is_label_key(key)).ok_or_else(wrong)?;
             Ok((key.to_owned(), None))

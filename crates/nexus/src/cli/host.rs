@@ -10,8 +10,8 @@ use nexus_model::Name;
 use nexus_model::kind::ANY_CELL;
 use serde_json::Value;
 
-use super::cloud::{Cloud, CloudArgs, text};
 use super::agent::HasArgs;
+use super::cloud::{Cloud, CloudArgs, text};
 use super::drain::{self, CordonArgs, DrainArgs, LabelArgs};
 use super::join::{self, Door, Home, JoinArgs, TokenArgs};
 use super::leave::{self, LeaveArgs, UncordonArgs};

@@ -306,7 +306,11 @@ fn host_configurations(
         capacity: declared,
         classes: host.classes.clone(),
         devices: BTreeMap::new(),
-        storage: host.storage.iter().map(|(class, size)| (class.clone(), storage_folder(dir, name, class, *size))).collect(),
+        storage: host
+            .storage
+            .iter()
+            .map(|(class, size)| (class.clone(), storage_folder(dir, name, class, *size)))
+            .collect(),
     };
     let cgroups = cgroup::hierarchies().context("reading the mounted cgroup hierarchies")?;
     let init = HostInitConfig {

@@ -433,7 +433,8 @@ impl Plan {
                     classes.insert(grant.class.clone(), grant.count);
                 }
                 let here = |place: &Name| [zone, &plain, &host_name].contains(&place);
-                let storage = self.storage.iter().filter(|g| here(&g.place)).map(|g| (g.class.clone(), g.size)).collect();
+                let storage =
+                    self.storage.iter().filter(|g| here(&g.place)).map(|g| (g.class.clone(), g.size)).collect();
                 // 24 hosts in each of ten regions, or 200 in one: below 250 in either case.
                 let in_fleet = region.index * MAX_HOSTS_APART as u16 + number;
                 let octet3 = u8::try_from(in_fleet).expect("at most 240 hosts");

@@ -3,7 +3,8 @@
 use super::{Cell, Host};
 use crate::pool::{Place, bucket_of};
 use crate::types::{
-    Capacity, ClassId, GroupId, HostId, HostState, ImageId, LabelId, Load, RackId, Request, Runtimes, UnknownHost, ZoneId,
+    Capacity, ClassId, GroupId, HostId, HostState, ImageId, LabelId, Load, RackId, Request, Runtimes, UnknownHost,
+    ZoneId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -274,12 +274,10 @@ fn a_storage_class_is_reserved_by_size() {
     assert_eq!(cell.snapshot(HostId(1)).unwrap().storage, [(ClassId(9), 10 * GI, 4 * GI)]);
     let refusal = cell.place(&six).unwrap_err();
     assert_eq!(refusal.to_string(), "no host of 2 can take it: 2 lack class #9 (6Gi wanted, at most 4Gi free)");
-    assert_eq!(cell.reserve(HostId(1), &six).unwrap_err(), ReserveError::Exceeds {
-        host: HostId(1),
-        resource: Filter::Storage,
-        wanted: 6 * GI,
-        free: 4 * GI,
-    });
+    assert_eq!(
+        cell.reserve(HostId(1), &six).unwrap_err(),
+        ReserveError::Exceeds { host: HostId(1), resource: Filter::Storage, wanted: 6 * GI, free: 4 * GI }
+    );
     cell.audit([(HostId(1), &six)]).unwrap();
     assert!(cell.audit([]).is_err());
     cell.release(HostId(1), &six).unwrap();

@@ -6,8 +6,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use nexus_api::Operations;
 use nexus_api::operations::{
-    GatewayJoin, HostJoin, HostLeave, HostLeft, JoinRole, Named, Nothing, Rebalance, Rebalanced, RegionRemove, Replace, ServerJoin, TokenId,
-    TokenRequest, read,
+    GatewayJoin, HostJoin, HostLeave, HostLeft, JoinRole, Named, Nothing, Rebalance, Rebalanced, RegionRemove, Replace,
+    ServerJoin, TokenId, TokenRequest, read,
 };
 use nexus_control::intent::{Change, Intent, Provenance, Target, Writer};
 use nexus_env::RngExt as _;
@@ -219,7 +219,8 @@ impl ServerOperations {
     async fn rebalance(&self, asked: Rebalance) -> Result<Value, ApiError> {
         let region = self.joins.config.region.clone();
         if let Some(other) = asked.region.filter(|other| *other != region) {
-            let detail = format!("this server is of region {region}: ask one of region {other}, with a context of its own");
+            let detail =
+                format!("this server is of region {region}: ask one of region {other}, with a context of its own");
             return Err(ApiError::new(Code::Conflict, detail));
         }
         if !(1..=50).contains(&asked.max) {
