@@ -132,7 +132,7 @@ impl Names for Numbers {}
 pub struct Refusal {
     /// Hosts in the cell.
     pub total: u32,
-    counts: [u32; Filter::ALL.len()],
+    counts: Box<[u32; Filter::ALL.len()]>,
     /// One per kind of resource that was short, in the order of the filters.
     pub shortfalls: Vec<Shortfall>,
     /// When [`Filter::Latency`] turned hosts away.
@@ -147,7 +147,7 @@ impl Refusal {
     pub(crate) fn new(total: u32) -> Self {
         Refusal {
             total,
-            counts: [0; Filter::ALL.len()],
+            counts: Box::new([0; Filter::ALL.len()]),
             shortfalls: Vec::new(),
             too_far: None,
             labels: Vec::new(),
@@ -237,7 +237,7 @@ impl Refusal {
 
     /// Every filter with its count, in order, zeros included.
     pub fn per_filter(&self) -> impl Iterator<Item = (Filter, u32)> + '_ {
-        Filter::ALL.into_iter().zip(self.counts)
+        Filter::ALL.into_iter().zip(*self.counts)
     }
 
     /// The shortfall that is smallest in proportion to what was wanted: what to ask less of.
