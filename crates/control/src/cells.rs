@@ -20,7 +20,7 @@ use nexus_model::kind::{Cell, CellStatus, HostState, Severity};
 use nexus_model::plan::{HostReport, InstanceReport, RoundTripReport};
 use nexus_placement::{Telemetry, telemetry};
 
-use crate::latency::{Latencies, differs};
+use crate::latency::{KEPT, Latencies, differs};
 use crate::rules::{host, instance};
 use crate::step::{Dirty, Step};
 use crate::surroundings::waits_for_latency;
@@ -103,6 +103,8 @@ pub struct Cells {
     pace: Pace,
     heard: BTreeMap<Name, Heard>,
     latencies: Latencies,
+    /// Whether rows of hosts were looked for of which no gateway tells any more.
+    swept: bool,
     /// Names of the objects that are set aside, by cell.
     pub quarantined: BTreeMap<Name, Vec<String>>,
     /// Who judges: written into the cells' statuses.
@@ -112,9 +114,19 @@ pub struct Cells {
 
 impl Cells {
     pub fn new(now: Duration, holder: String, epoch: u64) -> Self {
-        let (told, heard, quarantined) = Default::default();
-        let latencies = Latencies::default();
-        Self { told, since: now, judged: now, pace: Pace::default(), heard, latencies, quarantined, holder, epoch }
+        let (told, heard, quarantined, latencies, swept) = Default::default();
+        Self {
+            told,
+            since: now,
+            judged: now,
+            pace: Pace::default(),
+            heard,
+            latencies,
+            swept,
+            quarantined,
+            holder,
+            epoch,
+        }
     }
 
     fn silence(&self, host: &Name, now: Duration) -> Duration {
@@ -164,6 +176,11 @@ impl Cells {
         let hosts = step.world.hosts.live.len();
         let poorer = self.latencies.expire(now, hosts, |host| step.world.host(host).is_some());
         self.tell_trips(step, &poorer);
+        if !self.swept && now.saturating_sub(self.since) >= KEPT {
+            self.swept = true;
+            let told = step.world.hosts.live.values().filter(|host| !host.status.round_trips.is_empty());
+            told.for_each(|host| self.latencies.look_at(host.metadata.name.clone()));
+        }
         for name in self.latencies.to_write(now) {
             if step.is_long() {
                 return;

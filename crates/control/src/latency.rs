@@ -13,7 +13,7 @@ use nexus_model::plan::{PROBED_AT_ONCE, RoundTripReport};
 /// Gateways of which one host's round trips are kept.
 const GATEWAYS: usize = 64;
 /// An entry is kept for so long, where a gateway measures all hosts in one round, …
-const KEPT: Duration = Duration::from_secs(30);
+pub const KEPT: Duration = Duration::from_secs(30);
 /// … and for so much longer with each further round that it needs.
 const KEPT_MORE: Duration = Duration::from_secs(10);
 /// What has changed is written down at most so often.
@@ -83,6 +83,11 @@ impl Latencies {
     pub fn to_write(&mut self, now: Duration) -> Vec<Name> {
         let due = |host: &&Name| self.written.get(*host).is_none_or(|at| now.saturating_sub(*at) >= WRITTEN_EVERY);
         self.changed.iter().filter(due).cloned().collect()
+    }
+
+    /// Has a host's row looked at although nothing was heard of it: what it says may be of a leader before this one.
+    pub fn look_at(&mut self, host: Name) {
+        self.changed.insert(host);
     }
 
     /// A host's row was looked at, and written if that was so.

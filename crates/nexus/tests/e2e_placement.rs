@@ -184,6 +184,11 @@ fn the_guide_for_placement_does_what_it_says_and_latency_is_that_of_the_way() {
     cloud.wait_ready("edge", 1);
     assert_eq!(on_hosts(&cloud, "edge").into_keys().collect::<Vec<_>>(), ["zone-b-2"]);
 
+    // An app of all regions takes its demands to each.
+    let demands = ["--compute-class", "gpu-v100", "--constraints", "latency<20ms", "--storage-class", "high-iops"];
+    cloud.ok(&[&["deploy", "everywhere", "--image", "my-app", "--region", "global"][..], &demands[..]].concat());
+    assert!(on_hosts(&cloud, "everywhere").keys().all(|host| host.starts_with("zone-a-")));
+    cloud.ok(&["delete", "app", "everywhere", "--region", "global"]);
     cloud.ok(&["delete", "app", "my-app"]);
     cloud.wait("the writable layer to be gone", || match scratch_files(&cloud) {
         files if files.is_empty() => Ok(()),
