@@ -20,7 +20,7 @@ use nexus_model::kind::{Cell, CellStatus, HostState, Severity};
 use nexus_model::plan::{HostReport, InstanceReport, RoundTripReport};
 use nexus_placement::{Telemetry, telemetry};
 
-use crate::latency::{KEPT, Latencies, differs};
+use crate::latency::{self, Latencies, differs};
 use crate::rules::{host, instance};
 use crate::step::{Dirty, Step};
 use crate::surroundings::waits_for_latency;
@@ -176,7 +176,7 @@ impl Cells {
         let hosts = step.world.hosts.live.len();
         let poorer = self.latencies.expire(now, hosts, |host| step.world.host(host).is_some());
         self.tell_trips(step, &poorer);
-        if !self.swept && now.saturating_sub(self.since) >= KEPT {
+        if !self.swept && now.saturating_sub(self.since) >= latency::KEPT {
             self.swept = true;
             let told = step.world.hosts.live.values().filter(|host| !host.status.round_trips.is_empty());
             told.for_each(|host| self.latencies.look_at(host.metadata.name.clone()));
