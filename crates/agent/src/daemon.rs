@@ -20,7 +20,7 @@ use crate::observer::{Observer, View};
 use crate::secrets::{Secrets, mount_memory};
 use crate::servers::Servers;
 use crate::worker::{Order, Shared, Worker};
-use crate::{ahead, plans, report, room, serve};
+use crate::{ahead, plans, report, room, serve, telemetry};
 
 /// Instances that are started at once; more would only slow each other down.
 const STARTS_AT_ONCE: usize = 8;
@@ -88,7 +88,9 @@ pub async fn run(
     let observing = shared.clone();
     tasks.spawn(async move { observing.observer.run().await });
     tasks.spawn(plans::pull(config.name.clone(), servers.clone(), cache, plans, config.handle.clone()));
-    tasks.spawn(report::run(config.clone(), env, engines.clone(), servers));
+    let (measured, disk) = watch::channel(None);
+    tasks.spawn(telemetry::probe_disk(env.clone(), config.data_dir.clone(), measured));
+    tasks.spawn(report::run(config.clone(), env, engines.clone(), servers, disk));
     let serving = tasks.spawn(server.serve(shutdown.clone()));
     // Apart, so that a large download keeps no function from being compiled.
     for format in [ImageFormat::Wasm, ImageFormat::Oci] {

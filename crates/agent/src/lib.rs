@@ -27,6 +27,7 @@ mod secrets;
 mod serve;
 mod servers;
 pub mod step;
+mod telemetry;
 mod worker;
 
 pub use config::{

@@ -9,9 +9,11 @@ use nexus_env::{Endpoint, Env};
 use nexus_model::Uid;
 use nexus_model::plan::{HostReport, InstanceUsage, ReportAck, method};
 use nexus_wire::WireError;
+use tokio::sync::watch;
 
 use crate::config::{AgentConfig, Engines};
 use crate::servers::Servers;
+use crate::telemetry;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Changes come in flocks: they travel together.
@@ -21,7 +23,13 @@ const DEADLINE: Duration = Duration::from_secs(2);
 const HOPS: u32 = 3;
 
 /// Reports until it is dropped.
-pub(crate) async fn run(config: Arc<AgentConfig>, env: Env, engines: Engines, servers: Arc<Servers>) {
+pub(crate) async fn run(
+    config: Arc<AgentConfig>,
+    env: Env,
+    engines: Engines,
+    servers: Arc<Servers>,
+    disk: watch::Receiver<Option<u32>>,
+) {
     let (mut load, mut usage) = (LoadMeter::default(), UsageMeter::default());
     let mut turn = servers.start();
     let mut leader: Option<Endpoint> = None;
@@ -41,6 +49,7 @@ pub(crate) async fn run(config: Arc<AgentConfig>, env: Env, engines: Engines, se
                 load: load.measure(&env),
                 certificate_ends: (config.certificate_ends)(),
                 usage: usage.measure(&env, &engines).await,
+                telemetry: telemetry::measure(&env, *disk.borrow()),
             };
             match send(&servers, &mut leader, &mut turn, &report).await {
                 Some(ack) => {

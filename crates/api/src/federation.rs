@@ -96,7 +96,11 @@ pub(crate) fn prepare(
     let spec = match change {
         Change::Create { object } | Change::Put { object } => Some(&mut object.spec),
         Change::Patch { patch } => patch.get_mut("spec"),
-        Change::Delete | Change::Rollout { .. } | Change::Audit { .. } | Change::Tell { .. } => None,
+        Change::Delete
+        | Change::Rollout { .. }
+        | Change::Audit { .. }
+        | Change::Tell { .. }
+        | Change::Rebalance { .. } => None,
     };
     let Some(spec) = spec.and_then(Value::as_object_mut) else { return Ok(false) };
     if place.kind.plural == User::PLURAL {

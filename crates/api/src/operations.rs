@@ -165,6 +165,48 @@ pub struct HostLeft {
     pub lost: Vec<String>,
 }
 
+/// `rebalance`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Rebalance {
+    /// That of the server that is asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<Name>,
+    /// At most so many moves.
+    #[serde(default = "default_moves")]
+    #[schemars(range(min = 1, max = 50))]
+    pub max: u32,
+    /// Only says what would be moved.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+fn default_moves() -> u32 {
+    10
+}
+
+/// One move of a plan.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Relocation {
+    pub project: Name,
+    pub instance: Name,
+    pub from: Name,
+    pub to: Name,
+    /// In a few words.
+    pub why: String,
+}
+
+/// The answer to `rebalance`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rebalanced {
+    pub region: Name,
+    pub moves: Vec<Relocation>,
+    /// Whether they have begun.
+    pub begun: bool,
+}
+
 /// `server-join`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -431,6 +473,7 @@ pub static OPERATIONS: &[Operation] = &[
         schema::<Nothing>,
     ),
     of("image-gc", "imageGc", "Remove content of images that nothing names any more", false, schema::<ImageGc>),
+    of("rebalance", "rebalance", "Move instances to where they stand better", false, schema::<Rebalance>),
 ];
 
 pub(crate) fn find(name: &str) -> Option<&'static Operation> {

@@ -55,7 +55,11 @@ pub(crate) fn take(change: &mut Change) -> Result<Brought, ApiError> {
             refuse_written("spec.sealed", spec.get("sealed").is_some_and(|v| !v.is_null()))?;
             changes(spec)
         }
-        Change::Delete | Change::Rollout { .. } | Change::Audit { .. } | Change::Tell { .. } => Ok(Brought::Nothing),
+        Change::Delete
+        | Change::Rollout { .. }
+        | Change::Audit { .. }
+        | Change::Tell { .. }
+        | Change::Rebalance { .. } => Ok(Brought::Nothing),
     }
 }
 
@@ -150,7 +154,10 @@ pub(crate) async fn seal(
     brought: &Brought,
     compare: bool,
 ) -> Result<(), ApiError> {
-    if matches!(change, Change::Delete | Change::Rollout { .. } | Change::Audit { .. } | Change::Tell { .. }) {
+    if matches!(
+        change,
+        Change::Delete | Change::Rollout { .. } | Change::Audit { .. } | Change::Tell { .. } | Change::Rebalance { .. }
+    ) {
         return Ok(());
     }
     let current = stored(server, place, name).await?.map(|secret| secret.spec);

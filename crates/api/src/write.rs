@@ -107,7 +107,11 @@ async fn read(
 async fn left_by(server: &Server, place: &Place, name: &Name, change: &Change) -> Result<Option<AnyObject>, ApiError> {
     match change {
         Change::Create { object } | Change::Put { object } => Ok(Some(object.clone())),
-        Change::Delete | Change::Rollout { .. } | Change::Audit { .. } | Change::Tell { .. } => Ok(None),
+        Change::Delete
+        | Change::Rollout { .. }
+        | Change::Audit { .. }
+        | Change::Tell { .. }
+        | Change::Rebalance { .. } => Ok(None),
         Change::Patch { patch } => {
             let Some(kv) = find(server, place, name, Consistency::Stale).await? else { return Ok(None) };
             let mut object: Value = serde_json::from_slice(&kv.value).map_err(|e| unreadable(&kv, &e))?;
@@ -209,7 +213,8 @@ fn verb(change: &Change) -> &'static str {
         | Change::Patch { .. }
         | Change::Rollout { .. }
         | Change::Audit { .. }
-        | Change::Tell { .. } => "update",
+        | Change::Tell { .. }
+        | Change::Rebalance { .. } => "update",
     }
 }
 

@@ -283,6 +283,7 @@ impl Agent {
             load: 0.3,
             certificate_ends: None,
             usage: Vec::new(),
+            telemetry: Default::default(),
         };
         let begun = Instant::now();
         match self.region.report(over_the_wire(&report)).await {

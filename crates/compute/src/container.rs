@@ -11,6 +11,7 @@
 
 mod bundle;
 mod cgroup;
+mod devices;
 mod scratch;
 mod seccomp;
 mod shim;
@@ -22,12 +23,12 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use nexus_env::Clock;
-use nexus_model::{Bytes, Digest, Timestamp, Uid};
+use nexus_model::{Bytes, Digest, Name, Timestamp, Uid};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +37,7 @@ use crate::keep::{Entry, Keep, KeepError, Kept, KeptState, Spawn};
 use crate::{ExecIo, Observed, Runtime, RuntimeError, Sandbox, State};
 use turns::{Turn, Turns};
 
+pub use devices::Units;
 pub use shim::{run_once, shim_main};
 
 /// Where and how containers run on this host.
@@ -50,6 +52,10 @@ pub struct ContainerConfig {
     /// What containers find in `/etc/resolv.conf`.
     pub nameservers: Vec<IpAddr>,
     pub limits: UnpackLimits,
+    /// The device nodes behind compute classes, by unit.
+    pub devices: BTreeMap<Name, Units>,
+    /// The folder behind each storage class.
+    pub storage: BTreeMap<Name, PathBuf>,
 }
 
 /// How long a killed container may take to be gone.
@@ -68,6 +74,8 @@ struct Inner {
     blobs: BlobStore,
     clock: Arc<dyn Clock>,
     turns: Arc<Turns>,
+    /// Held while units of compute classes are chosen and written down.
+    choosing: Mutex<()>,
 }
 
 /// `instance.json`: what observing needs.
@@ -82,6 +90,9 @@ struct Record {
     made: Timestamp,
     /// Why it could not be started, and when that was.
     failed: Option<(Timestamp, String)>,
+    /// The units of compute classes that it holds.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    units: devices::Held,
 }
 
 impl ContainerRuntime {
@@ -107,7 +118,9 @@ impl ContainerRuntime {
                 fs::remove_dir_all(entry.path()).map_err(host("removing a half-unpacked layer"))?;
             }
         }
-        Ok(Self { inner: Arc::new(Inner { config, keep, blobs, clock, turns: Arc::default() }) })
+        Ok(Self {
+            inner: Arc::new(Inner { config, keep, blobs, clock, turns: Arc::default(), choosing: Mutex::default() }),
+        })
     }
 
     /// Removes unpacked layers that neither `images` nor any instance here needs, and says which.
@@ -180,6 +193,7 @@ impl Inner {
                     stop_signal: "KILL".into(),
                     made: Timestamp::default(),
                     failed: Some((Timestamp::default(), "it was not made completely".into())),
+                    units: devices::Held::new(),
                 }),
             }
         }
@@ -210,6 +224,12 @@ impl Inner {
         for made in ["bundle/rootfs", "scratch", "state"] {
             fs::create_dir_all(dir.join(made)).map_err(attempt())?;
         }
+        let choosing = self.choosing.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = self.records()?.into_iter().filter(|r| r.uid != sandbox.uid).map(|r| r.units);
+        let units = devices::choose(&sandbox.template.classes, &self.config.devices, others).map_err(|message| {
+            RuntimeError::Failed { attempt: format!("giving {} its devices", sandbox.name), message }
+        })?;
+        let nodes = devices::nodes(&units, &self.config.devices);
         self.write_record(&Record {
             uid: sandbox.uid,
             epoch: sandbox.epoch,
@@ -218,7 +238,13 @@ impl Inner {
             stop_signal: sandbox.template.stop_signal.clone(),
             made: self.now(),
             failed: None,
+            units,
         })?;
+        drop(choosing);
+        let described = nodes
+            .iter()
+            .map(|node| devices::describe(node).map_err(host(format!("looking at the device {}", node.display()))));
+        let devices = described.collect::<Result<Vec<_>, _>>()?;
         let plan = bundle::plan(bundle::Inputs {
             sandbox,
             image: &image.config.config.unwrap_or_default(),
@@ -227,18 +253,43 @@ impl Inner {
             cgroup: &self.cgroup(sandbox.uid),
             limits_swap: cgroup::limits_swap(),
             nameservers: &self.config.nameservers,
+            devices,
         });
         let plan = plan.map_err(|message| RuntimeError::Image { image: sandbox.image, message })?;
         let plan = serde_json::to_vec(&plan).expect("a plan has no keys that JSON refuses");
         fs::write(dir.join("plan.json"), plan).map_err(attempt())?;
         let scratch = sandbox.template.resources.scratch;
-        scratch::reserve(&dir.join("scratch.img"), scratch.0).map_err(host(format!("reserving {scratch} of scratch")))
+        let image = dir.join("scratch.img");
+        if let Some(class) = &sandbox.template.storage_class {
+            let Some(folder) = self.config.storage.get(class) else {
+                let message = format!("this host has no folder of storage class {class}");
+                return Err(RuntimeError::Failed { attempt: format!("making instance {}", sandbox.name), message });
+            };
+            // The instance's folder leads to the file, which is where the class is.
+            let file = folder.join(scratch_name(sandbox.uid));
+            fs::create_dir_all(folder).map_err(host(format!("making {}", folder.display())))?;
+            scratch::reserve(&file, scratch.0)
+                .map_err(host(format!("reserving {scratch} of storage class {class}")))?;
+            return std::os::unix::fs::symlink(&file, &image).map_err(attempt());
+        }
+        scratch::reserve(&image, scratch.0).map_err(host(format!("reserving {scratch} of scratch")))
     }
 
     /// Ends and removes everything of an instance but its line in the keeper's list.
     fn clear(&self, uid: Uid) -> Result<(), RuntimeError> {
         let folders = cgroup::folders(&self.cgroup(uid)).map_err(host("finding cgroups"))?;
         cgroup::destroy(&folders, KILL_PATIENCE).map_err(host(format!("removing the cgroups of {uid}")))?;
+        // First what the folder leads to, also of a class that this host has no more: without the folder nobody would know.
+        let led_to = fs::read_link(self.instance(uid).join("scratch.img")).ok();
+        let of_classes = self.config.storage.values().map(|folder| folder.join(scratch_name(uid)));
+        for file in of_classes.chain(led_to.filter(|file| file.ends_with(scratch_name(uid)))) {
+            match fs::remove_file(&file) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(host(format!("removing {}", file.display()))(e));
+                }
+                _ => {}
+            }
+        }
         match fs::remove_dir_all(self.instance(uid)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(host(format!("removing instance {uid}"))(e)),
             _ => Ok(()),
@@ -357,6 +408,11 @@ impl Inner {
             None => "ended, its exit status is not known".into(),
         }
     }
+}
+
+/// The file of an instance's writable layer in a storage class's folder.
+fn scratch_name(uid: Uid) -> String {
+    format!("nexus-{uid}.img")
 }
 
 fn kept_id(uid: Uid) -> String {

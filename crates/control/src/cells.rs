@@ -17,10 +17,13 @@ use std::time::Duration;
 
 use nexus_model::Name;
 use nexus_model::kind::{Cell, CellStatus, HostState, Severity};
-use nexus_model::plan::{HostReport, InstanceReport};
+use nexus_model::plan::{HostReport, InstanceReport, RoundTripReport};
+use nexus_placement::{Telemetry, telemetry};
 
+use crate::latency::{self, Latencies, differs};
 use crate::rules::{host, instance};
 use crate::step::{Dirty, Step};
+use crate::surroundings::waits_for_latency;
 
 pub const SUSPECT_AFTER: Duration = Duration::from_millis(2_500);
 pub const DEAD_AFTER: Duration = Duration::from_millis(5_000);
@@ -46,6 +49,8 @@ const LOAD_STEP: u16 = 50;
 #[derive(Debug)]
 struct Heard {
     at: Duration,
+    telemetry: Telemetry,
+    /// What placement was told.
     load: u16,
 }
 
@@ -97,6 +102,9 @@ pub struct Cells {
     judged: Duration,
     pace: Pace,
     heard: BTreeMap<Name, Heard>,
+    latencies: Latencies,
+    /// Whether rows of hosts were looked for of which no gateway tells any more.
+    swept: bool,
     /// Names of the objects that are set aside, by cell.
     pub quarantined: BTreeMap<Name, Vec<String>>,
     /// Who judges: written into the cells' statuses.
@@ -106,8 +114,19 @@ pub struct Cells {
 
 impl Cells {
     pub fn new(now: Duration, holder: String, epoch: u64) -> Self {
-        let (told, heard, quarantined) = Default::default();
-        Self { told, since: now, judged: now, pace: Pace::default(), heard, quarantined, holder, epoch }
+        let (told, heard, quarantined, latencies, swept) = Default::default();
+        Self {
+            told,
+            since: now,
+            judged: now,
+            pace: Pace::default(),
+            heard,
+            latencies,
+            swept,
+            quarantined,
+            holder,
+            epoch,
+        }
     }
 
     fn silence(&self, host: &Name, now: Duration) -> Duration {
@@ -127,16 +146,12 @@ impl Cells {
     /// by another step.
     pub fn hear(&mut self, step: &mut Step<'_>, report: &HostReport, now: Duration) -> Result<(u64, bool), String> {
         host::join(step, report)?;
-        let load = (report.load.clamp(0.0, 1.0) * 1000.0) as u16;
-        let heard = self.heard.entry(report.host.clone()).or_insert(Heard { at: now, load: 0 });
+        let telemetry = telemetry_of(report, self.latencies.lowest(&report.host));
+        let heard = self.heard.entry(report.host.clone()).or_insert(Heard { at: now, telemetry, load: 0 });
         self.pace.note(now.saturating_sub(heard.at));
         heard.at = heard.at.max(now);
-        if heard.load.abs_diff(load) >= LOAD_STEP {
-            heard.load = load;
-            if let Some(scheduler) = &mut step.world.scheduler {
-                scheduler.set_load(&report.host, load);
-            }
-        }
+        heard.telemetry = telemetry;
+        tell_load(step, &report.host, heard, Duration::ZERO);
         host::set_state(step, &report.host, HostState::Ready, "its agent reports");
         let epoch = step.world.host(&report.host).map_or(0, |h| h.status.epoch);
         // Hosts say the same every second. Comparing it with ten or a hundred rows each time would be most of the work of
@@ -147,6 +162,50 @@ impl Cells {
         }
         // Nothing is left over if the step became long with the last of it; then the next finds nothing to do.
         Ok((epoch, step.is_long()))
+    }
+
+    /// Takes in what a gateway has measured.
+    pub fn hear_trips(&mut self, step: &mut Step<'_>, report: &RoundTripReport, now: Duration) {
+        let told = self.latencies.hear(report, now, |host| step.world.host(host).is_some());
+        self.tell_trips(step, &told);
+    }
+
+    /// Forgets round trips that were not renewed, and writes down what has changed, as much as fits in a step. Called after
+    /// [`Cells::begin`].
+    pub fn keep_trips(&mut self, step: &mut Step<'_>, now: Duration) {
+        let hosts = step.world.hosts.live.len();
+        let poorer = self.latencies.expire(now, hosts, |host| step.world.host(host).is_some());
+        self.tell_trips(step, &poorer);
+        if !self.swept && now.saturating_sub(self.since) >= latency::KEPT {
+            self.swept = true;
+            let told = step.world.hosts.live.values().filter(|host| !host.status.round_trips.is_empty());
+            told.for_each(|host| self.latencies.look_at(host.metadata.name.clone()));
+        }
+        for name in self.latencies.to_write(now) {
+            if step.is_long() {
+                return;
+            }
+            let trips = self.latencies.of(&name);
+            let host = step.world.host(&name).filter(|host| differs(&host.status.round_trips, &trips)).cloned();
+            self.latencies.looked_at(&name, host.is_some(), now);
+            if let Some(mut host) = host {
+                host.status.round_trip_us = trips.iter().map(|trip| trip.us).min();
+                host.status.round_trips = trips;
+                step.put(host);
+            }
+        }
+    }
+
+    /// Tells placement of hosts' round trips, and asks those again who wait for near ones.
+    fn tell_trips(&self, step: &mut Step<'_>, hosts: &[Name]) {
+        let Some(scheduler) = step.world.scheduler.as_mut().filter(|_| !hosts.is_empty()) else { return };
+        for host in hosts {
+            scheduler.set_rtt(host, self.latencies.lowest(host));
+        }
+        let waits = |uid| step.world.instance(uid).is_some_and(waits_for_latency);
+        if step.world.scheduler.as_ref().is_some_and(|s| s.first_waiting().any(waits)) {
+            step.mark(Dirty::Room);
+        }
     }
 
     /// Takes in what a host says of its instances, as much as fits in a step. True if that was no news and stays none until a
@@ -214,6 +273,9 @@ impl Cells {
             if step.is_long() {
                 return true;
             }
+            if let Some(heard) = self.heard.get_mut(name).filter(|_| silence >= telemetry::FRESH) {
+                tell_load(step, name, heard, silence);
+            }
             let seconds = silence.as_secs_f32();
             if silence >= dead_after && !brake {
                 host::set_state(step, name, HostState::Dead, &format!("silent for {seconds:.1} s"));
@@ -261,6 +323,30 @@ impl Cells {
     /// Hosts that this leader has heard within the time that makes a host suspect.
     pub fn active(&self, now: Duration) -> usize {
         self.heard.values().filter(|h| now.saturating_sub(h.at) < SUSPECT_AFTER).count()
+    }
+}
+
+/// What a host measures of itself, in the words of placement.
+fn telemetry_of(report: &HostReport, rtt: Option<u32>) -> Telemetry {
+    let said = &report.telemetry;
+    Telemetry {
+        busy: Some((report.load.clamp(0.0, 1.0) * 1000.0) as u16),
+        cpu_pressure: said.cpu_pressure,
+        memory_pressure: said.memory_pressure,
+        io_pressure: said.io_pressure,
+        disk: said.disk_us,
+        rtt,
+    }
+}
+
+/// Tells placement how burdened a host is, if that has changed.
+fn tell_load(step: &mut Step<'_>, host: &Name, heard: &mut Heard, age: Duration) {
+    let load = heard.telemetry.burden(age).0;
+    if heard.load.abs_diff(load) >= LOAD_STEP {
+        heard.load = load;
+        if let Some(scheduler) = &mut step.world.scheduler {
+            scheduler.set_load(host, load);
+        }
     }
 }
 

@@ -9,14 +9,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use nexus_env::Rng;
 use nexus_model::kind::*;
-use nexus_model::plan::HostReport;
-use nexus_model::{ApiError, Code, Metadata, Name, Object, Timestamp, key};
+use nexus_model::plan::{HostReport, RoundTripReport};
+use nexus_model::{AnyObject, ApiError, Code, Metadata, Name, Object, Timestamp, key};
 
 use crate::audit::Trail;
 use crate::autoscale::Autoscaler;
 use crate::cells::{self, Cells};
 use crate::decide::decide;
-use crate::intent::{Accepted, Intent};
+use crate::intent::{Accepted, Change, Intent};
 use crate::rules;
 use crate::rules::job;
 use crate::rules::usage::{amounts, charge};
@@ -316,7 +316,29 @@ impl Core {
         })
     }
 
+    /// Answers the plan as an object's status.
+    fn rebalance(&mut self, intent: &Intent, most: u32, at: Moment<'_>) -> Accepted {
+        let moves = rules::rebalance::plan(&mut self.step(at), most.min(rules::rebalance::MOST_MOVES));
+        if !intent.dry_run {
+            self.alone(at, |step| {
+                step.request_id = Some(intent.request_id.clone());
+                rules::rebalance::begin(step, &moves);
+            });
+        }
+        let object = AnyObject {
+            api_version: nexus_model::API_VERSION.to_owned(),
+            kind: "Rebalance".to_owned(),
+            metadata: Metadata::new(intent.target.name.clone(), None),
+            spec: serde_json::Value::Null,
+            status: serde_json::json!({"moves": moves}),
+        };
+        Accepted { object, created: false, replayed: false }
+    }
+
     fn decide(&mut self, intent: &Intent, at: Moment<'_>) -> Result<Accepted, ApiError> {
+        if let Change::Rebalance { most } = &intent.change {
+            return Ok(self.rebalance(intent, *most, at));
+        }
         let mut step = self.step(at);
         let accepted = decide(&mut step, intent)?;
         if intent.dry_run {
@@ -384,6 +406,24 @@ impl Core {
         }
     }
 
+    /// Takes in how far a gateway is from hosts.
+    pub fn round_trips(&mut self, report: &RoundTripReport, at: Moment<'_>) {
+        self.with_cells(at, |cells, step| cells.hear_trips(step, report, at.monotonic));
+    }
+
+    /// Runs one step of the cells' and keeps what it changed; nothing, if it panics.
+    fn with_cells(&mut self, at: Moment<'_>, work: impl FnOnce(&mut Cells, &mut Step<'_>)) {
+        let ops = guarded(|| {
+            let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
+            work(&mut self.cells, &mut step);
+            step.finish()
+        });
+        match ops {
+            Ok(ops) => self.absorb(ops),
+            Err(why) => tracing::error!(panic = why, "taking in round trips panicked"),
+        }
+    }
+
     /// Judges hosts. Called a few times a second.
     pub fn tick(&mut self, at: Moment<'_>) {
         let due: Vec<Dirty> = self.world.due(at.now).collect();
@@ -394,6 +434,7 @@ impl Core {
         self.world.traffic.advance(at.monotonic);
         self.cells.begin(at.monotonic);
         self.cells.quarantined = self.quarantined_by_cell();
+        self.with_cells(at, |cells, step| cells.keep_trips(step, at.monotonic));
         let cells: Vec<Name> = self.world.cells.live.keys().map(|(_, name)| name.clone()).collect();
         // Each by itself: a cell that can't be judged must not keep the others from it.
         for cell in cells {

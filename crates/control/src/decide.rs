@@ -116,9 +116,10 @@ fn decide_kind<K: Admit>(step: &mut Step<'_>, intent: &Intent) -> Result<Accepte
         }
         (Change::Delete, Some(old)) => delete::<K>(step, intent, old),
         (Change::Rollout { order }, Some(old)) => ordered::<K>(step, intent, old, *order),
-        (Change::Audit { .. } | Change::Tell { .. }, _) => {
-            Err(ApiError::new(Code::Internal, "what is done to the log or about deliveries is of no kind"))
-        }
+        (Change::Audit { .. } | Change::Tell { .. } | Change::Rebalance { .. }, _) => Err(ApiError::new(
+            Code::Internal,
+            "what is done to the log, about deliveries or to all instances is of no kind",
+        )),
         (Change::Patch { .. } | Change::Rollout { .. } | Change::Delete, None) => {
             Err(ApiError::not_found(K::KIND, target.name.as_str()))
         }
@@ -663,6 +664,11 @@ impl Admit for App {
             return Err(ApiError::invalid(vec![FieldError::new("spec.regions", message)]));
         }
         rules::order::check_pin(step.world, old, new)?;
+        let own = |(name, with): (&Name, bool)| with && *name == new.metadata.name;
+        if new.spec.constraints.company().any(own) {
+            let message = "an app is with itself wherever it is: name another one";
+            return Err(ApiError::invalid(vec![FieldError::new("spec.constraints", message)]));
+        }
         let project = new.metadata.project.clone().expect("apps have a project");
         let before = old.map_or([0; 3], |old| charge(&old.spec));
         recharge(step, &project, before, charge(&new.spec))

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nexus_model::Name;
-use nexus_model::plan::{HostReport, RegionSummary, ServerNote};
+use nexus_model::plan::{HostReport, RegionSummary, RoundTripReport, ServerNote};
 use tokio::sync::{Notify, oneshot};
 
 use crate::intent::{Accepted, Intent};
@@ -31,6 +31,7 @@ pub(crate) enum Input {
     Report(Box<HostReport>, ReportReply, Duration),
     Summary(Box<RegionSummary>, ReportReply),
     Note(ServerNote),
+    Trips(Box<RoundTripReport>),
 }
 
 /// Who reports.
@@ -38,6 +39,7 @@ pub(crate) enum Input {
 enum Reporter {
     Region(Name),
     Server(u64),
+    Gateway(Name),
     Host(Name),
 }
 
@@ -72,6 +74,7 @@ impl Inbox {
             Input::Report(report, ..) => Some(Reporter::Host(report.host.clone())),
             Input::Summary(summary, _) => Some(Reporter::Region(summary.region.clone())),
             Input::Note(note) => Some(Reporter::Server(note.server.node)),
+            Input::Trips(report) => Some(Reporter::Gateway(report.gateway.clone())),
         };
         let mut queues = self.queues();
         let full = queues.reports.len() >= REPORTS;
@@ -170,6 +173,7 @@ mod tests {
             load,
             certificate_ends: None,
             usage: Vec::new(),
+            telemetry: Default::default(),
         };
         Input::Report(Box::new(report), reply, Duration::from_secs(1))
     }

@@ -56,6 +56,10 @@ pub enum Change {
     Tell {
         deed: Telling,
     },
+    /// Not of an object: moves instances to where they stand better, at most so many. With `dry_run`, only says which.
+    Rebalance {
+        most: u32,
+    },
     /// Not of an object, but of the audit log itself.
     Audit {
         deed: Deed,

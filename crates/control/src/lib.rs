@@ -8,6 +8,7 @@
 //! * [`world`]: the region's state as typed tables; [`step`]: one decision over it, all or nothing.
 //! * [`autoscale`]: how many instances an app has, where the cloud is to decide that.
 //! * [`traffic`]: what gateways say of requests, in memory.
+//! * [`surroundings`]: what an app's constraints mean in a world; [`latency`]: how far hosts are from gateways.
 //! * [`secrets`]: the sealed values that the writer passes on unseen.
 //! * [`outbox`]: what is told to others' servers.
 //! * [`audit`]: the record that every accepted change leaves.
@@ -26,6 +27,7 @@ pub mod directory;
 pub mod fleet;
 mod inbox;
 pub mod intent;
+pub mod latency;
 mod link;
 pub mod outbox;
 pub mod region;
@@ -34,6 +36,7 @@ pub mod scheduler;
 pub mod secrets;
 pub mod shard;
 pub mod step;
+pub mod surroundings;
 pub mod traffic;
 pub mod view;
 pub mod world;

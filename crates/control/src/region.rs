@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use futures::FutureExt;
 use nexus_env::{Env, RngExt};
 use nexus_model::kind::{RegionServer, Tier};
-use nexus_model::plan::{HostReport, RegionSummary, ServerNote, TrafficReport};
+use nexus_model::plan::{HostReport, RegionSummary, RoundTripReport, ServerNote, TrafficReport};
 use nexus_model::{ApiError, Code, Timestamp, key};
 use nexus_store::{KeyValue, Leadership, Pressure, RangeRequest, Revision, Store, StoreError};
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -232,6 +232,15 @@ impl Region {
         self.inbox.put(Input::Note(note)).map(|_| ()).map_err(|_| ReportError::Overloaded)
     }
 
+    /// Takes in how far a gateway is from hosts, if this server leads.
+    pub fn round_trips(&self, report: RoundTripReport) -> Result<(), ReportError> {
+        let now = *self.leadership.borrow();
+        if !now.is_self {
+            return Err(ReportError::NotLeader { leader: now.leader });
+        }
+        self.inbox.put(Input::Trips(Box::new(report))).map(|_| ()).map_err(|_| ReportError::Overloaded)
+    }
+
     /// Takes an intent here, if this server leads: what another server forwards. `None`: it does not lead.
     pub async fn submit_here(&self, intent: Intent) -> Option<Result<Accepted, ApiError>> {
         match self.try_here(intent).await {
@@ -440,6 +449,7 @@ impl Region {
                                 link.note(note, self.env.monotonic());
                             }
                         }
+                        Input::Trips(report) => core.round_trips(&report, self.moment()),
                     }
                 }
                 if all || core.packs() >= ENOUGH_PACKS {
@@ -584,7 +594,7 @@ fn turn_away(input: Input, leader: Option<u64>) {
         Input::Report(_, reply, _) | Input::Summary(_, reply) => {
             let _ = reply.send(Err(ReportError::NotLeader { leader }));
         }
-        Input::Note(_) => {}
+        Input::Note(_) | Input::Trips(_) => {}
     }
 }
 

@@ -14,6 +14,7 @@ pub mod instance;
 pub mod job;
 pub mod order;
 pub mod people;
+pub mod rebalance;
 pub mod rollout;
 pub mod secret;
 pub mod usage;

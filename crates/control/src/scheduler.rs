@@ -12,9 +12,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use nexus_model::kind::{self, BlastRadius, Host, HostState, Instance, Runtime, Spread};
 use nexus_model::{Bytes, Digest, MilliCpu, Name, Object, Uid};
 use nexus_placement as placement;
-use placement::{Cell, ClassId, GroupId, HostId, ImageId, RackId, ZoneId};
+use placement::{Cell, ClassId, Filter, GroupId, HostId, ImageId, LabelId, Names, RackId, Refusal, ZoneId};
 
+use crate::rules::rebalance::Standing;
 use crate::shard;
+use crate::surroundings::Surroundings;
 use crate::world::app_uid;
 
 /// Hands out small numbers for names.
@@ -79,6 +81,35 @@ impl Tenants {
     }
 }
 
+/// So many labels that hosts carry are named in a refusal.
+const NAMED: usize = 8;
+
+/// What a refusal calls what was interned.
+struct Words<'a> {
+    scheduler: &'a Scheduler,
+    request: &'a placement::Request,
+    around: &'a Surroundings,
+}
+
+impl Names for Words<'_> {
+    fn class(&self, id: ClassId) -> String {
+        self.scheduler.classes.names[id.0 as usize].to_string()
+    }
+
+    fn label(&self, id: LabelId) -> String {
+        let (key, value) = &self.scheduler.labels.names[id.0 as usize];
+        format!("label {key}={value}")
+    }
+
+    fn group(&self, id: GroupId) -> String {
+        let with = self.request.with.iter().zip(self.around.with.iter().map(|(app, _)| app));
+        let without = self.request.without.iter().zip(self.around.without.iter().map(|(app, _)| app));
+        let mut both = with.chain(without);
+        both.find(|(group, _)| **group == id)
+            .map_or_else(|| "another app".to_owned(), |(_, app)| format!("an instance of app {app}"))
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Scheduler {
     /// What shards are computed from, beside the names: see [`crate::shard`].
@@ -104,6 +135,9 @@ pub struct Scheduler {
     classes: Interner<Name>,
     images: Interner<Digest>,
     groups: Interner<Uid>,
+    labels: Interner<(String, String)>,
+    /// What each host carries: see `labels`.
+    carried: BTreeMap<Name, Vec<LabelId>>,
     /// Rows that a host could not hold; never other than zero unless a host's capacity shrank.
     pub oversold: u64,
 }
@@ -152,6 +186,10 @@ impl Scheduler {
         let classes: Vec<_> = spec.classes.iter().map(|(c, n)| (ClassId(self.classes.id(c)), *n)).collect();
         let images: Vec<_> = host.status.images.iter().map(|d| ImageId(self.images.id(d))).collect();
         let runtimes = spec.runtimes.iter().map(|r| runtime(*r)).collect();
+        let storage: Vec<_> = spec.storage.iter().map(|(c, n)| (ClassId(self.classes.id(c)), n.0)).collect();
+        let label = |(k, v): (&String, &String)| LabelId(self.labels.id(&(k.clone(), v.clone())));
+        let labels: Vec<_> = host.metadata.labels.iter().map(label).collect();
+        self.carried.insert(host.metadata.name.clone(), labels.clone());
         let name = &host.metadata.name;
         self.last_slot.insert(name.clone(), host.status.last_slot);
         let fill = self.fill.entry(spec.cell.clone()).or_default();
@@ -166,6 +204,8 @@ impl Scheduler {
                 classes: Some(classes),
                 images: Some(images),
                 load: None,
+                storage: Some(storage),
+                labels: Some(labels),
             };
             let cell = self.cells.get_mut(cell).expect("a host's cell is known");
             cell.update_host(*id, update).expect("the handle came from this cell");
@@ -181,6 +221,9 @@ impl Scheduler {
             classes,
             images,
             load: placement::Load::default(),
+            storage,
+            labels,
+            rtt: None,
         };
         let cell = host.spec.cell.clone();
         if !self.cells.contains_key(&cell) {
@@ -210,10 +253,20 @@ impl Scheduler {
             self.by_id.remove(&(cell, id));
             self.slots.remove(name);
             self.last_slot.remove(name);
+            self.carried.remove(name);
         }
     }
 
-    /// A host's load, in thousandths of its processors.
+    /// The lowest round trip between a host and a gateway, in microseconds.
+    pub fn set_rtt(&mut self, name: &Name, us: Option<u32>) {
+        if let Some((cell, id)) = self.hosts.get(name)
+            && let Some(cell) = self.cells.get_mut(cell)
+        {
+            cell.set_rtt(*id, us).expect("the handle came from this cell");
+        }
+    }
+
+    /// How far from idle and well a host is, in thousandths.
     pub fn set_load(&mut self, name: &Name, load: u16) {
         if let Some((cell, id)) = self.hosts.get(name)
             && let Some(cell) = self.cells.get_mut(cell)
@@ -248,7 +301,7 @@ impl Scheduler {
         }
         if let (Some(instance), Some((host, slot))) = (old, place(old)) {
             self.slots.entry(host.clone()).or_default().remove(&slot);
-            let request = self.request(instance, Spread::None);
+            let request = self.request(instance);
             if let Some((cell, id)) = self.hosts.get(&host)
                 && let Some(cell) = self.cells.get_mut(cell)
                 && cell.release(*id, &request).is_err()
@@ -260,7 +313,7 @@ impl Scheduler {
         }
         if let (Some(instance), Some((host, slot))) = (new, place(new)) {
             self.slots.entry(host.clone()).or_default().insert(slot);
-            let request = self.request(instance, Spread::None);
+            let request = self.request(instance);
             if let Some((cell, id)) = self.hosts.get(&host)
                 && let Some(cell) = self.cells.get_mut(cell)
                 && cell.reserve(*id, &request).is_err()
@@ -354,22 +407,113 @@ impl Scheduler {
         }
     }
 
-    fn request(&mut self, instance: &Object<Instance>, spread: Spread) -> placement::Request {
+    /// What an instance takes of a host.
+    fn request(&mut self, instance: &Object<Instance>) -> placement::Request {
         let template = &instance.spec.template;
         let mut request =
             placement::Request::new(runtime(template.runtime), template.resources.cpu.0, template.resources.memory.0);
-        request.scratch = template.resources.scratch.0;
+        match &template.storage_class {
+            Some(class) => request.storage = Some((ClassId(self.classes.id(class)), template.resources.scratch.0)),
+            None => request.scratch = template.resources.scratch.0,
+        }
         request.classes = template.classes.iter().map(|(c, n)| (ClassId(self.classes.id(c)), *n)).collect();
         request.image = Some(ImageId(self.images.id(&instance.spec.image_digest)));
         // What is buried still takes room, but its app is spread without it.
         let living = instance.metadata.deleting.is_none();
         request.group = living.then(|| GroupId(self.groups.id(&app_uid(instance))));
-        request.spread.level = match spread {
+        request
+    }
+
+    /// What it takes, and what it demands.
+    fn wish(&mut self, instance: &Object<Instance>, around: &Surroundings) -> placement::Request {
+        let mut request = self.request(instance);
+        request.spread.level = match around.spread {
             Spread::None => placement::SpreadLevel::None,
             Spread::Host => placement::SpreadLevel::Host,
+            Spread::Rack => placement::SpreadLevel::Rack,
             Spread::Zone => placement::SpreadLevel::Zone,
         };
+        request.spread.required = around.even;
+        request.zones =
+            around.zones.as_ref().map(|zones| zones.iter().map(|zone| ZoneId(self.zones.id(zone))).collect());
+        request.labels = around.labels.iter().map(|label| LabelId(self.labels.id(label))).collect();
+        request.max_rtt = around.below_us;
+        // An app that is not there has no instances: a group of its own that nothing is ever in.
+        let nobody = |at: usize| GroupId(u32::MAX - u32::try_from(at).unwrap_or(u32::MAX / 2));
+        let group = |(at, (_, uid)): (usize, &(Name, Option<Uid>))| match uid {
+            Some(uid) => GroupId(self.groups.id(uid)),
+            None => nobody(at),
+        };
+        request.with = around.with.iter().enumerate().map(group).collect();
+        request.without = around.without.iter().map(|(_, uid)| GroupId(self.groups.id(uid))).collect();
         request
+    }
+
+    /// The least of the app's instances in any domain of these cells that could take one, where evenness is demanded.
+    fn floor(&self, request: &placement::Request, cells: &[&Name]) -> Option<u32> {
+        let group = request.group.filter(|_| request.spread.required)?;
+        let mut counts: BTreeMap<(Option<&Name>, u32), u32> = BTreeMap::new();
+        for name in cells {
+            // The handles of hosts are their cell's own; zones and racks are the region's.
+            let own = (request.spread.level == placement::SpreadLevel::Host).then_some(*name);
+            for (domain, count) in self.cells[*name].domains(request) {
+                *counts.entry((own, domain)).or_default() += count;
+            }
+        }
+        if request.spread.level == placement::SpreadLevel::Zone {
+            return counts.into_keys().map(|(_, zone)| self.in_zone(group, ZoneId(zone))).min();
+        }
+        counts.into_values().min()
+    }
+
+    /// The instances of a group in a zone, over all its cells.
+    fn in_zone(&self, group: GroupId, zone: ZoneId) -> u32 {
+        let of = |cell: &Cell| {
+            cell.group_counts(group).0.into_iter().filter(|(z, _)| *z == zone).map(|(_, n)| n).sum::<u32>()
+        };
+        self.cells.values().map(of).sum()
+    }
+
+    /// Asks one cell. `floor` is that of all cells that are asked.
+    fn ask(
+        &self,
+        cell: &Name,
+        request: &placement::Request,
+        around: &Surroundings,
+        floor: Option<u32>,
+    ) -> Result<HostId, Refusal> {
+        let mut request = request.clone();
+        let leaving = around.leaving.iter().filter_map(|host| self.hosts.get(host));
+        request.excluded = leaving.filter(|(of, _)| of == cell).map(|(_, id)| *id).collect();
+        request.spread.floor = floor;
+        if let (placement::SpreadLevel::Zone, Some(floor), Some(group)) = (request.spread.level, floor, request.group) {
+            let zone = self.zone_of.get(cell).and_then(|zone| self.zones.ids.get(zone)).copied();
+            if zone.is_some_and(|zone| self.in_zone(group, ZoneId(zone)) > floor) {
+                let hosts = u32::try_from(self.cells[cell].len()).unwrap_or(u32::MAX);
+                return Err(Refusal::turned_away(hosts, Filter::Spread));
+            }
+            // The zone has been judged as a whole.
+            request.spread.required = false;
+        }
+        self.cells[cell].place(&request).map(|decision| decision.host)
+    }
+
+    /// How an instance that is placed nowhere would stand on a host.
+    pub fn standing(&mut self, instance: &Object<Instance>, around: &Surroundings, host: &Name) -> Option<Standing> {
+        let request = self.wish(instance, around);
+        let (cell_name, id) = self.hosts.get(host)?;
+        let cell = &self.cells[cell_name];
+        let zone = ZoneId(*self.zones.ids.get(self.zone_of.get(cell_name)?)?);
+        let group = request.group?;
+        let (in_rack, on_host) = cell.peers(*id, group).ok()?;
+        let spread = around.spread;
+        Some(Standing {
+            broken: cell.breach(*id, &request).ok()?.map(Filter::name),
+            in_zone: if spread == Spread::Zone { self.in_zone(group, zone) } else { 0 },
+            in_rack: if spread == Spread::Rack { in_rack } else { 0 },
+            on_host: if spread == Spread::None { 0 } else { on_host },
+            burden: cell.load(*id).ok()?.0,
+        })
     }
 
     /// Finds a host, or says for how many hosts each filter said no.
@@ -377,8 +521,8 @@ impl Scheduler {
     /// The regional part: the cells of the project's shard are asked in the order of how few of the app's instances their
     /// zones hold, so that an app spreads over zones although each cell decides alone; the first that can take the instance
     /// gets it. When the shard is full, the next cells in the project's order are asked.
-    pub fn place(&mut self, instance: &Object<Instance>, spread: Spread) -> Result<Placed, String> {
-        let request = self.request(instance, spread);
+    pub fn place(&mut self, instance: &Object<Instance>, around: &Surroundings) -> Result<Placed, String> {
+        let request = self.wish(instance, around);
         let group = request.group.expect("only the living are placed");
         let project = instance.metadata.project.clone().expect("instances have a project");
         let shard = self.shard_of(&project);
@@ -386,9 +530,11 @@ impl Scheduler {
             .iter()
             .filter_map(|name| self.cells.get_key_value(name))
             .map(|(name, cell)| {
-                let mine: u32 = match spread {
+                let mine: u32 = match around.spread {
                     Spread::None => 0,
-                    Spread::Host | Spread::Zone => cell.group_counts(group).0.iter().map(|(_, n)| *n).sum(),
+                    Spread::Host | Spread::Rack | Spread::Zone => {
+                        cell.group_counts(group).0.iter().map(|(_, n)| *n).sum()
+                    }
                 };
                 // Among equals the emptier cell, so that the region fills evenly.
                 (mine, self.fill[name].thousandths(), name)
@@ -396,25 +542,30 @@ impl Scheduler {
             .collect();
         order.sort();
         let mut refusals = Vec::new();
-        for (_, _, name) in order {
-            match self.cells[name].place(&request) {
-                Ok(decision) => return Ok(self.placed(name.clone(), decision.host, false)),
+        let asked: Vec<&Name> = order.iter().map(|(_, _, name)| *name).collect();
+        let floor = self.floor(&request, &asked);
+        for name in asked {
+            match self.ask(name, &request, around, floor) {
+                Ok(host) => return Ok(self.placed(name.clone(), host, false)),
                 Err(refusal) => refusals.push(refusal),
             }
         }
         let ranked = self.ranked(&project);
         let deepest = ranked.iter().map(Vec::len).max().unwrap_or(0);
         let beyond = (0..deepest).flat_map(|rank| ranked.iter().filter_map(move |zone| zone.get(rank)));
-        for name in beyond.filter(|name| !shard.contains(**name)) {
-            match self.cells[*name].place(&request) {
-                Ok(decision) => {
-                    let cell = (*name).clone();
-                    return Ok(self.placed(cell, decision.host, true));
+        let beyond: Vec<&Name> = beyond.filter(|name| !shard.contains(**name)).copied().collect();
+        let everywhere: Vec<&Name> = self.cells.keys().collect();
+        let floor = if beyond.is_empty() { None } else { self.floor(&request, &everywhere) };
+        for name in beyond {
+            match self.ask(name, &request, around, floor) {
+                Ok(host) => {
+                    let cell = name.clone();
+                    return Ok(self.placed(cell, host, true));
                 }
                 Err(refusal) => refusals.push(refusal),
             }
         }
-        Err(self.explain(&refusals))
+        Err(self.explain(&refusals, &request, around))
     }
 
     fn placed(&mut self, cell: Name, id: HostId, spilled: bool) -> Placed {
@@ -429,13 +580,48 @@ impl Scheduler {
         Placed { host, slot, spilled }
     }
 
-    /// The refusals of all cells as one sentence that counts hosts per filter.
-    fn explain(&self, refusals: &[placement::Refusal]) -> String {
-        let class = |id: ClassId| self.classes.names[id.0 as usize].to_string();
-        match placement::Refusal::merged(refusals) {
-            Some(all) => all.describe(&class),
-            None => "no host can take it: no host has joined this region yet".to_owned(),
+    /// The refusals of all cells as one sentence that counts hosts per filter, and what there is in place of zones and labels
+    /// that were asked for.
+    fn explain(&self, refusals: &[Refusal], request: &placement::Request, around: &Surroundings) -> String {
+        let Some(all) = Refusal::merged(refusals) else {
+            return "no host can take it: no host has joined this region yet".to_owned();
+        };
+        let mut text = all.describe(&Words { scheduler: self, request, around });
+        if all.at(Filter::Zone) > 0 {
+            let zones: BTreeSet<&str> = self.zone_of.values().map(Name::as_str).collect();
+            text.push_str(&format!("; its hosts are in {}", zones.into_iter().collect::<Vec<_>>().join(", ")));
         }
+        for (id, _) in &all.labels {
+            let (key, _) = &self.labels.names[id.0 as usize];
+            let carried = self.carried.values().flatten().map(|label| &self.labels.names[label.0 as usize]);
+            let like: BTreeSet<_> = carried.filter(|(k, _)| k == key).collect();
+            let like: Vec<String> = like.into_iter().take(NAMED).map(|(k, v)| format!("{k}={v}")).collect();
+            text.push_str(&match like.len() {
+                0 => format!("; no host has a label {key}"),
+                _ => format!("; there are hosts with {}", like.join(", ")),
+            });
+        }
+        text
+    }
+
+    /// What the rows reserve of classes on a host.
+    pub fn reserved_classes<'a>(
+        instances: impl Iterator<Item = &'a Object<Instance>>,
+    ) -> (kind::Classes, kind::StorageClasses) {
+        let (mut classes, mut storage) = (kind::Classes::new(), kind::StorageClasses::new());
+        for template in instances.map(|i| &i.spec.template) {
+            for (class, units) in &template.classes {
+                let sum = classes.entry(class.clone()).or_default();
+                *sum = sum.saturating_add(*units);
+            }
+            if let Some(class) = &template.storage_class {
+                let sum = storage.entry(class.clone()).or_default();
+                *sum = Bytes(sum.0.saturating_add(template.resources.scratch.0));
+            }
+        }
+        classes.sort_unstable_keys();
+        storage.sort_unstable_keys();
+        (classes, storage)
     }
 
     /// What the rows reserve on a host, recounted from nothing.
@@ -445,7 +631,9 @@ impl Scheduler {
             let r = &instance.spec.template.resources;
             sum.cpu = MilliCpu(sum.cpu.0.saturating_add(r.cpu.0));
             sum.memory = Bytes(sum.memory.0.saturating_add(r.memory.0));
-            sum.scratch = Bytes(sum.scratch.0.saturating_add(r.scratch.0));
+            if instance.spec.template.storage_class.is_none() {
+                sum.scratch = Bytes(sum.scratch.0.saturating_add(r.scratch.0));
+            }
             sum.instances += 1;
         }
         sum

@@ -25,6 +25,7 @@ mod metrics;
 mod problem;
 mod proxy;
 mod regions;
+mod round_trips;
 mod serve;
 mod source;
 mod table;
@@ -33,5 +34,6 @@ mod tunnel;
 mod upstream;
 
 pub use gateway::{Gateway, Options};
+pub use round_trips::measure;
 pub use serve::PeerDoor;
 pub use source::{SourceConfig, follow};

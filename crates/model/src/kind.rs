@@ -6,6 +6,7 @@
 
 mod app;
 mod autoscale;
+mod constraint;
 mod cron;
 mod event;
 mod federation;
@@ -24,6 +25,7 @@ use std::fmt::Debug;
 
 pub use app::*;
 pub use autoscale::*;
+pub use constraint::*;
 pub use cron::*;
 pub use event::*;
 pub use federation::*;
@@ -93,6 +95,8 @@ pub enum Show {
     Count,
     /// Milliseconds as a duration.
     Millis,
+    /// Microseconds as a duration.
+    Micros,
 }
 
 /// One column of a table. `pointer` is a JSON pointer (RFC 6901) into the object.
@@ -120,6 +124,10 @@ impl Column {
 
     pub const fn millis(title: &'static str, pointer: &'static str) -> Self {
         Self { title, pointer, show: Show::Millis, wide: false }
+    }
+
+    pub const fn micros(title: &'static str, pointer: &'static str) -> Self {
+        Self { title, pointer, show: Show::Micros, wide: false }
     }
 
     pub const fn wide(self) -> Self {

@@ -28,6 +28,8 @@ pub mod method {
     pub const GATEWAY_NOTE: &str = "gateway.note";
     /// Gateway to the leading server, every second: [`super::TrafficReport`].
     pub const TRAFFIC: &str = "gateway.traffic";
+    /// Gateway to the leading server of its region, every few seconds: [`super::RoundTripReport`] → [`super::RoundTripAck`].
+    pub const ROUND_TRIPS: &str = "gateway.round-trips";
     /// Server to the leading server: an intent for its region's writer.
     pub const SUBMIT: &str = "writer.submit";
     /// The same, for the writer of the global group.
@@ -212,7 +214,54 @@ pub struct HostReport {
     /// Of the instances whose use the host measures.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub usage: Vec<InstanceUsage>,
+    /// What else it measures of itself.
+    #[serde(default)]
+    pub telemetry: HostTelemetry,
 }
+
+/// What a host measures of itself beside its load. What it can't measure is absent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HostTelemetry {
+    /// The share of the last ten seconds in which some task waited for a processor, in thousandths (the kernel's PSI).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_pressure: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_pressure: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io_pressure: Option<u16>,
+    /// How long a small durable write took, in microseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_us: Option<u32>,
+}
+
+/// Round trips that a gateway has measured, and a question for more hosts to measure.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RoundTripReport {
+    pub gateway: Name,
+    pub trips: Vec<HostTrip>,
+    /// The last host that it was told of: it is told of those after it.
+    #[serde(default)]
+    pub after: Option<Name>,
+}
+
+/// The lowest of a gateway's last few round trips to a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostTrip {
+    pub host: Name,
+    /// Microseconds.
+    pub us: u32,
+}
+
+/// The hosts that a gateway is to measure next: at most [`PROBED_AT_ONCE`], in the order of their names, round and round.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundTripAck {
+    pub hosts: Vec<(Name, SocketAddr)>,
+}
+
+/// Hosts that a gateway measures in one round, and tells of in one report.
+pub const PROBED_AT_ONCE: usize = 256;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -3,6 +3,8 @@
 //! `nexus up` writes these files for the local cloud; a fleet's operator writes the same ones. A path may be relative
 //! to the folder that the file is in. Nothing secret stands in them: they name the files that hold keys.
 
+mod classes;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ use nexus_model::kind::{Capacity, Classes, GLOBAL, Tier};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use self::classes::StorageFolder;
 use crate::role::agent::default_images_percent;
 use crate::role::server::image_gc::{LEAST_GRACE, default_grace};
 use crate::role::server::outbound::Network;
@@ -337,6 +340,12 @@ pub struct AgentConfig {
     /// How full the file system of `data_dir` may be before images are removed that nothing here needs.
     #[serde(default = "default_images_percent")]
     pub images_disk_percent: u8,
+    /// Device nodes behind compute classes, as many for each unit.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub devices: BTreeMap<Name, Vec<PathBuf>>,
+    /// Storage classes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub storage: BTreeMap<Name, StorageFolder>,
 }
 
 /// `nexus keeper`: the owner of a host's processes.
@@ -573,6 +582,7 @@ impl Config for ServerConfig {
 impl Config for AgentConfig {
     fn resolve(&mut self, base: &Path) {
         resolve(base, &mut [&mut self.data_dir, &mut self.run_dir, &mut self.keeper_socket]);
+        self.storage.values_mut().for_each(|folder| resolve(base, &mut [&mut folder.path]));
         self.tls.resolve(base);
     }
 
@@ -583,6 +593,7 @@ impl Config for AgentConfig {
         if self.images_disk_percent > 100 {
             return Err(("images_disk_percent", "between 0 and 100".to_owned()));
         }
+        classes::check_devices(&self.devices, &self.classes).map_err(|why| ("devices", why))?;
         if self.prefix6.segments()[4..].iter().any(|s| *s != 0) {
             return Err(("prefix6", format!("{}: the last 64 bits must be zero", self.prefix6)));
         }

@@ -59,7 +59,7 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
             }
         },
         Command::Agent(role) => {
-            let config = AgentConfig::load(&role.config)?;
+            let config = role.apply(AgentConfig::load(&role.config)?)?;
             daemon(role::agent::run(config))
         }
         Command::Gateway(args) => match args.command {

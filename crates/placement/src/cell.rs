@@ -11,8 +11,8 @@ use crate::pool::{Place, PoolKey, Pools, bucket_of};
 use crate::refusal::Filter;
 use crate::score::{fraction, load_term, nominal};
 use crate::types::{
-    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, Load, RackId, Request, Runtimes,
-    UnknownHost, ZoneId,
+    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, RackId, Request,
+    Runtimes, UnknownHost, ZoneId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -45,6 +45,21 @@ impl Stock {
     }
 }
 
+/// One storage class on one host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Store {
+    pub(crate) class: ClassId,
+    /// Bytes.
+    pub(crate) capacity: u64,
+    pub(crate) reserved: u128,
+}
+
+impl Store {
+    pub(crate) fn free(&self) -> u64 {
+        u64::try_from(u128::from(self.capacity).saturating_sub(self.reserved)).unwrap_or(0)
+    }
+}
+
 /// Sums of reservations. Wider than [`Capacity`] so that [`Cell::adopt`] can't overflow them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Reserved {
@@ -66,6 +81,11 @@ pub(crate) struct Host {
     reserved: Reserved,
     /// Sorted by class. A class whose capacity went away stays while some of it is reserved.
     pub(crate) stock: Vec<Stock>,
+    /// The same of storage classes, in bytes.
+    pub(crate) storage: Vec<Store>,
+    /// Sorted.
+    labels: Vec<LabelId>,
+    rtt: Option<u32>,
 }
 
 impl Host {
@@ -84,12 +104,25 @@ impl Host {
         self.stock.iter().find(|s| s.class == class).map_or(0, Stock::free)
     }
 
+    pub(crate) fn storage_free(&self, class: ClassId) -> u64 {
+        self.storage.iter().find(|s| s.class == class).map_or(0, Store::free)
+    }
+
+    pub(crate) fn labels(&self) -> &[LabelId] {
+        &self.labels
+    }
+
+    pub(crate) fn rtt(&self) -> Option<u32> {
+        self.rtt
+    }
+
     fn oversold(&self) -> bool {
         self.reserved.cpu > u64::from(self.capacity.cpu)
             || self.reserved.memory > u128::from(self.capacity.memory)
             || self.reserved.scratch > u128::from(self.capacity.scratch)
             || self.reserved.instances > self.capacity.slots
             || self.stock.iter().any(|s| s.reserved > u64::from(s.capacity))
+            || self.storage.iter().any(|s| s.reserved > u128::from(s.capacity))
     }
 }
 
@@ -161,8 +194,13 @@ impl Cell {
             images,
             reserved: Reserved::default(),
             stock: Vec::new(),
+            storage: Vec::new(),
+            labels: spec.labels,
+            rtt: spec.rtt,
         };
+        host.labels.sort_unstable();
         set_stock(&mut host.stock, &spec.classes);
+        set_storage(&mut host.storage, &spec.storage);
         let hot = Hot {
             memory: 0,
             scratch: 0,
@@ -196,6 +234,13 @@ impl Cell {
         if let Some(load) = update.load {
             self.set_load(id, load)?;
         }
+        if let Some(storage) = update.storage {
+            set_storage(&mut self.known_mut(index).storage, &storage);
+        }
+        if let Some(mut labels) = update.labels {
+            labels.sort_unstable();
+            self.known_mut(index).labels = labels;
+        }
         if update.state.is_some() || update.runtimes.is_some() || update.capacity.is_some() || update.classes.is_some()
         {
             self.leave(index);
@@ -222,6 +267,13 @@ impl Cell {
             self.known_mut(id.0).load = load;
             self.enter(id.0);
         }
+        Ok(())
+    }
+
+    /// Notes the lowest round trip between a host and a gateway, in microseconds; `None` when none is known any more.
+    pub fn set_rtt(&mut self, id: HostId, rtt: Option<u32>) -> Result<(), UnknownHost> {
+        self.host(id)?;
+        self.known_mut(id.0).rtt = rtt;
         Ok(())
     }
 
@@ -266,6 +318,9 @@ impl Cell {
         check_free(id, Filter::Cpu, u64::from(request.cpu), u64::from(hot.cpu))?;
         check_free(id, Filter::Memory, request.memory, hot.memory)?;
         check_free(id, Filter::Scratch, request.scratch, hot.scratch)?;
+        if let Some((class, bytes)) = request.storage {
+            check_free(id, Filter::Storage, bytes, host.storage_free(class))?;
+        }
         check_free(id, Filter::Slots, 1, u64::from(hot.slots))?;
         if let (Some(max), Some(group)) = (request.max_per_host, request.group)
             && self.groups.get(&group).map_or(0, |g| g.on_host(id.0)) >= max
@@ -298,12 +353,17 @@ impl Cell {
         has(Filter::Cpu, held.cpu >= u64::from(request.cpu))?;
         has(Filter::Memory, held.memory >= u128::from(request.memory))?;
         has(Filter::Scratch, held.scratch >= u128::from(request.scratch))?;
+        if let Some((class, bytes)) = request.storage {
+            let reserved = host.storage.iter().find(|s| s.class == class).map_or(0, |s| s.reserved);
+            has(Filter::Storage, reserved >= u128::from(bytes))?;
+        }
         has(Filter::Slots, held.instances >= 1)?;
         if let Some(group) = request.group {
             has(Filter::Spread, self.groups.get(&group).is_some_and(|g| g.on_host(id.0) >= 1))?;
         }
-        let zone = host.zone;
+        let (zone, rack) = (host.zone, host.rack);
         self.move_classes(id.0, request, false);
+        self.move_storage(id.0, request, false);
         let held = &mut self.known_mut(id.0).reserved;
         held.cpu -= u64::from(request.cpu);
         held.memory -= u128::from(request.memory);
@@ -312,7 +372,7 @@ impl Cell {
         if let Some(id_of_group) = request.group
             && let Some(group) = self.groups.get_mut(&id_of_group)
         {
-            group.take(id.0, zone);
+            group.take(id.0, zone, rack);
             if group.is_empty() {
                 self.groups.remove(&id_of_group);
             }
@@ -338,16 +398,21 @@ impl Cell {
         self.known(index).zone
     }
 
+    pub(crate) fn rack_of(&self, index: u32) -> RackId {
+        self.known(index).rack
+    }
+
     fn book(&mut self, index: u32, request: &Request) {
         self.move_classes(index, request, true);
+        self.move_storage(index, request, true);
         let host = self.known_mut(index);
         host.reserved.cpu += u64::from(request.cpu);
         host.reserved.memory += u128::from(request.memory);
         host.reserved.scratch += u128::from(request.scratch);
         host.reserved.instances += 1;
-        let zone = host.zone;
+        let (zone, rack) = (host.zone, host.rack);
         if let Some(group) = request.group {
-            self.groups.entry(group).or_default().add(index, zone);
+            self.groups.entry(group).or_default().add(index, zone, rack);
         }
         self.refresh(index);
     }
@@ -378,6 +443,24 @@ impl Cell {
             }
         }
         host.stock.retain(|s| s.capacity > 0 || s.reserved > 0);
+    }
+
+    /// Moves the request's bytes into (or out of) the host's reserved storage.
+    fn move_storage(&mut self, index: u32, request: &Request, take: bool) {
+        let Some((class, bytes)) = request.storage else { return };
+        let storage = &mut self.known_mut(index).storage;
+        let at = match storage.binary_search_by_key(&class, |s| s.class) {
+            Ok(at) => at,
+            // Only `adopt` gets here: a class that the host has lost since.
+            Err(at) => {
+                storage.insert(at, Store { class, capacity: 0, reserved: 0 });
+                at
+            }
+        };
+        let store = &mut storage[at];
+        store.reserved =
+            if take { store.reserved + u128::from(bytes) } else { store.reserved.saturating_sub(u128::from(bytes)) };
+        storage.retain(|s| s.capacity > 0 || s.reserved > 0);
     }
 
     /// Recomputes what a host has free.
@@ -474,6 +557,20 @@ fn set_stock(stock: &mut Vec<Stock>, classes: &[(ClassId, u32)]) {
         }
     }
     stock.retain(|s| s.capacity > 0 || s.reserved > 0);
+}
+
+/// The same of storage classes.
+fn set_storage(storage: &mut Vec<Store>, classes: &[(ClassId, u64)]) {
+    for s in storage.iter_mut() {
+        s.capacity = 0;
+    }
+    for &(class, bytes) in classes {
+        match storage.binary_search_by_key(&class, |s| s.class) {
+            Ok(at) => storage[at].capacity = storage[at].capacity.saturating_add(bytes),
+            Err(at) => storage.insert(at, Store { class, capacity: bytes, reserved: 0 }),
+        }
+    }
+    storage.retain(|s| s.capacity > 0 || s.reserved > 0);
 }
 
 fn check_free(host: HostId, resource: Filter, wanted: u64, free: u64) -> Result<(), ReserveError> {

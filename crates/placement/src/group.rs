@@ -3,13 +3,14 @@
 //! The counts are moved by the same calls that move the host's reservation, so they can't drift from it.
 
 use crate::hostset::HostSet;
-use crate::types::ZoneId;
+use crate::types::{RackId, ZoneId};
 use std::collections::BTreeMap;
 
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Group {
     /// Few zones: a list is faster than a map.
     zones: Vec<(ZoneId, u32)>,
+    racks: BTreeMap<RackId, u32>,
     hosts: BTreeMap<u32, u32>,
     /// The keys of `hosts`, for the look-up made while walking thousands of hosts.
     members: HostSet,
@@ -32,6 +33,10 @@ impl Group {
         self.zones.iter().find(|(z, _)| *z == zone).map_or(0, |(_, n)| *n)
     }
 
+    pub(crate) fn in_rack(&self, rack: RackId) -> u32 {
+        self.racks.get(&rack).copied().unwrap_or(0)
+    }
+
     /// Hosts that hold some of the group with their counts, by host.
     pub(crate) fn hosts(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
         self.hosts.iter().map(|(host, n)| (*host, *n))
@@ -44,7 +49,8 @@ impl Group {
         zones
     }
 
-    pub(crate) fn add(&mut self, host: u32, zone: ZoneId) {
+    pub(crate) fn add(&mut self, host: u32, zone: ZoneId, rack: RackId) {
+        *self.racks.entry(rack).or_default() += 1;
         *self.hosts.entry(host).or_default() += 1;
         self.members.insert(host);
         match self.zones.iter_mut().find(|(z, _)| *z == zone) {
@@ -54,7 +60,7 @@ impl Group {
     }
 
     /// Takes one away; the caller has checked that `on_host` is at least one.
-    pub(crate) fn take(&mut self, host: u32, zone: ZoneId) {
+    pub(crate) fn take(&mut self, host: u32, zone: ZoneId, rack: RackId) {
         let Some(count) = self.hosts.get_mut(&host) else { return };
         *count -= 1;
         if *count == 0 {
@@ -63,6 +69,12 @@ impl Group {
         }
         if let Some((_, n)) = self.zones.iter_mut().find(|(z, _)| *z == zone) {
             *n -= 1;
+        }
+        if let Some(n) = self.racks.get_mut(&rack) {
+            *n -= 1;
+            if *n == 0 {
+                self.racks.remove(&rack);
+            }
         }
     }
 }

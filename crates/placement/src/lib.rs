@@ -25,14 +25,16 @@ mod properties;
 mod refusal;
 pub mod score;
 mod search;
+pub mod telemetry;
 mod types;
 pub mod workload;
 
 pub use cell::{Cell, CellTotals, Counts, Drift, HostSnapshot, ReserveError};
-pub use refusal::{Filter, Refusal, Shortfall};
+pub use refusal::{Filter, Names, Numbers, Refusal, Shortfall, TooFar};
 pub use score::Score;
 pub use search::Decision;
+pub use telemetry::Telemetry;
 pub use types::{
-    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, Load, RackId, Request, Runtime,
-    Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
+    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, RackId, Request,
+    Runtime, Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
 };

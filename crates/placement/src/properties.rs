@@ -42,23 +42,53 @@ fn images() -> impl Strategy<Value = Vec<ImageId>> {
 }
 
 fn spec() -> impl Strategy<Value = HostSpec> {
-    (0u32..3, state(), runtimes(), capacity(), classes(), images(), 0u16..1100).prop_map(
-        |(zone, state, runtimes, capacity, classes, images, load)| HostSpec {
+    (0u32..3, state(), runtimes(), capacity(), classes(), images(), 0u16..1100, traits()).prop_map(
+        |(zone, state, runtimes, capacity, classes, images, load, (rack, storage, labels, rtt))| HostSpec {
             zone: ZoneId(zone),
-            rack: RackId(0),
+            rack: RackId(zone * 2 + rack),
             state,
             runtimes,
             capacity,
             classes,
             images,
             load: Load(load),
+            storage,
+            labels,
+            rtt,
         },
     )
 }
 
+type Traits = (u32, Vec<(ClassId, u64)>, Vec<LabelId>, Option<u32>);
+
+fn traits() -> impl Strategy<Value = Traits> {
+    let storage = prop::collection::vec(((5u32..7).prop_map(ClassId), (0u64..4).prop_map(|n| n * 100 * MI)), 0..3);
+    let labels = prop::collection::vec((0u32..3).prop_map(LabelId), 0..3);
+    (0u32..2, storage, labels, prop::option::of(0u32..40))
+}
+
+type Wishes = (Option<(ClassId, u64)>, Vec<LabelId>, Option<u32>, Vec<GroupId>, Vec<GroupId>);
+
+fn wishes() -> impl Strategy<Value = Wishes> {
+    let groups = || prop::collection::vec((0u32..3).prop_map(GroupId), 0..2);
+    let some = (
+        prop::option::of(((5u32..7).prop_map(ClassId), (0u64..3).prop_map(|n| n * 80 * MI))),
+        prop::collection::vec((0u32..3).prop_map(LabelId), 0..2),
+        prop::option::of(0u32..50),
+        groups(),
+        groups(),
+    );
+    prop_oneof![2 => Just(Wishes::default()), 1 => some]
+}
+
 fn spread() -> impl Strategy<Value = Spread> {
-    let level = prop_oneof![Just(SpreadLevel::None), Just(SpreadLevel::Host), Just(SpreadLevel::Zone)];
-    (level, any::<bool>()).prop_map(|(level, required)| Spread { level, required })
+    let level =
+        prop_oneof![Just(SpreadLevel::None), Just(SpreadLevel::Host), Just(SpreadLevel::Zone), Just(SpreadLevel::Rack)];
+    (level, any::<bool>(), prop::option::weighted(0.1, 0u32..3)).prop_map(|(level, required, floor)| Spread {
+        level,
+        required,
+        floor,
+    })
 }
 
 fn request() -> impl Strategy<Value = Request> {
@@ -70,8 +100,21 @@ fn request() -> impl Strategy<Value = Request> {
         prop::option::weighted(0.2, prop::collection::vec((0u32..3).prop_map(ZoneId), 0..3)),
         prop::collection::vec((0u32..12).prop_map(HostId), 0..2),
     );
-    (sizes, runtime, classes(), ids, spread(), limits).prop_map(
-        |((cpu, memory, scratch), runtime, classes, (image, group), spread, (max_per_host, zones, excluded))| Request {
+    (sizes, runtime, classes(), ids, spread(), limits, wishes()).prop_map(
+        |(
+            (cpu, memory, scratch),
+            runtime,
+            classes,
+            (image, group),
+            spread,
+            (max_per_host, zones, excluded),
+            (storage, labels, max_rtt, with, without),
+        )| Request {
+            storage,
+            labels,
+            max_rtt,
+            with,
+            without,
             scratch: scratch * 50 * MI,
             classes,
             image: image.map(ImageId),
@@ -94,8 +137,11 @@ fn update() -> impl Strategy<Value = HostUpdate> {
         prop::option::of(images()),
         prop::option::of((0u16..1000).prop_map(Load)),
         prop::option::weighted(0.2, runtimes()),
+        prop::option::weighted(0.2, traits()),
     )
-        .prop_map(|(state, capacity, classes, images, load, runtimes)| HostUpdate {
+        .prop_map(|(state, capacity, classes, images, load, runtimes, traits)| HostUpdate {
+            storage: traits.clone().map(|(_, storage, ..)| storage),
+            labels: traits.map(|(_, _, labels, _)| labels),
             state,
             runtimes,
             capacity,
@@ -225,10 +271,13 @@ proptest! {
                 classes: Vec::new(),
                 images: Vec::new(),
                 load: Load((n * 37 % 1000) as u16),
+                storage: Vec::new(),
+                labels: Vec::new(),
+                rtt: None,
             });
         }
         let level = if by_zone { SpreadLevel::Zone } else { SpreadLevel::Host };
-        let spread = Spread { level, required: instances % 2 == 0 };
+        let spread = Spread { level, required: instances % 2 == 0, floor: None };
         let request = Request { group: Some(GroupId(0)), spread, ..Request::new(Runtime::Vm, 100, 1 << 20) };
         for _ in 0..instances {
             let host = cell.place_indexed(&request).map_err(|refusal| TestCaseError::fail(refusal.to_string()))?.host;

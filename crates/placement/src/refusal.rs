@@ -3,7 +3,7 @@
 //! Each host is counted once, at the first filter of [`Filter::ALL`] that turned it away, so the counts add up to the
 //! number of hosts.
 
-use crate::types::ClassId;
+use crate::types::{ClassId, GroupId, LabelId};
 use std::fmt;
 
 /// The filters, in the order in which they are applied.
@@ -18,12 +18,22 @@ pub enum Filter {
     Cpu,
     Memory,
     Scratch,
+    /// It has too little of a storage class.
+    Storage,
     /// It runs as many instances as it may.
     Slots,
     /// It is not in a zone that was asked for.
     Zone,
+    /// It lacks a label.
+    Label,
+    /// No gateway is as near as was asked for.
+    Latency,
     /// The request excludes it by name.
     Excluded,
+    /// It holds nothing of a group that the request is to be with.
+    With,
+    /// It holds some of a group that the request is not to be with.
+    Without,
     /// It holds as many of the group as one host may.
     PerHost,
     /// Required spread: its domain holds more of the group than another one.
@@ -32,16 +42,21 @@ pub enum Filter {
 
 impl Filter {
     /// All filters, in order.
-    pub const ALL: [Filter; 11] = [
+    pub const ALL: [Filter; 16] = [
         Filter::Ready,
         Filter::Runtime,
         Filter::Class,
         Filter::Cpu,
         Filter::Memory,
         Filter::Scratch,
+        Filter::Storage,
         Filter::Slots,
         Filter::Zone,
+        Filter::Label,
+        Filter::Latency,
         Filter::Excluded,
+        Filter::With,
+        Filter::Without,
         Filter::PerHost,
         Filter::Spread,
     ];
@@ -55,9 +70,14 @@ impl Filter {
             Filter::Cpu => "cpu",
             Filter::Memory => "memory",
             Filter::Scratch => "scratch",
+            Filter::Storage => "storage",
             Filter::Slots => "slots",
             Filter::Zone => "zone",
+            Filter::Label => "label",
+            Filter::Latency => "latency",
             Filter::Excluded => "excluded",
+            Filter::With => "with",
+            Filter::Without => "without",
             Filter::PerHost => "per-host",
             Filter::Spread => "spread",
         }
@@ -67,7 +87,7 @@ impl Filter {
 /// What the hosts that one filter turned away lacked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shortfall {
-    /// [`Filter::Class`], [`Filter::Cpu`], [`Filter::Memory`] or [`Filter::Scratch`].
+    /// [`Filter::Class`], [`Filter::Cpu`], [`Filter::Memory`], [`Filter::Scratch`] or [`Filter::Storage`].
     pub filter: Filter,
     /// Which class, when it is a class.
     pub class: Option<ClassId>,
@@ -77,19 +97,62 @@ pub struct Shortfall {
     pub most_free: u64,
 }
 
+/// What the hosts were like that were too far from every gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooFar {
+    /// Microseconds; as asked for, exclusive.
+    pub below: u32,
+    /// The lowest round trip measured of any of them.
+    pub lowest: Option<u32>,
+    /// Hosts of which none has been measured.
+    pub unmeasured: u32,
+}
+
+/// What a description calls things that the caller has interned.
+pub trait Names {
+    fn class(&self, id: ClassId) -> String {
+        format!("class #{}", id.0)
+    }
+    fn label(&self, id: LabelId) -> String {
+        format!("label #{}", id.0)
+    }
+    fn group(&self, id: GroupId) -> String {
+        format!("group #{}", id.0)
+    }
+}
+
+/// Names nothing: things are called by their numbers.
+#[derive(Debug)]
+pub struct Numbers;
+
+impl Names for Numbers {}
+
 /// No host of the cell can take the request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// Hosts in the cell.
     pub total: u32,
-    counts: [u32; Filter::ALL.len()],
+    counts: Box<[u32; Filter::ALL.len()]>,
     /// One per kind of resource that was short, in the order of the filters.
     pub shortfalls: Vec<Shortfall>,
+    /// When [`Filter::Latency`] turned hosts away.
+    pub too_far: Option<TooFar>,
+    /// The labels that hosts were turned away for, in order, with how many lacked each.
+    pub labels: Vec<(LabelId, u32)>,
+    /// The groups that hosts were turned away for by [`Filter::With`] and [`Filter::Without`], likewise.
+    pub groups: Vec<(Filter, GroupId, u32)>,
 }
 
 impl Refusal {
     pub(crate) fn new(total: u32) -> Self {
-        Refusal { total, counts: [0; Filter::ALL.len()], shortfalls: Vec::new() }
+        Refusal {
+            total,
+            counts: Box::new([0; Filter::ALL.len()]),
+            shortfalls: Vec::new(),
+            too_far: None,
+            labels: Vec::new(),
+            groups: Vec::new(),
+        }
     }
 
     pub(crate) fn count(&mut self, filter: Filter, hosts: u32) {
@@ -104,6 +167,31 @@ impl Refusal {
         }
     }
 
+    /// Notes that a host was too far from every gateway.
+    pub(crate) fn far(&mut self, below: u32, rtt: Option<u32>) {
+        self.farther(TooFar { below, lowest: rtt, unmeasured: u32::from(rtt.is_none()) });
+    }
+
+    fn farther(&mut self, other: TooFar) {
+        let seen = self.too_far.get_or_insert(TooFar { unmeasured: 0, ..other });
+        seen.lowest = seen.lowest.into_iter().chain(other.lowest).min();
+        seen.unmeasured += other.unmeasured;
+    }
+
+    pub(crate) fn unlabelled(&mut self, label: LabelId, hosts: u32) {
+        match self.labels.iter_mut().find(|(id, _)| *id == label) {
+            Some((_, n)) => *n += hosts,
+            None => self.labels.push((label, hosts)),
+        }
+    }
+
+    pub(crate) fn company(&mut self, filter: Filter, group: GroupId, hosts: u32) {
+        match self.groups.iter_mut().find(|(f, id, _)| (*f, *id) == (filter, group)) {
+            Some((.., n)) => *n += hosts,
+            None => self.groups.push((filter, group, hosts)),
+        }
+    }
+
     /// The most free seen so far among hosts turned away by `filter`, if any was.
     pub(crate) fn most_free(&self, filter: Filter) -> Option<u64> {
         self.shortfalls.iter().find(|s| s.filter == filter).map(|s| s.most_free)
@@ -111,6 +199,8 @@ impl Refusal {
 
     pub(crate) fn finish(mut self) -> Self {
         self.shortfalls.sort_by_key(|s| (s.filter, s.class));
+        self.labels.sort_unstable();
+        self.groups.sort_unstable();
         self
     }
 
@@ -126,8 +216,18 @@ impl Refusal {
             for s in &refusal.shortfalls {
                 all.lacking(s.filter, s.class, s.wanted, s.most_free);
             }
+            refusal.too_far.into_iter().for_each(|far| all.farther(far));
+            refusal.labels.iter().for_each(|(label, n)| all.unlabelled(*label, *n));
+            refusal.groups.iter().for_each(|(filter, group, n)| all.company(*filter, *group, *n));
         }
         Some(all.finish())
+    }
+
+    /// Counts hosts that the caller turned away before it asked their cell.
+    pub fn turned_away(hosts: u32, filter: Filter) -> Self {
+        let mut refusal = Self::new(hosts);
+        refusal.count(filter, hosts);
+        refusal
     }
 
     /// Hosts that `filter` was the first to turn away.
@@ -137,7 +237,7 @@ impl Refusal {
 
     /// Every filter with its count, in order, zeros included.
     pub fn per_filter(&self) -> impl Iterator<Item = (Filter, u32)> + '_ {
-        Filter::ALL.into_iter().zip(self.counts)
+        Filter::ALL.into_iter().zip(*self.counts)
     }
 
     /// The shortfall that is smallest in proportion to what was wanted: what to ask less of.
@@ -150,13 +250,13 @@ impl Refusal {
         })
     }
 
-    /// Writes the refusal with class ids turned into names by the caller, who interned them.
-    pub fn describe(&self, class_name: &dyn Fn(ClassId) -> String) -> String {
+    /// Writes the refusal with ids turned into names by the caller, who interned them.
+    pub fn describe(&self, names: &dyn Names) -> String {
         if self.total == 0 {
             return "no host can take it: the cell has no hosts".to_owned();
         }
         let parts: Vec<String> =
-            self.per_filter().filter(|(_, n)| *n > 0).map(|(filter, n)| self.part(filter, n, class_name)).collect();
+            self.per_filter().filter(|(_, n)| *n > 0).map(|(filter, n)| self.part(filter, n, names)).collect();
         let hosts = if self.total == 1 { "the one host can't" } else { "can" };
         match self.total {
             1 => format!("{hosts} take it: {}", parts.join(", ")),
@@ -164,18 +264,18 @@ impl Refusal {
         }
     }
 
-    fn part(&self, filter: Filter, hosts: u32, class_name: &dyn Fn(ClassId) -> String) -> String {
+    fn part(&self, filter: Filter, hosts: u32, names: &dyn Names) -> String {
         let lack = if hosts == 1 { "lacks" } else { "lack" };
         match filter {
             Filter::Ready => format!("{hosts} not ready"),
             Filter::Runtime => format!("{hosts} without the runtime"),
-            Filter::Class | Filter::Cpu | Filter::Memory | Filter::Scratch => {
+            Filter::Class | Filter::Cpu | Filter::Memory | Filter::Scratch | Filter::Storage => {
                 let what: Vec<String> = self
                     .shortfalls
                     .iter()
                     .filter(|s| s.filter == filter)
                     .map(|s| {
-                        let name = s.class.map_or_else(|| filter.name().to_owned(), class_name);
+                        let name = s.class.map_or_else(|| filter.name().to_owned(), |class| names.class(class));
                         let unit = |n| quantity(filter, n);
                         format!("{name} ({} wanted, at most {} free)", unit(s.wanted), unit(s.most_free))
                     })
@@ -184,6 +284,22 @@ impl Refusal {
             }
             Filter::Slots => format!("{hosts} at {} instance limit", if hosts == 1 { "its" } else { "their" }),
             Filter::Zone => format!("{hosts} in other zones"),
+            Filter::Label => {
+                let what: Vec<_> = self.labels.iter().map(|(id, _)| names.label(*id)).collect();
+                format!("{hosts} without {}", what.join(" or "))
+            }
+            Filter::Latency => match self.too_far {
+                Some(TooFar { below, lowest: Some(lowest), .. }) => {
+                    let (below, lowest) = (duration(below), duration(lowest));
+                    format!("{hosts} not within {below} of a gateway (the lowest latency measured is {lowest})")
+                }
+                Some(TooFar { below, .. }) => {
+                    format!("{hosts} not within {} of a gateway (no latency has been measured yet)", duration(below))
+                }
+                None => format!("{hosts} too far from every gateway"),
+            },
+            Filter::With => format!("{hosts} without {}", self.groups_of(filter, names)),
+            Filter::Without => format!("{hosts} with {}", self.groups_of(filter, names)),
             Filter::Excluded => format!("{hosts} excluded"),
             Filter::PerHost => format!("{hosts} at the group's limit per host"),
             Filter::Spread => format!("{hosts} spread"),
@@ -191,9 +307,16 @@ impl Refusal {
     }
 }
 
+impl Refusal {
+    fn groups_of(&self, filter: Filter, names: &dyn Names) -> String {
+        let of = self.groups.iter().filter(|(f, ..)| *f == filter);
+        of.map(|(_, id, _)| names.group(*id)).collect::<Vec<_>>().join(" or ")
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.describe(&|class| format!("class #{}", class.0)))
+        f.write_str(&self.describe(&Numbers))
     }
 }
 
@@ -204,8 +327,17 @@ fn quantity(filter: Filter, n: u64) -> String {
     match filter {
         Filter::Cpu if n.is_multiple_of(1000) => (n / 1000).to_string(),
         Filter::Cpu => format!("{n}m"),
-        Filter::Memory | Filter::Scratch => bytes(n),
+        Filter::Memory | Filter::Scratch | Filter::Storage => bytes(n),
         _ => n.to_string(),
+    }
+}
+
+/// Microseconds as people read them: `31 ms`, `1.5 ms`, `250 us`.
+fn duration(micros: u32) -> String {
+    match micros {
+        0..1_000 => format!("{micros} us"),
+        n if n.is_multiple_of(1_000) || n >= 10_000 => format!("{} ms", n / 1_000),
+        n => format!("{}.{} ms", n / 1_000, n % 1_000 / 100),
     }
 }
 
@@ -247,11 +379,44 @@ mod tests {
         refusal.count(Filter::Class, 2);
         refusal.lacking(Filter::Class, Some(ClassId(7)), 4, 1);
         let refusal = refusal.finish();
+        struct Gpu;
+        impl Names for Gpu {
+            fn class(&self, _: ClassId) -> String {
+                "gpu-v100".to_owned()
+            }
+        }
         assert_eq!(
-            refusal.describe(&|_| "gpu-v100".to_owned()),
+            refusal.describe(&Gpu),
             "no host of 3 can take it: 2 lack gpu-v100 (4 wanted, at most 1 free), 1 lacks cpu (2 wanted, at most 1750m free)"
         );
         assert_eq!(refusal.nearest().map(|s| s.filter), Some(Filter::Cpu));
+    }
+
+    #[test]
+    fn says_what_constraints_wanted_and_what_came_nearest() {
+        let mut refusal = Refusal::new(7);
+        refusal.count(Filter::Latency, 3);
+        refusal.far(20_000, Some(31_400));
+        refusal.far(20_000, None);
+        refusal.far(20_000, Some(90_000));
+        refusal.count(Filter::Label, 2);
+        refusal.unlabelled(LabelId(1), 2);
+        refusal.count(Filter::With, 1);
+        refusal.company(Filter::With, GroupId(4), 1);
+        refusal.count(Filter::Storage, 1);
+        refusal.lacking(Filter::Storage, Some(ClassId(2)), 1 << 30, 1 << 29);
+        assert_eq!(refusal.too_far, Some(TooFar { below: 20_000, lowest: Some(31_400), unmeasured: 1 }));
+        assert_eq!(
+            refusal.to_string(),
+            "no host of 7 can take it: 1 lacks class #2 (1Gi wanted, at most 512Mi free), 2 without label #1, 3 not within \
+             20 ms of a gateway (the lowest latency measured is 31 ms), 1 without group #4"
+        );
+        let merged = Refusal::merged(&[refusal.clone(), refusal]).unwrap();
+        assert_eq!(
+            (merged.at(Filter::Latency), merged.labels, merged.too_far.unwrap().unmeasured),
+            (6, vec![(LabelId(1), 4)], 2)
+        );
+        assert_eq!([250, 1_500, 20_000, 31_400].map(duration), ["250 us", "1.5 ms", "20 ms", "31 ms"]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! How good a feasible host is for a request.
 //!
-//! A [`Score`] has two parts. The *tier* is spread: with [`SpreadLevel::Zone`](crate::SpreadLevel) the group's count in
-//! the zone, then on the host; with `Host` only the latter. A better tier always wins. Inside a tier the *merit*
+//! A [`Score`] has two parts. The *tier* is spread: with [`SpreadLevel::Zone`](crate::SpreadLevel) (or `Rack`) the group's
+//! count in the zone (or rack), then on the host; with `Host` only the latter. A better tier always wins. Inside a tier the *merit*
 //! decides, a fixed-point sum of five terms, each between 0 and its weight:
 //!
 //! | term | full marks | none |
@@ -10,7 +10,7 @@
 //! | balance | cpu and memory are left in equal parts | one is used up, the other untouched: stranded |
 //! | class | no compute class is occupied that wasn't asked for | a GPU host for a request without GPU |
 //! | image | the host holds the image | it must fetch it |
-//! | load | measured idle | measured busy |
+//! | load | measured idle and well ([`crate::telemetry`]) | measured busy |
 //!
 //! Everything is integer arithmetic on fractions of [`UNIT`], so the same state gives the same score on every machine.
 //! A host's fractions are of its capacity rounded up to a sixteenth of its octave ([`nominal`]): hosts that differ only
@@ -46,8 +46,8 @@ pub const GUARANTEE: f64 = 0.984;
 /// A host's score. Orders from worse to better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Score {
-    /// Instances of the group in the host's zone (0 unless spread over zones).
-    pub zone_peers: u32,
+    /// Instances of the group in the host's zone or rack (0 unless spread over these).
+    pub domain_peers: u32,
     /// Instances of the group on the host (0 unless spread).
     pub host_peers: u32,
     /// How well it packs, at most [`BEST_MERIT`].
@@ -57,13 +57,13 @@ pub struct Score {
 impl Score {
     /// Whether both lie in the same spread tier, so that their merits compare.
     pub fn same_tier(&self, other: &Score) -> bool {
-        (self.zone_peers, self.host_peers) == (other.zone_peers, other.host_peers)
+        (self.domain_peers, self.host_peers) == (other.domain_peers, other.host_peers)
     }
 }
 
 impl Ord for Score {
     fn cmp(&self, other: &Self) -> Ordering {
-        let tier = |s: &Score| (s.zone_peers, s.host_peers);
+        let tier = |s: &Score| (s.domain_peers, s.host_peers);
         tier(other).cmp(&tier(self)).then(self.merit.cmp(&other.merit))
     }
 }
@@ -116,8 +116,8 @@ mod tests {
 
     #[test]
     fn a_better_tier_beats_any_merit() {
-        let even = Score { zone_peers: 1, host_peers: 3, merit: 1 };
-        let packed = Score { zone_peers: 2, host_peers: 0, merit: BEST_MERIT };
+        let even = Score { domain_peers: 1, host_peers: 3, merit: 1 };
+        let packed = Score { domain_peers: 2, host_peers: 0, merit: BEST_MERIT };
         assert!(even > packed);
         assert!(Score { host_peers: 2, ..even } > even);
         assert!(Score { merit: 2, ..even } > even);

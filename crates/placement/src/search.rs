@@ -20,7 +20,7 @@ use crate::hostset::{HostSet, Ones};
 use crate::pool::{Grid, NO_POOL, SIDE, range, step};
 use crate::refusal::{Filter, Refusal};
 use crate::score::{self, SLACK, Score, UNIT, WEIGHT_CLASS, WEIGHT_IMAGE, fraction, load_term, packing, packing_bound};
-use crate::types::{HostId, Request, SpreadLevel, ZoneId};
+use crate::types::{GroupId, HostId, LabelId, RackId, Request, SpreadLevel, ZoneId};
 
 /// Up to here a scan of every host is as fast as the index, and exact.
 const SCAN_UP_TO: u32 = 512;
@@ -43,7 +43,19 @@ pub struct Decision {
 #[derive(Clone, Copy)]
 enum Floor {
     Zone(u32),
+    Rack(u32),
     Host(u32),
+}
+
+/// Which hosts a search leaves out because they hold some of the group.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fresh {
+    /// None.
+    Any,
+    /// Those that do.
+    Host,
+    /// Those whose rack does.
+    Rack,
 }
 
 /// A request with what the cell knows about it.
@@ -53,6 +65,7 @@ struct Plan<'a> {
     image: Option<&'a HostSet>,
     level: SpreadLevel,
     floor: Option<Floor>,
+    choosy: bool,
 }
 
 /// A pool that a search may look into.
@@ -142,6 +155,23 @@ impl Cell {
         Ok(self.score_of(&self.plan(request), host.0))
     }
 
+    /// The first of a request's demands on a host's kind and company that it does not meet, whether or not it has room. A
+    /// round trip that has not been measured breaks nothing.
+    pub fn breach(&self, host: HostId, request: &Request) -> Result<Option<Filter>, crate::UnknownHost> {
+        let rtt = self.host(host)?.rtt();
+        let zone = (!request.allows_zone(self.zone_of(host.0))).then_some(Filter::Zone);
+        let label = self.lacks_label(request, host.0).map(|_| Filter::Label);
+        let far = (rtt.is_some() && !self.is_near(request, host.0)).then_some(Filter::Latency);
+        Ok(zone.or(label).or(far).or_else(|| self.wrong_company(request, host.0).map(|(filter, _)| filter)))
+    }
+
+    /// How many of a group are in the host's rack and on the host.
+    pub fn peers(&self, host: HostId, group: GroupId) -> Result<(u32, u32), crate::UnknownHost> {
+        self.host(host)?;
+        let group = self.groups.get(&group);
+        Ok(group.map_or((0, 0), |group| (group.in_rack(self.rack_of(host.0)), group.on_host(host.0))))
+    }
+
     /// Every host that passes the filters, ascending: what a strategy of one's own would choose from.
     pub fn feasible<'a>(&'a self, request: &'a Request) -> impl Iterator<Item = HostId> + 'a {
         let plan = self.plan(request);
@@ -163,20 +193,73 @@ impl Cell {
             Some(group) if request.spread.required => self.floor(request, group),
             _ => None,
         };
-        Plan { request, group, image, level, floor }
+        Plan { request, group, image, level, floor, choosy: request.is_choosy() }
     }
 
-    /// Whether the host could ever take the request: ready, runtime, classes, zone, not excluded.
+    /// The least count of the group in any domain that is eligible, by domain: what a caller with several cells needs to
+    /// say what required spread allows. Empty without a group or a level.
+    pub fn domains(&self, request: &Request) -> Vec<(u32, u32)> {
+        let none = Group::default();
+        let group = request.group.and_then(|id| self.groups.get(&id)).unwrap_or(&none);
+        let mut domains = std::collections::BTreeMap::new();
+        for (host, _) in self.live_hosts().filter(|(host, _)| self.eligible(*host, request)) {
+            let (domain, count) = match request.spread.level {
+                SpreadLevel::None => continue,
+                SpreadLevel::Host => (host, group.on_host(host)),
+                SpreadLevel::Rack => (self.rack_of(host).0, group.in_rack(self.rack_of(host))),
+                SpreadLevel::Zone => (self.zone_of(host).0, group.in_zone(self.zone_of(host))),
+            };
+            domains.insert(domain, count);
+        }
+        domains.into_iter().collect()
+    }
+
+    /// Whether the host could ever take the request: ready, runtime, classes, zone, labels, round trip, not excluded.
     pub(crate) fn eligible(&self, host: u32, request: &Request) -> bool {
         let pool = self.hot[host as usize].place.pool;
         pool != NO_POOL
             && self.pools.heads[pool as usize].eligible(request)
             && !request.excluded.contains(&HostId(host))
+            && self.lacks_label(request, host).is_none()
+            && self.is_near(request, host)
+    }
+
+    fn lacks_label(&self, request: &Request, host: u32) -> Option<LabelId> {
+        if request.labels.is_empty() {
+            return None;
+        }
+        let has = self.known(host).labels();
+        request.labels.iter().copied().find(|label| has.binary_search(label).is_err())
+    }
+
+    fn is_near(&self, request: &Request, host: u32) -> bool {
+        request.max_rtt.is_none_or(|below| self.known(host).rtt().is_some_and(|rtt| rtt < below))
+    }
+
+    /// The group whose presence (or absence) on the host speaks against it.
+    fn wrong_company(&self, request: &Request, host: u32) -> Option<(Filter, GroupId)> {
+        let holds = |id: &GroupId| self.groups.get(id).is_some_and(|group| group.holds(host));
+        let lonely = request.with.iter().find(|id| !holds(id)).map(|id| (Filter::With, *id));
+        lonely.or_else(|| request.without.iter().find(|id| holds(id)).map(|id| (Filter::Without, *id)))
     }
 
     fn floor(&self, request: &Request, group: &Group) -> Option<Floor> {
+        let of = |level: SpreadLevel, count: u32| match level {
+            SpreadLevel::None => None,
+            SpreadLevel::Host => Some(Floor::Host(count)),
+            SpreadLevel::Rack => Some(Floor::Rack(count)),
+            SpreadLevel::Zone => Some(Floor::Zone(count)),
+        };
         if request.spread.level == SpreadLevel::None {
             return None;
+        }
+        if let Some(floor) = request.spread.floor {
+            return of(request.spread.level, floor);
+        }
+        if request.is_choosy() || request.spread.level == SpreadLevel::Rack {
+            // Hosts of one pool differ: each is asked.
+            let emptiest = self.domains(request).into_iter().map(|(_, n)| n).min();
+            return emptiest.and_then(|n| of(request.spread.level, n));
         }
         // Eligible hosts per zone: whole pools, less the excluded hosts that stand in them.
         let mut zones: Vec<(ZoneId, u32)> = Vec::new();
@@ -233,14 +316,30 @@ impl Cell {
         if hot.scratch < request.scratch {
             return Some(Filter::Scratch);
         }
+        if request.storage.is_some_and(|(class, bytes)| self.known(host).storage_free(class) < bytes) {
+            return Some(Filter::Storage);
+        }
         if hot.slots == 0 {
             return Some(Filter::Slots);
         }
         if !request.allows_zone(key.zone) {
             return Some(Filter::Zone);
         }
+        if plan.choosy {
+            if self.lacks_label(request, host).is_some() {
+                return Some(Filter::Label);
+            }
+            if !self.is_near(request, host) {
+                return Some(Filter::Latency);
+            }
+        }
         if request.excluded.contains(&HostId(host)) {
             return Some(Filter::Excluded);
+        }
+        if plan.choosy
+            && let Some((filter, _)) = self.wrong_company(request, host)
+        {
+            return Some(filter);
         }
         if let (Some(max), Some(_)) = (request.max_per_host, request.group)
             && plan.group.map_or(0, |g| g.on_host(host)) >= max
@@ -249,6 +348,7 @@ impl Cell {
         }
         let within = match (plan.floor, plan.group) {
             (Some(Floor::Zone(floor)), Some(group)) => group.in_zone(key.zone) <= floor,
+            (Some(Floor::Rack(floor)), Some(group)) => group.in_rack(self.rack_of(host)) <= floor,
             (Some(Floor::Host(floor)), Some(group)) => group.on_host(host) <= floor,
             _ => true,
         };
@@ -263,32 +363,41 @@ impl Cell {
     fn score_of(&self, plan: &Plan, host: u32) -> Score {
         let hot = &self.hot[host as usize];
         let known = self.zone_of(host);
-        let (mut zone_peers, mut host_peers) = (0, 0);
+        let (mut domain_peers, mut host_peers) = (0, 0);
         if let Some(group) = plan.group {
-            if plan.level == SpreadLevel::Zone {
-                zone_peers = group.in_zone(known);
+            match plan.level {
+                SpreadLevel::Zone => domain_peers = group.in_zone(known),
+                SpreadLevel::Rack => domain_peers = group.in_rack(self.rack_of(host)),
+                SpreadLevel::Host | SpreadLevel::None => {}
             }
             if plan.level != SpreadLevel::None {
                 host_peers = group.on_host(host);
             }
         }
         let Some(head) = self.pools.heads.get(hot.place.pool as usize) else {
-            return Score { zone_peers, host_peers, merit: 1 };
+            return Score { domain_peers, host_peers, merit: 1 };
         };
         let cpu = fraction(u64::from(plan.request.cpu), head.key.cpu_unit);
         let memory = fraction(plan.request.memory, head.key.memory_unit);
         let class_term = if head.wastes_class(plan.request) { 0 } else { CLASS_TERM };
         let image_term = if plan.image.is_some_and(|holders| holders.contains(host)) { IMAGE_TERM } else { 0 };
         let left = packing(hot.cpu_fraction.saturating_sub(cpu), hot.memory_fraction.saturating_sub(memory));
-        Score { zone_peers, host_peers, merit: 1 + left + class_term + image_term + hot.load_term }
+        Score { domain_peers, host_peers, merit: 1 + left + class_term + image_term + hot.load_term }
     }
 
     fn choose(&self, plan: &Plan, examined: &mut u32) -> Option<u32> {
         let Some(group) = plan.group.filter(|_| plan.level != SpreadLevel::None) else {
-            return self.search(plan, None, false, examined);
+            return self.search(plan, None, Fresh::Any, examined);
         };
         if plan.level == SpreadLevel::Host {
             return self.choose_in(plan, group, None, examined);
+        }
+        if plan.level == SpreadLevel::Rack {
+            // Once every rack holds some, racks are told apart by their counts, which no pool knows.
+            return self.search(plan, None, Fresh::Rack, examined).or_else(|| {
+                *examined += self.live;
+                self.best_of(plan, self.live_hosts().map(|(host, _)| host))
+            });
         }
         let mut zones: Vec<(u32, ZoneId)> = Vec::new();
         for head in self.pools.heads.iter().filter(|head| head.len > 0 && plan.request.allows_zone(head.key.zone)) {
@@ -312,33 +421,45 @@ impl Cell {
 
     /// Chooses within some zones: a host without any of the group, or else one with the fewest.
     fn choose_in(&self, plan: &Plan, group: &Group, zones: Option<&[ZoneId]>, examined: &mut u32) -> Option<u32> {
-        let fresh = self.search(plan, zones, true, examined);
+        let fresh = self.search(plan, zones, Fresh::Host, examined);
         if fresh.is_some() {
             return fresh;
         }
+        let holders = group.hosts().map(|(host, _)| host).inspect(|_| *examined += 1);
+        self.best_of(plan, holders.filter(|host| zones.is_none_or(|zones| zones.contains(&self.zone_of(*host)))))
+    }
+
+    /// The best of some hosts, compared one by one.
+    fn best_of(&self, plan: &Plan, hosts: impl Iterator<Item = u32>) -> Option<u32> {
         let mut best: Option<(Score, u32)> = None;
-        for (host, _) in group.hosts() {
-            if zones.is_none_or(|zones| zones.contains(&self.zone_of(host))) && self.first_failure(plan, host).is_none()
-            {
-                let score = self.score_of(plan, host);
-                if best.is_none_or(|(seen, _)| score > seen) {
-                    best = Some((score, host));
-                }
+        for host in hosts.filter(|host| self.first_failure(plan, *host).is_none()) {
+            let score = self.score_of(plan, host);
+            if best.is_none_or(|(seen, _)| score > seen) {
+                best = Some((score, host));
             }
-            *examined += 1;
         }
         best.map(|(_, host)| host)
     }
 
-    /// The best host by merit, within the slack; with `fresh`, only among hosts without any of the group.
-    fn search(&self, plan: &Plan, zones: Option<&[ZoneId]>, fresh: bool, examined: &mut u32) -> Option<u32> {
+    /// Whether a search leaves the host out.
+    fn is_stale(&self, plan: &Plan, fresh: Fresh, host: u32) -> bool {
+        let rack = |group: &Group, rack: RackId| group.in_rack(rack) > 0;
+        match fresh {
+            Fresh::Any => false,
+            Fresh::Host => plan.group.is_some_and(|group| group.holds(host)),
+            Fresh::Rack => plan.group.is_some_and(|group| rack(group, self.rack_of(host))),
+        }
+    }
+
+    /// The best host by merit, within the slack, among those that `fresh` leaves.
+    fn search(&self, plan: &Plan, zones: Option<&[ZoneId]>, fresh: Fresh, examined: &mut u32) -> Option<u32> {
         let mut best = Best { merit: 0, host: u32::MAX, cutoff: 0, examined: 0 };
         let mut candidates = self.candidates(plan.request, zones);
         let mut image = plan.image;
         if let Some(holders) = image.filter(|holders| holders.len() <= RARE_IMAGE) {
             for host in holders.iter() {
-                let in_scope = zones.is_none_or(|zones| zones.contains(&self.zone_of(host)))
-                    && !(fresh && plan.group.is_some_and(|group| group.holds(host)));
+                let in_scope =
+                    zones.is_none_or(|zones| zones.contains(&self.zone_of(host))) && !self.is_stale(plan, fresh, host);
                 best.examined += 1;
                 if in_scope && self.first_failure(plan, host).is_none() {
                     best.offer(self.score_of(plan, host).merit, host);
@@ -412,7 +533,7 @@ impl Cell {
     fn open(
         &self,
         plan: &Plan,
-        fresh: bool,
+        fresh: Fresh,
         image: Option<&HostSet>,
         candidate: &Candidate,
         grid: &Grid,
@@ -450,7 +571,7 @@ impl Cell {
             if merit < best.merit
                 || hot.scratch < request.scratch
                 || hot.slots == 0
-                || fresh && plan.group.is_some_and(|group| group.holds(host))
+                || self.is_stale(plan, fresh, host)
                 || self.first_failure(plan, host).is_some()
             {
                 continue;
@@ -475,6 +596,18 @@ impl Cell {
             Filter::Cpu => refusal.lacking(filter, None, u64::from(request.cpu), u64::from(hot.cpu)),
             Filter::Memory => refusal.lacking(filter, None, request.memory, hot.memory),
             Filter::Scratch => refusal.lacking(filter, None, request.scratch, hot.scratch),
+            Filter::Storage => {
+                if let Some((class, bytes)) = request.storage {
+                    refusal.lacking(filter, Some(class), bytes, self.known(host).storage_free(class));
+                }
+            }
+            Filter::Label => self.lacks_label(request, host).into_iter().for_each(|label| refusal.unlabelled(label, 1)),
+            Filter::Latency => refusal.far(request.max_rtt.unwrap_or(0), self.known(host).rtt()),
+            Filter::With | Filter::Without => {
+                if let Some((filter, group)) = self.wrong_company(request, host) {
+                    refusal.company(filter, group, 1);
+                }
+            }
             _ => {}
         }
     }

@@ -20,16 +20,20 @@ id!(
     ZoneId
 );
 id!(
-    /// A rack. Kept for the caller and for later levels of spread; nothing decides by it yet.
+    /// Hosts that share power and a switch, inside a zone.
     RackId
 );
 id!(
-    /// A countable compute class, such as one model of GPU.
+    /// A class of what hosts have and instances take: compute, such as one model of GPU, or storage.
     ClassId
 );
 id!(
     /// An image by content.
     ImageId
+);
+id!(
+    /// A label with its value, as one.
+    LabelId
 );
 id!(
     /// What is spread as one: an app, or a set of VMs.
@@ -116,6 +120,11 @@ pub struct HostSpec {
     pub classes: Vec<(ClassId, u32)>,
     pub images: Vec<ImageId>,
     pub load: Load,
+    /// Bytes of each storage class. A class named twice counts as the sum.
+    pub storage: Vec<(ClassId, u64)>,
+    pub labels: Vec<LabelId>,
+    /// The lowest round trip measured from a gateway, in microseconds.
+    pub rtt: Option<u32>,
 }
 
 /// What changed about a host; `None` leaves a part as it is. Zone and rack never change: remove the host and add it.
@@ -127,6 +136,8 @@ pub struct HostUpdate {
     pub classes: Option<Vec<(ClassId, u32)>>,
     pub images: Option<Vec<ImageId>>,
     pub load: Option<Load>,
+    pub storage: Option<Vec<(ClassId, u64)>>,
+    pub labels: Option<Vec<LabelId>>,
 }
 
 /// Over what a group is kept even.
@@ -137,6 +148,8 @@ pub enum SpreadLevel {
     None,
     /// The host with the fewest of the group first; zones don't matter.
     Host,
+    /// The rack with the fewest of the group first, and in it the host with the fewest.
+    Rack,
     /// The zone with the fewest of the group first, and in it the host with the fewest.
     Zone,
 }
@@ -147,9 +160,11 @@ pub struct Spread {
     pub level: SpreadLevel,
     /// When set, a host whose domain already holds more of the group than the emptiest eligible domain is refused
     /// (the counts differ by at most one); otherwise evenness only decides the order. A domain is eligible when it has
-    /// a ready host of the right runtime, classes and zone that is not excluded, so a dead zone holds nothing up,
-    /// but a full one does.
+    /// a ready host of the right runtime, classes, zone, labels and round trip that is not excluded, so a dead zone holds
+    /// nothing up, but a full one does.
     pub required: bool,
+    /// The emptiest domain's count, where the caller knows of more domains than this cell has.
+    pub floor: Option<u32>,
 }
 
 /// What an instance wants of a host.
@@ -175,6 +190,16 @@ pub struct Request {
     pub zones: Option<Vec<ZoneId>>,
     /// Not on these hosts (few: each look-up walks the list).
     pub excluded: Vec<HostId>,
+    /// Bytes of a storage class.
+    pub storage: Option<(ClassId, u64)>,
+    /// Only on hosts that carry all of these.
+    pub labels: Vec<LabelId>,
+    /// Only on hosts with a measured round trip below this many microseconds.
+    pub max_rtt: Option<u32>,
+    /// Only on hosts that hold some of each of these groups.
+    pub with: Vec<GroupId>,
+    /// Not on hosts that hold any of these groups.
+    pub without: Vec<GroupId>,
 }
 
 impl Request {
@@ -192,11 +217,21 @@ impl Request {
             max_per_host: None,
             zones: None,
             excluded: Vec::new(),
+            storage: None,
+            labels: Vec::new(),
+            max_rtt: None,
+            with: Vec::new(),
+            without: Vec::new(),
         }
     }
 
     pub(crate) fn allows_zone(&self, zone: ZoneId) -> bool {
         self.zones.as_ref().is_none_or(|zones| zones.contains(&zone))
+    }
+
+    /// Whether it asks for anything that hosts of one pool may differ in, beside what they have free.
+    pub(crate) fn is_choosy(&self) -> bool {
+        !self.labels.is_empty() || self.max_rtt.is_some() || !self.with.is_empty() || !self.without.is_empty()
     }
 
     /// Units wanted of one class, over all mentions of it.

@@ -338,6 +338,7 @@ impl Host {
             load: 0.1,
             certificate_ends: None,
             usage: Vec::new(),
+            telemetry: Default::default(),
         }
     }
 

@@ -34,7 +34,12 @@ pub(crate) async fn connection(core: Arc<Core>, stream: BoxStream, remote: Endpo
     let usage = Arc::new(Usage::default());
     let options = &core.options;
     let handshake = async {
-        let tls = core.tls.accept(Metered::new(stream, usage.clone())).await.map_err(|e| format!("TLS: {e}"))?;
+        let accepted = core.tls.accept(Metered::new(stream, usage.clone())).await;
+        let tls = accepted.map_err(|e| match e.kind() {
+            // Whoever only wants to know how far away this is opens a connection and closes it.
+            std::io::ErrorKind::UnexpectedEof => String::new(),
+            _ => format!("TLS: {e}"),
+        })?;
         let id = tls.get_ref().1.peer_certificates().and_then(|chain| (core.identify)(chain));
         let conn = h2::server::Builder::new()
             .initial_window_size(options.stream_window)
@@ -56,6 +61,7 @@ pub(crate) async fn connection(core: Arc<Core>, stream: BoxStream, remote: Endpo
     };
     let (mut conn, id) = match shaken.unwrap_or_else(|_| Err("it took too long".to_owned())) {
         Ok(done) => done,
+        Err(why) if why.is_empty() => return,
         Err(why) => return core.handshake_failed(&remote, &why),
     };
     core.handshake_done(&remote);

@@ -365,7 +365,9 @@ impl Writer for FakeWriter {
                 serde_json::from_value(value).unwrap()
             }
             Change::Rollout { .. } | Change::Tell { .. } => old.clone().ok_or_else(missing)?,
-            Change::Audit { .. } => return Err(ApiError::new(Code::NotFound, "nothing to forget")),
+            Change::Audit { .. } | Change::Rebalance { .. } => {
+                return Err(ApiError::new(Code::NotFound, "nothing to forget"));
+            }
             Change::Delete => {
                 let mut object = old.clone().ok_or_else(missing)?;
                 object.metadata.deleting = Some(Timestamp::from_millis(1));

@@ -120,11 +120,13 @@ pub(super) struct Inputs<'a> {
     pub cgroup: &'a Path,
     pub limits_swap: bool,
     pub nameservers: &'a [IpAddr],
+    /// Devices, each with the rule that allows it.
+    pub devices: Vec<(Value, Value)>,
 }
 
 /// Works out the plan, or says what the image lacks.
 pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
-    let Inputs { sandbox, image, layers, dir, cgroup, limits_swap, nameservers } = inputs;
+    let Inputs { sandbox, image, layers, dir, cgroup, limits_swap, nameservers, devices } = inputs;
     let template = &sandbox.template;
     let words = words(image, &template.command, &template.args);
     if words.is_empty() || words[0].is_empty() {
@@ -170,7 +172,9 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
             "destination": folder.destination, "type": "bind", "source": folder.source, "options": options,
         }));
     }
-    let spec = json!({
+    let (devices, allowed): (Vec<Value>, Vec<Value>) = devices.into_iter().unzip();
+    let rules: Vec<Value> = std::iter::once(json!({"allow": false, "access": "rwm"})).chain(allowed).collect();
+    let mut spec = json!({
         "ociVersion": "1.1.0",
         "root": {"path": "rootfs", "readonly": false},
         "hostname": sandbox.name.as_str(),
@@ -202,7 +206,7 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
             ],
             "cgroupsPath": cgroup,
             "resources": {
-                "devices": [{"allow": false, "access": "rwm"}],
+                "devices": rules,
                 "cpu": {
                     "shares": (u64::from(resources.cpu.0) * 1024 / 1000).max(2),
                     "quota": quota,
@@ -219,6 +223,9 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
             "readonlyPaths": READ_ONLY,
         },
     });
+    if !devices.is_empty() {
+        spec["linux"]["devices"] = devices.into();
+    }
     let user = image.user.clone().unwrap_or_default();
     let (scratch, secrets) = (resources.scratch.0, sandbox.secrets.clone());
     Ok(Plan { spec, layers, scratch, user, working_dir, etc, secrets })

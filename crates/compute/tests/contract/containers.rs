@@ -177,14 +177,19 @@ impl Drop for World {
 }
 
 fn open(dir: &Path, cgroup: &Path, keep: Arc<DirectKeep>, blobs: BlobStore) -> ContainerRuntime {
-    let config = ContainerConfig {
+    ContainerRuntime::new(config(dir, cgroup), keep, blobs, Arc::new(RealClock::new())).unwrap()
+}
+
+fn config(dir: &Path, cgroup: &Path) -> ContainerConfig {
+    ContainerConfig {
         dir: dir.join("runtime"),
         exe: std::env::current_exe().unwrap(),
         cgroup_parent: cgroup.to_owned(),
         nameservers: vec![Ipv4Addr::new(10, 0, 0, 53).into()],
         limits: UnpackLimits::default(),
-    };
-    ContainerRuntime::new(config, keep, blobs, Arc::new(RealClock::new())).unwrap()
+        devices: Default::default(),
+        storage: Default::default(),
+    }
 }
 
 const LASTING: &str = "trap 'exit 0' TERM; sleep 1000 & wait";
@@ -518,4 +523,81 @@ crate::tests![
     a_full_host_is_told_as_such,
     unused_layers_are_collected,
     a_bundle_runs_once,
+    classes_bring_their_devices_and_the_folder_of_the_scratch_layer,
 ];
+
+/// A device node of this test's own: zeros without an end.
+struct Node(PathBuf);
+
+impl Node {
+    fn new() -> Self {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let node = Self(PathBuf::from(format!("/dev/nexus-test-{}-{number}", std::process::id())));
+        let made = std::process::Command::new("mknod").arg(&node.0).args(["c", "1", "5"]).status().unwrap();
+        assert!(made.success());
+        node
+    }
+
+    fn text(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+async fn classes_bring_their_devices_and_the_folder_of_the_scratch_layer() {
+    let w = World::new();
+    let (one, two) = (Node::new(), Node::new());
+    let (gpu, fast): (nexus_model::Name, nexus_model::Name) = ("gpu".parse().unwrap(), "fast".parse().unwrap());
+    let folder = w.dir.path().join("fast-disk");
+    let config = ContainerConfig {
+        devices: [(gpu.clone(), vec![vec![one.0.clone()], vec![two.0.clone()]])].into(),
+        storage: [(fast.clone(), folder.clone())].into(),
+        ..config(w.dir.path(), &w.cgroup)
+    };
+    let runtime = ContainerRuntime::new(config, w.keep.clone(), w.blobs.clone(), Arc::new(RealClock::new())).unwrap();
+    let wants = || {
+        let mut sandbox = w.sandbox(&["sh", "-c", LASTING]);
+        sandbox.template.classes.insert(gpu.clone(), 1);
+        sandbox.template.storage_class = Some(fast.clone());
+        sandbox
+    };
+    let (first, second, third) = (wants(), wants(), wants());
+    runtime.start(&first).await.unwrap();
+    runtime.start(&second).await.unwrap();
+    let read = |node: &Node| format!("dd if={} bs=4 count=1 2>/dev/null | wc -c", node.text());
+    for (sandbox, own, other) in [(&first, &one, &two), (&second, &two, &one)] {
+        let script = format!("{}; test -e {} || echo hidden", read(own), other.text());
+        let (status, printed, complained) = w.exec(sandbox.uid, &["sh", "-c", &script], "").await;
+        assert_eq!((status.unwrap(), printed.as_str()), (0, "4\nhidden\n"), "{complained}");
+        let file = folder.join(format!("nexus-{}.img", sandbox.uid));
+        assert!(fs::metadata(&file).unwrap().len() >= 4 << 20, "its scratch layer is there");
+        let (status, ..) = w.exec(sandbox.uid, &["sh", "-c", "echo kept > /kept && cat /kept"], "").await;
+        assert_eq!(status.unwrap(), 0);
+    }
+    // Devices of the same number that it was not given stay shut.
+    let script = "mknod /dev/other b 7 0 2>/dev/null && echo made";
+    assert_eq!(w.exec(first.uid, &["sh", "-c", script], "").await.1, "");
+    let why = runtime.start(&third).await.unwrap_err().to_string();
+    assert!(why.contains("1 of class gpu are wanted, and 2 of this host's 2 are in use"), "{why}");
+
+    runtime.remove(first.uid).await.unwrap();
+    assert!(!folder.join(format!("nexus-{}.img", first.uid)).exists(), "nothing is left in the folder");
+    runtime.start(&third).await.unwrap();
+    let (_, printed, complained) = w.exec(third.uid, &["sh", "-c", &read(&one)], "").await;
+    assert_eq!(printed, "4\n", "{complained}");
+    for sandbox in [&second, &third] {
+        runtime.remove(sandbox.uid).await.unwrap();
+    }
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+    let mut unknown = wants();
+    unknown.template.storage_class = Some("slow".parse().unwrap());
+    let why = runtime.start(&unknown).await.unwrap_err().to_string();
+    assert!(why.contains("no folder of storage class slow"), "{why}");
+    runtime.remove(unknown.uid).await.unwrap();
+    w.assert_clean().await;
+}

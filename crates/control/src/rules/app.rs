@@ -85,7 +85,7 @@ pub fn made_of(world: &World, app: &Object<App>) -> Result<Made, Missing> {
 fn members(step: &Step<'_>, app: Uid, side: impl Fn(&str) -> Side) -> Vec<Member> {
     let drained = |i: &Object<Instance>| {
         let host = i.status.host.as_ref().and_then(|name| step.world.host(name));
-        host.is_some_and(|host| host.spec.draining)
+        i.status.moving_to.is_some() || host.is_some_and(|host| host.spec.draining)
     };
     let member = |i: &Object<Instance>| Member {
         uid: i.metadata.uid,
@@ -166,6 +166,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     }
     for (uid, why) in moves.stop.into_iter().take(PER_STEP) {
         if let Some(i) = step.world.instance(uid).cloned() {
+            let why = if i.status.moving_to.is_some() { "an operator's rebalance moved it" } else { why };
             instance::bury(step, &i, why);
         }
     }

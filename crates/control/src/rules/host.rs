@@ -19,8 +19,11 @@ pub fn recount(step: &mut Step<'_>, name: &Name, given: Option<u16>) {
     let Some(host) = step.world.host(name).cloned() else { return };
     let reserved = Scheduler::reserved(step.world.instances_on(name));
     let last_slot = given.unwrap_or(host.status.last_slot);
-    if host.status.reserved != reserved || host.status.last_slot != last_slot {
+    let (classes, storage) = Scheduler::reserved_classes(step.world.instances_on(name));
+    let same = (&host.status.reserved_classes, &host.status.reserved_storage) == (&classes, &storage);
+    if host.status.reserved != reserved || host.status.last_slot != last_slot || !same {
         let mut host = host;
+        (host.status.reserved_classes, host.status.reserved_storage) = (classes, storage);
         host.status.reserved = reserved;
         host.status.last_slot = last_slot;
         step.put(host);
@@ -95,10 +98,12 @@ fn says_the_same(host: &Object<Host>, report: &HostReport) -> bool {
         runtimes,
         capacity,
         classes,
+        storage,
     } = &host.spec;
     let said = &report.spec;
     (rack, address, prefix6, prefix4) == (&said.rack, &said.address, &said.prefix6, &said.prefix4)
         && (runtimes, capacity, classes) == (&said.runtimes, &said.capacity, &said.classes)
+        && storage == &said.storage
         && host.status.boot_id.as_deref() == Some(report.boot_id.as_str())
         && host.status.agent_version.as_deref() == Some(report.agent_version.as_str())
         && host.status.images == report.images

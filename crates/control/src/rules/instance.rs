@@ -9,6 +9,7 @@ use nexus_model::{Name, Object, Uid};
 
 use crate::rules::{host, job};
 use crate::step::{Dirty, Step};
+use crate::surroundings::{Surroundings, waits_for_app};
 
 /// The infrastructure addresses of a slot on a host.
 pub fn addresses(host: &HostSpec, slot: u16) -> (Ipv6Addr, Ipv4Addr) {
@@ -26,11 +27,10 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
         return;
     }
     let project = instance.metadata.project.clone();
-    let app = step.world.apps.get(project.as_ref(), &instance.spec.app).filter(|_| instance.spec.job.is_none());
-    let spread = app.map(|a| a.spec.spread).unwrap_or_default();
+    let around = Surroundings::of(step.world, &instance);
     let scheduler = step.world.scheduler.as_mut().expect("only the writer reconciles");
     let mut new = instance.clone();
-    match scheduler.place(&instance, spread) {
+    match scheduler.place(&instance, &around) {
         Ok(placed) => {
             let host = step.world.host(&placed.host).expect("placement knows the world's hosts").clone();
             let (six, four) = addresses(&host.spec, placed.slot);
@@ -50,6 +50,7 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
             if let Some(next) = scheduler.waiting_like(&instance) {
                 step.mark(Dirty::Instance(next));
             }
+            wake_company(step, project.as_ref(), &instance.spec.app);
             host::recount(step, &placed.host, Some(placed.slot));
             step.event(project.as_ref(), instance.owner_ref(), Severity::Normal, "Placed", message);
         }
@@ -80,6 +81,14 @@ pub fn wake(step: &mut Step<'_>) {
 pub fn owner(instance: &Object<Instance>) -> Dirty {
     let place = (instance.metadata.project.clone(), instance.spec.app.clone());
     if instance.spec.job.is_some() { Dirty::Job(place) } else { Dirty::App(place) }
+}
+
+/// Asks those again who wait to be with an app that has just found a place.
+fn wake_company(step: &mut Step<'_>, project: Option<&Name>, app: &Name) {
+    let scheduler = step.world.scheduler.as_ref().expect("only the writer reconciles");
+    let first = scheduler.first_waiting().filter_map(|uid| step.world.instance(uid));
+    let company: Vec<Uid> = first.filter(|i| waits_for_app(i, project, app)).map(|i| i.metadata.uid).collect();
+    company.into_iter().for_each(|uid| step.mark(Dirty::Instance(uid)));
 }
 
 fn mark_app(step: &mut Step<'_>, instance: &Object<Instance>) {

@@ -63,7 +63,11 @@ pub fn leave_out_values(change: &mut Change) {
                 patch.shift_remove("spec");
             }
         }
-        Change::Delete | Change::Rollout { .. } | Change::Audit { .. } | Change::Tell { .. } => {}
+        Change::Delete
+        | Change::Rollout { .. }
+        | Change::Audit { .. }
+        | Change::Tell { .. }
+        | Change::Rebalance { .. } => {}
     }
 }
 

@@ -82,5 +82,6 @@ pub fn report<'a>(
         load: 0.1,
         certificate_ends: None,
         usage: Vec::new(),
+        telemetry: Default::default(),
     }
 }

@@ -215,6 +215,7 @@ pub const OPERATIONS: &[&str] = &[
     "master-key-status",
     "master-key-rewrap",
     "image-gc",
+    "rebalance",
 ];
 
 /// Every `operations:NAME` is the fleet's.

@@ -5,8 +5,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Autoscale, Classes, Column, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope, SecretRef, Verbs, autoscale,
-    rollout, secret,
+    Autoscale, Classes, Column, Constraints, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope, SecretRef, Verbs,
+    autoscale, rollout, secret,
 };
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
@@ -157,6 +157,7 @@ pub enum Spread {
     Host,
     #[default]
     Zone,
+    Rack,
 }
 
 /// Bounds of a function's requests.
@@ -297,6 +298,11 @@ declare_template! {
     #[schemars(range(max = 3600))]
     stop_grace_seconds: u32 = 10;
     function: FunctionLimits = FunctionLimits::default();
+    #[serde(skip_serializing_if = "Constraints::is_empty")]
+    constraints: Constraints = Constraints::default();
+    /// The storage class of the disk that the writable layer is on; the host's own disk, without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    storage_class: Option<Name> = None;
 }
 
 impl Default for AppSpec {
@@ -491,6 +497,7 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
     if t.runtime == Runtime::Function {
         check(t.ports.is_empty(), "spec.ports", "a function always answers HTTP on port 8080: leave ports out");
         check(t.command.is_empty() && t.args.is_empty(), "spec.command", "a function has no command");
+        check(t.storage_class.is_none(), "spec.storageClass", "a function has no writable layer");
     }
     let r = &t.resources;
     check((1..=1_000_000).contains(&r.cpu.0), "spec.resources.cpu", "between 1m and 1000");
@@ -537,6 +544,9 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
                 check(t.runtime == Runtime::Container, &at("probe.exec"), "a function can't run a command");
             }
         }
+    }
+    if t.constraints.len() > super::MAX_CONSTRAINTS {
+        errors.push(FieldError::new("spec.constraints", format!("at most {}", super::MAX_CONSTRAINTS)));
     }
     errors.extend(super::validate_classes("spec.classes", &t.classes));
     errors.extend(secret::validate_refs(&t.secrets, &t.env, t.runtime == Runtime::Container));

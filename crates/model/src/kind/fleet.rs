@@ -244,6 +244,19 @@ const MAX_CLASSES: usize = 16;
 /// Units of one class that a host has, or that an instance takes.
 const MAX_UNITS: u32 = 1024;
 
+/// Storage classes by name, with their size.
+pub type StorageClasses = IndexMap<Name, Bytes>;
+
+/// The schema of [`StorageClasses`]: only agents declare them, so no amount is refused.
+fn storage_schema(generator: &mut SchemaGenerator) -> Schema {
+    let bytes = generator.subschema_for::<Bytes>();
+    json_schema!({
+        "type": "object",
+        "propertyNames": {"pattern": Name::PATTERN},
+        "additionalProperties": bytes,
+    })
+}
+
 /// The schema of [`Classes`] with their bounds.
 pub fn classes_schema(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
@@ -296,6 +309,10 @@ pub struct HostSpec {
     pub capacity: Capacity,
     #[serde(default)]
     pub classes: Classes,
+    /// Storage classes, with the size of the folder behind each.
+    #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
+    #[schemars(schema_with = "storage_schema")]
+    pub storage: StorageClasses,
     /// No new instance is placed here while true.
     #[serde(default)]
     pub cordoned: bool,
@@ -318,6 +335,7 @@ impl Default for HostSpec {
             runtimes: Vec::new(),
             capacity: Capacity::default(),
             classes: Classes::new(),
+            storage: StorageClasses::new(),
             cordoned: false,
             draining: false,
         }
@@ -336,6 +354,15 @@ pub enum HostState {
     Dead,
 }
 
+/// How far a gateway is from a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RoundTrip {
+    pub gateway: Name,
+    /// Microseconds.
+    pub us: u32,
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct HostStatus {
@@ -350,6 +377,18 @@ pub struct HostStatus {
     /// When the state last changed.
     pub since: Timestamp,
     pub reserved: Capacity,
+    /// Units of compute classes that are reserved.
+    #[serde(skip_serializing_if = "IndexMap::is_empty")]
+    pub reserved_classes: Classes,
+    /// Bytes of storage classes that are reserved.
+    #[serde(skip_serializing_if = "IndexMap::is_empty")]
+    pub reserved_storage: StorageClasses,
+    /// The lowest round trip between it and a gateway, in microseconds. Written down when it has changed by a quarter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub round_trip_us: Option<u32>,
+    /// Each gateway's, the lowest of its last few measurements.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub round_trips: Vec<RoundTrip>,
     /// The address slot that was given last: all others are given before it is given again.
     pub last_slot: u16,
     /// Content of images that the host already has.
@@ -377,12 +416,13 @@ impl Kind for Host {
         Column::new("OF", "/spec/capacity/cpu"),
         Column::new("MEMORY", "/status/reserved/memory"),
         Column::new("OF", "/spec/capacity/memory"),
+        Column::micros("RTT", "/status/roundTripUs"),
         Column::new("CORDONED", "/spec/cordoned").wide(),
         Column::new("DRAINING", "/spec/draining").wide(),
         Column::new("ADDRESS", "/spec/address").wide(),
     ];
     const IMMUTABLE: &'static [&'static str] =
-        &["zone", "cell", "rack", "address", "prefix6", "prefix4", "runtimes", "capacity", "classes"];
+        &["zone", "cell", "rack", "address", "prefix6", "prefix4", "runtimes", "capacity", "classes", "storage"];
     type Spec = HostSpec;
     type Status = HostStatus;
 

@@ -77,6 +77,9 @@ pub struct InstanceStatus {
     pub zone: Option<Name>,
     /// Grows with each placement; gateways route to the highest.
     pub epoch: u64,
+    /// Set while an operator's rebalance moves it: the host that was found for it. It goes when another is ready elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moving_to: Option<Name>,
     /// Which of its host's addresses it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<u16>,

@@ -10,8 +10,9 @@ use nexus_model::Name;
 use nexus_model::kind::ANY_CELL;
 use serde_json::Value;
 
+use super::agent::HasArgs;
 use super::cloud::{Cloud, CloudArgs, text};
-use super::deploy::class;
+use super::drain::{self, CordonArgs, DrainArgs, LabelArgs};
 use super::join::{self, Door, Home, JoinArgs, TokenArgs};
 use super::leave::{self, LeaveArgs, UncordonArgs};
 use super::output::{self, Format};
@@ -28,7 +29,10 @@ const GATEWAY: &str = "gateway.toml";
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     nexus host token --zone zone-a --class gpu-v100=2\n  \
-    nexus host leave host-7\n  \
+    nexus host join --token TOKEN --api https://10.0.0.1:8443 --wire 10.0.0.21:7450 --class gpu-v100=2:/dev/nvidia0,/dev/nvidia1\n  \
+    nexus host label host-7 disk=nvme\n  \
+    nexus host cordon host-7\n  \
+    nexus host drain host-7\n  \
     nexus host leave host-7 --force")]
 pub struct HostArgs {
     #[command(subcommand)]
@@ -41,10 +45,17 @@ pub enum HostCommand {
     Token(TokenArgs),
     /// Joins the region as a host, by a token: writes this machine's configuration
     Join(HostJoinArgs),
-    /// Empties a host and takes it out of the region
-    Leave(LeaveArgs),
-    /// Takes a host back into use that a `leave` which was broken off left cordoned
+    /// Keeps new instances off a host; those that run there stay
+    Cordon(CordonArgs),
+    /// Empties a host: cordons it and moves its instances, each when another is ready elsewhere
+    Drain(DrainArgs),
+    /// Takes a cordoned or drained host back into use
     Uncordon(UncordonArgs),
+    /// Sets labels of a host, as KEY=VALUE, or removes them, as KEY-
+    Label(LabelArgs),
+    /// Empties a host and takes it out of the region
+    #[command(visible_alias = "remove")]
+    Leave(LeaveArgs),
 }
 
 #[derive(Debug, Args)]
@@ -60,9 +71,8 @@ pub struct HostJoinArgs {
     /// Its rack, if racks matter
     #[arg(long, value_name = "NAME", value_parser = new_name)]
     rack: Option<Name>,
-    /// So many of a compute class, such as gpu-v100=2
-    #[arg(long = "class", value_name = "NAME[=N]", value_parser = class)]
-    classes: Vec<(Name, u32)>,
+    #[command(flatten)]
+    has: HasArgs,
     /// Where the agent and the keeper meet; emptied by every boot
     #[arg(long, value_name = "DIR", default_value = "/run/nexus")]
     run_dir: PathBuf,
@@ -75,6 +85,9 @@ pub async fn run(command: HostCommand) -> anyhow::Result<()> {
     match command {
         HostCommand::Token(args) => join::token(JoinRole::Host, &args).await,
         HostCommand::Join(args) => join_host(&args).await,
+        HostCommand::Cordon(args) => drain::cordon(&args).await,
+        HostCommand::Drain(args) => drain::drain(&args).await,
+        HostCommand::Label(args) => drain::label(&args).await,
         HostCommand::Leave(args) => leave::run(&args).await,
         HostCommand::Uncordon(args) => leave::uncordon(&args).await,
     }
@@ -95,7 +108,7 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
         name: name.clone(),
         zone: args.join.zone.clone(),
         cell: args.cell.clone(),
-        classes: args.classes.iter().cloned().collect(),
+        classes: args.has.classes(),
         address: args.wire.to_string(),
         csr: home.key.request(&[door.id(&["agent", name.as_str()])?])?,
     };
@@ -123,7 +136,10 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
         capacity,
         classes: joined.classes,
         images_disk_percent: crate::role::agent::default_images_percent(),
+        devices: Default::default(),
+        storage: Default::default(),
     };
+    let agent = args.has.apply(agent)?;
     let keeper_path = home.configure(KEEPER, &keeper)?;
     let agent_path = home.configure(AGENT, &agent)?;
     let cell = match joined.cell.as_str() {

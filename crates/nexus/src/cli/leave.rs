@@ -57,7 +57,7 @@ fn path_of(cloud: &Cloud, name: &Name) -> String {
     cloud.object(kind::find("host").expect("a kind"), name)
 }
 
-async fn decide(cloud: &Cloud, name: &Name, cordoned: bool, draining: bool) -> Result<Value, ClientError> {
+pub async fn decide(cloud: &Cloud, name: &Name, cordoned: bool, draining: bool) -> Result<Value, ClientError> {
     let wanted = json!({"spec": {"cordoned": cordoned, "draining": draining}});
     cloud.client.patch(&path_of(cloud, name), &wanted).await
 }
@@ -72,7 +72,7 @@ pub async fn run(args: &LeaveArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?;
     let name = &args.name;
     if !args.force {
-        drain(&cloud, name, args.timeout).await?;
+        drain(&cloud, name, args.timeout, "leave").await?;
     }
     let body = HostLeave { name: name.clone(), force: args.force };
     let left: HostLeft = join::run(&cloud, "host-leave", &body).await?;
@@ -96,8 +96,8 @@ enum Ended {
     OutOfTime,
 }
 
-/// Empties a host. One that has not registered yet, or is dead, has nothing to be moved.
-async fn drain(cloud: &Cloud, name: &Name, timeout: Option<Duration>) -> anyhow::Result<()> {
+/// Empties a host, for the command `nexus host WORD`. One that has not registered yet, or is dead, has nothing to be moved.
+pub async fn drain(cloud: &Cloud, name: &Name, timeout: Option<Duration>, word: &str) -> anyhow::Result<()> {
     let Some(host) = cloud.find(&path_of(cloud, name)).await? else { return Ok(()) };
     if is_empty(&host) {
         // Nothing may come between this look and the leave.
@@ -139,7 +139,7 @@ async fn drain(cloud: &Cloud, name: &Name, timeout: Option<Duration>) -> anyhow:
     let blocks = tokio::time::timeout(LAST, waits_for(cloud, name)).await.ok().flatten();
     let blocks = blocks.map(|b| format!("\n  {b}")).unwrap_or_default();
     let message = format!(
-        "{why}: host {name} stays cordoned: nothing new is placed there, {moving}{blocks}\n  `nexus host leave {name}` goes \
+        "{why}: host {name} stays cordoned: nothing new is placed there, {moving}{blocks}\n  `nexus host {word} {name}` goes \
          on, `nexus host uncordon {name}` takes it back into use"
     );
     Err(Fail::new(exit, message).into())

@@ -3,6 +3,7 @@
 //! Results go to standard output, progress and advice to standard error.
 
 mod access_key;
+mod agent;
 mod apply;
 mod audit;
 mod autoscale;
@@ -16,6 +17,7 @@ mod debug;
 mod delete;
 mod deploy;
 mod describe;
+mod drain;
 mod events;
 mod exec;
 mod explain;
@@ -34,6 +36,7 @@ mod master_key;
 mod output;
 mod progress;
 mod pull;
+mod rebalance;
 pub mod recover;
 mod region;
 pub mod report;
@@ -74,8 +77,7 @@ pub enum Command {
     #[command(flatten)]
     User(Box<UserCommand>),
     Server(Box<server::ServerArgs>),
-    /// Runs a host's agent
-    Agent(RoleArgs),
+    Agent(Box<agent::AgentArgs>),
     /// Runs a host's keeper
     Keeper(RoleArgs),
     Gateway(Box<host::GatewayArgs>),
@@ -126,6 +128,7 @@ pub enum UserCommand {
     Scale(deploy::ScaleArgs),
     Autoscale(autoscale::AutoscaleArgs),
     Rollout(rollout::RolloutArgs),
+    Rebalance(rebalance::RebalanceArgs),
     Get(get::GetArgs),
     Describe(describe::DescribeArgs),
     Apply(apply::ApplyArgs),
@@ -195,6 +198,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::Scale(args) => deploy::scale(&args).await?,
         UserCommand::Autoscale(args) => autoscale::run(&args).await?,
         UserCommand::Rollout(args) => rollout::run(&args).await?,
+        UserCommand::Rebalance(args) => rebalance::run(&args).await?,
         UserCommand::Get(args) => get::run(&args).await?,
         UserCommand::Describe(args) => describe::run(&args).await?,
         UserCommand::Apply(args) => apply::run(&args).await?,

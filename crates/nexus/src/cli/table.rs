@@ -44,6 +44,10 @@ fn cell(object: &Value, column: &Column, now: Timestamp) -> String {
             Some(ms @ 0..10_000) => format!("{}.{}s", ms / 1000, ms % 1000 / 100),
             Some(ms) => age(ms / 1000),
         },
+        Show::Micros => match value.as_u64() {
+            None => NOTHING.into(),
+            Some(us) => format!("{}.{}ms", us / 1000, us % 1000 / 100),
+        },
         Show::Plain => match value {
             Value::Null => NOTHING.into(),
             Value::String(text) if text.is_empty() => NOTHING.into(),

@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// Who a name means.
 enum Target {
     /// A server, gateway or host.
-    Member { role: &'static str, name: String, host: Option<HostPlan> },
+    Member { role: &'static str, name: String, host: Option<Box<HostPlan>> },
     /// All of a region.
     Region(RegionPlan),
     /// `agent@HOST` or `keeper@HOST`: its host starts it again.
@@ -132,7 +132,8 @@ fn target(plan: &Plan, name: &str) -> anyhow::Result<Target> {
     if let Some(region) = plan.region(name) {
         return Ok(Target::Region(region.clone()));
     }
-    let member = |role, host| Ok(Target::Member { role, name: name.to_owned(), host });
+    let member =
+        |role, host: Option<HostPlan>| Ok(Target::Member { role, name: name.to_owned(), host: host.map(Box::new) });
     if let Some(host) = host_of(name) {
         return member("host-init", Some(host));
     }

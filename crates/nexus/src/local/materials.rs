@@ -15,7 +15,7 @@ use nexus_env::{Endpoint, Env, RngExt as _};
 use nexus_iam::envelope::FileKeys;
 use nexus_iam::{CaError, CertificateAuthority, Identity, SpiffeId, TokenSecret};
 use nexus_model::kind::Capacity;
-use nexus_model::{Bytes, MilliCpu};
+use nexus_model::{Bytes, MilliCpu, Name};
 use serde::Serialize;
 
 use super::cgroup;
@@ -24,7 +24,7 @@ use super::state::{DataDir, make_private_dir, write_private};
 use crate::config::{
     AgentConfig, AuditKeep, AuthorityFiles, BootstrapCell, CERTIFICATE_LIFE, GatewayConfig, GlobalConfig,
     HostInitConfig, KeeperConfig, Member, PUBLIC_CERTIFICATE_LIFE, REGION_AUTHORITY_LIFE, ROOT_LIFE, ServerConfig,
-    StoreConfig, TlsFiles,
+    StorageFolder, StoreConfig, TlsFiles,
 };
 use crate::secret_file;
 
@@ -310,6 +310,12 @@ fn host_configurations(
         capacity: declared,
         classes: host.classes.clone(),
         images_disk_percent: crate::role::agent::default_images_percent(),
+        devices: BTreeMap::new(),
+        storage: host
+            .storage
+            .iter()
+            .map(|(class, size)| (class.clone(), storage_folder(dir, name, class, *size)))
+            .collect(),
     };
     let cgroups = cgroup::hierarchies().context("reading the mounted cgroup hierarchies")?;
     let init = HostInitConfig {
@@ -326,6 +332,10 @@ fn host_configurations(
     write_toml(&host_path, &init)?;
     write_toml(&agent_path, &agent)?;
     write_toml(&keeper_path, &keeper)
+}
+
+fn storage_folder(dir: &DataDir, host: &str, class: &Name, size: Bytes) -> StorageFolder {
+    StorageFolder { path: dir.data(host).join("storage").join(class.as_str()), size: Some(size) }
 }
 
 /// The configurations of a host's first process, agent and keeper.

@@ -40,7 +40,7 @@ pub use down::run as down;
 pub use leave::Leaving;
 pub use materials::Machine;
 pub use plan::Plan;
-use plan::{ClassGrant, GivenChoices, RegionPlan, TierGrant};
+use plan::{ClassGrant, GivenChoices, RegionPlan, StorageGrant, TierGrant};
 pub use procs::SUPERVISE;
 use state::DataDir;
 pub use up::run as up;
@@ -64,6 +64,9 @@ pub struct UpArgs {
     /// What a zone's hosts, or one host, offer of a compute class: PLACE:CLASS=COUNT, such as zone-a:gpu-v100=2
     #[arg(long = "class", value_name = "PLACE:CLASS=COUNT")]
     classes: Vec<ClassGrant>,
+    /// What a zone's hosts, or one host, offer of a storage class: PLACE:CLASS=SIZE, such as zone-a:high-iops=1Gi
+    #[arg(long = "storage-class", value_name = "PLACE:CLASS=SIZE")]
+    storage: Vec<StorageGrant>,
     /// Where everything is kept [default: /var/lib/nexus for root, or ~/.local/share/nexus]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
@@ -101,6 +104,7 @@ impl UpArgs {
             zones: self.zones,
             hosts_per_zone: self.hosts_per_zone,
             classes: self.classes.clone(),
+            storage: self.storage.clone(),
             api_port_base: self.api_port_base,
             gateway_port_base: self.gateway_port_base,
             region: self.region.clone(),

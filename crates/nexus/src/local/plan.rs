@@ -17,8 +17,8 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use indexmap::IndexMap;
-use nexus_model::Name;
-use nexus_model::kind::{Classes, GLOBAL, Tier};
+use nexus_model::kind::{Classes, GLOBAL, StorageClasses, Tier};
+use nexus_model::{Bytes, Name};
 use serde::{Deserialize, Serialize};
 
 /// The layout of the data folder that this release writes.
@@ -67,6 +67,29 @@ impl FromStr for ClassGrant {
     }
 }
 
+/// `PLACE:CLASS=SIZE`: every host of a zone, or one host, offers so much of a storage class.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageGrant {
+    pub place: Name,
+    pub class: Name,
+    pub size: Bytes,
+}
+
+impl FromStr for StorageGrant {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let shape = || format!("`{text}` is not PLACE:CLASS=SIZE, such as zone-a:high-iops=1Gi");
+        let (place, rest) = text.split_once(':').ok_or_else(shape)?;
+        let (class, size) = rest.split_once('=').ok_or_else(shape)?;
+        Ok(Self {
+            place: place.parse().map_err(|e| format!("{place:?}: {e}"))?,
+            class: class.parse().map_err(|e| format!("{class:?}: {e}"))?,
+            size: size.parse().map_err(|e| format!("{size:?}: {e}"))?,
+        })
+    }
+}
+
 /// `REGION=TIER`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TierGrant {
@@ -96,6 +119,7 @@ pub struct Choices {
     pub zones: usize,
     pub hosts_per_zone: usize,
     pub classes: Vec<ClassGrant>,
+    pub storage: Vec<StorageGrant>,
     pub api_port_base: u16,
     pub gateway_port_base: u16,
     /// Of the first region.
@@ -135,6 +159,8 @@ pub struct Plan {
     pub zones: Vec<Name>,
     pub hosts_per_zone: usize,
     pub classes: Vec<ClassGrant>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub storage: Vec<StorageGrant>,
     pub api_port_base: u16,
     pub gateway_port_base: u16,
     /// The first 48 bits of the ULA; the rest is zero.
@@ -153,6 +179,7 @@ pub struct HostPlan {
     pub zone: Name,
     pub cell: Name,
     pub classes: Classes,
+    pub storage: StorageClasses,
     pub address6: Ipv6Addr,
     pub address4: Ipv4Addr,
     pub prefix6: Ipv6Addr,
@@ -248,6 +275,7 @@ impl Plan {
             zones: (b'a'..=b'z').take(choices.zones).map(|c| name(format!("zone-{}", c as char))).collect(),
             hosts_per_zone: choices.hosts_per_zone,
             classes: choices.classes.clone(),
+            storage: choices.storage.clone(),
             api_port_base: api,
             gateway_port_base: gateway,
             prefix48,
@@ -255,11 +283,10 @@ impl Plan {
             store: choices.store.clone(),
         };
         plan.add_regions(choices.regions, Some(&choices.region), &choices.tiers, true)?;
-        for grant in &plan.classes {
-            if !plan.zones.contains(&grant.place)
-                && !plan.hosts().iter().any(|h| h.name.as_str().ends_with(grant.place.as_str()))
-            {
-                return Err(format!("--class {}: there is no such zone or host", grant.place));
+        let classes = plan.classes.iter().map(|grant| ("--class", &grant.place));
+        for (flag, place) in classes.chain(plan.storage.iter().map(|grant| ("--storage-class", &grant.place))) {
+            if !plan.zones.contains(place) && !plan.hosts().iter().any(|h| h.name.as_str().ends_with(place.as_str())) {
+                return Err(format!("{flag} {place}: there is no such zone or host"));
             }
         }
         plan.check_ports()?;
@@ -405,6 +432,9 @@ impl Plan {
                 for grant in self.classes.iter().filter(|g| [zone, &plain, &host_name].contains(&&g.place)) {
                     classes.insert(grant.class.clone(), grant.count);
                 }
+                let here = |place: &Name| [zone, &plain, &host_name].contains(&place);
+                let storage =
+                    self.storage.iter().filter(|g| here(&g.place)).map(|g| (g.class.clone(), g.size)).collect();
                 // 24 hosts in each of ten regions, or 200 in one: below 250 in either case.
                 let in_fleet = region.index * MAX_HOSTS_APART as u16 + number;
                 let octet3 = u8::try_from(in_fleet).expect("at most 240 hosts");
@@ -414,6 +444,7 @@ impl Plan {
                     zone: zone.clone(),
                     cell: cell_of(zone),
                     classes,
+                    storage,
                     address6: self.subnet(region.index << 12, 0x100 + number),
                     address4: Ipv4Addr::new(10, self.octet, 0, octet3 + 1),
                     prefix6: self.subnet((region.index << 12) + number, 0),
@@ -523,6 +554,9 @@ impl Plan {
         if !given.classes.is_empty() && given.classes != self.classes {
             found.push("--class differs".to_owned());
         }
+        if !given.storage.is_empty() && given.storage != self.storage {
+            found.push("--storage-class differs".to_owned());
+        }
         let (has, wanted) = (self.regions.len(), given.regions.unwrap_or(self.regions.len()));
         if wanted < has {
             found.push(format!("--regions is {has}, not {wanted}: `nexus region remove NAME` takes one away"));
@@ -545,6 +579,7 @@ pub struct GivenChoices {
     pub zones: Option<usize>,
     pub hosts_per_zone: Option<usize>,
     pub classes: Vec<ClassGrant>,
+    pub storage: Vec<StorageGrant>,
     pub api_port_base: Option<u16>,
     pub gateway_port_base: Option<u16>,
     pub region: Option<Name>,
@@ -561,6 +596,7 @@ impl GivenChoices {
             zones: self.zones.unwrap_or(if regions > 1 { 1 } else { 3 }),
             hosts_per_zone: self.hosts_per_zone.unwrap_or(2),
             classes: self.classes.clone(),
+            storage: self.storage.clone(),
             api_port_base: self.api_port_base.unwrap_or(API_PORT_BASE),
             gateway_port_base: self.gateway_port_base.unwrap_or(GATEWAY_PORT_BASE),
             region: self.region.clone().unwrap_or_else(|| name(first.to_owned())),

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use nexus_agent::images::WireImages;
 use nexus_agent::{AgentHandle, Engines, keeper};
-use nexus_compute::container::{ContainerConfig, ContainerRuntime};
+use nexus_compute::container::{ContainerConfig, ContainerRuntime, Units};
 use nexus_compute::function::{FunctionConfig, FunctionRuntime};
 use nexus_compute::image::{BlobStore, UnpackLimits};
 use nexus_compute::keep::Keep;
 use nexus_env::{Endpoint, Env, on_disk};
 use nexus_iam::tls::{self, ExpiryPolicy, Policy};
 use nexus_iam::{Role, SpiffeId};
-use nexus_model::kind::{HostSpec, Runtime};
+use nexus_model::kind::{HostSpec, Runtime, StorageClasses};
+use nexus_model::{Bytes, Name};
 use nexus_network::{HostNet, InstanceNet};
 use nexus_wire::ServerBook;
 use tokio::task::JoinSet;
@@ -64,6 +65,8 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
                 cgroup_parent: std::path::Path::new("/").join(&config.cgroup_parent),
                 nameservers: Vec::new(),
                 limits: UnpackLimits::default(),
+                devices: units(&config),
+                storage: config.storage.iter().map(|(class, folder)| (class.clone(), folder.path.clone())).collect(),
             };
             let containers = ContainerRuntime::new(containers, keep.clone(), blobs.clone(), env.clock.clone())?;
             let by_digest = blobs.clone();
@@ -106,6 +109,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             runtimes: vec![Runtime::Container, Runtime::Function],
             capacity: config.capacity,
             classes: config.classes.clone(),
+            storage: storage(&config)?,
             ..HostSpec::default()
         },
         servers: servers.clone(),
@@ -154,4 +158,36 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     }
     tasks.shutdown().await;
     Ok(())
+}
+
+/// The nodes behind compute classes, shared out evenly over their units. The configuration was checked for that.
+fn units(config: &AgentConfig) -> BTreeMap<Name, Units> {
+    let of = |(class, nodes): (&Name, &Vec<std::path::PathBuf>)| {
+        let each = nodes.len() / config.classes.get(class).map_or(1, |n| (*n).max(1) as usize);
+        (class.clone(), nodes.chunks(each.max(1)).map(<[_]>::to_vec).collect())
+    };
+    config.devices.iter().map(of).collect()
+}
+
+/// What the host declares of storage classes: sizes as configured, or as the folders are now.
+fn storage(config: &AgentConfig) -> anyhow::Result<StorageClasses> {
+    let mut classes = StorageClasses::new();
+    for (class, folder) in &config.storage {
+        let path = &folder.path;
+        std::fs::create_dir_all(path).with_context(|| format!("making {} of storage class {class}", path.display()))?;
+        let size = match folder.size {
+            Some(size) => size,
+            None => {
+                let measured = nix::sys::statvfs::statvfs(path);
+                let measured = measured.with_context(|| format!("asking how full {} is", path.display()))?;
+                let free = measured.blocks_available() as u64 * measured.fragment_size() as u64;
+                let files = std::fs::read_dir(path).with_context(|| format!("listing {}", path.display()))?;
+                let ours = files.flatten().filter(|file| file.file_name().to_string_lossy().starts_with("nexus-"));
+                let theirs: u64 = ours.filter_map(|file| file.metadata().ok()).map(|m| m.len()).sum();
+                Bytes(free.saturating_add(theirs) / 10 * 9)
+            }
+        };
+        classes.insert(class.clone(), size);
+    }
+    Ok(classes)
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
-use nexus_edge::{Gateway, Options, PeerDoor, SourceConfig, follow};
+use nexus_edge::{Gateway, Options, PeerDoor, SourceConfig, follow, measure};
 use nexus_env::{BoxStream, Endpoint, Env, Listener, RealTransport, Transport};
 use nexus_iam::Role;
 use nexus_iam::tls::{self, ExpiryPolicy, Policy};
@@ -108,6 +108,7 @@ pub async fn run(config: GatewayConfig) -> anyhow::Result<()> {
     // Tables still matter while running requests are retried, so this goes on until they have ended.
     let following = CancellationToken::new();
     let mut follower = JoinSet::new();
+    follower.spawn(measure(source.clone(), env.clone(), following.clone()));
     follower.spawn(follow(gateway.clone(), source, env, following.clone()));
     tracing::info!(gateway = %config.name, listen = %config.http_listen, "serving");
     let serving = async {

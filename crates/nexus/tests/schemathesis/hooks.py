@@ -303,8 +303,13 @@ def repair_app(spec):
     if spec.get("secrets"):
         # A function has no files.
         spec["secrets"] = [] if spec.get("runtime") == "function" else [{"name": FIXTURE}]
+    # No app is to be with itself, and any name may be its own.
+    if isinstance(spec.get("constraints"), list):
+        spec["constraints"] = [c for c in spec["constraints"] if not str(c).startswith("with=")]
+    elif "with=" in str(spec.get("constraints")):
+        spec["constraints"] = "not-with=nobody"
     if spec.get("runtime") == "function":
-        for field in ("ports", "command", "args"):
+        for field in ("ports", "command", "args", "storageClass"):
             spec.pop(field, None)
         for check in (spec.get("health") or {}).values():
             if isinstance(check, dict) and "exec" in (check.get("probe") or {}):

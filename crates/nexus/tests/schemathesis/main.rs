@@ -102,13 +102,14 @@ fn description(api: &str) -> Value {
 }
 
 /// What needs a machine that joins, or takes one away: see `schemathesis.toml`.
-const OF_MACHINES: [&str; 8] = [
+const OF_MACHINES: [&str; 9] = [
     "server-join",
     "host-join",
     "gateway-join",
     "server-remove",
     "server-replace",
     "host-leave",
+    "rebalance",
     "token-revoke",
     "region-remove",
 ];

@@ -3,14 +3,15 @@
 use super::{Cell, Host};
 use crate::pool::{Place, bucket_of};
 use crate::types::{
-    Capacity, ClassId, GroupId, HostId, HostState, ImageId, Load, RackId, Request, Runtimes, UnknownHost, ZoneId,
+    Capacity, ClassId, GroupId, HostId, HostState, ImageId, LabelId, Load, RackId, Request, Runtimes, UnknownHost,
+    ZoneId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Domains with how many of a group they hold.
 pub type Counts<Domain> = Vec<(Domain, u32)>;
 /// What a record adds up to on one host.
-type Sums = (super::Reserved, BTreeMap<ClassId, u64>);
+type Sums = (super::Reserved, BTreeMap<ClassId, u64>, BTreeMap<ClassId, u128>);
 /// How many of each group are on each host.
 type GroupRecord = BTreeMap<GroupId, BTreeMap<u32, u32>>;
 /// For each class of a pool, how many hosts have how many units free.
@@ -33,6 +34,11 @@ pub struct HostSnapshot {
     pub free: Capacity,
     /// Class, capacity, free.
     pub classes: Vec<(ClassId, u32, u64)>,
+    /// Storage class, capacity, free; in bytes.
+    pub storage: Vec<(ClassId, u64, u64)>,
+    pub labels: Vec<LabelId>,
+    /// Microseconds.
+    pub rtt: Option<u32>,
     /// More is reserved than the host has: it has shrunk, or was adopted so.
     pub oversold: bool,
 }
@@ -84,6 +90,9 @@ impl Cell {
             instances: host.reserved.instances,
             free: Capacity { cpu: hot.cpu, memory: hot.memory, scratch: hot.scratch, slots: hot.slots },
             classes: host.stock.iter().map(|s| (s.class, s.capacity, s.free())).collect(),
+            storage: host.storage.iter().map(|s| (s.class, s.capacity, s.free())).collect(),
+            labels: host.labels().to_vec(),
+            rtt: host.rtt(),
             oversold: host.oversold(),
         })
     }
@@ -93,6 +102,11 @@ impl Cell {
         let host = self.host(id)?;
         let hot = &self.hot[id.0 as usize];
         Ok((host.capacity, Capacity { cpu: hot.cpu, memory: hot.memory, scratch: hot.scratch, slots: hot.slots }))
+    }
+
+    /// A host's load, as it was last noted.
+    pub fn load(&self, id: HostId) -> Result<Load, UnknownHost> {
+        Ok(self.host(id)?.load)
     }
 
     /// Every host's handle, ascending.
@@ -123,8 +137,8 @@ impl Cell {
         totals
     }
 
-    /// How many more of a request would fit, by capacity, classes, zone, exclusions and the limit per host. Spread is
-    /// left out: it says where the next one goes, not how many there is room for.
+    /// How many more of a request would fit, by capacity, classes, zone, labels, round trip, exclusions and the limit per
+    /// host. Spread and the company of other groups are left out: it says where the next one goes, not how many there is room for.
     pub fn headroom(&self, request: &Request) -> u64 {
         let group = request.group.and_then(|id| self.groups.get(&id));
         let times = |free: u64, each: u64| free.checked_div(each).unwrap_or(u64::MAX);
@@ -139,6 +153,7 @@ impl Cell {
             times(u64::from(hot.cpu), u64::from(request.cpu))
                 .min(times(hot.memory, request.memory))
                 .min(times(hot.scratch, request.scratch))
+                .min(request.storage.map_or(u64::MAX, |(class, bytes)| times(host.storage_free(class), bytes)))
                 .min(u64::from(hot.slots))
                 .min(per_host)
                 .min(classes.min().unwrap_or(u64::MAX))
@@ -161,7 +176,7 @@ impl Cell {
         let mut groups: GroupRecord = BTreeMap::new();
         for (id, request) in record {
             self.host(id).map_err(|_| Drift::UnknownHost(id))?;
-            let (sum, classes) = hosts.entry(id.0).or_default();
+            let (sum, classes, storage) = hosts.entry(id.0).or_default();
             sum.cpu += u64::from(request.cpu);
             sum.memory += u128::from(request.memory);
             sum.scratch += u128::from(request.scratch);
@@ -169,12 +184,15 @@ impl Cell {
             for (class, units) in request.classes.iter().filter(|(_, units)| *units > 0) {
                 *classes.entry(*class).or_default() += u64::from(*units);
             }
+            if let Some((class, bytes)) = request.storage.filter(|(_, bytes)| *bytes > 0) {
+                *storage.entry(class).or_default() += u128::from(bytes);
+            }
             if let Some(group) = request.group {
                 *groups.entry(group).or_default().entry(id.0).or_default() += 1;
             }
         }
         for (index, host) in self.live_hosts() {
-            let (sum, classes) = hosts.remove(&index).unwrap_or_default();
+            let (sum, classes, storage) = hosts.remove(&index).unwrap_or_default();
             let drift = |what| Drift::Host { host: HostId(index), what };
             if host.reserved != sum {
                 return Err(drift("resources"));
@@ -183,6 +201,11 @@ impl Cell {
                 host.stock.iter().filter(|s| s.reserved > 0).map(|s| (s.class, s.reserved)).collect();
             if held != classes {
                 return Err(drift("classes"));
+            }
+            let held: BTreeMap<_, _> =
+                host.storage.iter().filter(|s| s.reserved > 0).map(|s| (s.class, s.reserved)).collect();
+            if held != storage {
+                return Err(drift("storage"));
             }
         }
         self.audit_groups(&groups)?;

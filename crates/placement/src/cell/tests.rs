@@ -14,6 +14,9 @@ fn host(zone: u32, cores: u32, memory: u64) -> HostSpec {
         classes: Vec::new(),
         images: Vec::new(),
         load: Load(0),
+        storage: Vec::new(),
+        labels: Vec::new(),
+        rtt: None,
     }
 }
 
@@ -22,7 +25,7 @@ fn container(cpu: u32, memory: u64) -> Request {
 }
 
 fn spread(level: SpreadLevel, required: bool) -> Request {
-    Request { group: Some(GroupId(1)), spread: Spread { level, required }, ..container(100, 1) }
+    Request { group: Some(GroupId(1)), spread: Spread { level, required, floor: None }, ..container(100, 1) }
 }
 
 fn cell(hosts: impl IntoIterator<Item = HostSpec>) -> Cell {
@@ -229,4 +232,70 @@ fn an_empty_cell_refuses() {
         Cell::new().place(&container(1, 1)).unwrap_err().to_string(),
         "no host can take it: the cell has no hosts"
     );
+}
+
+#[test]
+fn labels_round_trips_and_company_are_filters_and_say_what_came_nearest() {
+    let labelled = HostSpec { labels: vec![LabelId(2), LabelId(1)], rtt: Some(31_000), ..host(0, 8, 32) };
+    let mut cell = cell([labelled, host(0, 8, 32), HostSpec { rtt: Some(5_000), ..host(0, 8, 32) }]);
+    let asks = |change: fn(&mut Request)| {
+        let mut request = container(100, 1);
+        change(&mut request);
+        request
+    };
+    let labels = asks(|r| r.labels = vec![LabelId(1), LabelId(2)]);
+    assert_eq!(cell.place(&labels).unwrap().host, HostId(0));
+    let near = asks(|r| r.max_rtt = Some(20_000));
+    assert_eq!(cell.place(&near).unwrap().host, HostId(2));
+    assert_eq!(cell.place_indexed(&near).unwrap().host, HostId(2));
+    cell.set_rtt(HostId(2), None).unwrap();
+    let refusal = cell.place(&near).unwrap_err();
+    assert_eq!(refusal.at(Filter::Latency), 3);
+    assert_eq!(refusal.too_far, Some(TooFar { below: 20_000, lowest: Some(31_000), unmeasured: 2 }));
+    let exact = asks(|r| r.max_rtt = Some(31_000));
+    assert!(cell.place(&exact).is_err(), "below is below");
+
+    let db = Request { group: Some(GroupId(7)), ..container(100, 1) };
+    let with = asks(|r| r.with = vec![GroupId(7)]);
+    assert_eq!(cell.place(&with).unwrap_err().groups, [(Filter::With, GroupId(7), 3)]);
+    cell.reserve(HostId(1), &db).unwrap();
+    assert_eq!(cell.place(&with).unwrap().host, HostId(1));
+    let without = asks(|r| r.without = vec![GroupId(7)]);
+    assert_ne!(cell.place(&without).unwrap().host, HostId(1));
+    assert_eq!(cell.check(HostId(1), &without), Ok(Some(Filter::Without)));
+}
+
+#[test]
+fn a_storage_class_is_reserved_by_size() {
+    let fast = HostSpec { storage: vec![(ClassId(9), 10 * GI)], ..host(0, 8, 32) };
+    let mut cell = cell([host(0, 8, 32), fast]);
+    let six = Request { storage: Some((ClassId(9), 6 * GI)), ..container(100, 1) };
+    assert_eq!(run(&mut cell, &six, 1), [HostId(1)]);
+    assert_eq!(cell.snapshot(HostId(1)).unwrap().storage, [(ClassId(9), 10 * GI, 4 * GI)]);
+    let refusal = cell.place(&six).unwrap_err();
+    assert_eq!(refusal.to_string(), "no host of 2 can take it: 2 lack class #9 (6Gi wanted, at most 4Gi free)");
+    assert_eq!(
+        cell.reserve(HostId(1), &six).unwrap_err(),
+        ReserveError::Exceeds { host: HostId(1), resource: Filter::Storage, wanted: 6 * GI, free: 4 * GI }
+    );
+    cell.audit([(HostId(1), &six)]).unwrap();
+    assert!(cell.audit([]).is_err());
+    cell.release(HostId(1), &six).unwrap();
+    cell.audit([]).unwrap();
+}
+
+#[test]
+fn racks_are_kept_even_and_required_spread_refuses_the_fuller_one() {
+    let in_rack = |rack| HostSpec { rack: RackId(rack), ..host(0, 8, 32) };
+    let mut cell = cell([in_rack(0), in_rack(0), in_rack(0), in_rack(1)]);
+    let placed = run(&mut cell, &spread(SpreadLevel::Rack, false), 4);
+    let in_second = placed.iter().filter(|id| **id == HostId(3)).count();
+    assert_eq!(in_second, 2, "{placed:?}");
+    let first: Vec<_> = placed.iter().filter(|id| **id != HostId(3)).collect();
+    assert_ne!(first[0], first[1], "and in a rack the hosts");
+    cell.update_host(HostId(3), HostUpdate { capacity: Some(Capacity::default()), ..HostUpdate::default() }).unwrap();
+    run(&mut cell, &spread(SpreadLevel::Rack, true), 1);
+    let refusal = cell.place(&spread(SpreadLevel::Rack, true)).unwrap_err();
+    assert_eq!((refusal.at(Filter::Spread), refusal.at(Filter::Cpu)), (3, 1));
+    assert_eq!(cell.domains(&spread(SpreadLevel::Rack, true)), [(0, 3), (1, 2)]);
 }

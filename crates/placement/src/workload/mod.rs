@@ -183,6 +183,9 @@ impl Workload {
                 classes: class.into_iter().collect(),
                 images: (0..8).map(|_| popular(&mut rng)).collect(),
                 load: Load(rng.below(300) as u16),
+                storage: Vec::new(),
+                labels: Vec::new(),
+                rtt: None,
             };
             capacity.0 += u64::from(spec.capacity.cpu);
             capacity.1 += spec.capacity.memory;
@@ -203,7 +206,7 @@ impl Workload {
                     (SpreadLevel::Zone, false),
                     (SpreadLevel::Zone, true),
                 ][rng.below(7) as usize];
-                request.spread = Spread { level, required };
+                request.spread = Spread { level, required, floor: None };
                 if rng.permille(50) {
                     request.max_per_host = Some(1 + rng.below(3));
                 }

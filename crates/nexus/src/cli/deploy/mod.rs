@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use nexus_model::kind::{self, ImageFormat, Port, Runtime, SecretRef, Spread};
+use nexus_model::kind::{self, Constraints, ImageFormat, Port, Runtime, SecretRef, Spread};
 use nexus_model::{Bytes, Digest, MilliCpu, Name};
 use serde_json::{Value, json};
 
@@ -33,6 +33,7 @@ enum RuntimeArg {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum SpreadArg {
     Zone,
+    Rack,
     Host,
     None,
 }
@@ -47,6 +48,7 @@ enum SpreadArg {
     nexus deploy web --image nginx.tar --replicas auto\n  \
     nexus deploy web --secret DB_PASSWORD=db/password --secret /run/secrets/tls=tls\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
+    nexus deploy model --compute-class gpu-v100 --storage-class high-iops --constraints \"latency<20ms, not-with=batch\"\n  \
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
     nexus deploy web --image web-2.tar --canary 10:60s,50 --canary-header x-canary\n  \
     nexus deploy web --image web-3.tar --blue-green --progress-deadline 120\n  \
@@ -101,6 +103,13 @@ pub struct DeployArgs {
     /// A compute class that each instance takes
     #[arg(long = "compute-class", value_name = "NAME[=N]", value_parser = class)]
     classes: Vec<(Name, u32)>,
+    /// The storage class of the disk that the writable layer is on
+    #[arg(long, value_name = "NAME", value_parser = resource::new_name)]
+    storage_class: Option<Name>,
+    /// What hosts must be like, with commas between: latency<20ms, zone in (a,b), label.KEY=VALUE, spread=zone|rack|host,
+    /// with=APP, not-with=APP; none with an empty text
+    #[arg(long, value_name = "CONSTRAINTS")]
+    constraints: Option<Constraints>,
     /// An instance is ready when a GET of this path on its first port succeeds
     #[arg(long, value_name = "PATH")]
     health_path: Option<String>,
@@ -157,10 +166,13 @@ impl DeployArgs {
             args: self.args.clone(),
             spread: self.spread.map(|s| match s {
                 SpreadArg::Zone => Spread::Zone,
+                SpreadArg::Rack => Spread::Rack,
                 SpreadArg::Host => Spread::Host,
                 SpreadArg::None => Spread::None,
             }),
             classes: self.classes.clone(),
+            storage_class: self.storage_class.clone(),
+            constraints: self.constraints.clone(),
             health_path: self.health_path.clone(),
             regions: self.regions.clone(),
             rollout: self.rollout.wanted(),

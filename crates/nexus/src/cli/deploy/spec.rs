@@ -1,7 +1,7 @@
 //! From flags to an app's spec. Pure: what the command line says, laid over what is there.
 
 use indexmap::IndexMap;
-use nexus_model::kind::{FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread};
+use nexus_model::kind::{Constraints, FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread};
 use nexus_model::selector::{is_label_key, is_label_value};
 use nexus_model::{API_VERSION, Bytes, MilliCpu, Name};
 use serde_json::{Map, Value, json};
@@ -43,6 +43,8 @@ pub struct Wanted {
     pub args: Vec<String>,
     pub spread: Option<Spread>,
     pub classes: Vec<(Name, u32)>,
+    pub storage_class: Option<Name>,
+    pub constraints: Option<Constraints>,
     pub health_path: Option<String>,
     pub regions: Vec<Name>,
     /// Fields of `spec.rollout`.
@@ -144,6 +146,14 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
     if !wanted.classes.is_empty() {
         let classes: IndexMap<_, _> = wanted.classes.iter().cloned().collect();
         spec.insert("classes".into(), value(&classes));
+    }
+    if let Some(class) = &wanted.storage_class {
+        spec.insert("storageClass".into(), value(class));
+    }
+    match &wanted.constraints {
+        Some(none) if none.is_empty() => drop(spec.shift_remove("constraints")),
+        Some(constraints) => drop(spec.insert("constraints".into(), value(constraints))),
+        None => {}
     }
     let resources = [
         ("cpu", wanted.cpu.map(|v| value(&v))),
@@ -332,6 +342,8 @@ mod tests {
             args: vec!["-c".into()],
             spread: Some(Spread::Host),
             classes: vec![class("gpu=2").unwrap()],
+            storage_class: Some(name("high-iops")),
+            constraints: Some("latency<20ms, zone in (a,b)".parse().unwrap()),
             health_path: Some("/up".into()),
             regions: vec![name("eu")],
             rollout: json!({"strategy": "canary", "steps": [{"percent": 10}], "header": null})
@@ -347,7 +359,11 @@ mod tests {
         assert_eq!(spec["regions"], json!(["eu"]));
         assert_eq!(spec["rollout"], json!({"strategy": "canary", "steps": [{"percent": 10}]}));
         assert_eq!((&spec["spread"], &spec["classes"]), (&json!("host"), &json!({"gpu": 2})));
+        assert_eq!(spec["constraints"], json!(["latency<20ms", "zone in (a,b)"]));
+        assert_eq!(spec["storageClass"], "high-iops");
         assert_eq!(object["metadata"]["labels"], json!({"tier": "front"}));
+        let none = Wanted { constraints: Some("".parse().unwrap()), ..Wanted::default() };
+        assert!(app(&name("web"), Some(&object), &none, None)["spec"].get("constraints").is_none());
     }
 
     #[test]

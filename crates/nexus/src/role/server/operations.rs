@@ -6,8 +6,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use nexus_api::Operations;
 use nexus_api::operations::{
-    GatewayJoin, HostJoin, HostLeave, HostLeft, ImageGc, JoinRole, Named, Nothing, RegionRemove, Replace, ServerJoin,
-    TokenId, TokenRequest, read,
+    GatewayJoin, HostJoin, HostLeave, HostLeft, ImageGc, JoinRole, Named, Nothing, Rebalance, Rebalanced, RegionRemove,
+    Replace, ServerJoin, TokenId, TokenRequest, read,
 };
 use nexus_control::intent::{Change, Intent, Provenance, Target, Writer};
 use nexus_env::RngExt as _;
@@ -95,6 +95,7 @@ impl Operations for ServerOperations {
                 Ok(answer(&self.rewrap.run(name == "master-key-rewrap").await?))
             }
             "image-gc" => Ok(answer(&self.collector.operate(read::<ImageGc>(body)?).await?)),
+            "rebalance" => self.rebalance(read::<Rebalance>(body)?).await,
             "host-leave" => self.leave(read::<HostLeave>(body)?).await,
             "backup-create" | "backup-list" => {
                 let Some(backups) = &self.backups else {
@@ -215,6 +216,33 @@ impl ServerOperations {
         }
         let (instances, lost) = (running.len(), running.into_iter().take(LOST).collect());
         Ok(answer(&HostLeft { left: name, instances, lost }))
+    }
+
+    /// Has the region's writer work out a plan, and carry it out unless that is not wanted.
+    async fn rebalance(&self, asked: Rebalance) -> Result<Value, ApiError> {
+        let region = self.joins.config.region.clone();
+        if let Some(other) = asked.region.filter(|other| *other != region) {
+            let detail =
+                format!("this server is of region {region}: ask one of region {other}, with a context of its own");
+            return Err(ApiError::new(Code::Conflict, detail));
+        }
+        if !(1..=50).contains(&asked.max) {
+            return Err(ApiError::new(Code::Invalid, "the operation's body: max: between 1 and 50"));
+        }
+        let intent = Intent {
+            request_id: RequestId::from_random(self.joins.env.rng.bytes()),
+            actor: "operator".to_owned(),
+            by: Provenance::default(),
+            target: Target { plural: "instances".to_owned(), project: None, organization: None, name: region.clone() },
+            change: Change::Rebalance { most: asked.max },
+            if_match: None,
+            idempotency_key: None,
+            dry_run: asked.dry_run,
+        };
+        let mut planned = self.writer.submit(intent).await?.object.status;
+        let moves = serde_json::from_value(planned["moves"].take())
+            .map_err(|e| ApiError::new(Code::Internal, format!("the writer's plan can't be read: {e}")))?;
+        Ok(answer(&Rebalanced { region, moves, begun: !asked.dry_run }))
     }
 
     async fn delete_host(&self, name: &Name) -> Result<(), ApiError> {

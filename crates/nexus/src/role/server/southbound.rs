@@ -1,5 +1,6 @@
 //! The wire side of a server: peers of the metadata store, forwarded intents, hosts and gateways.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,13 +10,15 @@ use futures::{StreamExt as _, stream};
 use nexus_control::intent::{Accepted, Intent, Passed};
 use nexus_control::region::{Forward, ForwardError, Region, ReportError};
 use nexus_control::view::View;
+use nexus_control::world::World;
 use nexus_env::{Endpoint, Env};
 use nexus_iam::{Role, SpiffeId, tls};
+use nexus_model::kind::{Host, HostState};
 use nexus_model::plan::{
-    BlobRequest, GatewayNote, HostReport, MAX_TRAFFIC, PlanRequest, RenewRequest, ReportAck, ServerList, TableRequest,
-    TrafficReport, method,
+    BlobRequest, GatewayNote, HostReport, MAX_TRAFFIC, PROBED_AT_ONCE, PlanRequest, RenewRequest, ReportAck,
+    RoundTripAck, RoundTripReport, ServerList, TableRequest, TrafficReport, method,
 };
-use nexus_model::{ApiError, Name};
+use nexus_model::{ApiError, Name, Object};
 use nexus_store::embedded::{PeerRef, Peers};
 use nexus_store::{GroupId, PeerError, Store as _};
 use nexus_wire::{Caller, Client, Pool, Refusal, Server, ServerBuilder, WireError, code};
@@ -175,7 +178,7 @@ fn allowed(caller: &Caller, called: &str) -> bool {
         method::WORKLOAD_CERTIFICATE | method::WORKLOAD_TOKEN | method::WORKLOAD_KEYS | method::WORKLOAD_SECRET => {
             role == Role::Agent
         }
-        method::TABLE | method::GATEWAY_NOTE | method::TRAFFIC => role == Role::Gateway,
+        method::TABLE | method::GATEWAY_NOTE | method::TRAFFIC | method::ROUND_TRIPS => role == Role::Gateway,
         method::BLOB_GET => matches!(role, Role::Agent | Role::Server),
         method::SERVERS | method::RENEW => matches!(role, Role::Agent | Role::Gateway | Role::Server),
         _ => role == Role::Server,
@@ -317,6 +320,7 @@ pub fn server(
                 }))
             }
         });
+    let builder = round_trips(builder, region, view, fleet);
     let (get, put, has) = (blobs.clone(), blobs.clone(), blobs.clone());
     let builder = workloads::methods(fleet_methods(builder, env, fleet, authority), workloads);
     let builder = secrets::methods(builder, secrets);
@@ -333,6 +337,36 @@ pub fn server(
             let blobs = has.clone();
             async move { Ok(blobs.size(request.digest)) }
         })
+}
+
+/// What gateways measure, and which hosts they are to measure next.
+fn round_trips(builder: ServerBuilder, region: &Arc<Region>, view: &View, fleet: &Fleet) -> ServerBuilder {
+    let (region, view, fleet) = (region.clone(), view.clone(), fleet.clone());
+    builder.unary(method::ROUND_TRIPS, move |caller, report: RoundTripReport| {
+        let own = role_of(&caller).is_some_and(|(_, name)| report.gateway == *name.as_str());
+        let after = report.after.clone();
+        let heard = if own {
+            region.round_trips(report).map_err(|error| match error {
+                ReportError::NotLeader { leader } => {
+                    Refusal::not_leader(leader.and_then(|node| fleet.wire_of(node)).map(|e| e.to_string()))
+                }
+                _ => Refusal::new(code::DRAINING, "the writer's queue is full"),
+            })
+        } else {
+            Err(Refusal::new(code::FORBIDDEN, format!("this certificate is not gateway {}'s", report.gateway)))
+        };
+        let answer = heard.map(|()| RoundTripAck { hosts: view.read(|world| next_hosts(world, after.as_ref())) });
+        async move { answer }
+    })
+}
+
+/// Some hosts in the order of their names, from the one after `after` on and round.
+fn next_hosts(world: &World, after: Option<&Name>) -> Vec<(Name, SocketAddr)> {
+    let living = |host: &&Object<Host>| host.status.state != HostState::Dead;
+    let all = || world.hosts.live.values().filter(living).map(|h| (h.metadata.name.clone(), h.spec.address));
+    let later = all().filter(|(name, _)| after.is_none_or(|after| name > after));
+    let earlier = all().filter(|(name, _)| after.is_some_and(|after| name <= after));
+    later.chain(earlier).take(PROBED_AT_ONCE).collect()
 }
 
 /// Where all servers are, and certificates: with a later end, and when gateways' end.

@@ -1,0 +1,246 @@
+//! Placement and the care of hosts, by the real binary on a local cloud: the guides' commands, latency over a way that takes
+//! its time, a storage class's folder, a rebalance. Needs root.
+
+#[allow(dead_code)] // The end-to-end tests use the rest.
+#[path = "e2e/cloud.rs"]
+mod cloud;
+#[path = "e2e/delay.rs"]
+mod delay;
+#[path = "e2e/guide.rs"]
+mod guide;
+#[allow(dead_code)]
+#[path = "e2e/images.rs"]
+mod images;
+
+use std::collections::BTreeMap;
+use std::net::Ipv6Addr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cloud::Cloud;
+use serde_json::{Value, json};
+
+/// A block of a guide may wait for instances.
+const BLOCK: &str = "240";
+
+/// One cloud at a time is enough for a small machine.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Two zones of two hosts; those of zone-a have GPUs and a fast disk.
+fn small_cloud() -> Cloud {
+    assert!(nix::unistd::geteuid().is_root(), "a local cloud makes namespaces: run this as root");
+    let cloud = Cloud::up(&[
+        "--zones",
+        "2",
+        "--class",
+        "zone-a:gpu-v100=2",
+        "--storage-class",
+        "zone-a:high-iops=1Gi",
+        "--timeout",
+        "120",
+    ]);
+    images::busybox(&cloud.path(""));
+    cloud
+}
+
+/// Runs a script as a guide's reader would.
+fn sh(cloud: &Cloud, script: &str) -> String {
+    let bin = cloud.path("bin");
+    if !bin.exists() {
+        std::fs::create_dir(&bin).unwrap();
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_nexus"), bin.join("nexus")).unwrap();
+    }
+    let mut command = Command::new("timeout");
+    command.arg(BLOCK).args(["sh", "-euc", script]).current_dir(cloud.path(""));
+    command.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default()));
+    command.env("IMAGE", cloud.path("busybox")).env("HOME", cloud.path(""));
+    command.env("NEXUS_CONFIG", cloud.path("context.json")).env_remove("CNX_URL").env_remove("CNX_TOKEN");
+    let output = command.output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}\n{script}\n--- out\n{out}\n--- err\n{err}", output.status);
+    format!("{out}{err}")
+}
+
+/// Runs a guide's blocks, and tells `after` each of its sections what they printed.
+fn follow(cloud: &Cloud, guide: &str, at_least: usize, mut after: impl FnMut(&str, &str)) {
+    for (heading, blocks) in guide::sections(guide, at_least) {
+        let mut printed = String::new();
+        for block in blocks {
+            assert_eq!(block.place, None, "this test has one machine");
+            println!("{heading}: {}", block.script);
+            printed.push_str(&sh(cloud, &block.script));
+        }
+        after(&heading, &printed);
+    }
+}
+
+fn host(cloud: &Cloud, name: &str) -> Value {
+    cloud.json(&["get", "host", name])
+}
+
+/// How many instances of an app each host has, as far as it has any.
+fn on_hosts(cloud: &Cloud, app: &str) -> BTreeMap<String, usize> {
+    let mut hosts = BTreeMap::new();
+    for instance in cloud.instances(app) {
+        let host = instance["status"]["host"].as_str().unwrap_or("none").to_owned();
+        *hosts.entry(host).or_default() += 1;
+    }
+    hosts
+}
+
+/// The files of storage classes that are in use.
+fn scratch_files(cloud: &Cloud) -> Vec<PathBuf> {
+    let listed =
+        |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).collect::<Vec<_>>();
+    let hosts = listed(&cloud.data_dir().join("data"));
+    hosts.iter().flat_map(|host| listed(&host.join("storage/high-iops"))).collect()
+}
+
+#[test]
+fn the_guide_for_placement_does_what_it_says_and_latency_is_that_of_the_way() {
+    let _turn = turn();
+    let cloud = small_cloud();
+    // Before anything is measured nothing meets a latency: what waits is placed as soon as something is.
+    follow(&cloud, "placement.md", 6, |heading, printed| match heading {
+        "Classes" => {
+            cloud.wait_ready("my-app", 1);
+            let on: Vec<_> = on_hosts(&cloud, "my-app").into_keys().collect();
+            let status = &host(&cloud, &on[0])["status"];
+            assert_eq!(
+                (&status["reservedClasses"], &status["reservedStorage"]),
+                (&json!({"gpu-v100": 1}), &json!({"high-iops": "64Mi"}),)
+            );
+            assert!(on[0].starts_with("zone-a-"), "{on:?}");
+            let files = scratch_files(&cloud);
+            assert!(files.len() == 1 && files[0].to_str().unwrap().contains(&format!("/{}/", on[0])), "{files:?}");
+            assert!(std::fs::metadata(&files[0]).unwrap().len() >= 64 << 20);
+            assert!(printed.ends_with("fast\n"), "{printed}");
+        }
+        "Constraints" => {
+            let (web, cache) = (on_hosts(&cloud, "web"), on_hosts(&cloud, "cache"));
+            assert!(
+                web.keys().any(|h| h.starts_with("zone-a")) && web.keys().any(|h| h.starts_with("zone-b")),
+                "{web:?}"
+            );
+            assert!(cache.keys().all(|host| web.contains_key(host)), "{cache:?}");
+            let batch = cloud.json(&["get", "app", "batch"]);
+            assert!(batch["spec"].get("constraints").is_none(), "{batch}");
+        }
+        "When nothing fits" => {
+            assert!(printed.contains("4 not within 1 us of a gateway (the lowest latency measured is "), "{printed}");
+            assert!(printed.contains("4 without label disk=tape; no host has a label disk"), "{printed}");
+        }
+        "Latency" => assert!(printed.contains("RTT") && printed.contains("gateway: gateway-"), "{printed}"),
+        _ => {}
+    });
+
+    // A host that is far away.
+    let members = cloud.ok(&["local", "list", "-o", "json"]);
+    let members: Vec<Value> = serde_json::from_str(&members).unwrap();
+    let far = members.iter().find(|member| member["name"] == "zone-b-2").unwrap();
+    let address: Ipv6Addr = far["address"].as_str().unwrap().parse().unwrap();
+    let mut machine = address.segments();
+    machine[7] = 1;
+    cloud.ok(&["host", "label", "zone-b-2", "far=yes"]);
+    let relay = delay::Relay::start(far["pid"].as_i64().unwrap(), machine.into(), Duration::from_millis(60));
+    let measured = |cloud: &Cloud| host(cloud, "zone-b-2")["status"]["roundTripUs"].as_u64();
+    let refusal = "1 not within 20 ms of a gateway (the lowest latency measured is ";
+    let nearest = cloud.wait("the delay to be measured", || {
+        let args = ["deploy", "edge", "--image", "my-app", "--dry-run", "--constraints", "label.far=yes, latency<20ms"];
+        let output = cloud.run(&args);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        match said.split_once(refusal) {
+            Some((_, nearest)) if !output.status.success() => Ok(nearest.split(' ').next().unwrap().to_owned()),
+            _ => Err(format!("{said} ({} packets passed)", relay.passed())),
+        }
+    });
+    let nearest: f64 = nearest.parse().unwrap();
+    assert!(nearest >= 60.0, "{nearest} ms");
+    cloud.wait("the host to show it", || match measured(&cloud) {
+        Some(us) if us >= 60_000 => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+    // The others are as near as they were; and so is this one when the way is free again.
+    cloud.ok(&[
+        "deploy",
+        "near",
+        "--image",
+        "my-app",
+        "--replicas",
+        "3",
+        "--spread",
+        "host",
+        "--constraints",
+        "latency<20ms",
+    ]);
+    assert!(!on_hosts(&cloud, "near").contains_key("zone-b-2"));
+    cloud.ok(&["deploy", "edge", "--image", "my-app", "--no-wait", "--constraints", "label.far=yes, latency<20ms"]);
+    drop(relay);
+    cloud.wait_ready("edge", 1);
+    assert_eq!(on_hosts(&cloud, "edge").into_keys().collect::<Vec<_>>(), ["zone-b-2"]);
+
+    // An app of all regions takes its demands to each.
+    let demands = ["--compute-class", "gpu-v100", "--constraints", "latency<20ms", "--storage-class", "high-iops"];
+    cloud.ok(&[&["deploy", "everywhere", "--image", "my-app", "--region", "global"][..], &demands[..]].concat());
+    assert!(on_hosts(&cloud, "everywhere").keys().all(|host| host.starts_with("zone-a-")));
+    cloud.ok(&["delete", "app", "everywhere", "--region", "global"]);
+    cloud.ok(&["delete", "app", "my-app"]);
+    cloud.wait("the writable layer to be gone", || match scratch_files(&cloud) {
+        files if files.is_empty() => Ok(()),
+        files => Err(format!("{files:?}")),
+    });
+    cloud.down();
+}
+
+#[test]
+fn the_guide_for_operating_hosts_does_what_it_says() {
+    let _turn = turn();
+    let cloud = small_cloud();
+    follow(&cloud, "operating-hosts.md", 7, |heading, printed| match heading {
+        "What a host has" => {
+            assert_eq!(host(&cloud, "zone-a-1")["metadata"]["labels"]["disk"], "nvme");
+            assert!(printed.contains("gpu-v100: 2") && printed.contains("high-iops: 1Gi"), "{printed}");
+        }
+        "Cordon" => assert_eq!(host(&cloud, "zone-b-2")["spec"]["cordoned"], true),
+        "Drain" => {
+            assert_eq!(host(&cloud, "zone-b-2")["status"]["reserved"]["instances"], 0);
+            cloud.wait_ready("site", 4);
+            // What can't go anywhere is named.
+            cloud.ok(&["host", "label", "zone-b-1", "only=here"]);
+            let pinned = ["deploy", "pinned", "--image", "site", "--constraints", "label.only=here"];
+            cloud.ok(&pinned);
+            let (_, why) = cloud.fails(&["host", "drain", "zone-b-1", "--timeout", "20s"]);
+            assert!(why.contains("app default/pinned") && why.contains("label only=here"), "{why}");
+            cloud.ok(&["host", "uncordon", "zone-b-1"]);
+            cloud.ok(&["delete", "app", "pinned"]);
+            cloud.wait_ready("site", 4);
+        }
+        "Uncordon" => {
+            assert_eq!(host(&cloud, "zone-b-2")["spec"]["cordoned"], false);
+            assert!(!on_hosts(&cloud, "site").contains_key("zone-b-2"), "nothing moves by itself");
+        }
+        "Rebalance" => {
+            assert!(printed.contains("zone-b-2") && printed.contains("others of its app"), "{printed}");
+            cloud.wait("each host to have one", || {
+                let on = on_hosts(&cloud, "site");
+                let ready = cloud.instances("site").iter().all(|i| i["status"]["ready"] == true);
+                if ready && on.len() == 4 && on.values().all(|n| *n == 1) { Ok(()) } else { Err(format!("{on:?}")) }
+            });
+            assert!(cloud.ok(&["rebalance"]).contains("nothing would stand better elsewhere"));
+            let events = cloud.ok(&["events"]);
+            assert!(events.contains("Rebalanced"), "{events}");
+        }
+        "Remove" => {
+            let left: Vec<_> = cloud.list("hosts").iter().map(|h| h["metadata"]["name"].clone()).collect();
+            assert_eq!(left, ["zone-a-1", "zone-a-2", "zone-b-1"]);
+            cloud.wait_ready("site", 4);
+        }
+        _ => {}
+    });
+    cloud.down();
+}
