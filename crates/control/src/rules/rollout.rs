@@ -394,7 +394,7 @@ fn progress(spec: &Rollout, s: &mut RolloutStatus, seen: &Seen, resumed: bool, n
         Strategy::BlueGreen => s.step >= LEAVING,
         Strategy::Rolling => true,
     };
-    if !(last || !has_stable(s)) {
+    if !last && has_stable(s) {
         return;
     }
     if s.phase != RolloutPhase::Stalled || reached {

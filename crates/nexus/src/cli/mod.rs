@@ -124,7 +124,7 @@ impl Command {
 /// What people do with a cloud.
 #[derive(Debug, Subcommand)]
 pub enum UserCommand {
-    Deploy(deploy::DeployArgs),
+    Deploy(Box<deploy::DeployArgs>),
     Scale(deploy::ScaleArgs),
     Autoscale(autoscale::AutoscaleArgs),
     Rollout(rollout::RolloutArgs),
