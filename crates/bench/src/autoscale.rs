@@ -25,6 +25,9 @@ const VERSION: &str = "0.3.3";
 /// Instances that the mean load needs.
 const MEAN: f64 = 20.0;
 const THRESHOLD: f64 = 0.65;
+/// What is promised of a held-out series, against the rule.
+const MOST_UNDER: f64 = 0.7;
+const MOST_DEARER: f64 = 1.1;
 
 /// Name, folder, file and column of each series; whether the constants were chosen on it.
 const SERIES: [(&str, &str, &str, &str, bool); 3] = [
@@ -101,6 +104,12 @@ pub fn run() -> anyhow::Result<Vec<Row>> {
             (low, high) = if dear { (middle, high) } else { (low, middle) };
         }
         let headroom = outcome(ScaleStrategy::Target, high, &trace);
+        let dearer = ours.instance_minutes as f64 / reactive.instance_minutes as f64;
+        let under = ours.under_minutes as f64 / reactive.under_minutes as f64;
+        ensure!(
+            tuned || (under <= MOST_UNDER && dearer <= MOST_DEARER),
+            "{name}: {under:.2} times the minutes with too few instances at {dearer:.2} times the cost"
+        );
         let kind = if tuned { "tuned on" } else { "held out" };
         let peer = "reactive at 65 %";
         let row = |what: &str, unit, value: f64, theirs: f64| {

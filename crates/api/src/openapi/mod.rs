@@ -117,9 +117,11 @@ mod tests {
         for path in ["/healthz", "/readyz", "/metrics", "/v1/openapi.json", "/v1/status", route::BLOB_TEMPLATE] {
             assert!(has(path, "get"), "{path}");
         }
+        assert!(has(route::SCALE, "post"));
         for (plural, word, verb) in route::VERBS {
             let list = route::collection_template(kind::find(plural).unwrap(), true);
-            let posts = !matches!(verb, route::Verb::Logs | route::Verb::Exec | route::Verb::Reveal);
+            let reads = [route::Verb::Logs, route::Verb::Exec, route::Verb::Reveal, route::Verb::Load];
+            let posts = !reads.contains(&verb);
             assert!(has(&format!("{list}/{{name}}:{word}"), if posts { "post" } else { "get" }), "{word}");
         }
         let mut ids = std::collections::BTreeSet::new();

@@ -52,6 +52,8 @@ pub struct Autoscaler {
     apps: BTreeMap<Uid, Scaled>,
     began: Option<Duration>,
     last: Option<Duration>,
+    /// The second in which histories were last looked over.
+    kept: u64,
 }
 
 impl Autoscaler {
@@ -123,6 +125,9 @@ impl Autoscaler {
     /// Writes histories down that are due, and takes away those of apps that are not scaled any more.
     pub fn keep(&mut self, step: &mut Step<'_>) {
         let seconds = u64::try_from(step.now.as_millis() / 1000).unwrap_or(0);
+        if std::mem::replace(&mut self.kept, seconds) == seconds {
+            return;
+        }
         let today = day_of(seconds);
         let live: std::collections::BTreeSet<Uid> =
             step.world.apps.live.values().filter(|a| a.spec.autoscale.is_some()).map(|a| a.metadata.uid).collect();
