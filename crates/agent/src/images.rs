@@ -60,7 +60,7 @@ enum Part {
 
 impl Part {
     fn read(blobs: &BlobStore, blob: &Aged) -> Result<Self, ImageError> {
-        if blob.size > MAX_MANIFEST && blob.size > MAX_COMPONENT {
+        if blob.size > MAX_COMPONENT {
             return Ok(Self::Piece);
         }
         let mut head = [0; 4];

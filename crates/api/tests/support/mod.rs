@@ -4,6 +4,7 @@
 #![allow(dead_code)] // Each test program uses a part of it.
 
 pub mod cloud;
+pub mod registry;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
@@ -16,10 +17,9 @@ use bytes::Bytes;
 use futures::StreamExt;
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
-use nexus_api::pull::PullEvent;
 use nexus_api::{
     Api, Audit, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations,
-    Operators, ProviderDoor, ProviderRequest, Pull, PullStream, Pulls, Remote, StatusSource, Topology, WebhookDoor,
+    Operators, ProviderDoor, ProviderRequest, Remote, StatusSource, Topology, WebhookDoor,
 };
 use nexus_control::audit::{Heads, Notes};
 use nexus_control::directory::Directory;
@@ -28,7 +28,6 @@ use nexus_env::Env;
 use nexus_iam::TokenSecret;
 use nexus_iam::envelope::{FileKeys, KeyProvider};
 use nexus_iam::jwt::SigningKey;
-use nexus_model::kind::{Blob, ImageSpec};
 use nexus_model::plan::{ExecRequest, LogsRequest};
 use nexus_model::{AnyObject, ApiError, Code, Digest, Name, Timestamp, Uid, key, kind};
 use nexus_store::{
@@ -453,25 +452,6 @@ impl Blobs for MemBlobs {
     }
 }
 
-/// A registry with one image, `registry.example/web:1`, which wants the password `open` when it is asked for one.
-pub struct OneImage;
-
-#[async_trait]
-impl Pulls for OneImage {
-    async fn pull(&self, _: &Name, pull: Pull) -> Result<PullStream, ApiError> {
-        if pull.reference != "registry.example/web:1" {
-            return Err(ApiError::new(Code::NotFound, format!("the registry has no {}", pull.reference)));
-        }
-        if pull.credentials.is_some_and(|data| data.0.get("password").is_none_or(|p| p.expose() != b"open")) {
-            return Err(ApiError::new(Code::Invalid, "the registry refuses these credentials"));
-        }
-        let digest = Digest::of(b"");
-        let found = PullEvent::Found { digest, blobs: 1, size: 0 };
-        let spec = ImageSpec { digest, blobs: vec![Blob { digest, size: 0 }], ..ImageSpec::default() };
-        Ok(futures::stream::iter([found, PullEvent::Image(spec)]).boxed())
-    }
-}
-
 /// Logs are two lines; exec answers with the command, echoes its input in capitals, and exits with 7 when that ends.
 pub struct EchoHost;
 
@@ -696,7 +676,7 @@ impl World {
             master_keys,
             issuer: "https://cloud.test".into(),
             blobs: Arc::new(MemBlobs::default()),
-            pulls: Arc::new(OneImage),
+            pulls: Arc::new(registry::OneImage),
             hosts: Arc::new(EchoHost),
             providers,
             webhooks: Arc::new(Outside),
