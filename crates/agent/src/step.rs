@@ -15,7 +15,9 @@ pub const WELL_AFTER: Duration = Duration::from_secs(60);
 /// What the plan says of the instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
-    Running { epoch: u64 },
+    Running {
+        epoch: u64,
+    },
     /// It has run to its end, and is not to run again: only its output stays.
     Kept,
     Gone,

@@ -737,7 +737,9 @@ async fn a_jobs_instance_runs_once_and_only_its_output_stays() {
     let daemon = host.start(std::slice::from_ref(&plane.at));
     plane.report.borrow_and_update();
     tokio::time::timeout(DEADLINE, plane.report.changed()).await.unwrap().unwrap();
-    plane.instance(uid(1), "has ended, as before", |i| i.phase == InstancePhase::Exited && i.exit_code == Some(3)).await;
+    plane
+        .instance(uid(1), "has ended, as before", |i| i.phase == InstancePhase::Exited && i.exit_code == Some(3))
+        .await;
     assert_eq!(host.runtime.starts_of(uid(1)).len(), 1);
     let kept = InstancePlan { desired: Desired::Gone, kept: true, ..once(1) };
     plane.plan.send_replace(plan(2, [kept]));

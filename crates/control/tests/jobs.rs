@@ -116,7 +116,8 @@ impl Lab {
         let (memory, scratch) = (Bytes(2 << 30), Bytes(10 << 30));
         let capacity = Capacity { cpu: MilliCpu(2000), memory, scratch, instances: 100 };
         let spec = common::host("zone-a", "cell-a", n, capacity);
-        let here: Vec<_> = self.core.world.instances_on(host).filter(|i| i.metadata.deleting.is_none()).cloned().collect();
+        let here: Vec<_> =
+            self.core.world.instances_on(host).filter(|i| i.metadata.deleting.is_none()).cloned().collect();
         let mut instances = Vec::new();
         for i in here {
             let index = i.spec.job.and_then(|j| j.index);
@@ -216,7 +217,13 @@ fn job() -> JobSpec {
 }
 
 fn cron(schedule: &str) -> CronJobSpec {
-    CronJobSpec { schedule: schedule.into(), successful_history: 100, failed_history: 100, job: job(), ..CronJobSpec::default() }
+    CronJobSpec {
+        schedule: schedule.into(),
+        successful_history: 100,
+        failed_history: 100,
+        job: job(),
+        ..CronJobSpec::default()
+    }
 }
 
 #[test]
@@ -311,7 +318,8 @@ fn a_deadline_and_a_cancel_end_what_runs() {
 fn what_runs_on_a_dead_or_drained_host_runs_again_and_what_succeeded_there_counts() {
     let mut lab = Lab::new();
     lab.work = Box::new(|_, index, before| (if index == Some(0) { S } else { 8 * S * (before as u32 + 1) }, 0));
-    lab.create::<Job>("parts", JobSpec { completions: 4, parallelism: 4, indexed: true, backoff_limit: 0, ..job() }).unwrap();
+    lab.create::<Job>("parts", JobSpec { completions: 4, parallelism: 4, indexed: true, backoff_limit: 0, ..job() })
+        .unwrap();
     lab.pass(3 * S);
     assert_eq!(lab.job("parts").status.completed_indexes, "0");
     let host_of = |lab: &Lab, index| {
@@ -329,7 +337,11 @@ fn what_runs_on_a_dead_or_drained_host_runs_again_and_what_succeeded_there_count
     assert_ne!(host_of(&lab, 1), drained);
     lab.pass(40 * S);
     let job = lab.job("parts");
-    assert_eq!((job.status.phase, job.status.succeeded, job.status.failed), (JobPhase::Complete, 4, 0), "{lost} were lost");
+    assert_eq!(
+        (job.status.phase, job.status.succeeded, job.status.failed),
+        (JobPhase::Complete, 4, 0),
+        "{lost} were lost"
+    );
     assert_eq!(lab.starts.iter().filter(|(_, i)| *i == Some(0)).count(), 1, "a success is kept");
     assert!(lab.starts.iter().filter(|(_, i)| *i == Some(1)).count() >= 3);
     // The dead host returns and tells of an end that is nobody's any more.
@@ -399,7 +411,8 @@ fn a_cron_job_follows_the_clocks_of_its_zone_over_their_change() {
     lab.steps(Duration::from_secs(3 * 86_400), Duration::from_secs(10));
     // Their TTL of a day took the first ones; the last are there.
     assert_eq!(lab.due().last().unwrap(), "03-31T00:30");
-    let all: Vec<_> = lab.starts.iter().map(|(job, _)| job.rsplit_once('-').unwrap().1.parse::<i64>().unwrap()).collect();
+    let all: Vec<_> =
+        lab.starts.iter().map(|(job, _)| job.rsplit_once('-').unwrap().1.parse::<i64>().unwrap()).collect();
     let at = |text: &str| serde_json::from_value::<Timestamp>(json!(text)).unwrap().as_millis() / 60_000;
     assert_eq!(all, ["2025-03-29T01:30:00Z", "2025-03-30T01:00:00Z", "2025-03-31T00:30:00Z"].map(at));
     assert_eq!(lab.cron("nightly").status.missed, 0);
@@ -435,7 +448,8 @@ fn runs_that_were_missed_while_nobody_led_are_made_up_for_as_asked() {
     }
     // However many were missed, a few are made up for.
     let mut lab = Lab::new();
-    let spec = CronJobSpec { missed: Missed::All, starting_deadline_seconds: MAX_STARTING_DEADLINE, ..cron("* * * * *") };
+    let spec =
+        CronJobSpec { missed: Missed::All, starting_deadline_seconds: MAX_STARTING_DEADLINE, ..cron("* * * * *") };
     lab.create::<CronJob>("often", spec).unwrap();
     lab.at = Duration::from_secs(86_400 + 30);
     lab.change_leader();

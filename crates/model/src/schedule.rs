@@ -20,7 +20,8 @@ use jiff::{Span, Timestamp as Moment, ToSpan as _};
 use crate::Timestamp;
 
 /// What every expression matches that is taken.
-pub const SCHEDULE_PATTERN: &str = r"^(@(hourly|daily|midnight|weekly|monthly|yearly|annually)|[-0-9A-Za-z*,/#?]+( [-0-9A-Za-z*,/#?]+){4})$";
+pub const SCHEDULE_PATTERN: &str =
+    r"^(@(hourly|daily|midnight|weekly|monthly|yearly|annually)|[-0-9A-Za-z*,/#?]+( [-0-9A-Za-z*,/#?]+){4})$";
 /// What every name of a time zone matches.
 pub const ZONE_PATTERN: &str = "^[A-Za-z][A-Za-z0-9_+/-]*$";
 
@@ -86,7 +87,9 @@ impl Schedule {
         let mut at = Moment::from_millisecond(after.as_millis()).ok()?;
         // A period that a run falls out of is passed over; nobody changes clocks more often than that.
         let mut from = wall(at, self.offset(at))?.checked_add(1.nanosecond()).ok()?;
-        if !self.hourly && let Some(last) = self.shown_already(at) {
+        if !self.hourly
+            && let Some(last) = self.shown_already(at)
+        {
             from = from.max(last);
         }
         for _ in 0..400 {
@@ -243,7 +246,9 @@ mod tests {
 
     #[test]
     fn every_run_is_a_wall_time_of_the_expression_over_years_and_zones() {
-        for zone in ["UTC", "America/New_York", "Asia/Kathmandu", "America/Sao_Paulo", "Africa/Casablanca", "Pacific/Apia"] {
+        for zone in
+            ["UTC", "America/New_York", "Asia/Kathmandu", "America/Sao_Paulo", "Africa/Casablanca", "Pacific/Apia"]
+        {
             let found = runs("0 12 * * *", zone, "2010-01-01T12:00:00Z", "2012-06-01T12:00:00Z");
             let days = if zone == "Pacific/Apia" { 881 } else { 882 };
             assert!(found.len().abs_diff(days) <= 1, "{zone}: {} days", found.len());
@@ -264,10 +269,15 @@ mod tests {
         assert_eq!(leap.next(at("2025-01-01T00:00:00Z")), Some(at("2028-02-29T00:00:00Z")));
         assert_eq!(Schedule::new("0 0 30 2 *", "UTC").unwrap_err(), ScheduleError::Never);
         assert_eq!(Schedule::new("0 0 * * *", "Mars/Olympus").unwrap_err(), ScheduleError::Zone);
-        for wrong in ["", "* * * *", "* * * * * *", "60 * * * *", "a b c d e", "@sometimes", "*  * * * *", "* * * * *\n"] {
+        for wrong in
+            ["", "* * * *", "* * * * * *", "60 * * * *", "a b c d e", "@sometimes", "*  * * * *", "* * * * *\n"]
+        {
             assert!(matches!(Schedule::new(wrong, "UTC"), Err(ScheduleError::Expression(_))), "{wrong:?}");
         }
-        assert_eq!(runs("@daily", "UTC", "2025-01-01T00:00:00Z", "2025-01-03T00:00:00Z"), ["01-02T00:00", "01-03T00:00"]);
+        assert_eq!(
+            runs("@daily", "UTC", "2025-01-01T00:00:00Z", "2025-01-03T00:00:00Z"),
+            ["01-02T00:00", "01-03T00:00"]
+        );
         let friday = runs("15 9 * * FRI", "America/New_York", "2025-01-01T00:00:00Z", "2025-01-15T00:00:00Z");
         assert_eq!(friday, ["01-03T14:15", "01-10T14:15"]);
     }

@@ -99,7 +99,11 @@ fn failures(cloud: &Cloud) {
 }
 
 fn cancelled(cloud: &Cloud) {
-    assert!(run_job(cloud, "long", &["--parallelism", "2", "--completions", "2"], "exec /bin/busybox sleep 600").status.success());
+    assert!(
+        run_job(cloud, "long", &["--parallelism", "2", "--completions", "2"], "exec /bin/busybox sleep 600")
+            .status
+            .success()
+    );
     cloud.wait("two instances to run", || {
         let running = cloud.instances("long").iter().filter(|i| i["status"]["phase"] == "Running").count();
         if running == 2 { Ok(()) } else { Err(format!("{running}")) }

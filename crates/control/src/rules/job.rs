@@ -53,7 +53,8 @@ pub fn refuse_more(world: &World, project: &Name) -> Result<(), ApiError> {
     if world.jobs.within(project).count() < PER_PROJECT {
         return Ok(());
     }
-    let detail = format!("project {project} has {PER_PROJECT} jobs here, which is the most: delete some that have finished");
+    let detail =
+        format!("project {project} has {PER_PROJECT} jobs here, which is the most: delete some that have finished");
     Err(ApiError::new(Code::QuotaExceeded, detail))
 }
 
@@ -169,7 +170,8 @@ fn verdict(job: &Object<Job>, now: Timestamp) -> Option<(JobPhase, &'static str,
     }
     let deadline = spec.active_deadline_seconds?;
     if now >= s.started?.plus(Duration::from_secs(deadline.into())) {
-        let message = format!("it had not finished after {deadline} s; {} of {} succeeded", s.succeeded, spec.completions);
+        let message =
+            format!("it had not finished after {deadline} s; {} of {} succeeded", s.succeeded, spec.completions);
         return Some((JobPhase::Failed, "DeadlineExceeded", message));
     }
     None
@@ -305,7 +307,8 @@ fn make_instance(
         Some(index) => format!("{stem}-{index}-{}", uid.short()),
         None => format!("{stem}-{}", uid.short()),
     };
-    let mut metadata = step.new_metadata(name.parse().expect("a name, digits and hyphens"), job.metadata.project.clone());
+    let mut metadata =
+        step.new_metadata(name.parse().expect("a name, digits and hyphens"), job.metadata.project.clone());
     metadata.uid = uid;
     metadata.owner = Some(job.owner_ref());
     metadata.labels = job.metadata.labels.clone();

@@ -108,7 +108,8 @@ impl Kind for Instance {
     const KIND: &'static str = "Instance";
     const PLURAL: &'static str = "instances";
     const SHORT: &'static [&'static str] = &["inst"];
-    const ABOUT: &'static str = "One placed replica of an app, or one try of a job. Deleting it makes its owner place another.";
+    const ABOUT: &'static str =
+        "One placed replica of an app, or one try of a job. Deleting it makes its owner place another.";
     const SCOPE: Scope = Scope::Project;
     const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs { create: false, update: false, delete: true };

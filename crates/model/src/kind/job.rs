@@ -143,7 +143,8 @@ impl Kind for Job {
     const KIND: &'static str = "Job";
     const PLURAL: &'static str = "jobs";
     const SHORT: &'static [&'static str] = &[];
-    const ABOUT: &'static str = "Work that runs to its end: how often, how much at once, and what happens when it fails.";
+    const ABOUT: &'static str =
+        "Work that runs to its end: how often, how much at once, and what happens when it fails.";
     const SCOPE: Scope = Scope::Project;
     const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs::ALL;
@@ -274,7 +275,10 @@ mod tests {
         let parse = crate::kind::find("job").unwrap().parse_spec;
         let field = |spec| parse(&spec).unwrap_err()[0].field.clone();
         assert_eq!(field(json!({"template": {"image": "none"}})), "spec.template.image");
-        assert_eq!(field(json!({"template": {"image": "a", "resources": {"cpu": "0"}}})), "spec.template.resources.cpu");
+        assert_eq!(
+            field(json!({"template": {"image": "a", "resources": {"cpu": "0"}}})),
+            "spec.template.resources.cpu"
+        );
         assert_eq!(field(json!({"template": {"image": "a", "runtime": "function"}})), "spec.template.runtime");
         assert_eq!(field(json!({"template": {"image": "a"}, "completions": 0})), "spec.completions");
         assert!(parse(&json!({"template": {"image": "a"}})).is_ok());

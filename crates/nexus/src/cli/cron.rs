@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 
 use super::cloud::{Cloud, CloudArgs, text};
 use super::job::{self, WorkArgs};
-use super::resource::{self, new_name};
 use super::output;
+use super::resource::{self, new_name};
 use crate::exit::Fail;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -133,8 +133,9 @@ pub async fn run(args: &CronArgs) -> anyhow::Result<()> {
 }
 
 async fn create(args: &CreateArgs) -> anyhow::Result<()> {
-    let schedule = Schedule::new(&args.schedule, &args.time_zone)
-        .map_err(|e| Fail::usage(format!("{}: {e}", if e.field() == "timeZone" { "--time-zone" } else { "--schedule" })))?;
+    let schedule = Schedule::new(&args.schedule, &args.time_zone).map_err(|e| {
+        Fail::usage(format!("{}: {e}", if e.field() == "timeZone" { "--time-zone" } else { "--schedule" }))
+    })?;
     let cloud = Cloud::connect(&args.cloud)?;
     let spec = CronJobSpec {
         schedule: args.schedule.clone(),

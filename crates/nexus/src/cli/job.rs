@@ -181,7 +181,8 @@ pub async fn make(cloud: &Cloud, kind: &'static KindDescriptor, name: &Name, obj
         Ok(put) => Ok(put.object),
         Err(e) if is_code(&e, "precondition-failed") || is_code(&e, "already-exists") => {
             let title = resource::title(kind, name.as_str());
-            Err(Fail::conflict(format!("{title} exists already: choose another name, or `nexus delete {title}` first")).into())
+            Err(Fail::conflict(format!("{title} exists already: choose another name, or `nexus delete {title}` first"))
+                .into())
         }
         Err(e) => Err(e.into()),
     }
@@ -233,7 +234,9 @@ pub async fn wait(cloud: &Cloud, made: Value, timeout: Duration) -> anyhow::Resu
             tokio::time::sleep(LOOK).await;
             match cloud.find(&path).await {
                 Ok(Some(newer)) if newer["metadata"]["uid"] == made["metadata"]["uid"] => last = newer,
-                Ok(_) => return Err(anyhow::Error::from(Fail::new(Exit::Failed, format!("{title} was deleted meanwhile")))),
+                Ok(_) => {
+                    return Err(anyhow::Error::from(Fail::new(Exit::Failed, format!("{title} was deleted meanwhile"))));
+                }
                 // A server that is away comes back, or the time runs out.
                 Err(e) if e.exit() == Exit::Unavailable => {}
                 Err(e) => return Err(e.into()),

@@ -32,7 +32,8 @@ pub fn state(object: &Value) -> String {
     let status = &object["status"];
     let phase = status["phase"].as_str().unwrap_or("Unknown");
     let count = |key: &str| status[key].as_u64();
-    match (count("readyReplicas"), count("desiredReplicas"), count("succeeded"), object["spec"]["completions"].as_u64()) {
+    match (count("readyReplicas"), count("desiredReplicas"), count("succeeded"), object["spec"]["completions"].as_u64())
+    {
         (Some(ready), Some(wanted), ..) => format!("{phase}, {ready} of {wanted} ready"),
         (.., Some(done), Some(wanted)) => {
             let (active, failed) = (count("active").unwrap_or(0), count("failed").unwrap_or(0));

@@ -92,7 +92,9 @@ pub fn placed(view: &View, fleet: &Fleet, host: &Name, instance: Uid) -> Result<
     }
     let found = view.read(|world| {
         let here = world.instance(instance).filter(|i| i.status.host.as_ref() == Some(host))?;
-        let runs = here.metadata.deleting.is_none() && here.status.phase != InstancePhase::Lost && here.status.finished.is_none();
+        let runs = here.metadata.deleting.is_none()
+            && here.status.phase != InstancePhase::Lost
+            && here.status.finished.is_none();
         runs.then(|| here.clone())
     });
     found.ok_or_else(|| {
