@@ -161,7 +161,7 @@ pub struct World {
     /// Each project's events, oldest first.
     pub event_order: BTreeMap<Name, VecDeque<Name>>,
     /// Living objects that are to be looked at although nothing happens to them, by when.
-    pub(crate) timers: BTreeSet<(Timestamp, Dirty)>,
+    pub timers: BTreeSet<(Timestamp, Dirty)>,
     /// Only in a view's world: hosts whose plans changed since they were last taken.
     pub replanned: Option<BTreeSet<Name>>,
     /// Only in the writer's world: hosts whose last report was no news of any instance, with that report's fingerprint. As
