@@ -104,6 +104,7 @@ pub async fn images(cloud: &CloudArgs, names: &[String]) -> anyhow::Result<()> {
         no_wait: true,
         timeout: 60,
         ignore_not_found: false,
+        callback: CallbackArgs::default(),
         cloud: cloud.clone(),
     };
     run(&args).await
