@@ -151,6 +151,7 @@ fn what_happens_is_told_signed_and_none_of_it_is_lost_with_a_server_or_while_nob
     });
     cloud.ok(&["delete", "webhook", "ci"]);
     the_guide_is_followed(&cloud);
+    drop(receiver);
     cloud.down();
 }
 

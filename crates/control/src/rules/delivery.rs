@@ -210,7 +210,7 @@ pub(crate) fn await_end(step: &mut Step<'_>, intent: &Intent, accepted: &Accepte
 enum Look {
     NotYet,
     /// The object, unless nothing is left of it.
-    Settled(Option<AnyObject>),
+    Settled(Option<Box<AnyObject>>),
     /// The object is not there any more, though nobody asked for that.
     Gone,
 }
@@ -226,7 +226,7 @@ fn look<K: Stored>(world: &World, project: &Name, regarding: &OwnerRef, deleted:
         Some(object) => {
             let object = object.to_any();
             let settled = is_settled(&object.status, object.metadata.generation);
-            if settled { Look::Settled(Some(object)) } else { Look::NotYet }
+            if settled { Look::Settled(Some(Box::new(object))) } else { Look::NotYet }
         }
     }
 }
@@ -246,7 +246,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     }
 }
 
-fn release(step: &mut Step<'_>, mut delivery: Object<Delivery>, outcome: &str, object: Option<AnyObject>) {
+fn release(step: &mut Step<'_>, mut delivery: Object<Delivery>, outcome: &str, object: Option<Box<AnyObject>>) {
     let spec = &mut delivery.spec;
     spec.kind = DeliverySpec::type_of(&spec.regarding.kind, outcome);
     spec.time = step.now;
