@@ -35,8 +35,7 @@ struct Group {
 
 impl Group {
     fn new(region: &str, rows: BTreeMap<String, KeyValue>, revision: u64) -> Self {
-        let mut world = World::default();
-        world.part = Part::Region;
+        let mut world = World { part: Part::Region, ..World::default() };
         rows.values().for_each(|kv| world.take_in(kv).unwrap());
         let cell = name(&format!("{region}-cell"));
         let zone = name(&format!("{region}-zone"));
