@@ -14,6 +14,7 @@ use nexus_env::{Endpoint, Env, on_disk};
 use nexus_iam::tls::{self, ExpiryPolicy, Policy};
 use nexus_iam::{Role, SpiffeId};
 use nexus_model::kind::{HostSpec, Runtime};
+use nexus_network::firewall::Firewall;
 use nexus_network::{HostNet, InstanceNet};
 use nexus_wire::ServerBook;
 use tokio::task::JoinSet;
@@ -57,7 +58,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
                 dir: dir.join("containers"),
                 exe: exe.clone(),
                 cgroup_parent: std::path::Path::new("/").join(&config.cgroup_parent),
-                nameservers: Vec::new(),
+                nameservers: vec![nexus_network::NAMESERVER.into()],
                 limits: UnpackLimits::default(),
             };
             let containers = ContainerRuntime::new(containers, keep.clone(), blobs.clone(), env.clock.clone())?;
@@ -81,6 +82,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let engines = Engines {
         images: Arc::new(WireImages::new(&env, client_tls.clone(), servers.clone(), blobs)),
         net: Arc::new(InstanceNet::new(config.run_dir.join("netns"))),
+        firewall: Some(Firewall::own()),
         runtimes,
         keep,
     };
