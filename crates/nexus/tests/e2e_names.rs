@@ -13,7 +13,7 @@ mod images;
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
@@ -29,12 +29,39 @@ fn text(value: &Value) -> String {
 
 /// What a command in the only instance of a project's `client` says; an error says why it failed.
 fn client(cloud: &Cloud, project: &str, words: &[&str]) -> Result<String, String> {
-    let mut all = vec!["exec", "--project", project, "client", "--", "/bin/busybox"];
+    let mut all = vec!["exec", "--project", project, "client", "--"];
+    if !words[0].starts_with('/') {
+        all.push("/bin/busybox");
+    }
     all.extend(words);
     let output = cloud.run(&all);
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said).into_owned();
     if output.status.success() { Ok(said) } else { Err(said) }
+}
+
+/// Busybox's server, and this Debian's own curl and getent, which ask for names as nearly all programs do: by glibc.
+fn image(dir: &Path) -> PathBuf {
+    let layout = images::busybox(dir);
+    let (image, bundle) = (format!("{}:latest", layout.display()), dir.join("bundle"));
+    let umoci = |verb: &str| {
+        let done = Command::new("umoci").args([verb, "--image", &image]).arg(&bundle).status();
+        assert!(done.unwrap().success(), "umoci {verb}");
+    };
+    umoci("unpack");
+    let copy = |file: &Path| {
+        let to = bundle.join("rootfs").join(file.strip_prefix("/").unwrap());
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        std::fs::copy(file, to).unwrap();
+    };
+    for program in ["/usr/bin/curl", "/usr/bin/getent"] {
+        copy(Path::new(program));
+        let needed = Command::new("ldd").arg(program).output().unwrap();
+        let needed = String::from_utf8(needed.stdout).unwrap();
+        needed.split_whitespace().filter(|word| word.starts_with('/')).for_each(|file| copy(Path::new(file)));
+    }
+    umoci("repack");
+    layout
 }
 
 /// The machine's other address while the test runs, and a server of HTTP on it, which remembers who came.
@@ -93,7 +120,7 @@ fn process(mark: &str) -> Option<i32> {
 /// The same without any server: from this machine, within the container's root and network.
 fn within(pid: i32, words: &[&str]) -> Result<String, String> {
     let mut command = Command::new("nsenter");
-    command.args(["--target", &pid.to_string(), "--net", "--root", "--wd", "/bin/busybox"]).args(words);
+    command.args(["--target", &pid.to_string(), "--net", "--root", "--wd"]).args(words);
     let output = command.stdin(Stdio::null()).output().unwrap();
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     if output.status.success() { Ok(said) } else { Err(said) }
@@ -102,7 +129,7 @@ fn within(pid: i32, words: &[&str]) -> Result<String, String> {
 #[test]
 fn apps_find_each_other_by_name_and_projects_are_apart() {
     let files = tempfile::tempdir().unwrap();
-    let layout = images::busybox(files.path());
+    let layout = image(files.path());
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
     the_guide_is_followed(&cloud, &layout);
     cloud.ok(&["deploy", "client", "--env", "MARK=names-shop"]);
@@ -121,8 +148,10 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
     }
     for name in ["web", "web.default", "web.default.internal"] {
         let url = format!("http://{name}/");
-        let page = cloud.wait(name, || client(&cloud, "default", &["wget", "-T", "3", "-q", "-O", "-", &url]));
+        let page = cloud.wait(name, || client(&cloud, "default", &["/usr/bin/curl", "-sS", "-m", "5", &url]));
         assert_eq!(page, images::PAGE);
+        let told = client(&cloud, "default", &["/usr/bin/getent", "ahosts", name]).unwrap();
+        assert!(told.contains(&text(&far["status"]["address6"])), "{name}: {told}");
     }
     let direct = format!("http://{}/", text(&far["status"]["address4"]));
     assert_eq!(client(&cloud, "default", &["wget", "-T", "3", "-q", "-O", "-", &direct]).unwrap(), images::PAGE);
@@ -211,7 +240,7 @@ fn servers_are_killed(cloud: &Cloud, us: &Value, webs: &[Value]) {
         cloud.ok(&["local", "kill", server]);
     }
     let resolves = || {
-        let said = within(pid, &["nslookup", "web.default.internal"])?;
+        let said = within(pid, &["/usr/bin/getent", "ahosts", "web.default.internal"])?;
         let all = webs.iter().all(|w| said.contains(&text(&w["status"]["address4"])));
         if all { Ok(()) } else { Err(said) }
     };
@@ -219,7 +248,7 @@ fn servers_are_killed(cloud: &Cloud, us: &Value, webs: &[Value]) {
     let agent = format!("agent@{}", text(&us["status"]["host"]));
     cloud.ok(&["local", "kill", &agent]);
     // Asked while nobody answers: it is asked again until somebody does.
-    let asking = std::thread::spawn(move || within(pid, &["wget", "-T", "30", "-q", "-O", "-", "http://web/"]));
+    let asking = std::thread::spawn(move || within(pid, &["/usr/bin/curl", "-sS", "-m", "60", "http://web/"]));
     std::thread::sleep(std::time::Duration::from_millis(500));
     cloud.ok(&["local", "start", &agent]);
     assert_eq!(asking.join().unwrap().unwrap(), images::PAGE);
