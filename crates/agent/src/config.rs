@@ -10,6 +10,7 @@ use nexus_compute::keep::Keep;
 use nexus_model::kind::{HostSpec, Runtime};
 use nexus_model::plan::ImagePlan;
 use nexus_model::{Digest, Name, Timestamp, Uid};
+use nexus_network::firewall::Firewall;
 use nexus_wire::ServerBook;
 use rustls::pki_types::CertificateDer;
 
@@ -63,6 +64,8 @@ pub struct Engines {
     pub runtimes: BTreeMap<Runtime, Arc<dyn nexus_compute::Runtime>>,
     pub images: Arc<dyn ImageFetcher>,
     pub net: Arc<dyn InstancePlug>,
+    /// What instances' packets pass by, and the host on which names are answered; without it, neither.
+    pub firewall: Option<Firewall>,
     /// Tells when some process may have ended.
     pub keep: Arc<dyn Keep>,
 }

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentConfig, AgentError, Engines, IdentityConfig};
+use crate::fabric::Fabric;
 use crate::identity::issuer::WireIssuer;
 use crate::identity::{Identities, keys};
 use crate::observer::{Observer, View};
@@ -72,12 +73,19 @@ pub async fn run(
         }
         None => None,
     };
+    let fabric = match engines.firewall.clone() {
+        Some(firewall) => {
+            Some(Fabric::start(firewall, &env, &config, servers.clone(), planned.clone(), &mut tasks).await)
+        }
+        None => None,
+    };
     let shared = Arc::new(Shared {
         env: env.clone(),
         observer: Observer::new(engines.runtimes.clone(), engines.keep.clone()),
         engines: engines.clone(),
         identities,
         secrets,
+        fabric,
         handle: config.handle.clone(),
         logs_dir,
         starts: Semaphore::new(STARTS_AT_ONCE),

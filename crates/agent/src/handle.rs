@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nexus_model::Uid;
 use nexus_model::kind::InstancePhase;
 use nexus_model::plan::InstanceReport;
+use nexus_network::names::serve::Counts;
 use tokio::sync::Notify;
 
 /// A view of a running daemon. Cloning is cheap, and all clones see the same daemon.
@@ -20,6 +21,7 @@ pub struct AgentHandle {
 struct Inner {
     facts: Mutex<AgentSnapshot>,
     changed: Notify,
+    names: OnceLock<Arc<Counts>>,
 }
 
 /// What is true of the daemon at one moment.
@@ -98,7 +100,20 @@ impl AgentHandle {
             let count = facts.instances.values().filter(|i| i.phase == phase).count();
             let _ = writeln!(out, "nexus_agent_instances{{phase=\"{phase:?}\"}} {count}");
         }
+        if let Some(counts) = self.inner.names.get() {
+            let name = "nexus_agent_dns_questions_total";
+            let _ =
+                writeln!(out, "# HELP {name} Questions of instances for names, by their end.\n# TYPE {name} counter");
+            for (end, count) in counts.all() {
+                let _ = writeln!(out, "{name}{{end=\"{end}\"}} {count}");
+            }
+        }
         out
+    }
+
+    /// Says where the questions of instances for names are counted. Once.
+    pub(crate) fn answers_names(&self, counts: Arc<Counts>) {
+        let _ = self.inner.names.set(counts);
     }
 
     fn lock(&self) -> MutexGuard<'_, AgentSnapshot> {

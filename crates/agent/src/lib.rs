@@ -12,6 +12,7 @@
 mod ahead;
 mod config;
 mod daemon;
+mod fabric;
 mod handle;
 mod health;
 mod identity;

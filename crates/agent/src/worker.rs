@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::AgentHandle;
 use crate::config::Engines;
+use crate::fabric::Fabric;
 use crate::health;
 use crate::identity::{Identities, Identity};
 use crate::observer::{Observer, View};
@@ -44,6 +45,7 @@ pub(crate) struct Shared {
     pub observer: Observer,
     pub identities: Option<Arc<Identities>>,
     pub secrets: Option<Arc<Secrets>>,
+    pub fabric: Option<Fabric>,
     pub handle: AgentHandle,
     pub logs_dir: PathBuf,
     /// Starts at once.
@@ -548,6 +550,9 @@ async fn begin(shared: &Shared, plan: &InstancePlan, identity: &mut Option<Ident
     shared.engines.images.ensure(&plan.image).await.map_err(|e| e.to_string())?;
     let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
     runtime.prepare(plan.image.digest).await.map_err(|e| e.to_string())?;
+    if let Some(fabric) = &shared.fabric {
+        fabric.guards(plan.uid).await?;
+    }
     let netns = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await.map_err(|e| e.to_string())?;
     let sandbox = Sandbox {
         uid: plan.uid,

@@ -11,13 +11,15 @@ use std::time::Duration;
 
 use nexus_model::kind::*;
 use nexus_model::plan::{
-    Backend, Desired, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RemoteRegion, RoutingTable, Service, Split,
-    TableRoute,
+    Backend, Desired, HostNames, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RemoteRegion, RoutingTable, Service,
+    Split, TableRoute,
 };
 use nexus_model::{Name, Object, Uid, key};
 use nexus_store::{RangeRequest, Revision, Store, StoreError, WatchEvent};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+mod names;
 
 use crate::ahead;
 use crate::rules::app::hostnames;
@@ -41,6 +43,7 @@ struct State {
     region: Option<Name>,
     world: World,
     plans: BTreeMap<Name, watch::Sender<Arc<HostPlan>>>,
+    names: BTreeMap<Name, watch::Sender<Arc<HostNames>>>,
 }
 
 /// A server's view of the committed state. Cheap to clone.
@@ -110,6 +113,19 @@ impl View {
         let plan = build_plan(&state.world, host, *self.revision.borrow());
         let (sender, receiver) = watch::channel(Arc::new(plan));
         state.plans.insert(host.clone(), sender);
+        receiver
+    }
+
+    /// What one host is told of the projects that it runs something of, now and whenever it changes.
+    pub fn names(&self, host: &Name) -> watch::Receiver<Arc<HostNames>> {
+        let revision = *self.revision.borrow() + *self.global_revision.borrow();
+        let mut state = self.state();
+        if let Some(sender) = state.names.get(host) {
+            return sender.subscribe();
+        }
+        let table = names::Builder::new(&state.world, state.region.as_ref(), revision).host(host);
+        let (sender, receiver) = watch::channel(Arc::new(table));
+        state.names.insert(host.clone(), sender);
         receiver
     }
 
@@ -204,6 +220,8 @@ impl View {
             let Some(kind) = FLEET.iter().find(|prefix| key.starts_with(**prefix)) else { continue };
             planned |= matches!(*kind, "o/images/" | "o/secrets/");
             routing |= matches!(*kind, "o/apps/" | "o/routes/" | "o/regions/");
+            let project = key.strip_prefix("o/projects/").map(str::to_owned);
+            let before = project.as_deref().map(|p| names::egress(global, p));
             match event {
                 WatchEvent::Put { kv, .. } => {
                     if let Err(error) = global.take_in(kv) {
@@ -212,6 +230,8 @@ impl View {
                 }
                 WatchEvent::Delete { .. } => global.leave_out(&key),
             }
+            // The rest of a project, such as its use, says nothing to hosts and changes all the time.
+            routing |= project.as_deref().map(|p| names::egress(global, p)) != before;
         }
         if planned {
             let hosts: Vec<Name> = state.plans.keys().cloned().collect();
@@ -236,7 +256,8 @@ impl View {
             };
             let before = image(&state.world);
             let instance = key.starts_with("o/instances/") || key.starts_with("t/instances/");
-            routing |= instance || key.starts_with("o/apps/") || key.starts_with("o/routes/");
+            routing |=
+                instance || ["o/apps/", "o/hosts/", "o/projects/", "o/routes/"].iter().any(|p| key.starts_with(p));
             match event {
                 WatchEvent::Put { kv, .. } => {
                     if let Err(error) = state.world.take_in(kv) {
@@ -269,6 +290,7 @@ impl View {
         let table = {
             let state = self.state();
             let revision = *self.revision.borrow() + *self.global_revision.borrow();
+            names::publish(&state, revision);
             build_table(&state.world, state.region.as_ref(), revision)
         };
         self.table.send_if_modified(|old| {

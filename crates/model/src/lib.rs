@@ -4,6 +4,7 @@
 //! Architecture invariant: nothing here does I/O, spawns a task or reads a clock. A value that needs the time or
 //! chance is given it.
 
+pub mod cidr;
 pub mod error;
 pub mod id;
 pub mod key;
@@ -17,6 +18,7 @@ pub mod secret;
 pub mod selector;
 pub mod time;
 
+pub use cidr::Cidr;
 pub use error::{ApiError, Code, FieldError};
 pub use id::{Digest, RequestId, Uid};
 pub use name::Name;

@@ -14,6 +14,10 @@ use crate::kind::{
 };
 use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 
+mod names;
+
+pub use names::{HostNames, INTERNAL_DOMAIN, NamedInstance, ProjectNames};
+
 /// Names of the southbound calls.
 pub mod method {
     /// Server to server, bytes: one message of the metadata store's protocol.
@@ -22,6 +26,8 @@ pub mod method {
     pub const REPORT: &str = "host.report";
     /// Agent to server, stream of [`super::HostPlan`] for a [`super::PlanRequest`].
     pub const PLAN: &str = "host.plan";
+    /// Agent to server, stream of [`super::HostNames`] for a [`super::PlanRequest`].
+    pub const NAMES: &str = "host.names";
     /// Gateway to server, stream of [`super::RoutingTable`] for a [`super::TableRequest`].
     pub const TABLE: &str = "gateway.table";
     /// Gateway to every server of its region, now and then: [`super::GatewayNote`].

@@ -19,13 +19,16 @@ use crate::netlink::{Netlink, Route, everything};
 use crate::netns::{NetnsRef, aside, create_at, delete_at, enter, is_netns, sysctl};
 use crate::{Attempt, NetError, check_name, link_name};
 
-const LINK_PREFIX: &str = "nxi";
+pub(crate) const LINK_PREFIX: &str = "nxi";
 const INSIDE: &str = "eth0";
 const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 const GATEWAY4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 
+/// Where an instance asks for names: its host, whichever that is.
+pub const NAMESERVER: Ipv4Addr = GATEWAY4;
+
 /// The addresses of one instance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct InstanceAddress {
     pub address6: Ipv6Addr,
     pub address4: Ipv4Addr,

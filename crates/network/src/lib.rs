@@ -3,7 +3,8 @@
 //! Everything is routed and nothing is bridged on a host: an instance lives in a network namespace of its own, holds one
 //! IPv6 and one IPv4 address of its host's prefixes, and sends all that it has to say to its host. [`InstanceNet`] makes
 //! and removes such namespaces, [`HostNet`] lets a host forward, and [`Underlay`] is the wire between the local hosts of
-//! `nexus up`, [`Backbone`] the one between its regions.
+//! `nexus up`, [`Backbone`] the one between its regions. [`firewall`] says which packets of instances pass, [`names`] answers
+//! their questions for names.
 //!
 //! Every step states what must be so, never what to change: doing it twice, or again after being cut off in the middle,
 //! ends in the same place.
@@ -12,7 +13,9 @@
 
 mod backbone;
 mod cable;
+pub mod firewall;
 mod instance;
+pub mod names;
 mod netlink;
 mod netns;
 mod underlay;
@@ -20,7 +23,7 @@ mod underlay;
 use std::io;
 
 pub use backbone::{Backbone, RegionLink};
-pub use instance::{HostNet, InstanceAddress, InstanceNet};
+pub use instance::{HostNet, InstanceAddress, InstanceNet, NAMESERVER};
 pub use netns::{NetnsRef, enter, new_namespace};
 pub use underlay::{HostLink, Underlay, UnderlayAddress};
 
@@ -33,6 +36,8 @@ pub enum NetError {
     Answer { attempt: String, message: String },
     #[error("{0:?} is no usable name: 1 to 64 of A-Z, a-z, 0-9, '-', '_', '.', not beginning with a dot")]
     Name(String),
+    #[error("{attempt}: nft says: {message}")]
+    Rules { attempt: &'static str, message: String },
     #[error("a thread for {0} can't be started")]
     Thread(String),
 }

@@ -14,6 +14,9 @@ use nexus_network::{
 };
 use nix::sched::{CloneFlags, unshare};
 
+#[path = "firewall/mod.rs"]
+mod firewall;
+
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Runs a test in a process-wide fresh network and mount namespace: a child of this test binary.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use nexus_model::plan::INTERNAL_DOMAIN as DOMAIN;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -157,7 +158,11 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
     ];
     for name in etc.keys() {
         let source = dir.join("scratch/etc").join(name);
-        let options = ["bind", "rprivate", "nosuid", "nodev", "noexec"];
+        let mut options = vec!["bind", "rprivate", "nosuid", "nodev", "noexec"];
+        // Who answers names is the host's to say.
+        if name == "resolv.conf" {
+            options.push("ro");
+        }
         mounts
             .push(json!({"destination": format!("/etc/{name}"), "type": "bind", "source": source, "options": options}));
     }
@@ -237,7 +242,14 @@ fn etc(sandbox: &Sandbox, nameservers: &[IpAddr]) -> BTreeMap<String, String> {
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{}\t{name}\n{}\t{name}\n",
         sandbox.address6, sandbox.address4
     );
-    let resolvers: String = nameservers.iter().map(|address| format!("nameserver {address}\n")).collect();
+    let mut resolvers = String::new();
+    if !nameservers.is_empty() {
+        // Two dots, so that APP.PROJECT is looked for here first, also by musl, which searches for nothing that has as many
+        // dots as this says. The patience covers a restart of whoever answers: glibc asks every 2 s, musl every 0.4 s.
+        let project = &sandbox.project;
+        resolvers = format!("search {project}.{DOMAIN} {DOMAIN}\noptions ndots:2 timeout:2 attempts:5\n");
+    }
+    resolvers.extend(nameservers.iter().map(|address| format!("nameserver {address}\n")));
     BTreeMap::from([
         ("hostname".to_owned(), format!("{name}\n")),
         ("hosts".to_owned(), hosts),

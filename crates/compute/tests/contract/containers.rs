@@ -249,6 +249,8 @@ async fn the_image_decides_what_the_app_does_not() {
     {
         assert!(out.contains(part), "{part}: {out}");
     }
+    let search = format!("search {0}.internal internal\n", sandbox.project);
+    assert!(out.contains(&search) && out.contains("options ndots:2"), "{out}");
     assert!(out.contains("nameserver 10.0.0.53") && out.contains("::1\tweb-"), "{out}");
     let mut sandbox = world.sandbox(&[]);
     sandbox.template.args = vec!["exit 5".into()];

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Column, Home, Kind, Scope, Verbs};
-use crate::{Bytes, Condition, FieldError, MilliCpu, Name};
+use crate::{Bytes, Cidr, Condition, FieldError, MilliCpu, Name};
 
 /// The organization of the cloud itself. What is granted in it is granted over the fleet.
 pub const SYSTEM_ORGANIZATION: &str = "system";
@@ -95,12 +95,45 @@ pub struct ProjectSpec {
     #[schemars(length(max = 200))]
     pub display_name: String,
     pub quota: Quota,
+    /// What its containers reach outside of the cloud.
+    pub egress: Egress,
+}
+
+/// Networks of one project's egress.
+pub const MAX_EGRESS_NETWORKS: usize = 64;
+
+/// What a project's containers may reach outside of the cloud. Never its hosts, servers and gateways, and never another
+/// project's instances.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Egress {
+    pub mode: EgressMode,
+    /// What is reached although the mode is `deny`.
+    #[schemars(length(max = MAX_EGRESS_NETWORKS))]
+    pub networks: Vec<Cidr>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum EgressMode {
+    /// Nothing but `networks`.
+    #[default]
+    Deny,
+    /// Everything outside.
+    Allow,
+}
+
+impl Egress {
+    /// Whether anything outside can be reached, so that names from outside are of use.
+    pub fn is_open(&self) -> bool {
+        self.mode == EgressMode::Allow || !self.networks.is_empty()
+    }
 }
 
 impl Default for ProjectSpec {
     fn default() -> Self {
         let organization = "default".parse().expect("a well-formed name");
-        Self { organization, display_name: String::new(), quota: Quota::default() }
+        Self { organization, display_name: String::new(), quota: Quota::default(), egress: Egress::default() }
     }
 }
 
@@ -131,6 +164,7 @@ impl Kind for Project {
     const VERBS: Verbs = Verbs::ALL;
     const COLUMNS: &'static [Column] = &[
         Column::new("ORGANIZATION", "/spec/organization"),
+        Column::new("EGRESS", "/spec/egress/mode").wide(),
         Column::new("INSTANCES", "/status/used/instances"),
         Column::new("CPU", "/status/used/cpu"),
         Column::new("MEMORY", "/status/used/memory"),
@@ -140,7 +174,11 @@ impl Kind for Project {
     type Status = ProjectStatus;
 
     fn validate(spec: &ProjectSpec) -> Vec<FieldError> {
-        display_name(&spec.display_name)
+        let mut errors = display_name(&spec.display_name);
+        if spec.egress.networks.len() > MAX_EGRESS_NETWORKS {
+            errors.push(FieldError::new("spec.egress.networks", format!("at most {MAX_EGRESS_NETWORKS}")));
+        }
+        errors
     }
 
     fn example() -> ProjectSpec {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use nexus_network::firewall::{Firewall, Rules};
 use nexus_network::{HostLink, NetnsRef, Underlay, UnderlayAddress};
 use nix::mount::{MsFlags, mount};
 
@@ -161,7 +162,20 @@ pub fn probe(scratch: &Path) -> anyhow::Result<()> {
             "`modprobe bridge veth`; CAP_NET_ADMIN is needed; `sysctl net.ipv6.conf.default.disable_ipv6` must be 0",
         );
     }
+    if let Err(e) = try_filter() {
+        say(
+            "a packet filter can't be set",
+            format!("{e:#}").replace('\n', " "),
+            "`apt install nftables`, `modprobe nf_tables nft_ct nft_masq`; CAP_NET_ADMIN is needed",
+        );
+    }
     println!("{PROBE_DONE}");
+    Ok(())
+}
+
+/// The rules of a host that has no instance.
+fn try_filter() -> anyhow::Result<()> {
+    super::small_runtime()?.block_on(Firewall::own().apply(Rules::default()))?;
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use nexus_iam::tls::{self, ExpiryPolicy, Policy};
 use nexus_iam::{Role, SpiffeId};
 use nexus_model::kind::{HostSpec, Runtime, StorageClasses};
 use nexus_model::{Bytes, Name};
+use nexus_network::firewall::Firewall;
 use nexus_network::{HostNet, InstanceNet};
 use nexus_wire::ServerBook;
 use tokio::task::JoinSet;
@@ -63,7 +64,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
                 dir: dir.join("containers"),
                 exe: exe.clone(),
                 cgroup_parent: std::path::Path::new("/").join(&config.cgroup_parent),
-                nameservers: Vec::new(),
+                nameservers: vec![nexus_network::NAMESERVER.into()],
                 limits: UnpackLimits::default(),
                 devices: units(&config),
                 storage: config.storage.iter().map(|(class, folder)| (class.clone(), folder.path.clone())).collect(),
@@ -91,6 +92,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let engines = Engines {
         images: images.clone(),
         net: Arc::new(InstanceNet::new(config.run_dir.join("netns"))),
+        firewall: Some(Firewall::own()),
         runtimes,
         keep,
     };

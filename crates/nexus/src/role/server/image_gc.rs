@@ -104,7 +104,10 @@ impl Collector {
             let images = world.fleet().images.live.values();
             let named: BTreeSet<Digest> =
                 images.flat_map(|i| i.spec.blobs.iter().map(|b| b.digest).chain([i.spec.digest])).collect();
-            let placed: BTreeSet<Digest> = world.instances.live.values().map(|i| i.spec.image_digest).collect();
+            // What runs, and what an app can be taken back to.
+            let placed = world.instances.live.values().map(|i| i.spec.image_digest);
+            let kept = world.app_revisions.live.values().map(|r| r.spec.image_digest);
+            let placed: BTreeSet<Digest> = placed.chain(kept).collect();
             (named, placed)
         });
         let kept = self.blobs.store.clone();

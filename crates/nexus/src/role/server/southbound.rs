@@ -174,7 +174,7 @@ fn role_of(caller: &Caller) -> Option<(Role, String)> {
 fn allowed(caller: &Caller, called: &str) -> bool {
     let Some((role, _)) = role_of(caller) else { return false };
     match called {
-        method::REPORT | method::PLAN => role == Role::Agent,
+        method::REPORT | method::PLAN | method::NAMES => role == Role::Agent,
         method::WORKLOAD_CERTIFICATE | method::WORKLOAD_TOKEN | method::WORKLOAD_KEYS | method::WORKLOAD_SECRET => {
             role == Role::Agent
         }
@@ -240,6 +240,7 @@ pub fn server(
     let (report_region, submit_fleet, report_fleet) = (region.clone(), fleet.clone(), fleet.clone());
     let (traffic_region, traffic_fleet) = (region.clone(), fleet.clone());
     let (plan_view, table_view, gateways) = (view.clone(), view.clone(), gateways.clone());
+    let names_view = view.clone();
     let builder = Server::builder(env, Endpoint::Tcp(config.wire_listen), tls)
         .identify(|chain| tls::peer_id(chain).map(|id| id.to_string()))
         .authorize(allowed)
@@ -306,6 +307,16 @@ pub fn server(
                     ReportError::Refused(why) => Refusal::new("gateway-refused", why),
                     ReportError::Overloaded => Refusal::new(code::DRAINING, "the writer's queue is full"),
                 })
+            }
+        })
+        .stream(method::NAMES, move |caller, request: PlanRequest| {
+            let view = names_view.clone();
+            async move {
+                is_host(&caller, &request.host)?;
+                let known = request.known;
+                listed(&view).await?;
+                seen(view.global_revision()).await?;
+                Ok(changes(view.names(&request.host), move |names| known.is_some_and(|known| names.revision <= known)))
             }
         })
         .stream(method::TABLE, move |_, request: TableRequest| {
@@ -398,7 +409,11 @@ fn fleet_methods(builder: ServerBuilder, env: &Env, fleet: &Fleet, authority: Op
 
 /// Waits until the view has seen the log once.
 pub async fn listed(view: &View) -> Result<(), Refusal> {
-    let mut revision = view.revision();
+    seen(view.revision()).await
+}
+
+/// Waits until there is a revision.
+async fn seen(mut revision: watch::Receiver<u64>) -> Result<(), Refusal> {
     let seen = tokio::time::timeout(Duration::from_secs(5), revision.wait_for(|r| *r > 0)).await;
     match seen {
         Ok(Ok(_)) => Ok(()),

@@ -1,0 +1,366 @@
+//! Which packets of a host's instances pass: one nftables table of ours, replaced as a whole in one transaction.
+//!
+//! * What an instance sends bears its own addresses, or goes nowhere.
+//! * Instances of one tenant reach each other, on whichever host. Those of two tenants don't: the sender's host drops it,
+//!   and so does the receiver's.
+//! * Of the host itself an instance reaches the resolver ([`crate::names`]) and a few pings.
+//! * Outside is what the tenant may reach, through the host's own address; never infrastructure, never a network that the
+//!   host itself is on, never an address that means something to a host alone.
+//! * What others begin, such as a gateway's request, is answered.
+//!
+//! Connection tracking is not touched by a replacement, so what is open and still allowed goes on. A rule that is taken
+//! away counts for open connections too: only their answers pass without being looked at, and an answer needs a question.
+//!
+//! Other tables are left alone. An instance that is not in the rules is silent.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::process::{Command, Stdio};
+
+use nix::ifaddrs::getifaddrs;
+
+use crate::instance::{InstanceAddress, LINK_PREFIX, NAMESERVER};
+use crate::netns::{NetnsRef, aside};
+use crate::{Attempt, NetError, link_name};
+
+/// The one table that is ours.
+const TABLE: &str = "inet nexus";
+
+/// What no instance reaches outside, however wide its egress: this host, links, groups, metadata services (169.254.0.0/16
+/// and ULAs), and IPv4 in the clothes of IPv6. ULAs are also what all instances and hosts of other regions have.
+const NEVER: &[(&str, u8)] = &[
+    ("0.0.0.0", 8),
+    ("127.0.0.0", 8),
+    ("169.254.0.0", 16),
+    ("224.0.0.0", 4),
+    ("240.0.0.0", 4),
+    ("::", 96),
+    ("::ffff:0:0", 96),
+    ("64:ff9b::", 96),
+    ("fc00::", 7),
+    ("fe80::", 10),
+    ("ff00::", 8),
+];
+
+/// A network: its first address and how many bits count.
+pub type Net = (IpAddr, u8);
+
+/// One instance of this host.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Guest {
+    /// As its network was made: see [`crate::InstanceNet::create`].
+    pub name: String,
+    pub address: InstanceAddress,
+    /// An index into [`Rules::tenants`].
+    pub tenant: usize,
+}
+
+/// Those who may reach each other.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Tenant {
+    /// All of its instances' addresses, here and on other hosts.
+    pub members: BTreeSet<IpAddr>,
+    /// All of outside is open.
+    pub everything: bool,
+    /// What of outside is open in any case.
+    pub networks: Vec<Net>,
+}
+
+/// What must be so.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Rules {
+    pub guests: Vec<Guest>,
+    pub tenants: Vec<Tenant>,
+    /// From which all hosts give addresses to instances.
+    pub instances: Vec<Net>,
+    /// Hosts, servers, gateways.
+    pub infrastructure: Vec<Net>,
+}
+
+/// The packet filter of a host. It holds no state: the kernel does.
+#[derive(Debug, Clone)]
+pub struct Firewall {
+    pub(crate) host: NetnsRef,
+}
+
+impl Firewall {
+    /// That of the host on which this process runs.
+    pub fn own() -> Self {
+        Self { host: NetnsRef::Own }
+    }
+
+    /// That of a host whose network namespace is not this process's own.
+    pub fn on_host(host: NetnsRef) -> Self {
+        Self { host }
+    }
+
+    /// Puts these rules in the place of whichever there are, at once and whole.
+    pub async fn apply(&self, rules: Rules) -> Result<(), NetError> {
+        aside(self.host.clone(), "the packet filter", move || {
+            let text = text(&rules, &attached()?);
+            nft("setting the packet filter", &["-f", "-"], &text).map(drop)
+        })
+        .await
+    }
+
+    /// Removes all of it. Harmless when there is nothing.
+    pub async fn remove(&self) -> Result<(), NetError> {
+        let text = format!("table {TABLE}\ndelete table {TABLE}\n");
+        aside(self.host.clone(), "the packet filter", move || {
+            nft("removing the packet filter", &["-f", "-"], &text).map(drop)
+        })
+        .await
+    }
+
+    /// Whether there are rules of ours, which somebody may have flushed with all others.
+    pub async fn stands(&self) -> Result<bool, NetError> {
+        aside(self.host.clone(), "the packet filter", || {
+            let tables = nft("looking at the packet filter", &["list", "tables"], "")?;
+            Ok(tables.lines().any(|line| line.trim() == format!("table {TABLE}")))
+        })
+        .await
+    }
+}
+
+/// Runs `nft` on the calling thread, in its namespace.
+fn nft(attempt: &'static str, arguments: &[&str], input: &str) -> Result<String, NetError> {
+    let what = || format!("{attempt} with the program nft (Debian: nftables)");
+    // Found also where nobody set a path for a daemon.
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin:/usr/bin:/bin";
+    let mut command = Command::new("nft");
+    command.args(arguments).env("PATH", path).env("LC_ALL", "C");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().attempt(what)?;
+    let sent = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()));
+    let output = child.wait_with_output().attempt(what)?;
+    if !output.status.success() {
+        let message = String::from_utf8_lossy(&output.stderr).chars().take(1000).collect();
+        return Err(NetError::Rules { attempt, message });
+    }
+    sent.attempt(what)?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The networks that the calling thread's host is on, but for those of its instances' links.
+fn attached() -> Result<Vec<Net>, NetError> {
+    let found = getifaddrs().attempt(|| "listing the host's addresses".into())?;
+    let mut nets = Vec::new();
+    for interface in found.filter(|i| !i.interface_name.starts_with(LINK_PREFIX)) {
+        let (Some(address), Some(mask)) = (interface.address, interface.netmask) else { continue };
+        if let (Some(a), Some(m)) = (address.as_sockaddr_in(), mask.as_sockaddr_in()) {
+            nets.push((a.ip().into(), u32::from(m.ip()).count_ones() as u8));
+        } else if let (Some(a), Some(m)) = (address.as_sockaddr_in6(), mask.as_sockaddr_in6()) {
+            nets.push((a.ip().into(), u128::from(m.ip()).count_ones() as u8));
+        }
+    }
+    Ok(nets)
+}
+
+/// The networks of one family, as elements of a set: each by its first address, and none within another.
+fn nets(all: impl IntoIterator<Item = Net>, six: bool) -> Vec<String> {
+    let mut spans: Vec<(u128, u8)> = Vec::new();
+    for (address, length) in all {
+        match address {
+            IpAddr::V4(a) if !six => {
+                let length = length.min(32);
+                let mask = u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0);
+                spans.push((u128::from(a.to_bits() & mask), length));
+            }
+            IpAddr::V6(a) if six => {
+                let length = length.min(128);
+                let mask = u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0);
+                spans.push((a.to_bits() & mask, length));
+            }
+            _ => {}
+        }
+    }
+    spans.sort_unstable();
+    spans.dedup();
+    let bits = if six { 128 } else { 32 };
+    let mut out = Vec::new();
+    // Sorted so, whatever lies within another comes after it.
+    let mut last: Option<(u128, u8)> = None;
+    for (first, length) in spans {
+        let within = |&(f, l): &(u128, u8)| {
+            let shift = bits - u32::from(l);
+            l <= length && f.checked_shr(shift).unwrap_or(0) == first.checked_shr(shift).unwrap_or(0)
+        };
+        if last.as_ref().is_some_and(within) {
+            continue;
+        }
+        last = Some((first, length));
+        let address: IpAddr = match six {
+            true => Ipv6Addr::from_bits(first).into(),
+            false => Ipv4Addr::from_bits(first as u32).into(),
+        };
+        out.push(format!("{address}/{length}"));
+    }
+    out
+}
+
+fn set(out: &mut String, name: &str, kind: &str, flags: &str, elements: &[String]) {
+    let _ = write!(out, " set {name} {{ type {kind}; {flags}");
+    if !elements.is_empty() {
+        let _ = write!(out, " elements = {{ {} }};", elements.join(", "));
+    }
+    out.push_str(" }\n");
+}
+
+fn verdicts(out: &mut String, name: &str, prefix: &str, guests: &[Guest]) {
+    let one = |g: &Guest| format!("\"{}\" : goto {prefix}{}", link_name(LINK_PREFIX, &g.name), g.tenant);
+    let elements: Vec<String> = guests.iter().map(one).collect();
+    let _ = write!(out, " map {name} {{ type ifname : verdict;");
+    if !elements.is_empty() {
+        let _ = write!(out, " elements = {{ {} }};", elements.join(", "));
+    }
+    out.push_str(" }\n");
+}
+
+/// The rules as `nft` reads them: one transaction that makes the table, if it is not there, and replaces it.
+fn text(rules: &Rules, attached: &[Net]) -> String {
+    const INTERVAL: &str = "flags interval;";
+    let mut out = format!("table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
+    let link = |g: &Guest| link_name(LINK_PREFIX, &g.name);
+    let guests = &rules.guests;
+    let never = NEVER.iter().map(|(a, l)| (a.parse().expect("a well-formed address"), *l));
+    let closed: Vec<Net> = never
+        .chain(rules.instances.iter().copied())
+        .chain(rules.infrastructure.iter().copied())
+        .chain(attached.iter().copied())
+        .collect();
+    for (six, digit, kind) in [(false, '4', "ipv4_addr"), (true, '6', "ipv6_addr")] {
+        let own = |g: &Guest| -> IpAddr { if six { g.address.address6.into() } else { g.address.address4.into() } };
+        let pairs: Vec<String> = guests.iter().map(|g| format!("\"{}\" . {}", link(g), own(g))).collect();
+        set(&mut out, &format!("own{digit}"), &format!("ifname . {kind}"), "", &pairs);
+        let local: BTreeSet<String> = guests.iter().map(|g| own(g).to_string()).collect();
+        set(&mut out, &format!("local{digit}"), kind, "", &Vec::from_iter(local));
+        set(&mut out, &format!("instances{digit}"), kind, INTERVAL, &nets(rules.instances.iter().copied(), six));
+        set(&mut out, &format!("closed{digit}"), kind, INTERVAL, &nets(closed.iter().copied(), six));
+        for (n, tenant) in rules.tenants.iter().enumerate() {
+            let members = tenant.members.iter().filter(|a| a.is_ipv6() == six);
+            let members: Vec<String> = members.map(IpAddr::to_string).collect();
+            set(&mut out, &format!("members{n}_{digit}"), kind, "", &members);
+            set(&mut out, &format!("networks{n}_{digit}"), kind, INTERVAL, &nets(tenant.networks.iter().copied(), six));
+        }
+    }
+    for (n, tenant) in rules.tenants.iter().enumerate() {
+        let rest = if tenant.everything { "accept" } else { "drop" };
+        let _ = write!(
+            out,
+            " chain from{n} {{
+  ip daddr @members{n}_4 accept
+  ip6 daddr @members{n}_6 accept
+  ip daddr @closed4 drop
+  ip6 daddr @closed6 drop
+  ip daddr @networks{n}_4 accept
+  ip6 daddr @networks{n}_6 accept
+  {rest}
+ }}
+ chain to{n} {{
+  ip saddr @members{n}_4 accept
+  ip6 saddr @members{n}_6 accept
+  ip saddr @instances4 drop
+  ip6 saddr @instances6 drop
+  ip saddr @local4 drop
+  ip6 saddr @local6 drop
+  accept
+ }}
+"
+        );
+    }
+    verdicts(&mut out, "senders", "from", guests);
+    verdicts(&mut out, "receivers", "to", guests);
+    let _ = write!(
+        out,
+        " chain genuine {{
+  meta nfproto ipv4 iifname . ip saddr != @own4 drop
+  meta nfproto ipv6 iifname . ip6 saddr != @own6 drop
+ }}
+ chain sent {{
+  jump genuine
+  ct direction reply ct state established,related accept
+  iifname vmap @senders
+  drop
+ }}
+ chain received {{
+  ct direction reply ct state established,related accept
+  oifname vmap @receivers
+  drop
+ }}
+ chain for_host {{
+  icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} ip6 hoplimit 255 accept
+  jump genuine
+  ct direction reply ct state established,related accept
+  ip daddr {NAMESERVER} meta l4proto {{ tcp, udp }} th dport 53 accept
+  icmp type echo-request limit rate 20/second accept
+  icmpv6 type echo-request limit rate 20/second accept
+  drop
+ }}
+ chain forward {{
+  type filter hook forward priority filter; policy accept;
+  iifname \"{LINK_PREFIX}*\" oifname != \"{LINK_PREFIX}*\" goto sent
+  iifname \"{LINK_PREFIX}*\" oifname \"{LINK_PREFIX}*\" jump within
+  oifname \"{LINK_PREFIX}*\" goto received
+ }}
+ chain within {{
+  jump genuine
+  ct direction reply ct state established,related accept
+  oifname vmap @receivers
+  drop
+ }}
+ chain input {{
+  type filter hook input priority filter; policy accept;
+  iifname != \"{LINK_PREFIX}*\" iifname != \"lo\" ip daddr {NAMESERVER} drop
+  iifname \"{LINK_PREFIX}*\" goto for_host
+ }}
+ chain output {{
+  type filter hook output priority filter; policy accept;
+  oifname \"{LINK_PREFIX}*\" ip saddr {NAMESERVER} icmp type destination-unreachable icmp code port-unreachable drop
+  oifname \"{LINK_PREFIX}*\" ip saddr {NAMESERVER} tcp sport 53 tcp flags & rst == rst drop
+ }}
+ chain leaving {{
+  type nat hook postrouting priority srcnat; policy accept;
+  oifname != \"{LINK_PREFIX}*\" ip saddr @local4 ip daddr != @instances4 masquerade
+  oifname != \"{LINK_PREFIX}*\" ip6 saddr @local6 ip6 daddr != @instances6 masquerade
+ }}
+}}
+"
+    );
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_within_others_are_left_out() {
+        let net = |text: &str| {
+            let (address, length) = text.split_once('/').unwrap();
+            (address.parse().unwrap(), length.parse().unwrap())
+        };
+        let all = [
+            "10.0.0.0/8",
+            "10.1.0.0/16",
+            "10.1.2.3/32",
+            "11.0.0.9/24",
+            "11.0.0.0/24",
+            "fd00::1/64",
+            "::/0",
+            "fe80::/10",
+        ];
+        let all: Vec<Net> = all.into_iter().map(net).collect();
+        assert_eq!(nets(all.clone(), false), ["10.0.0.0/8", "11.0.0.0/24"]);
+        assert_eq!(nets(all, true), ["::/0"]);
+        assert_eq!(nets([net("0.0.0.0/0"), net("9.9.9.9/32")], false), ["0.0.0.0/0"]);
+    }
+
+    #[test]
+    fn no_set_is_left_without_its_type_when_it_is_empty() {
+        let text = text(&Rules { tenants: vec![Tenant::default()], ..Rules::default() }, &[]);
+        assert!(text.contains("set members0_6 { type ipv6_addr;  }"), "{text}");
+        assert!(text.contains("map senders { type ifname : verdict; }"), "{text}");
+    }
+}

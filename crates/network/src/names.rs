@@ -1,0 +1,264 @@
+//! The resolver of a host's instances: what one DNS message (RFC 1035) is answered with.
+//!
+//! ```text
+//! APP.PROJECT.internal          A, AAAA    the ready instances of an app, in another order each time
+//! APP.PROJECT.REGION.internal   likewise
+//! …in-addr.arpa, …ip6.arpa      PTR        APP.PROJECT.internal, for the addresses of instances
+//! ```
+//!
+//! Who asks is known by the address that the question comes from, which the packet filter vouches for. An instance is
+//! told of its own project; another's names are not there (NXDOMAIN). An app that has nothing ready exists and has no
+//! addresses. While nothing is known of the asker's project, the answer is SERVFAIL, and resolvers ask again. Names of the
+//! world outside are passed on for those who may reach something there, and else refused.
+//!
+//! Architecture invariant: nothing here waits, reads a clock or opens a socket. [`serve`] does.
+
+mod message;
+pub mod serve;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::firewall::Net;
+pub use message::Code;
+use message::{Answer, Data, IN, Question, Unreadable, bare, kind};
+
+/// The zone.
+const ZONE: &str = "internal";
+/// Seconds: what a name leads to changes with every rollout.
+const TTL: u32 = 5;
+/// Addresses in one answer; of more, as many by chance.
+const MAX_ADDRESSES: usize = 512;
+/// The largest answer by UDP, whatever the asker says that it takes (DNS flag day 2020).
+const MAX_UDP: u16 = 1232;
+const MAX_MESSAGE: usize = u16::MAX as usize;
+
+/// One instance that has a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    pub address6: Ipv6Addr,
+    pub address4: Ipv4Addr,
+    pub ready: bool,
+    /// It answers on IPv4 alone.
+    pub only4: bool,
+}
+
+/// A project's names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Project {
+    /// By app, also those that have no instance.
+    pub apps: BTreeMap<String, Vec<Named>>,
+    /// Names of the world outside are answered.
+    pub outside: bool,
+}
+
+/// All that a host knows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Directory {
+    pub region: String,
+    pub projects: BTreeMap<String, Project>,
+    /// The projects of the host's own instances, by the addresses that they ask from.
+    pub askers: HashMap<Ipv4Addr, String>,
+    /// Whose reverse names are answered here and never asked for outside.
+    pub instances: Vec<Net>,
+}
+
+/// How a question came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    Udp,
+    Tcp,
+}
+
+/// What is to be done with a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Sent back.
+    Answer(Vec<u8>, Outcome),
+    /// Asked of the host's own resolvers, as it is.
+    Forward,
+    /// Passed over: it is no question, or from nobody who may ask.
+    Ignore,
+}
+
+/// How a question was answered, for metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Answered,
+    NoData,
+    NoName,
+    /// A name from outside, and the asker's project has no egress.
+    Refused,
+    /// The message is malformed or asks for what no resolver of this kind does.
+    Bad,
+    /// Nothing is known of the asker's project yet.
+    Unknown,
+}
+
+/// What a name is to an asker.
+enum Found<'a> {
+    App(&'a [Named]),
+    /// There are names below it.
+    Between,
+    Zone,
+    Nothing,
+}
+
+impl Directory {
+    /// Decides on one message from `asker`. `below` answers a number below its argument, by chance.
+    pub fn decide(
+        &self,
+        message: &[u8],
+        asker: Ipv4Addr,
+        carrier: Carrier,
+        below: &mut dyn FnMut(usize) -> usize,
+    ) -> Verdict {
+        let Some(own) = self.askers.get(&asker) else { return Verdict::Ignore };
+        let question = match Question::read(message) {
+            Ok(question) => question,
+            Err(Unreadable::NoQuestion) => return Verdict::Ignore,
+            Err(Unreadable::Bad(code)) => return Verdict::Answer(bare(message, code), Outcome::Bad),
+        };
+        let reply = Reply { question: &question, carrier, authoritative: false };
+        if question.edns.is_some_and(|e| e.version > 0) {
+            return reply.fails(Code::BadVers, Outcome::Bad);
+        }
+        if question.class != IN || matches!(question.kind, kind::AXFR | kind::IXFR) {
+            return reply.fails(Code::Refused, Outcome::Bad);
+        }
+        let reversed = question.reversed().filter(|a| self.instances.iter().any(|net| contains(net, *a)));
+        match question.labels.last().map(String::as_str) {
+            Some(ZONE) => self.inside(reply, own, below),
+            // RFC 6761: never asked for outside.
+            Some("localhost" | "invalid" | "test") => reply.nothing(),
+            _ => match reversed {
+                Some(address) => self.reverse(reply, own, address),
+                None if self.projects.get(own).is_some_and(|p| p.outside) => Verdict::Forward,
+                None => reply.fails(Code::Refused, Outcome::Refused),
+            },
+        }
+    }
+
+    /// The answer to a question that could not be passed on.
+    pub fn failed(message: &[u8], carrier: Carrier) -> Option<Vec<u8>> {
+        let question = Question::read(message).ok()?;
+        match (Reply { question: &question, carrier, authoritative: false }).fails(Code::ServFail, Outcome::Bad) {
+            Verdict::Answer(bytes, _) => Some(bytes),
+            _ => None,
+        }
+    }
+
+    fn inside(&self, mut reply: Reply<'_>, own: &str, below: &mut dyn FnMut(usize) -> usize) -> Verdict {
+        let Some(project) = self.projects.get(own) else {
+            return reply.fails(Code::ServFail, Outcome::Unknown);
+        };
+        reply.authoritative = true;
+        let question = reply.question;
+        match self.find(project, own, &question.labels[..question.labels.len() - 1]) {
+            Found::App(instances) => {
+                let mut ready: Vec<&Named> = instances.iter().filter(|i| i.ready).collect();
+                shuffle(&mut ready, below);
+                let data = |i: &&Named| match question.kind {
+                    kind::A => Some(Data::A(i.address4)),
+                    kind::AAAA => (!i.only4).then_some(Data::Aaaa(i.address6)),
+                    _ => None,
+                };
+                reply.has(ready.iter().filter_map(data).take(MAX_ADDRESSES).collect())
+            }
+            Found::Zone if question.kind == kind::SOA => reply.has(vec![Data::Soa]),
+            Found::Between | Found::Zone => reply.has(Vec::new()),
+            Found::Nothing => reply.nothing(),
+        }
+    }
+
+    /// What the labels before the zone's name; the last is the outermost.
+    fn find<'a>(&'a self, project: &'a Project, own: &str, labels: &[String]) -> Found<'a> {
+        let app = |name: &str| project.apps.get(name).map_or(Found::Nothing, |i| Found::App(i));
+        match labels {
+            [] => Found::Zone,
+            [one] if one == own || *one == self.region => Found::Between,
+            [name, of] if of == own => match app(name) {
+                // A region that bears the project's name.
+                Found::Nothing if name == own && *of == self.region => Found::Between,
+                found => found,
+            },
+            [of, region] if of == own && *region == self.region => Found::Between,
+            [name, of, region] if of == own && *region == self.region => app(name),
+            _ => Found::Nothing,
+        }
+    }
+
+    fn reverse(&self, mut reply: Reply<'_>, own: &str, address: IpAddr) -> Verdict {
+        let Some(project) = self.projects.get(own) else {
+            return reply.fails(Code::ServFail, Outcome::Unknown);
+        };
+        reply.authoritative = true;
+        let here = |i: &Named| address == i.address6 || address == i.address4;
+        let app = project.apps.iter().find(|(_, instances)| instances.iter().any(here));
+        match app {
+            Some((app, _)) if reply.question.kind == kind::PTR => {
+                reply.has(vec![Data::Ptr(vec![app.clone(), own.to_owned(), ZONE.to_owned()])])
+            }
+            Some(_) => reply.has(Vec::new()),
+            None => reply.nothing(),
+        }
+    }
+}
+
+fn contains(net: &Net, address: IpAddr) -> bool {
+    match (net.0, address) {
+        (IpAddr::V4(n), IpAddr::V4(a)) => {
+            (n.to_bits() ^ a.to_bits()).checked_shr(32 - u32::from(net.1.min(32))).unwrap_or(0) == 0
+        }
+        (IpAddr::V6(n), IpAddr::V6(a)) => {
+            (n.to_bits() ^ a.to_bits()).checked_shr(128 - u32::from(net.1.min(128))).unwrap_or(0) == 0
+        }
+        _ => false,
+    }
+}
+
+/// Fisher and Yates' shuffle.
+fn shuffle<T>(items: &mut [T], below: &mut dyn FnMut(usize) -> usize) {
+    for i in (1..items.len()).rev() {
+        items.swap(i, below(i + 1).min(i));
+    }
+}
+
+/// The ways to answer a question.
+struct Reply<'a> {
+    question: &'a Question<'a>,
+    carrier: Carrier,
+    authoritative: bool,
+}
+
+impl Reply<'_> {
+    fn fails(&self, code: Code, outcome: Outcome) -> Verdict {
+        self.done(code, Vec::new(), false, outcome)
+    }
+
+    fn nothing(&self) -> Verdict {
+        self.done(Code::NxDomain, Vec::new(), true, Outcome::NoName)
+    }
+
+    fn has(&self, data: Vec<Data>) -> Verdict {
+        let outcome = if data.is_empty() { Outcome::NoData } else { Outcome::Answered };
+        let negative = data.is_empty();
+        self.done(Code::NoError, data, negative, outcome)
+    }
+
+    /// As much as fits. That something is left out is told by a bit, and it can be had by TCP; whoever does not look at that has
+    /// some of it.
+    fn done(&self, code: Code, answers: Vec<Data>, negative: bool, outcome: Outcome) -> Verdict {
+        let limit = match self.carrier {
+            Carrier::Udp => self.question.payload().min(MAX_UDP).into(),
+            Carrier::Tcp => MAX_MESSAGE,
+        };
+        let (question, authoritative) = (self.question, self.authoritative);
+        let answer = Answer { question, code, authoritative, answers, negative, ttl: TTL, payload: MAX_UDP };
+        Verdict::Answer(answer.write(limit), outcome)
+    }
+}
+
+#[cfg(test)]
+#[path = "names/tests.rs"]
+mod tests;

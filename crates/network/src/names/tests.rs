@@ -1,0 +1,347 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const ASKER: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 2);
+const OTHER: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 3);
+const OPEN: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 4);
+const LOST: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 5);
+
+fn named(n: u16) -> Named {
+    let address4 = Ipv4Addr::new(10, 0, (n >> 8) as u8, n as u8);
+    Named { address6: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n), address4, ready: true, only4: false }
+}
+
+/// `shop` has web (two ready, one not), old (ready on IPv4 alone), idle (nothing) and wide (700); `bank` has web.
+fn directory() -> Directory {
+    let shop = Project {
+        apps: BTreeMap::from([
+            ("web".into(), vec![named(1), named(2), Named { ready: false, ..named(3) }]),
+            ("old".into(), vec![Named { only4: true, ..named(9) }]),
+            ("idle".into(), Vec::new()),
+            ("wide".into(), (1000..1700).map(named).collect()),
+        ]),
+        outside: false,
+    };
+    let bank = Project { apps: BTreeMap::from([("web".into(), vec![named(77)])]), outside: true };
+    let askers = [(ASKER, "shop"), (OTHER, "bank"), (OPEN, "bank"), (LOST, "unheard")];
+    Directory {
+        region: "eu".into(),
+        projects: BTreeMap::from([("shop".into(), shop), ("bank".into(), bank)]),
+        askers: askers.map(|(a, p)| (a, p.to_owned())).into(),
+        instances: vec![("10.0.0.0".parse().unwrap(), 16), ("fd00:0:0:1::".parse().unwrap(), 64)],
+    }
+}
+
+/// A question as RFC 1035 writes it.
+fn question(name: &str, kind: u16) -> Vec<u8> {
+    let mut out = vec![0xbe, 0xef, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.').filter(|l| !l.is_empty()) {
+        out.push(label.len() as u8);
+        out.extend(label.bytes());
+    }
+    out.push(0);
+    out.extend(kind.to_be_bytes());
+    out.extend([0, 1]);
+    out
+}
+
+/// With an OPT record.
+fn with_edns(mut question: Vec<u8>, payload: u16, version: u8) -> Vec<u8> {
+    question[11] += 1;
+    question.extend([0, 0, 41]);
+    question.extend(payload.to_be_bytes());
+    // The DO bit is set; an option of two bytes.
+    question.extend([0, version, 0x80, 0, 0, 6, 0, 10, 0, 2, 1, 2]);
+    question
+}
+
+fn decide(message: &[u8], asker: Ipv4Addr, carrier: Carrier) -> Verdict {
+    directory().decide(message, asker, carrier, &mut |n| n - 1)
+}
+
+/// An answer, read apart from what wrote it.
+#[derive(Debug)]
+struct Told {
+    code: u8,
+    flags: u8,
+    data: Vec<String>,
+    /// Types and times to live of the authorities.
+    authorities: Vec<(u16, u32)>,
+    /// Payload and the upper bits of the code.
+    edns: Option<(u16, u8)>,
+}
+
+fn name_at(bytes: &[u8], at: &mut usize) -> String {
+    let (mut out, mut here, mut jumped) = (String::new(), *at, false);
+    loop {
+        let length = bytes[here];
+        if length >= 192 {
+            if !jumped {
+                *at = here + 2;
+            }
+            jumped = true;
+            here = usize::from(u16::from_be_bytes([length & 63, bytes[here + 1]]));
+            continue;
+        }
+        here += 1;
+        if length == 0 {
+            if !jumped {
+                *at = here;
+            }
+            return out;
+        }
+        out += &String::from_utf8_lossy(&bytes[here..here + usize::from(length)]);
+        out.push('.');
+        here += usize::from(length);
+    }
+}
+
+fn read(bytes: &[u8]) -> Told {
+    let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+    let mut told = Told { code: bytes[3] & 15, flags: bytes[2], data: vec![], authorities: vec![], edns: None };
+    assert!(bytes[2] & 0x80 != 0 && bytes[3] & 0x80 != 0, "an answer, by who recurses");
+    let mut at = 12;
+    let mut asked = String::new();
+    for _ in 0..u16_at(4) {
+        asked = name_at(bytes, &mut at);
+        at += 4;
+    }
+    for (section, count) in [(0, u16_at(6)), (1, u16_at(8)), (2, u16_at(10))] {
+        for _ in 0..count {
+            let owner = name_at(bytes, &mut at);
+            let (kind, class) = (u16_at(at), u16_at(at + 2));
+            let ttl = u32::from_be_bytes(bytes[at + 4..at + 8].try_into().unwrap());
+            let length = usize::from(u16_at(at + 8));
+            at += 10;
+            let data = &bytes[at..at + length];
+            match (section, kind) {
+                (0, kind) => {
+                    assert_eq!((owner.as_str(), class, ttl), (asked.as_str(), 1, TTL), "as it was asked");
+                    told.data.push(match kind {
+                        1 => Ipv4Addr::from(<[u8; 4]>::try_from(data).unwrap()).to_string(),
+                        28 => Ipv6Addr::from(<[u8; 16]>::try_from(data).unwrap()).to_string(),
+                        12 => name_at(bytes, &mut at.clone()),
+                        other => format!("type {other}"),
+                    });
+                }
+                (1, kind) => {
+                    assert!(asked.ends_with(&owner), "{owner} of {asked}");
+                    let mut in_data = at;
+                    assert_eq!(name_at(bytes, &mut in_data), "ns.internal.");
+                    assert_eq!(name_at(bytes, &mut in_data), "hostmaster.internal.");
+                    assert_eq!(in_data + 20, at + length);
+                    told.authorities.push((kind, ttl));
+                }
+                (_, kind) => {
+                    assert_eq!((kind, owner.as_str(), length), (41, "", 0));
+                    told.edns = Some((class, (ttl >> 24) as u8));
+                }
+            }
+            at += length;
+        }
+    }
+    assert_eq!(at, bytes.len(), "nothing is left over");
+    told
+}
+
+fn ask_by(message: &[u8], asker: Ipv4Addr, carrier: Carrier) -> Told {
+    match decide(message, asker, carrier) {
+        Verdict::Answer(bytes, _) => {
+            assert_eq!(bytes[..2], message[..2]);
+            read(&bytes)
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn ask(name: &str, kind: u16) -> Told {
+    let mut told = ask_by(&question(name, kind), ASKER, Carrier::Udp);
+    told.data.sort();
+    told
+}
+
+const A: u16 = 1;
+const AAAA: u16 = 28;
+
+#[test]
+fn an_apps_ready_instances_are_named() {
+    for name in ["web.shop.internal.", "WEB.Shop.INTERNAL.", "web.shop.eu.internal."] {
+        let four = ask(name, A);
+        assert_eq!((four.code, four.data), (0, vec!["10.0.0.1".into(), "10.0.0.2".into()]));
+        assert_eq!(four.flags, 0x85, "authoritative, and the wish for recursion is the asker's");
+        assert_eq!(ask(name, AAAA).data, ["fd00:0:0:1::1", "fd00:0:0:1::2"]);
+    }
+    assert_eq!(ask("old.shop.internal.", A).data, ["10.0.0.9"]);
+}
+
+#[test]
+fn what_has_no_data_is_told_apart_from_what_is_not() {
+    for (name, kind) in [
+        ("idle.shop.internal.", A),
+        ("old.shop.internal.", AAAA),
+        ("web.shop.internal.", 15),
+        ("shop.internal.", A),
+        ("eu.internal.", A),
+        ("shop.eu.internal.", A),
+        ("internal.", 2),
+    ] {
+        let told = ask(name, kind);
+        assert_eq!((told.code, told.data.len()), (0, 0), "{name}");
+        assert_eq!(told.authorities, [(6, TTL)], "{name}");
+    }
+    for name in [
+        "none.shop.internal.",
+        "web.bank.internal.",
+        "bank.internal.",
+        "web.shop.us.internal.",
+        "a.web.shop.eu.internal.",
+        "web.bank.eu.internal.",
+        "localhost.",
+    ] {
+        let told = ask(name, A);
+        assert_eq!((told.code, told.authorities), (3, vec![(6, TTL)]), "{name}");
+    }
+    assert_eq!(ask_by(&question("web.bank.internal.", A), OTHER, Carrier::Udp).data, ["10.0.0.77"]);
+    assert_eq!(ask("internal.", 6).data, ["type 6"]);
+}
+
+#[test]
+fn addresses_have_names_within_their_project() {
+    let six = |last: &str| format!("{last}.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.1.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa.");
+    assert_eq!(ask("2.0.0.10.in-addr.arpa.", 12).data, ["web.shop.internal."]);
+    assert_eq!(ask(&six("9"), 12).data, ["old.shop.internal."]);
+    assert_eq!(ask(&six("9"), A).code, 0);
+    assert_eq!(ask("77.0.0.10.in-addr.arpa.", 12).code, 3, "another project's");
+    assert_eq!(ask("9.9.9.9.in-addr.arpa.", 12).code, 5, "from outside");
+}
+
+#[test]
+fn names_from_outside_are_passed_on_only_where_there_is_egress() {
+    let outside = question("example.com.", A);
+    assert_eq!(decide(&outside, OPEN, Carrier::Udp), Verdict::Forward);
+    assert_eq!(ask_by(&outside, ASKER, Carrier::Udp).code, 5);
+    let own = decide(&question("nothing.bank.internal.", A), OPEN, Carrier::Udp);
+    assert!(matches!(own, Verdict::Answer(..)), "names of the inside never leave: {own:?}");
+    let own = decide(&question("77.0.0.10.in-addr.arpa.", A), OPEN, Carrier::Udp);
+    assert!(matches!(own, Verdict::Answer(..)), "nor do addresses: {own:?}");
+}
+
+#[test]
+fn what_a_resolver_does_not_do_is_refused_with_its_code() {
+    let web = || question("web.shop.internal.", A);
+    let code = |message: &[u8]| ask_by(message, ASKER, Carrier::Udp).code;
+    let changed = |at: usize, byte: u8| {
+        let mut message = web();
+        message[at] = byte;
+        message
+    };
+    assert_eq!(code(&changed(2, 5 << 3)), 4, "an update");
+    for (what, message) in [
+        ("two questions", changed(5, 2)),
+        ("no question", changed(5, 0)),
+        ("an answer in a question", changed(7, 1)),
+        ("an OPT that is not there", changed(11, 1)),
+        ("a pointer", changed(12, 0xc0)),
+        ("half of it", web()[..20].to_vec()),
+        ("two OPT", with_edns(with_edns(web(), 512, 0), 512, 0)),
+    ] {
+        assert_eq!(code(&message), 1, "{what}");
+    }
+    let mut chaos = question("version.bind.", 16);
+    *chaos.last_mut().unwrap() = 3;
+    assert_eq!(code(&chaos), 5);
+    assert_eq!(ask("internal.", 252).code, 5, "a transfer");
+    let new = ask_by(&with_edns(web(), 1232, 1), ASKER, Carrier::Udp);
+    assert_eq!((new.code, new.edns), (0, Some((MAX_UDP, 1))), "BADVERS is 16");
+    assert_eq!(ask_by(&question("web.unheard.internal.", A), LOST, Carrier::Udp).code, 2);
+    assert_eq!(read(&Directory::failed(&web(), Carrier::Udp).unwrap()).code, 2);
+    // Answers, scraps and strangers get nothing.
+    assert_eq!(decide(&changed(2, 0x81), ASKER, Carrier::Udp), Verdict::Ignore);
+    assert_eq!(decide(&web()[..11], ASKER, Carrier::Udp), Verdict::Ignore);
+    assert_eq!(decide(&web(), Ipv4Addr::new(192, 0, 2, 1), Carrier::Udp), Verdict::Ignore);
+}
+
+#[test]
+fn names_are_as_long_as_they_may_be_and_no_longer() {
+    let label = "x".repeat(63);
+    let long = [label.as_str(); 3].join(".");
+    // 3 × 64 + 62 + 1 is 255.
+    assert_eq!(ask(&format!("{long}.{}", "y".repeat(61)), A).code, 5);
+    assert_eq!(ask_by(&question(&format!("{long}.{}", "y".repeat(62)), A), ASKER, Carrier::Udp).code, 1);
+    let mut strange = question("web.shop.internal.", A);
+    strange[13] = 0xff;
+    assert_eq!(ask_by(&strange, ASKER, Carrier::Udp).code, 3, "no text");
+}
+
+#[test]
+fn long_answers_are_cut_for_udp_and_whole_by_tcp() {
+    let plain = question("wide.shop.internal.", AAAA);
+    let large = with_edns(plain.clone(), 4096, 0);
+    for (message, limit) in [(&plain, 512), (&large, usize::from(MAX_UDP))] {
+        let Verdict::Answer(bytes, _) = decide(message, ASKER, Carrier::Udp) else { panic!() };
+        assert!(bytes.len() <= limit && bytes.len() > limit - 28, "{} of {limit}", bytes.len());
+        let told = read(&bytes);
+        assert!(told.flags & 2 != 0 && !told.data.is_empty());
+    }
+    let whole = ask_by(&large, ASKER, Carrier::Tcp);
+    assert_eq!((whole.flags & 2, whole.data.len(), whole.edns), (0, MAX_ADDRESSES, Some((MAX_UDP, 0))));
+}
+
+#[test]
+fn the_order_is_by_chance() {
+    let message = question("web.shop.internal.", A);
+    let first = |chance: usize| match directory().decide(&message, ASKER, Carrier::Udp, &mut |_| chance) {
+        Verdict::Answer(bytes, _) => read(&bytes).data[0].clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_ne!(first(0), first(1));
+}
+
+#[test]
+fn only_an_answer_to_the_question_is_one() {
+    let asked = question("example.com.", A);
+    let question_of = Question::read(&asked).unwrap();
+    let answered = |change: fn(&mut Vec<u8>)| {
+        let mut answer = asked.clone();
+        answer[2] |= 0x80;
+        change(&mut answer);
+        question_of.is_answered_by(&answer)
+    };
+    assert!(answered(|_| {}) && answered(|a| a[13] = b'E'));
+    assert!(!answered(|a| a[0] = 0) && !answered(|a| a[13] = b'f') && !answered(|a| a[2] = 1));
+    assert!(!answered(|a| a.truncate(20)) && !answered(|a| a.clear()));
+}
+
+proptest! {
+    #[test]
+    fn no_message_is_too_strange(message in prop::collection::vec(any::<u8>(), 0..600), tcp: bool) {
+        let carrier = if tcp { Carrier::Tcp } else { Carrier::Udp };
+        if let Verdict::Answer(bytes, _) = decide(&message, ASKER, carrier) {
+            prop_assert_eq!(&bytes[..2], &message[..2]);
+            prop_assert!(tcp || bytes.len() <= usize::from(MAX_UDP));
+            read(&bytes);
+        }
+        let _ = Directory::failed(&message, carrier);
+    }
+
+    #[test]
+    fn no_change_of_a_question_is_too_strange(
+        kind in 0..260u16, edns: bool, at in prop::collection::vec((2..64usize, any::<u8>()), 0..4), cut in 0..40usize,
+    ) {
+        let mut message = question("web.shop.internal.", kind);
+        if edns {
+            message = with_edns(message, 900, 0);
+        }
+        let length = message.len();
+        for (at, byte) in at {
+            message[at % length] = byte;
+        }
+        message.truncate(length.saturating_sub(cut.saturating_sub(20)));
+        if let Verdict::Answer(bytes, _) = decide(&message, OPEN, Carrier::Udp) {
+            prop_assert!(bytes.len() <= usize::from(MAX_UDP));
+            prop_assert!(bytes[2] & 0x80 != 0);
+        }
+        let _ = Directory::failed(&message, Carrier::Udp);
+    }
+}

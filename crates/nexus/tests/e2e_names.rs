@@ -1,0 +1,262 @@
+//! Names and egress with the real binary and real containers: who finds and reaches whom, across zones, without servers, and
+//! what of the world outside. Needs root, and what `cargo xtask test` installs.
+
+#[allow(dead_code)] // The end-to-end tests use the rest.
+#[path = "e2e/cloud.rs"]
+mod cloud;
+#[allow(dead_code)]
+#[path = "e2e/guide.rs"]
+mod guide;
+#[allow(dead_code)]
+#[path = "e2e/images.rs"]
+mod images;
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use cloud::Cloud;
+use serde_json::Value;
+
+/// Documentation's (RFC 5737): nobody has it, so this machine may play the world outside.
+const OUTSIDE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 77);
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("{value} is not a text")).to_owned()
+}
+
+/// What a command in the only instance of a project's `client` says; an error says why it failed.
+fn client(cloud: &Cloud, project: &str, words: &[&str]) -> Result<String, String> {
+    let mut all = vec!["exec", "--project", project, "client", "--"];
+    if !words[0].starts_with('/') {
+        all.push("/bin/busybox");
+    }
+    all.extend(words);
+    let output = cloud.run(&all);
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    if output.status.success() { Ok(said) } else { Err(said) }
+}
+
+/// Busybox's server, and this Debian's own curl and getent, which ask for names as nearly all programs do: by glibc.
+fn image(dir: &Path) -> PathBuf {
+    let layout = images::busybox(dir);
+    let (image, bundle) = (format!("{}:latest", layout.display()), dir.join("bundle"));
+    let umoci = |verb: &str| {
+        let done = Command::new("umoci").args([verb, "--image", &image]).arg(&bundle).status();
+        assert!(done.unwrap().success(), "umoci {verb}");
+    };
+    umoci("unpack");
+    let copy = |file: &Path| {
+        let to = bundle.join("rootfs").join(file.strip_prefix("/").unwrap());
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        std::fs::copy(file, to).unwrap();
+    };
+    for program in ["/usr/bin/curl", "/usr/bin/getent"] {
+        copy(Path::new(program));
+        let needed = Command::new("ldd").arg(program).output().unwrap();
+        let needed = String::from_utf8(needed.stdout).unwrap();
+        needed.split_whitespace().filter(|word| word.starts_with('/')).for_each(|file| copy(Path::new(file)));
+    }
+    umoci("repack");
+    layout
+}
+
+/// The machine's other address while the test runs, and a server of HTTP on it, which remembers who came.
+struct Outside {
+    port: u16,
+    came: Arc<Mutex<Vec<IpAddr>>>,
+}
+
+impl Outside {
+    fn open() -> Self {
+        address("add");
+        let listener = TcpListener::bind((OUTSIDE, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let came: Arc<Mutex<Vec<IpAddr>>> = Arc::default();
+        let noted = came.clone();
+        std::thread::spawn(move || {
+            while let Ok((mut stream, from)) = listener.accept() {
+                noted.lock().unwrap().push(from.ip());
+                let _ = stream.read(&mut [0; 1024]);
+                let _ = stream.write_all(b"HTTP/1.0 200 OK\r\nContent-Length: 8\r\n\r\noutside\n");
+            }
+        });
+        Self { port, came }
+    }
+
+    fn url(&self) -> String {
+        format!("http://{OUTSIDE}:{}/", self.port)
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        address("del");
+    }
+}
+
+fn address(verb: &str) {
+    let mut ip = Command::new("ip");
+    // Left by a run that was killed, it is there already.
+    let _ = ip.args(["addr", verb, &format!("{OUTSIDE}/32"), "dev", "lo"]).stderr(Stdio::null()).status();
+}
+
+/// A container's first process, as this machine sees it, by a variable that only its project's client has.
+fn process(mark: &str) -> Option<i32> {
+    let wanted = format!("MARK={mark}");
+    let has = |pid: &i32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        environment.split(|b| *b == 0).any(|pair| pair == wanted.as_bytes())
+            && command.starts_with(b"/bin/busybox\0httpd")
+    };
+    let pids = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+    pids.into_iter().find(has)
+}
+
+/// The same without any server: from this machine, within the container's root and network.
+fn within(pid: i32, words: &[&str]) -> Result<String, String> {
+    let mut command = Command::new("nsenter");
+    command.args(["--target", &pid.to_string(), "--net", "--root", "--wd"]).args(words);
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    if output.status.success() { Ok(said) } else { Err(said) }
+}
+
+#[test]
+fn apps_find_each_other_by_name_and_projects_are_apart() {
+    let files = tempfile::tempdir().unwrap();
+    let layout = image(files.path());
+    let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
+    the_guide_is_followed(&cloud, &layout);
+    cloud.ok(&["deploy", "client", "--env", "MARK=names-shop"]);
+    let webs = cloud.wait_ready("web", 2);
+    let us = cloud.wait_ready("client", 1).remove(0);
+
+    // By every name, also those in the other zone, and by both families.
+    let far = webs.iter().find(|w| w["status"]["zone"] != us["status"]["zone"]).expect("one is in the other zone");
+    for name in ["web.default.internal", "web.default.local.internal"] {
+        let said = cloud.wait("the name to lead to both", || {
+            let said = client(&cloud, "default", &["nslookup", name])?;
+            let all = webs.iter().all(|w| said.contains(&text(&w["status"]["address4"])));
+            if all { Ok(said) } else { Err(said) }
+        });
+        assert!(said.contains(&text(&far["status"]["address6"])), "{said}");
+    }
+    for name in ["web", "web.default", "web.default.internal"] {
+        let url = format!("http://{name}/");
+        let page = cloud.wait(name, || client(&cloud, "default", &["/usr/bin/curl", "-sS", "-m", "5", &url]));
+        assert_eq!(page, images::PAGE);
+        let told = client(&cloud, "default", &["/usr/bin/getent", "ahosts", name]).unwrap();
+        assert!(told.contains(&text(&far["status"]["address6"])), "{name}: {told}");
+    }
+    let direct = format!("http://{}/", text(&far["status"]["address4"]));
+    assert_eq!(client(&cloud, "default", &["wget", "-T", "3", "-q", "-O", "-", &direct]).unwrap(), images::PAGE);
+
+    // Another project neither finds nor reaches them, wherever they are.
+    let said = client(&cloud, "bank", &["nslookup", "web.default.internal"]).unwrap_err();
+    assert!(said.contains("NXDOMAIN"), "{said}");
+    for web in &webs {
+        for address in [text(&web["status"]["address4"]), format!("[{}]", text(&web["status"]["address6"]))] {
+            let url = format!("http://{address}/");
+            client(&cloud, "bank", &["wget", "-T", "2", "-q", "-O", "-", &url]).unwrap_err();
+        }
+    }
+    assert!(client(&cloud, "default", &["sh", "-c", "echo x >> /etc/resolv.conf"]).is_err(), "read-only");
+    assert!(client(&cloud, "default", &["cat", "/etc/hosts"]).unwrap().contains(&text(&us["metadata"]["name"])));
+
+    egress_is_what_the_project_says(&cloud);
+    servers_are_killed(&cloud, &us, &webs);
+    cloud.ok(&["delete", "app", "client", "--project", "bank", "--wait"]);
+    cloud.down();
+}
+
+fn the_guide_is_followed(cloud: &Cloud, layout: &Path) {
+    let program = Path::new(env!("CARGO_BIN_EXE_nexus")).parent().unwrap();
+    let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
+    for (heading, blocks) in guide::sections("names-and-egress.md", 4) {
+        for block in blocks {
+            let mut shell = Command::new("sh");
+            shell.args(["-eu", "-c", &block.script]).env("PATH", &path).env("IMAGE", layout);
+            shell
+                .env("NEXUS_CONFIG", cloud.path("context.json"))
+                .env("HOME", cloud.path(""))
+                .current_dir(cloud.path(""));
+            let output = shell.stdin(Stdio::null()).output().unwrap();
+            assert!(output.status.success(), "{heading}: {output:?}");
+        }
+    }
+}
+
+fn set_egress(cloud: &Cloud, egress: &str) {
+    let path = cloud.path("egress.yaml");
+    let spec = format!("{{organization: default, egress: {egress}}}");
+    let manifest = format!("apiVersion: cloudnexus/v1\nkind: Project\nmetadata: {{name: bank}}\nspec: {spec}\n");
+    std::fs::write(&path, manifest).unwrap();
+    cloud.ok(&["apply", "-f", path.to_str().unwrap()]);
+}
+
+fn egress_is_what_the_project_says(cloud: &Cloud) {
+    let outside = Outside::open();
+    let url = outside.url();
+    let fetch = || client(cloud, "bank", &["wget", "-T", "2", "-q", "-O", "-", &url]);
+    let reached = |what: &str| cloud.wait(what, fetch);
+    let closed = |what: &str| cloud.wait(what, || fetch().map_or(Ok(()), Err));
+    set_egress(cloud, "{}");
+    closed("nothing outside to be reached");
+    let refused = client(cloud, "bank", &["nslookup", "example.com"]).unwrap_err();
+    assert!(refused.contains("REFUSED"), "{refused}");
+    set_egress(cloud, "{networks: [203.0.113.64/26]}");
+    assert_eq!(reached("the network to be reached"), "outside\n");
+    let hosts: Vec<String> = cloud.list("hosts").iter().map(|h| text(&h["spec"]["prefix4"])).collect();
+    let from = outside.came.lock().unwrap().last().copied().expect("somebody came");
+    let within = |prefix: &String| from.to_string().starts_with(prefix.trim_end_matches('0'));
+    assert!(!hosts.iter().any(within), "{from} is an instance's own address");
+    client(cloud, "default", &["wget", "-T", "2", "-q", "-O", "-", &url]).unwrap_err();
+    set_egress(cloud, "{networks: [198.51.100.0/24]}");
+    closed("the other network not to be reached");
+    set_egress(cloud, "{mode: allow}");
+    reached("everything outside to be reached");
+    // Never what is not outside: the hosts' agents, and the servers.
+    for host in cloud.list("hosts") {
+        let url = format!("http://{}/", text(&host["spec"]["address"]));
+        let said = client(cloud, "bank", &["wget", "-T", "2", "-q", "-O", "-", &url]).unwrap_err();
+        assert!(said.contains("timed out"), "{said}");
+    }
+    set_egress(cloud, "{mode: deny}");
+    closed("nothing outside to be reached again");
+}
+
+/// Names and rules need no server, and an agent that restarts without one knows what the one before it knew.
+fn servers_are_killed(cloud: &Cloud, us: &Value, webs: &[Value]) {
+    let pid = process("names-shop").expect("the client runs");
+    let members = cloud.json(&["local", "list"]);
+    let names = members.as_array().unwrap().iter().filter_map(|m| m["name"].as_str());
+    let servers: Vec<&str> = names.filter(|name| name.starts_with("server-")).collect();
+    for server in &servers {
+        cloud.ok(&["local", "kill", server]);
+    }
+    let resolves = || {
+        let said = within(pid, &["/usr/bin/getent", "ahosts", "web.default.internal"])?;
+        let all = webs.iter().all(|w| said.contains(&text(&w["status"]["address4"])));
+        if all { Ok(()) } else { Err(said) }
+    };
+    resolves().unwrap();
+    let agent = format!("agent@{}", text(&us["status"]["host"]));
+    cloud.ok(&["local", "kill", &agent]);
+    // Asked while nobody answers: it is asked again until somebody does.
+    let asking = std::thread::spawn(move || within(pid, &["/usr/bin/curl", "-sS", "-m", "60", "http://web/"]));
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    cloud.ok(&["local", "start", &agent]);
+    assert_eq!(asking.join().unwrap().unwrap(), images::PAGE);
+    cloud.wait("the restarted agent to answer names", resolves);
+    for server in &servers {
+        cloud.ok(&["local", "start", server]);
+    }
+    let after = cloud.wait_ready("client", 1).remove(0);
+    assert_eq!(after["metadata"]["uid"], us["metadata"]["uid"]);
+    assert_eq!(after["status"]["restarts"], us["status"]["restarts"]);
+}
