@@ -492,21 +492,8 @@ impl Runtime for FunctionRuntime {
     }
 
     async fn collect(&self, keep: Vec<Digest>) -> Result<(), RuntimeError> {
-        // Nothing is compiled meanwhile. Executors have their artefacts open, and a start that misses one compiles it again.
-        let _alone = self.compiling.acquire().await.expect("never closed");
-        let dir = self.config.dir.join("compiled");
-        let kept: BTreeSet<String> = keep.iter().map(|digest| digest.hex()).collect();
-        let swept = blocking(move || {
-            for entry in fs::read_dir(dir)?.flatten() {
-                let name = entry.file_name();
-                let image = name.to_str().and_then(|n| n.split_once('-')).map(|(hex, _)| hex.to_owned());
-                if image.is_some_and(|hex| !kept.contains(&hex)) {
-                    fs::remove_file(entry.path())?;
-                }
-            }
-            io::Result::Ok(())
-        });
-        swept.await.map_err(host("removing compiled components"))
+        // Executors have their artefacts open, and a start that misses one compiles it again.
+        self.prune(&keep.into_iter().collect()).await
     }
 
     async fn exec(&self, _: Uid, _: &[String], _: ExecIo, _: Duration) -> Result<i32, RuntimeError> {

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         an_instance_that_needs_more_memory_than_it_is_given_is_refused,
         a_component_is_compiled_once,
         a_stale_artefact_is_compiled_again,
+        what_nothing_needs_goes_and_is_compiled_again,
         a_killed_executor_is_observed_and_its_instances_start_again,
         instances_live_on_without_the_agent,
         stopping_finishes_what_is_under_way,
@@ -238,6 +239,20 @@ async fn a_stale_artefact_is_compiled_again(world: &World) {
     std::fs::write(compiled.path(), b"of another processor").unwrap();
     runtime.start(&sandbox).await.unwrap();
     assert_eq!(world.get(&sandbox, "/counter").await, (200, "1\n".into()));
+}
+
+async fn what_nothing_needs_goes_and_is_compiled_again(world: &World) {
+    let runtime = world.runtime();
+    let sandbox = world.sandbox();
+    runtime.start(&sandbox).await.unwrap();
+    let compiled = || std::fs::read_dir(world.dir.path().join("functions/compiled")).unwrap().count();
+    runtime.collect(vec![sandbox.image]).await.unwrap();
+    assert_eq!(compiled(), 1, "what is kept is kept");
+    runtime.collect(Vec::new()).await.unwrap();
+    assert_eq!(compiled(), 0);
+    assert_eq!(world.get(&sandbox, "/").await.0, 200, "who serves has it open");
+    runtime.prepare(sandbox.image).await.unwrap();
+    assert_eq!(compiled(), 1);
 }
 
 async fn a_killed_executor_is_observed_and_its_instances_start_again(world: &World) {
