@@ -119,7 +119,7 @@ fn the_guide_for_placement_does_what_it_says_and_latency_is_that_of_the_way() {
             let files = scratch_files(&cloud);
             assert!(files.len() == 1 && files[0].to_str().unwrap().contains(&format!("/{}/", on[0])), "{files:?}");
             assert!(std::fs::metadata(&files[0]).unwrap().len() >= 64 << 20);
-            assert!(printed.ends_with("fast\n"), "{printed}");
+            assert!(printed.contains("fast\n"), "{printed}");
         }
         "Constraints" => {
             let (web, cache) = (on_hosts(&cloud, "web"), on_hosts(&cloud, "cache"));
