@@ -15,6 +15,8 @@ fn instance(n: u8, project: &str) -> InstancePlan {
         app: "web".parse().unwrap(),
         epoch: 1,
         desired: Desired::Running,
+        once: false,
+        kept: false,
         template: Template::default(),
         image: ImagePlan { format: ImageFormat::Oci, digest: Digest::of(b"i") },
         address6: [0xfd00, 0, 0, 1, 0, 0, 0, n.into()].into(),
