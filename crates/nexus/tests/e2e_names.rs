@@ -35,9 +35,9 @@ fn client(cloud: &Cloud, project: &str, words: &[&str]) -> Result<String, String
     }
     all.extend(words);
     let output = cloud.run(&all);
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said).into_owned();
-    if output.status.success() { Ok(said) } else { Err(said) }
+    let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    // The command line notes which instance it was.
+    if output.status.success() { Ok(said.into_owned()) } else { Err(format!("{said}{error}")) }
 }
 
 /// Busybox's server, and this Debian's own curl and getent, which ask for names as nearly all programs do: by glibc.
