@@ -96,7 +96,8 @@ fn project(world: &World, name: &Name) -> ProjectNames {
                 app: i.spec.app.clone(),
                 address6: i.status.address6?,
                 address4,
-                ready: i.status.ready,
+                // A job has no name to be found by, though it may be called as an app is.
+                ready: i.status.ready && i.spec.job.is_none(),
                 only4: i.status.endpoint.is_some_and(|e| e.is_ipv4()),
             })
         })
