@@ -1,3 +1,5 @@
+//! Names and packets of hosts, by what servers told of projects.
+
 use std::path::Path;
 
 use nexus_env::MemDisk;

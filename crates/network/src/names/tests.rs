@@ -1,3 +1,5 @@
+//! Questions and answers, byte by byte.
+
 use proptest::prelude::*;
 
 use super::*;
