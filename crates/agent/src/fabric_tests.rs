@@ -1,3 +1,5 @@
+//! Rules and names as a plan and the words of servers make them, and what is kept of those words.
+
 use std::path::Path;
 
 use nexus_env::MemDisk;

@@ -1,3 +1,5 @@
+//! What each kind of message is answered with, read by a reader that shares nothing with what wrote it.
+
 use proptest::prelude::*;
 
 use super::*;
