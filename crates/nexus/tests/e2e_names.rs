@@ -155,7 +155,7 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
         let told = client(&cloud, "default", &["/usr/bin/getent", "ahosts", "web.default.internal"])?;
         if told.contains(&text(&far["status"]["address6"])) { Ok(()) } else { Err(told) }
     });
-    let direct = format!("http://{}/", text(&far["status"]["address4"]));
+    let direct = format!("http://[{}]/", text(&far["status"]["address6"]));
     assert_eq!(client(&cloud, "default", &["/usr/bin/curl", "-sS", "-m", "3", &direct]).unwrap(), images::PAGE);
 
     // Another project neither finds nor reaches them, wherever they are.
