@@ -1,4 +1,4 @@
-//! Names and packets of hosts, by what servers told of projects.
+//! Rules and names as a plan and the words of servers make them, and what is kept of those words.
 
 use std::path::Path;
 

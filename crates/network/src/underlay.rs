@@ -59,7 +59,13 @@ impl Underlay {
     /// Makes the bridge, or completes it.
     pub async fn create(&self) -> Result<(), NetError> {
         // Hosts are to send everything by way of this machine; a redirect would teach them another way.
-        let settings = &[("ipv4/conf/{}/send_redirects", "0"), ("ipv6/conf/{}/accept_ra", "0")];
+        // It passes on what instances of one host send to those of another, and nothing else of the machine's is forwarded.
+        let settings = &[
+            ("ipv4/conf/{}/send_redirects", "0"),
+            ("ipv4/conf/{}/forwarding", "1"),
+            ("ipv6/conf/{}/accept_ra", "0"),
+            ("ipv6/conf/{}/force_forwarding", "1"),
+        ];
         let address = self.address;
         let addresses = move |links: &mut Netlink, bridge| {
             links.ensure_address(bridge, address.address6.into(), address.length6)?;

@@ -150,11 +150,13 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
         let url = format!("http://{name}/");
         let page = cloud.wait(name, || client(&cloud, "default", &["/usr/bin/curl", "-sS", "-m", "5", &url]));
         assert_eq!(page, images::PAGE);
-        let told = client(&cloud, "default", &["/usr/bin/getent", "ahosts", name]).unwrap();
-        assert!(told.contains(&text(&far["status"]["address6"])), "{name}: {told}");
     }
-    let direct = format!("http://{}/", text(&far["status"]["address4"]));
-    assert_eq!(client(&cloud, "default", &["wget", "-T", "3", "-q", "-O", "-", &direct]).unwrap(), images::PAGE);
+    cloud.wait("both families to be told", || {
+        let told = client(&cloud, "default", &["/usr/bin/getent", "ahosts", "web.default.internal"])?;
+        if told.contains(&text(&far["status"]["address6"])) { Ok(()) } else { Err(told) }
+    });
+    let direct = format!("http://[{}]/", text(&far["status"]["address6"]));
+    assert_eq!(client(&cloud, "default", &["/usr/bin/curl", "-sS", "-m", "3", &direct]).unwrap(), images::PAGE);
 
     // Another project neither finds nor reaches them, wherever they are.
     let said = client(&cloud, "bank", &["nslookup", "web.default.internal"]).unwrap_err();
@@ -162,7 +164,8 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
     for web in &webs {
         for address in [text(&web["status"]["address4"]), format!("[{}]", text(&web["status"]["address6"]))] {
             let url = format!("http://{address}/");
-            client(&cloud, "bank", &["wget", "-T", "2", "-q", "-O", "-", &url]).unwrap_err();
+            let said = client(&cloud, "bank", &["/usr/bin/curl", "-sS", "-m", "2", &url]).unwrap_err();
+            assert!(said.contains("timed out"), "{said}");
         }
     }
     assert!(client(&cloud, "default", &["sh", "-c", "echo x >> /etc/resolv.conf"]).is_err(), "read-only");
@@ -202,7 +205,7 @@ fn set_egress(cloud: &Cloud, egress: &str) {
 fn egress_is_what_the_project_says(cloud: &Cloud) {
     let outside = Outside::open();
     let url = outside.url();
-    let fetch = || client(cloud, "bank", &["wget", "-T", "2", "-q", "-O", "-", &url]);
+    let fetch = || client(cloud, "bank", &["/usr/bin/curl", "-sS", "-m", "2", &url]);
     let reached = |what: &str| cloud.wait(what, fetch);
     let closed = |what: &str| cloud.wait(what, || fetch().map_or(Ok(()), Err));
     set_egress(cloud, "{}");
@@ -215,7 +218,7 @@ fn egress_is_what_the_project_says(cloud: &Cloud) {
     let from = outside.came.lock().unwrap().last().copied().expect("somebody came");
     let within = |prefix: &String| from.to_string().starts_with(prefix.trim_end_matches('0'));
     assert!(!hosts.iter().any(within), "{from} is an instance's own address");
-    client(cloud, "default", &["wget", "-T", "2", "-q", "-O", "-", &url]).unwrap_err();
+    client(cloud, "default", &["/usr/bin/curl", "-sS", "-m", "2", &url]).unwrap_err();
     set_egress(cloud, "{networks: [198.51.100.0/24]}");
     closed("the other network not to be reached");
     set_egress(cloud, "{mode: allow}");
@@ -223,7 +226,7 @@ fn egress_is_what_the_project_says(cloud: &Cloud) {
     // Never what is not outside: the hosts' agents, and the servers.
     for host in cloud.list("hosts") {
         let url = format!("http://{}/", text(&host["spec"]["address"]));
-        let said = client(cloud, "bank", &["wget", "-T", "2", "-q", "-O", "-", &url]).unwrap_err();
+        let said = client(cloud, "bank", &["/usr/bin/curl", "-sS", "-m", "2", &url]).unwrap_err();
         assert!(said.contains("timed out"), "{said}");
     }
     set_egress(cloud, "{mode: deny}");

@@ -1,4 +1,4 @@
-//! Questions and answers, byte by byte.
+//! What each kind of message is answered with, read by a reader that shares nothing with what wrote it.
 
 use proptest::prelude::*;
 
