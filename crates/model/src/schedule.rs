@@ -246,20 +246,21 @@ mod tests {
 
     #[test]
     fn every_run_is_a_wall_time_of_the_expression_over_years_and_zones() {
-        for zone in
-            ["UTC", "America/New_York", "Asia/Kathmandu", "America/Sao_Paulo", "Africa/Casablanca", "Pacific/Apia"]
-        {
-            let found = runs("0 12 * * *", zone, "2010-01-01T12:00:00Z", "2012-06-01T12:00:00Z");
-            let days = if zone == "Pacific/Apia" { 881 } else { 882 };
-            assert!(found.len().abs_diff(days) <= 1, "{zone}: {} days", found.len());
+        let zones =
+            ["UTC", "America/New_York", "Asia/Kathmandu", "America/Sao_Paulo", "Africa/Casablanca", "Pacific/Apia"];
+        for zone in zones {
             let local = TimeZoneDatabase::bundled().get(zone).unwrap();
             let schedule = Schedule::new("0 12 * * *", zone).unwrap();
-            let mut now = at("2010-01-01T12:00:00Z");
-            for _ in 0..800 {
-                now = schedule.next(now).unwrap();
-                let shown = local.to_datetime(Moment::from_millisecond(now.as_millis()).unwrap());
-                assert_eq!((shown.hour(), shown.minute()), (12, 0), "{zone} at {now}");
+            // In Apia there was no 30 December 2011: what was due on it ran when the 31st began.
+            let skipped = |next| zone == "Pacific/Apia" && next == at("2011-12-30T10:00:00Z");
+            let (mut now, end, mut count) = (at("2010-01-01T12:00:00Z"), at("2012-06-01T12:00:00Z"), 0);
+            while let Some(next) = schedule.next(now).filter(|next| *next <= end) {
+                let shown = local.to_datetime(Moment::from_millisecond(next.as_millis()).unwrap());
+                let hour = if skipped(next) { 0 } else { 12 };
+                assert_eq!((shown.hour(), shown.minute()), (hour, 0), "{zone} at {next}");
+                (now, count) = (next, count + 1);
             }
+            assert_eq!(count, if zone == "Pacific/Apia" { 883 } else { 882 }, "{zone}");
         }
     }
 
