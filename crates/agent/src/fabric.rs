@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use nexus_env::{Disk, Env, RngExt as _, on_disk, write_atomic};
 use nexus_model::kind::EgressMode;
-use nexus_model::plan::{HostNames, HostPlan, PLAN_VERSION, PlanRequest, method};
+use nexus_model::plan::{HostNames, HostPlan, InstancePlan, PLAN_VERSION, PlanRequest, method};
 use nexus_model::{Cidr, Name, Uid};
 use nexus_network::firewall::{Firewall, Guest, Net, Rules, Tenant};
 use nexus_network::names::serve::Resolver;
@@ -240,11 +240,16 @@ fn net(cidr: &Cidr) -> Net {
     (cidr.address, cidr.length)
 }
 
+/// Those that have addresses: what a job's instance had that has ended may be another's by now.
+fn present(plan: &HostPlan) -> impl Iterator<Item = &InstancePlan> {
+    plan.instances.iter().filter(|i| !i.kept)
+}
+
 /// The packet filter for a plan: an instance that servers have not told of yet is a member of its project all the same, and
 /// a project that they have not told of has no egress.
 fn rules(plan: &HostPlan, names: Option<&HostNames>) -> Rules {
     let mut tenants: BTreeMap<&Name, Tenant> = BTreeMap::new();
-    for instance in &plan.instances {
+    for instance in present(plan) {
         let members = &mut tenants.entry(&instance.project).or_default().members;
         members.extend([IpAddr::from(instance.address6), instance.address4.into()]);
     }
@@ -257,12 +262,12 @@ fn rules(plan: &HostPlan, names: Option<&HostNames>) -> Rules {
         }
     }
     let order: BTreeMap<&Name, usize> = tenants.keys().enumerate().map(|(n, name)| (*name, n)).collect();
-    let guest = |i: &nexus_model::plan::InstancePlan| Guest {
+    let guest = |i: &InstancePlan| Guest {
         name: i.uid.to_string(),
         address: InstanceAddress { address6: i.address6, address4: i.address4 },
         tenant: order[&i.project],
     };
-    let guests = plan.instances.iter().map(guest).collect();
+    let guests = present(plan).map(guest).collect();
     let nets = |of: fn(&HostNames) -> &Vec<Cidr>| names.map(|n| of(n).iter().map(net).collect()).unwrap_or_default();
     Rules {
         guests,
@@ -274,7 +279,7 @@ fn rules(plan: &HostPlan, names: Option<&HostNames>) -> Rules {
 
 /// The names for a plan.
 fn entries(plan: &HostPlan, names: Option<&HostNames>) -> Directory {
-    let askers: HashMap<_, _> = plan.instances.iter().map(|i| (i.address4, i.project.to_string())).collect();
+    let askers: HashMap<_, _> = present(plan).map(|i| (i.address4, i.project.to_string())).collect();
     let Some(names) = names else { return Directory { askers, ..Directory::default() } };
     let project = |told: &nexus_model::plan::ProjectNames| {
         let mut apps: BTreeMap<String, Vec<Named>> = told.apps.iter().map(|a| (a.to_string(), Vec::new())).collect();

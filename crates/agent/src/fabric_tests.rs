@@ -86,6 +86,18 @@ fn a_project_that_is_not_told_of_yet_is_closed_and_its_instances_know_each_other
 }
 
 #[test]
+fn an_address_that_an_ended_job_had_is_whose_it_is_now() {
+    let mut plan = plan();
+    let ended = InstancePlan { once: true, kept: true, desired: Desired::Gone, ..instance(2, "shop") };
+    plan.instances.push(InstancePlan { uid: Uid::from_random([9; 16]), ..ended });
+    let rules = rules(&plan, None);
+    assert_eq!(rules.guests.len(), 2);
+    let shop = &rules.tenants[rules.guests[0].tenant];
+    assert_eq!(shop.members.len(), 2, "nothing of the bank's: {:?}", shop.members);
+    assert_eq!(entries(&plan, None).askers[&[10, 0, 1, 2].into()], "bank");
+}
+
+#[test]
 fn members_elsewhere_and_egress_come_from_what_servers_tell() {
     let rules = rules(&plan(), Some(&told(1)));
     assert_eq!(rules.tenants.len(), 2, "nobody of the third project is here");

@@ -609,7 +609,7 @@ impl Scheduler {
         instances: impl Iterator<Item = &'a Object<Instance>>,
     ) -> (kind::Classes, kind::StorageClasses) {
         let (mut classes, mut storage) = (kind::Classes::new(), kind::StorageClasses::new());
-        for template in instances.map(|i| &i.spec.template) {
+        for template in instances.filter(|i| i.status.finished.is_none()).map(|i| &i.spec.template) {
             for (class, units) in &template.classes {
                 let sum = classes.entry(class.clone()).or_default();
                 *sum = sum.saturating_add(*units);

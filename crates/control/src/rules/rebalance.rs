@@ -81,7 +81,8 @@ pub fn plan(step: &mut Step<'_>, most: u32) -> Vec<Move> {
     let stays = |i: &&Object<Instance>| {
         let host = i.status.host.as_ref().and_then(|name| step.world.host(name));
         let settled = i.metadata.deleting.is_none() && i.status.ready && i.status.moving_to.is_none();
-        settled && host.is_some_and(|h| h.status.state == HostState::Ready && !h.spec.draining)
+        // What runs to its end is not begun again for evenness' sake.
+        settled && i.spec.job.is_none() && host.is_some_and(|h| h.status.state == HostState::Ready && !h.spec.draining)
     };
     let crowd = |i: &Object<Instance>| {
         let on_it = i.status.host.as_ref().and_then(|host| step.world.on_host.get(host));

@@ -90,6 +90,8 @@ fn project(world: &World, name: &Name) -> ProjectNames {
     let mut instances: Vec<NamedInstance> = world
         .instances
         .within(name)
+        // The address of what has ended is another's now.
+        .filter(|i| i.status.finished.is_none())
         .filter_map(|i| {
             let address4 = i.status.address4?;
             Some(NamedInstance {
