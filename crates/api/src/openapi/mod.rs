@@ -84,7 +84,17 @@ mod tests {
             if is_object && is_schema && !at.ends_with("/properties") {
                 let open = value.get("additionalProperties");
                 assert!(open.is_some(), "{at} is open");
-                let maps = ["labels", "annotations", "env", "classes", "instanceLabels", "status", "data", "binary"];
+                let maps = [
+                    "labels",
+                    "annotations",
+                    "env",
+                    "classes",
+                    "storage",
+                    "instanceLabels",
+                    "status",
+                    "data",
+                    "binary",
+                ];
                 // Words that elsewhere name what is closed.
                 let maps_of = |kind: &str, fields: &[&str]| {
                     at.contains(kind) && fields.iter().any(|f| at.contains(&format!("/properties/{f}")))
