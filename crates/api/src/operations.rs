@@ -385,6 +385,9 @@ pub struct MasterKeys {
     pub failures: Vec<String>,
 }
 
+/// The longest that unnamed blobs can be asked to be kept, in seconds: a year.
+pub const MAX_GRACE: u64 = 31_536_000;
+
 /// `image-gc`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -394,7 +397,7 @@ pub struct ImageGc {
     pub dry_run: bool,
     /// Blobs go that nothing has named for so long; without it, as long as the servers' configuration says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(max = 31_536_000))]
+    #[schemars(range(max = MAX_GRACE))]
     pub grace_seconds: Option<u64>,
 }
 

@@ -9,11 +9,11 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nexus_api::operations::{Collected, ImageGc, ImageGcDone};
+use nexus_api::operations::{Collected, ImageGc, ImageGcDone, MAX_GRACE};
 use nexus_compute::image::Image;
 use nexus_env::Env;
 use nexus_model::plan::{BlobCollect, BlobsCollected, method};
-use nexus_model::{ApiError, Code, Digest, Timestamp, key};
+use nexus_model::{ApiError, Code, Digest, FieldError, Timestamp, key};
 use nexus_store::{Consistency, RangeRequest};
 use nexus_wire::{Refusal, ServerBuilder};
 use prometheus_client::metrics::counter::Counter;
@@ -208,6 +208,9 @@ impl Collector {
 
     /// Has every server of the region sweep.
     pub async fn operate(&self, asked: ImageGc) -> Result<ImageGcDone, ApiError> {
+        if asked.grace_seconds.is_some_and(|s| s > MAX_GRACE) {
+            return Err(ApiError::invalid(vec![FieldError::new("graceSeconds", format!("at most {MAX_GRACE}"))]));
+        }
         let newest = RangeRequest { consistency: Consistency::Linearizable, ..RangeRequest::get(key::FORMAT) };
         let newest = self.blobs.global.range(newest).await.map_err(nexus_api::from_store)?.revision.0;
         let grace_ms = asked.grace_seconds.map(|s| s.saturating_mul(1000));
