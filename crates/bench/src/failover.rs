@@ -65,7 +65,7 @@ pub fn run() -> anyhow::Result<Vec<Row>> {
         process::wait("the host to be ready again", 2 * PATIENCE, Duration::from_millis(200), || {
             let answer = cloud.api(0).ok()?.get(&format!("/v1/regions/local/hosts/{doomed}")).ok()?;
             let host: Value = serde_json::from_slice(&answer.body).ok()?;
-            (host["status"]["state"] == "Ready").then_some(())
+            (host["status"]["state"] == "ready").then_some(())
         })?;
         sleep(SETTLING);
     }
