@@ -27,7 +27,7 @@ pub fn run() -> anyhow::Result<Vec<Row>> {
             "replicas": replicas,
             "spread": "host",
             "ports": [{"port": 80}],
-            "resources": {"cpu": "5m", "memory": "16Mi"},
+            "resources": {"cpu": "5m", "memory": "16Mi", "scratch": "8Mi"},
         })
     };
     // One on each host brings the image there.
