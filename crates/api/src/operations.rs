@@ -10,6 +10,7 @@ use http::HeaderValue;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::request::Parts;
 use nexus_model::kind::{Classes, classes_schema};
+use nexus_model::plan::BlobsCollected;
 use nexus_model::{ApiError, Name};
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
@@ -406,14 +407,8 @@ pub struct ImageGc {
 #[serde(rename_all = "camelCase")]
 pub struct Collected {
     pub server: String,
-    pub blobs: u64,
-    pub bytes: u64,
-    /// What nothing names, whatever its age.
-    pub unnamed_blobs: u64,
-    pub unnamed_bytes: u64,
-    /// What went, or would go.
-    pub removed_blobs: u64,
-    pub removed_bytes: u64,
+    #[serde(flatten)]
+    pub found: BlobsCollected,
     /// Why it could not look, if so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<String>,

@@ -10,6 +10,9 @@ mod guide;
 #[allow(dead_code)]
 #[path = "e2e/images.rs"]
 mod images;
+#[allow(dead_code)]
+#[path = "e2e/process.rs"]
+mod process;
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
@@ -18,6 +21,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use cloud::Cloud;
+use process::web_server;
 use serde_json::Value;
 
 /// Documentation's (RFC 5737): nobody has it, so this machine may play the world outside.
@@ -104,19 +108,6 @@ fn address(verb: &str) {
     let _ = ip.args(["addr", verb, &format!("{OUTSIDE}/32"), "dev", "lo"]).stderr(Stdio::null()).status();
 }
 
-/// A container's first process, as this machine sees it, by a variable that only its project's client has.
-fn process(mark: &str) -> Option<i32> {
-    let wanted = format!("MARK={mark}");
-    let has = |pid: &i32| {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        environment.split(|b| *b == 0).any(|pair| pair == wanted.as_bytes())
-            && command.starts_with(b"/bin/busybox\0httpd")
-    };
-    let pids = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
-    pids.into_iter().find(has)
-}
-
 /// The same without any server: from this machine, within the container's root and network.
 fn within(pid: i32, words: &[&str]) -> Result<String, String> {
     let mut command = Command::new("nsenter");
@@ -178,20 +169,7 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
 }
 
 fn the_guide_is_followed(cloud: &Cloud, layout: &Path) {
-    let program = Path::new(env!("CARGO_BIN_EXE_nexus")).parent().unwrap();
-    let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
-    for (heading, blocks) in guide::sections("names-and-egress.md", 4) {
-        for block in blocks {
-            let mut shell = Command::new("sh");
-            shell.args(["-eu", "-c", &block.script]).env("PATH", &path).env("IMAGE", layout);
-            shell
-                .env("NEXUS_CONFIG", cloud.path("context.json"))
-                .env("HOME", cloud.path(""))
-                .current_dir(cloud.path(""));
-            let output = shell.stdin(Stdio::null()).output().unwrap();
-            assert!(output.status.success(), "{heading}: {output:?}");
-        }
-    }
+    guide::follow(&cloud.path(""), "names-and-egress.md", 4, &[("IMAGE", &layout)], |_, _| {});
 }
 
 fn set_egress(cloud: &Cloud, egress: &str) {
@@ -235,7 +213,7 @@ fn egress_is_what_the_project_says(cloud: &Cloud) {
 
 /// Names and rules need no server, and an agent that restarts without one knows what the one before it knew.
 fn servers_are_killed(cloud: &Cloud, us: &Value, webs: &[Value]) {
-    let pid = process("names-shop").expect("the client runs");
+    let pid = web_server("MARK=names-shop").expect("the client runs");
     let members = cloud.json(&["local", "list"]);
     let names = members.as_array().unwrap().iter().filter_map(|m| m["name"].as_str());
     let servers: Vec<&str> = names.filter(|name| name.starts_with("server-")).collect();

@@ -48,37 +48,6 @@ fn small_cloud() -> Cloud {
     cloud
 }
 
-/// Runs a script as a guide's reader would.
-fn sh(cloud: &Cloud, script: &str) -> String {
-    let bin = cloud.path("bin");
-    if !bin.exists() {
-        std::fs::create_dir(&bin).unwrap();
-        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_nexus"), bin.join("nexus")).unwrap();
-    }
-    let mut command = Command::new("timeout");
-    command.arg(BLOCK).args(["sh", "-euc", script]).current_dir(cloud.path(""));
-    command.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default()));
-    command.env("IMAGE", cloud.path("busybox")).env("HOME", cloud.path(""));
-    command.env("NEXUS_CONFIG", cloud.path("context.json")).env_remove("CNX_URL").env_remove("CNX_TOKEN");
-    let output = command.output().unwrap();
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{}\n{script}\n--- out\n{out}\n--- err\n{err}", output.status);
-    format!("{out}{err}")
-}
-
-/// Runs a guide's blocks, and tells `after` each of its sections what they printed.
-fn follow(cloud: &Cloud, guide: &str, at_least: usize, mut after: impl FnMut(&str, &str)) {
-    for (heading, blocks) in guide::sections(guide, at_least) {
-        let mut printed = String::new();
-        for block in blocks {
-            assert_eq!(block.place, None, "this test has one machine");
-            println!("{heading}: {}", block.script);
-            printed.push_str(&sh(cloud, &block.script));
-        }
-        after(&heading, &printed);
-    }
-}
-
 fn host(cloud: &Cloud, name: &str) -> Value {
     cloud.json(&["get", "host", name])
 }
@@ -106,37 +75,42 @@ fn the_guide_for_placement_does_what_it_says_and_latency_is_that_of_the_way() {
     let _turn = turn();
     let cloud = small_cloud();
     // Before anything is measured nothing meets a latency: what waits is placed as soon as something is.
-    follow(&cloud, "placement.md", 6, |heading, printed| match heading {
-        "Classes" => {
-            cloud.wait_ready("my-app", 1);
-            let on: Vec<_> = on_hosts(&cloud, "my-app").into_keys().collect();
-            let status = &host(&cloud, &on[0])["status"];
-            assert_eq!(
-                (&status["reservedClasses"], &status["reservedStorage"]),
-                (&json!({"gpu-v100": 1}), &json!({"high-iops": "64Mi"}),)
-            );
-            assert!(on[0].starts_with("zone-a-"), "{on:?}");
-            let files = scratch_files(&cloud);
-            assert!(files.len() == 1 && files[0].to_str().unwrap().contains(&format!("/{}/", on[0])), "{files:?}");
-            assert!(std::fs::metadata(&files[0]).unwrap().len() >= 64 << 20);
-            assert!(printed.contains("fast\n"), "{printed}");
+    guide::follow(&cloud.path(""), "placement.md", 6, &[("IMAGE", &cloud.path("busybox"))], |heading, printed| {
+        match heading {
+            "Classes" => {
+                cloud.wait_ready("my-app", 1);
+                let on: Vec<_> = on_hosts(&cloud, "my-app").into_keys().collect();
+                let status = &host(&cloud, &on[0])["status"];
+                assert_eq!(
+                    (&status["reservedClasses"], &status["reservedStorage"]),
+                    (&json!({"gpu-v100": 1}), &json!({"high-iops": "64Mi"}),)
+                );
+                assert!(on[0].starts_with("zone-a-"), "{on:?}");
+                let files = scratch_files(&cloud);
+                assert!(files.len() == 1 && files[0].to_str().unwrap().contains(&format!("/{}/", on[0])), "{files:?}");
+                assert!(std::fs::metadata(&files[0]).unwrap().len() >= 64 << 20);
+                assert!(printed.contains("fast\n"), "{printed}");
+            }
+            "Constraints" => {
+                let (web, cache) = (on_hosts(&cloud, "web"), on_hosts(&cloud, "cache"));
+                assert!(
+                    web.keys().any(|h| h.starts_with("zone-a")) && web.keys().any(|h| h.starts_with("zone-b")),
+                    "{web:?}"
+                );
+                assert!(cache.keys().all(|host| web.contains_key(host)), "{cache:?}");
+                let batch = cloud.json(&["get", "app", "batch"]);
+                assert!(batch["spec"].get("constraints").is_none(), "{batch}");
+            }
+            "When nothing fits" => {
+                assert!(
+                    printed.contains("4 not within 1 us of a gateway (the lowest latency measured is "),
+                    "{printed}"
+                );
+                assert!(printed.contains("4 without label disk=tape; no host has a label disk"), "{printed}");
+            }
+            "Latency" => assert!(printed.contains("RTT") && printed.contains("gateway: gateway-"), "{printed}"),
+            _ => {}
         }
-        "Constraints" => {
-            let (web, cache) = (on_hosts(&cloud, "web"), on_hosts(&cloud, "cache"));
-            assert!(
-                web.keys().any(|h| h.starts_with("zone-a")) && web.keys().any(|h| h.starts_with("zone-b")),
-                "{web:?}"
-            );
-            assert!(cache.keys().all(|host| web.contains_key(host)), "{cache:?}");
-            let batch = cloud.json(&["get", "app", "batch"]);
-            assert!(batch["spec"].get("constraints").is_none(), "{batch}");
-        }
-        "When nothing fits" => {
-            assert!(printed.contains("4 not within 1 us of a gateway (the lowest latency measured is "), "{printed}");
-            assert!(printed.contains("4 without label disk=tape; no host has a label disk"), "{printed}");
-        }
-        "Latency" => assert!(printed.contains("RTT") && printed.contains("gateway: gateway-"), "{printed}"),
-        _ => {}
     });
 
     // A host that is far away.
@@ -201,46 +175,52 @@ fn the_guide_for_placement_does_what_it_says_and_latency_is_that_of_the_way() {
 fn the_guide_for_operating_hosts_does_what_it_says() {
     let _turn = turn();
     let cloud = small_cloud();
-    follow(&cloud, "operating-hosts.md", 7, |heading, printed| match heading {
-        "What a host has" => {
-            assert_eq!(host(&cloud, "zone-a-1")["metadata"]["labels"]["disk"], "nvme");
-            assert!(printed.contains("gpu-v100: 2") && printed.contains("high-iops: 1Gi"), "{printed}");
-        }
-        "Cordon" => assert_eq!(host(&cloud, "zone-b-2")["spec"]["cordoned"], true),
-        "Drain" => {
-            assert_eq!(host(&cloud, "zone-b-2")["status"]["reserved"]["instances"], 0);
-            cloud.wait_ready("site", 4);
-            // What can't go anywhere is named.
-            cloud.ok(&["host", "label", "zone-b-1", "only=here"]);
-            let pinned = ["deploy", "pinned", "--image", "site", "--constraints", "label.only=here"];
-            cloud.ok(&pinned);
-            let (_, why) = cloud.fails(&["host", "drain", "zone-b-1", "--timeout", "20s"]);
-            assert!(why.contains("app default/pinned") && why.contains("label only=here"), "{why}");
-            cloud.ok(&["host", "uncordon", "zone-b-1"]);
-            cloud.ok(&["delete", "app", "pinned"]);
-            cloud.wait_ready("site", 4);
-        }
-        "Uncordon" => {
-            assert_eq!(host(&cloud, "zone-b-2")["spec"]["cordoned"], false);
-            assert!(!on_hosts(&cloud, "site").contains_key("zone-b-2"), "nothing moves by itself");
-        }
-        "Rebalance" => {
-            assert!(printed.contains("zone-b-2") && printed.contains("others of its app"), "{printed}");
-            cloud.wait("each host to have one", || {
-                let on = on_hosts(&cloud, "site");
-                let ready = cloud.instances("site").iter().all(|i| i["status"]["ready"] == true);
-                if ready && on.len() == 4 && on.values().all(|n| *n == 1) { Ok(()) } else { Err(format!("{on:?}")) }
-            });
-            assert!(cloud.ok(&["rebalance"]).contains("nothing would stand better elsewhere"));
-            let events = cloud.ok(&["events"]);
-            assert!(events.contains("Rebalanced"), "{events}");
-        }
-        "Remove" => {
-            let left: Vec<_> = cloud.list("hosts").iter().map(|h| h["metadata"]["name"].clone()).collect();
-            assert_eq!(left, ["zone-a-1", "zone-a-2", "zone-b-1"]);
-            cloud.wait_ready("site", 4);
-        }
-        _ => {}
-    });
+    guide::follow(
+        &cloud.path(""),
+        "operating-hosts.md",
+        7,
+        &[("IMAGE", &cloud.path("busybox"))],
+        |heading, printed| match heading {
+            "What a host has" => {
+                assert_eq!(host(&cloud, "zone-a-1")["metadata"]["labels"]["disk"], "nvme");
+                assert!(printed.contains("gpu-v100: 2") && printed.contains("high-iops: 1Gi"), "{printed}");
+            }
+            "Cordon" => assert_eq!(host(&cloud, "zone-b-2")["spec"]["cordoned"], true),
+            "Drain" => {
+                assert_eq!(host(&cloud, "zone-b-2")["status"]["reserved"]["instances"], 0);
+                cloud.wait_ready("site", 4);
+                // What can't go anywhere is named.
+                cloud.ok(&["host", "label", "zone-b-1", "only=here"]);
+                let pinned = ["deploy", "pinned", "--image", "site", "--constraints", "label.only=here"];
+                cloud.ok(&pinned);
+                let (_, why) = cloud.fails(&["host", "drain", "zone-b-1", "--timeout", "20s"]);
+                assert!(why.contains("app default/pinned") && why.contains("label only=here"), "{why}");
+                cloud.ok(&["host", "uncordon", "zone-b-1"]);
+                cloud.ok(&["delete", "app", "pinned"]);
+                cloud.wait_ready("site", 4);
+            }
+            "Uncordon" => {
+                assert_eq!(host(&cloud, "zone-b-2")["spec"]["cordoned"], false);
+                assert!(!on_hosts(&cloud, "site").contains_key("zone-b-2"), "nothing moves by itself");
+            }
+            "Rebalance" => {
+                assert!(printed.contains("zone-b-2") && printed.contains("others of its app"), "{printed}");
+                cloud.wait("each host to have one", || {
+                    let on = on_hosts(&cloud, "site");
+                    let ready = cloud.instances("site").iter().all(|i| i["status"]["ready"] == true);
+                    if ready && on.len() == 4 && on.values().all(|n| *n == 1) { Ok(()) } else { Err(format!("{on:?}")) }
+                });
+                assert!(cloud.ok(&["rebalance"]).contains("nothing would stand better elsewhere"));
+                let events = cloud.ok(&["events"]);
+                assert!(events.contains("Rebalanced"), "{events}");
+            }
+            "Remove" => {
+                let left: Vec<_> = cloud.list("hosts").iter().map(|h| h["metadata"]["name"].clone()).collect();
+                assert_eq!(left, ["zone-a-1", "zone-a-2", "zone-b-1"]);
+                cloud.wait_ready("site", 4);
+            }
+            _ => {}
+        },
+    );
     cloud.down();
 }

@@ -192,25 +192,11 @@ fn good_slow_and_broken_images_are_rolled_out_and_no_request_is_lost() {
 fn the_lines_of_the_guide_run() {
     let files = tempfile::tempdir().unwrap();
     let image = images::busybox(files.path());
-    std::fs::create_dir(files.path().join("bin")).unwrap();
-    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_nexus"), files.path().join("bin/nexus")).unwrap();
     let cloud = Cloud::up(&["--zones", "1", "--hosts-per-zone", "2"]);
-    let path = format!("{}:{}", files.path().join("bin").display(), std::env::var("PATH").unwrap_or_default());
-    for (heading, blocks) in guide::sections("rollouts.md", 5) {
-        for block in blocks {
-            let mut command = Command::new("timeout");
-            command.args(["240", "sh", "-euc", &block.script]).env("PATH", &path).env("IMAGE", &image);
-            command.env("NEXUS_CONFIG", cloud.path("context.json")).env("HOME", files.path());
-            command.env_remove("CNX_URL").env_remove("CNX_TOKEN").current_dir(files.path());
-            let output = command.output().unwrap();
-            let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-            assert!(output.status.success(), "{heading}:\n{}{out}\n{err}", block.script);
-        }
-        match heading.as_str() {
-            "Canary" | "Holding it up and going back" => assert_eq!(rollout(&cloud)["phase"], "Complete", "{heading}"),
-            "Blue/green" => assert_eq!(rollout(&cloud)["trafficPercent"], 100, "{heading}"),
-            _ => {}
-        }
-    }
+    guide::follow(&cloud.path(""), "rollouts.md", 5, &[("IMAGE", &image)], |heading, _| match heading {
+        "Canary" | "Holding it up and going back" => assert_eq!(rollout(&cloud)["phase"], "Complete", "{heading}"),
+        "Blue/green" => assert_eq!(rollout(&cloud)["trafficPercent"], 100, "{heading}"),
+        _ => {}
+    });
     cloud.down();
 }

@@ -14,6 +14,7 @@ mod images;
 #[path = "e2e/load.rs"]
 mod load;
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -104,7 +105,7 @@ fn load_brings_instances_idleness_takes_them_away_and_a_request_wakes_what_sleep
     assert_eq!(answers, [200; 5]);
 
     by_processor_time(&cloud);
-    the_guide_is_followed(&cloud, files.path());
+    the_guide_is_followed(&cloud);
     cloud.down();
 }
 
@@ -119,24 +120,14 @@ fn by_processor_time(cloud: &Cloud) {
     cloud.ok(&["delete", "app", "busy", "--wait"]);
 }
 
-fn the_guide_is_followed(cloud: &Cloud, folder: &Path) {
+fn the_guide_is_followed(cloud: &Cloud) {
     let rows: Vec<String> = (0..2016).map(|i| format!("{:.2}", 40.0 + 30.0 * (f64::from(i) / 45.8).sin())).collect();
-    std::fs::write(folder.join("load.csv"), format!("cpu\n{}\n", rows.join("\n"))).unwrap();
-    let program = Path::new(env!("CARGO_BIN_EXE_nexus")).parent().unwrap();
-    let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
+    std::fs::write(cloud.path("load.csv"), format!("cpu\n{}\n", rows.join("\n"))).unwrap();
     let context: Value = serde_json::from_slice(&std::fs::read(cloud.path("context.json")).unwrap()).unwrap();
     let of = |key: &str| context[key].as_str().unwrap().to_owned();
     let (api, token) = (context["endpoints"][0].as_str().unwrap(), std::fs::read_to_string(of("tokenFile")).unwrap());
-    for (heading, blocks) in guide::sections("scaling.md", 5) {
-        for block in blocks {
-            let mut shell = Command::new("sh");
-            shell.args(["-eu", "-c", &block.script]).env("PATH", &path).current_dir(folder);
-            shell.env("API", api).env("CA", of("ca")).env("CNX_TOKEN", token.trim());
-            shell.env("NEXUS_CONFIG", cloud.path("context.json")).env("HOME", cloud.path(""));
-            let output = shell.stdin(Stdio::null()).output().unwrap();
-            assert!(output.status.success(), "{heading}: {}: {output:?}", block.script);
-        }
-    }
+    let variables: [(&str, &dyn AsRef<OsStr>); 3] = [("API", &api), ("CA", &of("ca")), ("CNX_TOKEN", &token.trim())];
+    guide::follow(&cloud.path(""), "scaling.md", 5, &variables, |_, _| {});
     let scaled = app(cloud, "web");
     assert_eq!(scaled["spec"]["autoscale"]["strategy"], "predictive", "by the API's POST");
     assert_eq!(scaled["spec"]["autoscale"]["maxReplicas"], 50);

@@ -11,12 +11,16 @@ mod images;
 #[allow(dead_code)]
 #[path = "e2e/guide.rs"]
 mod guide;
+#[allow(dead_code)]
+#[path = "e2e/process.rs"]
+mod process;
 
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use cloud::Cloud;
+use process::web_server;
 use serde_json::Value;
 
 const FIRST: &str = "canary-first-5f1c";
@@ -136,19 +140,6 @@ fn no_disk_holds(cloud: &Cloud) {
     assert!(!holders(&cloud.data_dir(), "s/default/tls/").is_empty());
 }
 
-/// The process of the container, as this machine sees it: by the variable that it was given.
-fn process() -> Option<i32> {
-    let wanted = format!("TOKEN={VARIABLE}");
-    let has = |pid: &i32| {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        environment.split(|b| *b == 0).any(|pair| pair == wanted.as_bytes())
-            && command.starts_with(b"/bin/busybox\0httpd")
-    };
-    let pids = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
-    pids.into_iter().find(has)
-}
-
 /// What runs goes on, and an instance that ends while no server answers starts again with what its host has.
 fn servers_are_killed(cloud: &Cloud, before: &Value) {
     let host = before["status"]["host"].as_str().unwrap();
@@ -159,9 +150,9 @@ fn servers_are_killed(cloud: &Cloud, before: &Value) {
         cloud.ok(&["local", "kill", server]);
     }
     cloud.ok(&["local", "restart", &format!("agent@{host}")]);
-    let first = process().expect("the container runs on");
+    let first = web_server(&format!("TOKEN={VARIABLE}")).expect("the container runs on");
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(first), nix::sys::signal::Signal::SIGKILL).unwrap();
-    cloud.wait("the instance to start again without any server", || match process() {
+    cloud.wait("the instance to start again without any server", || match web_server(&format!("TOKEN={VARIABLE}")) {
         Some(next) if next != first => Ok(()),
         other => Err(format!("{other:?}")),
     });
@@ -175,17 +166,7 @@ fn servers_are_killed(cloud: &Cloud, before: &Value) {
 }
 
 fn the_guide_is_followed(cloud: &Cloud) {
-    let program = Path::new(env!("CARGO_BIN_EXE_nexus")).parent().unwrap();
-    let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
-    for (heading, blocks) in guide::sections("secrets.md", 3) {
-        for block in blocks {
-            let mut shell = Command::new("sh");
-            shell.args(["-eu", "-c", &block.script]).env("PATH", &path);
-            shell.env("NEXUS_CONFIG", cloud.path("context.json")).env("HOME", cloud.path(""));
-            let output = shell.stdin(Stdio::null()).output().unwrap();
-            assert!(output.status.success(), "{heading}: {output:?}");
-        }
-    }
+    guide::follow(&cloud.path(""), "secrets.md", 3, &[], |_, _| {});
     cloud.ok(&["delete", "secret", "db"]);
 }
 

@@ -231,6 +231,11 @@ fn question(name: &str) -> Vec<u8> {
 
 /// The answer's code and its last four bytes, by UDP and by TCP; the question is asked again while nobody answers.
 fn ask(from: &NetnsRef, name: &str) -> Option<(u8, Vec<u8>)> {
+    asking(from, name, || ())
+}
+
+/// The same, and `asks` is called each time that the question goes out.
+fn asking(from: &NetnsRef, name: &str, asks: impl Fn() + Send + 'static) -> Option<(u8, Vec<u8>)> {
     let message = question(name);
     let by_udp = inside(from, {
         let message = message.clone();
@@ -241,6 +246,7 @@ fn ask(from: &NetnsRef, name: &str) -> Option<(u8, Vec<u8>)> {
             let end = Instant::now() + BRIEFLY * 4;
             while Instant::now() < end {
                 socket.send_to(&message, (NAMESERVER, 53)).unwrap();
+                asks();
                 if let Ok(length) = socket.recv(&mut buffer) {
                     return Some(buffer[..length].to_vec());
                 }
@@ -332,8 +338,16 @@ fn instances_are_told_names_and_only_those_who_may_hear_of_the_world_outside() {
         serving.abort();
         let _ = serving.await;
         let asker = a.0.clone();
-        let waiting = tokio::task::spawn_blocking(move || super::firewall::ask(&asker, "web.shop.internal"));
-        tokio::time::sleep(Duration::from_millis(700)).await;
+        let (asks, mut asked) = tokio::sync::mpsc::unbounded_channel();
+        let waiting = tokio::task::spawn_blocking(move || {
+            asking(&asker, "web.shop.internal", move || {
+                asks.send(()).ok();
+            })
+        });
+        // The second time says that the first had no answer.
+        for _ in 0..2 {
+            tokio::time::timeout(DEADLINE, asked.recv()).await.unwrap().unwrap();
+        }
         let serving = tokio::spawn(resolver.run());
         assert_eq!(waiting.await.unwrap(), Some((0, own)));
         serving.abort();

@@ -10,7 +10,7 @@ use nexus_model::{Name, Timestamp};
 use serde_json::{Value, json};
 
 use super::cloud::{Cloud, CloudArgs, text};
-use super::job::{self, WorkArgs};
+use super::job::{self, PatienceArgs, WorkArgs};
 use super::output;
 use super::resource::{self, new_name};
 use crate::exit::Fail;
@@ -72,12 +72,8 @@ enum CronCommand {
     Run {
         #[arg(value_parser = new_name)]
         name: Name,
-        /// Waits until the job has finished; fails if it fails
-        #[arg(long)]
-        wait: bool,
-        /// How many seconds to wait
-        #[arg(long, value_name = "SECONDS", default_value_t = 3_600)]
-        timeout: u64,
+        #[command(flatten)]
+        patience: PatienceArgs,
         #[command(flatten)]
         cloud: CloudArgs,
     },
@@ -125,9 +121,9 @@ pub async fn run(args: &CronArgs) -> anyhow::Result<()> {
         CronCommand::List { cloud } => job::list(&Cloud::connect(cloud)?, crons()).await,
         CronCommand::Suspend { name, cloud } => set(cloud, name, true).await,
         CronCommand::Resume { name, cloud } => set(cloud, name, false).await,
-        CronCommand::Run { name, wait, timeout, cloud } => {
+        CronCommand::Run { name, patience, cloud } => {
             let cloud = Cloud::connect(cloud)?;
-            run_now(&cloud, name, wait.then(|| Duration::from_secs(*timeout))).await
+            run_now(&cloud, name, patience.patience()).await
         }
     }
 }

@@ -12,13 +12,10 @@ use serde_json::{Value, json};
 use super::cloud::{Cloud, CloudArgs, Guard, Listing, is_code, text};
 use super::deploy::{ImageArg, image_arg};
 use super::output::{self, plain};
-use super::progress::Progress;
 use super::resource::{self, new_name};
 use super::table::{Columns, KindTable};
 use super::{deploy, image, pull, settle};
 use crate::exit::{Exit, Fail};
-
-const LOOK: Duration = Duration::from_millis(300);
 
 /// Runs work that comes to an end: once, often, in parts
 #[derive(Debug, Args)]
@@ -110,18 +107,31 @@ pub struct WorkArgs {
     args: Vec<String>,
 }
 
+/// Whether a job's end is waited for.
 #[derive(Debug, Args)]
-struct RunArgs {
-    #[arg(value_parser = new_name)]
-    name: Name,
-    #[command(flatten)]
-    work: WorkArgs,
+pub struct PatienceArgs {
     /// Waits until it has finished; fails if it fails
     #[arg(long)]
     wait: bool,
     /// How many seconds to wait
     #[arg(long, value_name = "SECONDS", default_value_t = 3_600)]
     timeout: u64,
+}
+
+impl PatienceArgs {
+    pub fn patience(&self) -> Option<Duration> {
+        self.wait.then(|| Duration::from_secs(self.timeout))
+    }
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    #[arg(value_parser = new_name)]
+    name: Name,
+    #[command(flatten)]
+    work: WorkArgs,
+    #[command(flatten)]
+    patience: PatienceArgs,
     #[command(flatten)]
     cloud: CloudArgs,
 }
@@ -208,7 +218,10 @@ pub async fn run(args: &JobArgs) -> anyhow::Result<()> {
             let spec = args.work.spec(&cloud, &args.name).await?;
             let made = make(&cloud, jobs(), &args.name, &object::<kind::Job>(&args.name, &spec)).await?;
             output::text(&format!("{} created", resource::title(jobs(), args.name.as_str())))?;
-            if args.wait { wait(&cloud, made, Duration::from_secs(args.timeout)).await } else { Ok(()) }
+            match args.patience.patience() {
+                Some(patience) => wait(&cloud, made, patience).await,
+                None => Ok(()),
+            }
         }
         JobCommand::List { cloud } => list(&Cloud::connect(cloud)?, jobs()).await,
         JobCommand::Cancel { name, cloud } => {
@@ -236,42 +249,15 @@ pub async fn list(cloud: &Cloud, kind: &'static KindDescriptor) -> anyhow::Resul
 pub async fn wait(cloud: &Cloud, made: Value, timeout: Duration) -> anyhow::Result<()> {
     let name = super::cloud::name_of(&made)?;
     let (path, title) = (cloud.object(jobs(), &name), resource::title(jobs(), name.as_str()));
-    let mut progress = Progress::new();
-    let mut last = made.clone();
-    let waiting = async {
-        loop {
-            progress.say(&format!("{title}: {}", settle::state(&last)));
-            if !text(&last, "/status/finished").is_empty() {
-                return Ok(last.clone());
-            }
-            tokio::time::sleep(LOOK).await;
-            match cloud.find(&path).await {
-                Ok(Some(newer)) if newer["metadata"]["uid"] == made["metadata"]["uid"] => last = newer,
-                Ok(_) => {
-                    return Err(anyhow::Error::from(Fail::new(Exit::Failed, format!("{title} was deleted meanwhile"))));
-                }
-                // A server that is away comes back, or the time runs out.
-                Err(e) if e.exit() == Exit::Unavailable => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-    };
-    let ended = tokio::select! {
-        biased;
-        ended = waiting => Some(ended),
-        () = tokio::time::sleep(timeout) => None,
-        _ = tokio::signal::ctrl_c() => {
-            drop(progress);
-            let advice = format!("{title} goes on; `nexus job cancel {name}` stops it");
-            return Err(Fail::new(Exit::Failed, format!("interrupted: {advice}")).into());
-        }
-    };
-    drop(progress);
-    let Some(ended) = ended else {
+    let advice = format!("{title} goes on; `nexus job cancel {name}` stops it");
+    let ended = settle::follow(cloud, &path, &title, &made, timeout, &advice, async |job, progress| {
+        progress.say(&format!("{title}: {}", settle::state(job)));
+        Ok((!text(job, "/status/finished").is_empty()).then(|| job.clone()))
+    });
+    let Some(job) = ended.await? else {
         let message = format!("{title} has not finished after {} seconds; it goes on", timeout.as_secs());
         return Err(Fail::unavailable(message).into());
     };
-    let job = ended?;
     if text(&job, "/status/phase") == "Complete" {
         return output::text(&format!("{title} is {}", settle::state(&job)));
     }

@@ -132,9 +132,9 @@ pub async fn gc(cloud: &Cloud, dry_run: bool, grace: Option<u64>, format: Format
                 Some(trouble) => vec![c.server.clone(), trouble.clone(), String::new(), String::new()],
                 None => vec![
                     c.server.clone(),
-                    size(c.blobs, c.bytes),
-                    size(c.unnamed_blobs, c.unnamed_bytes),
-                    size(c.removed_blobs, c.removed_bytes),
+                    size(c.found.blobs, c.found.bytes),
+                    size(c.found.unnamed_blobs, c.found.unnamed_bytes),
+                    size(c.found.removed_blobs, c.found.removed_bytes),
                 ],
             };
             let gone = if dry_run { "WOULD GO" } else { "REMOVED" };

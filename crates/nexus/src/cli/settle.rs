@@ -148,6 +148,42 @@ async fn runs(cloud: &Cloud, app: &Value, digest: &str) -> Result<bool, ClientEr
     Ok(instances.iter().all(|i| text(i, "/spec/imageDigest") == digest))
 }
 
+/// Looks at the object that was made at `path`, again and again, until `look` has found what it wants; nothing, if the time runs
+/// out. Ctrl-C leaves the object as it is, and `advice` says what to do then.
+pub async fn follow<T>(
+    cloud: &Cloud,
+    path: &str,
+    title: &str,
+    made: &Value,
+    timeout: Duration,
+    advice: &str,
+    mut look: impl AsyncFnMut(&Value, &mut Progress) -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<Option<T>> {
+    let mut progress = Progress::new();
+    let following = async {
+        let mut object = made.clone();
+        loop {
+            if let Some(found) = look(&object, &mut progress).await? {
+                return anyhow::Ok(found);
+            }
+            tokio::time::sleep(LOOK).await;
+            match cloud.find(path).await {
+                Ok(Some(newer)) if newer["metadata"]["uid"] == made["metadata"]["uid"] => object = newer,
+                Ok(_) => return Err(Fail::new(Exit::Failed, format!("{title} was deleted meanwhile")).into()),
+                // A server that is away comes back, or the time runs out.
+                Err(e) if e.exit() == Exit::Unavailable => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        found = following => found.map(Some),
+        () = tokio::time::sleep(timeout) => Ok(None),
+        _ = tokio::signal::ctrl_c() => Err(Fail::new(Exit::Failed, format!("interrupted: {advice}")).into()),
+    }
+}
+
 /// Waits until the object at `path` has settled and, with a digest, every instance runs that content. Ctrl-C and the timeout leave it as it is.
 pub async fn wait(
     cloud: &Cloud,
@@ -159,64 +195,39 @@ pub async fn wait(
 ) -> anyhow::Result<Value> {
     let title = resource::title(kind, text(made, "/metadata/name"));
     let mut last = made.clone();
-    let mut progress = Progress::new();
-    let waiting = async {
-        let mut object = made.clone();
-        loop {
-            if let Some(why) = failure(&object) {
-                let advice = format!("`nexus rollout status {}` shows more", text(made, "/metadata/name"));
-                return Err(Fail::new(Exit::Failed, format!("{title} was not updated: {why}\n  {advice}")).into());
-            }
-            if rests(&object) {
-                return anyhow::Ok(object);
-            }
-            if is_settled(&object) && is_heeded(&object) {
-                match digest {
-                    None => return anyhow::Ok(object),
+    let advice = format!("{title} stays as it is; `nexus describe {title}` shows how it goes on");
+    let ended = follow(cloud, path, &title, made, timeout, &advice, async |object, progress| {
+        last.clone_from(object);
+        if let Some(why) = failure(object) {
+            let advice = format!("`nexus rollout status {}` shows more", text(made, "/metadata/name"));
+            return Err(Fail::new(Exit::Failed, format!("{title} was not updated: {why}\n  {advice}")).into());
+        }
+        let done = rests(object)
+            || is_settled(object)
+                && is_heeded(object)
+                && match digest {
+                    None => true,
                     // Not to be asked is not to know.
-                    Some(digest) if runs(cloud, &object, digest).await.unwrap_or(false) => return Ok(object),
-                    Some(_) => {}
-                }
-            }
-            let complaint = complaints(&object).into_iter().next().map(|c| format!(" ({c})")).unwrap_or_default();
-            progress.say(&format!("{title}: {}{complaint}", state(&object)));
-            tokio::time::sleep(LOOK).await;
-            match cloud.find(path).await {
-                Ok(Some(newer)) if newer["metadata"]["uid"] == made["metadata"]["uid"] => {
-                    object = newer;
-                    last.clone_from(&object);
-                }
-                Ok(_) => return Err(Fail::new(Exit::Failed, format!("{title} was deleted meanwhile")).into()),
-                // A server that is away comes back, or the time runs out.
-                Err(e) if e.exit() == Exit::Unavailable => {}
-                Err(e) => return Err(e.into()),
-            }
+                    Some(digest) => runs(cloud, object, digest).await.unwrap_or(false),
+                };
+        if done {
+            return Ok(Some(object.clone()));
         }
-    };
-    let ended = tokio::select! {
-        biased;
-        ended = waiting => Some(ended),
-        () = tokio::time::sleep(timeout) => None,
-        _ = tokio::signal::ctrl_c() => {
-            drop(progress);
-            let advice = format!("{title} stays as it is; `nexus describe {title}` shows how it goes on");
-            return Err(Fail::new(Exit::Failed, format!("interrupted: {advice}")).into());
-        }
-    };
-    drop(progress);
-    match ended {
-        Some(ended) => ended,
-        None => {
-            // The explanation has a deadline of its own: it is asked of a cloud that may be in trouble.
-            let reasons = tokio::time::timeout(Duration::from_secs(10), why(cloud, kind, &last)).await;
-            let mut message = format!("{title} is not ready after {} seconds: {}", timeout.as_secs(), state(&last));
-            for reason in reasons.unwrap_or_default() {
-                message.push_str(&format!("\n  {reason}"));
-            }
-            message.push_str(&format!("\n  `nexus describe {title}` shows more"));
-            Err(Fail::unavailable(message).into())
-        }
+        let complaint = complaints(object).into_iter().next().map(|c| format!(" ({c})")).unwrap_or_default();
+        progress.say(&format!("{title}: {}{complaint}", state(object)));
+        Ok(None)
+    });
+    if let Some(object) = ended.await? {
+        return Ok(object);
     }
+    // The explanation has a deadline of its own: it is asked of a cloud that may be in trouble.
+    let reasons = tokio::time::timeout(Duration::from_secs(10), why(cloud, kind, &last)).await;
+    let mut message = format!("{title} is not ready after {} seconds: {}", timeout.as_secs(), state(&last));
+    for reason in reasons.unwrap_or_default() {
+        message.push_str(&format!("\n  {reason}"));
+    }
+    message.push_str(&format!("\n  `nexus describe {title}` shows more"));
+    Err(Fail::unavailable(message).into())
 }
 
 #[cfg(test)]

@@ -87,25 +87,9 @@ enum WebhookCommand {
         cloud: CloudArgs,
     },
     /// Lists what is on its way, was taken lately, or was given up
-    Deliveries {
-        /// Of this webhook
-        #[arg(value_parser = new_name)]
-        webhook: Option<Name>,
-        #[arg(short, long, value_enum, default_value_t = Format::Table)]
-        output: Format,
-        #[command(flatten)]
-        cloud: CloudArgs,
-    },
+    Deliveries(DeliveriesArgs),
     /// Lists what was given up
-    DeadLetters {
-        /// Of this webhook
-        #[arg(value_parser = new_name)]
-        webhook: Option<Name>,
-        #[arg(short, long, value_enum, default_value_t = Format::Table)]
-        output: Format,
-        #[command(flatten)]
-        cloud: CloudArgs,
-    },
+    DeadLetters(DeliveriesArgs),
     /// Sends deliveries again
     Resend {
         #[arg(value_parser = new_name, required_unless_present_any = ["dead", "all_dead"])]
@@ -119,6 +103,25 @@ enum WebhookCommand {
         #[command(flatten)]
         cloud: CloudArgs,
     },
+}
+
+#[derive(Debug, Args)]
+struct DeliveriesArgs {
+    /// Of this webhook
+    #[arg(value_parser = new_name)]
+    webhook: Option<Name>,
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    output: Format,
+    #[command(flatten)]
+    cloud: CloudArgs,
+}
+
+impl DeliveriesArgs {
+    async fn list(&self, which: fn(&Value) -> bool) -> anyhow::Result<()> {
+        let cloud = Cloud::connect(&self.cloud)?;
+        let found = find(&cloud, self.webhook.as_ref(), which).await?;
+        show(&cloud, deliveries(), &found, self.output)
+    }
 }
 
 /// Who is told when a change has come to its end.
@@ -181,16 +184,8 @@ pub async fn run(args: &WebhookArgs) -> anyhow::Result<()> {
         }
         WebhookCommand::Enable { name, cloud } => switch(cloud, name, true).await,
         WebhookCommand::Disable { name, cloud } => switch(cloud, name, false).await,
-        WebhookCommand::Deliveries { webhook, output, cloud } => {
-            let cloud = Cloud::connect(cloud)?;
-            let found = find(&cloud, webhook.as_ref(), |_| true).await?;
-            show(&cloud, deliveries(), &found, *output)
-        }
-        WebhookCommand::DeadLetters { webhook, output, cloud } => {
-            let cloud = Cloud::connect(cloud)?;
-            let found = find(&cloud, webhook.as_ref(), is_dead).await?;
-            show(&cloud, deliveries(), &found, *output)
-        }
+        WebhookCommand::Deliveries(args) => args.list(|_| true).await,
+        WebhookCommand::DeadLetters(args) => args.list(is_dead).await,
         WebhookCommand::Resend { deliveries: names, dead, all_dead, cloud } => {
             let cloud = Cloud::connect(cloud)?;
             let mut names = names.clone();

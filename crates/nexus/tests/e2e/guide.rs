@@ -4,7 +4,9 @@
 //! where a guide has several. Other blocks are for reading: they need what no test has, such as systemd or another
 //! machine's file.
 
+use std::ffi::OsStr;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 pub struct Block {
     /// The machine, if the guide names one.
@@ -39,4 +41,43 @@ pub fn sections(guide: &str, at_least: usize) -> Vec<(String, Vec<Block>)> {
     let count: usize = found.iter().map(|(_, blocks)| blocks.len()).sum();
     assert!(count >= at_least, "{guide}: {count} blocks to run, and {at_least} are expected");
     found
+}
+
+/// Runs a script as a guide's reader would, whose home and folder is `home` and who has the cloud's `context.json` there. The
+/// variables are those that the guide says to have.
+#[allow(dead_code)] // Some tests have readers of their own.
+pub fn run(home: &Path, script: &str, variables: &[(&str, &dyn AsRef<OsStr>)]) -> String {
+    let programs = Path::new(env!("CARGO_BIN_EXE_nexus")).parent().unwrap();
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    let mut command = Command::new("timeout");
+    command.args(["240", "sh", "-euc", script]).stdin(Stdio::null()).current_dir(home);
+    command.env("PATH", path).env("HOME", home).env("NEXUS_CONFIG", home.join("context.json"));
+    command.env_remove("CNX_URL").env_remove("CNX_TOKEN");
+    for (name, value) in variables {
+        command.env(name, value);
+    }
+    let output = command.output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}\n{script}\n--- out\n{out}\n--- err\n{err}", output.status);
+    format!("{out}{err}")
+}
+
+/// Runs a guide's blocks, and tells `after` each of its sections what they printed.
+#[allow(dead_code)]
+pub fn follow(
+    home: &Path,
+    guide: &str,
+    at_least: usize,
+    variables: &[(&str, &dyn AsRef<OsStr>)],
+    mut after: impl FnMut(&str, &str),
+) {
+    for (heading, blocks) in sections(guide, at_least) {
+        let mut printed = String::new();
+        for block in blocks {
+            assert_eq!(block.place, None, "this test has one machine");
+            println!("{heading}: {}", block.script);
+            printed.push_str(&run(home, &block.script, variables));
+        }
+        after(&heading, &printed);
+    }
 }

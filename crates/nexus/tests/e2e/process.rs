@@ -59,3 +59,16 @@ impl Drop for Namespace {
         Command::new("ip").args(["netns", "del", &self.0]).output().ok();
     }
 }
+
+/// The busybox web server of a container, as this machine sees it, by a variable that only this one was given: `NAME=value`.
+#[allow(dead_code)] // Not every test program that has this file uses it.
+pub fn web_server(variable: &str) -> Option<i32> {
+    let has = |pid: &i32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        environment.split(|b| *b == 0).any(|pair| pair == variable.as_bytes())
+            && command.starts_with(b"/bin/busybox\0httpd")
+    };
+    let pids = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+    pids.into_iter().find(has)
+}

@@ -216,16 +216,7 @@ impl Collector {
         let grace_ms = asked.grace_seconds.map(|s| s.saturating_mul(1000));
         let sweep = BlobCollect { dry_run: asked.dry_run, grace_ms, revision: newest };
         let told = |server: String, outcome: Result<BlobsCollected, String>| match outcome {
-            Ok(f) => Collected {
-                server,
-                blobs: f.blobs,
-                bytes: f.bytes,
-                unnamed_blobs: f.unnamed_blobs,
-                unnamed_bytes: f.unnamed_bytes,
-                removed_blobs: f.removed_blobs,
-                removed_bytes: f.removed_bytes,
-                trouble: None,
-            },
+            Ok(found) => Collected { server, found, trouble: None },
             Err(trouble) => Collected { server, trouble: Some(trouble), ..Collected::default() },
         };
         let own = async { told(self.server.clone(), self.sweep(sweep).await.map_err(|e| e.detail)) };

@@ -14,7 +14,7 @@
 //!
 //! Nothing is believed but digests: each document and blob is hashed, and everything is bounded: size, time, layers, redirects.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -288,7 +288,7 @@ pub struct Session {
     wanted: Wanted,
     credentials: Option<Credentials>,
     /// What the registry is shown with each question, once it has asked for it.
-    authorization: tokio::sync::Mutex<Option<HeaderValue>>,
+    authorization: Mutex<Option<HeaderValue>>,
 }
 
 impl Registries {
@@ -297,7 +297,7 @@ impl Registries {
     }
 
     pub fn session(self: &Arc<Self>, wanted: Wanted, credentials: Option<Credentials>) -> Session {
-        Session { registries: Arc::clone(self), wanted, credentials, authorization: tokio::sync::Mutex::default() }
+        Session { registries: Arc::clone(self), wanted, credentials, authorization: Mutex::default() }
     }
 
     /// One question, without following where it leads.
@@ -348,6 +348,10 @@ impl Session {
         format!("{}/{}", self.wanted.registry, self.wanted.repository)
     }
 
+    fn authorization(&self) -> MutexGuard<'_, Option<HeaderValue>> {
+        self.authorization.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Asks, shows who asks when that is wanted, and follows redirects.
     async fn get(&self, url: Url, accept: Option<&'static str>) -> Result<Response, ApiError> {
         let mut shown = false;
@@ -358,8 +362,8 @@ impl Session {
             if let Some(accept) = accept {
                 headers.insert(ACCEPT, HeaderValue::from_static(accept));
             }
-            if own && let Some(value) = self.authorization.lock().await.clone() {
-                headers.insert(AUTHORIZATION, value);
+            if own {
+                headers.extend(self.authorization().clone().map(|value| (AUTHORIZATION, value)));
             }
             let answer = self.registries.ask(&at, headers).await?;
             let status = answer.status();
@@ -374,7 +378,7 @@ impl Session {
                     shown = true;
                     let challenge = Challenge::read(answer.headers());
                     let value = self.authorized(challenge).await?;
-                    *self.authorization.lock().await = Some(value);
+                    *self.authorization() = Some(value);
                 }
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => return Err(self.refused(&said(answer).await)),
                 StatusCode::NOT_FOUND => {

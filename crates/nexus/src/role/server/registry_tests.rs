@@ -172,7 +172,7 @@ async fn redirects_are_followed_and_judged_and_carry_no_credentials() {
     };
     let fake = with(&format!("http://{}/cdn/layer", store.address));
     let session = local().session(fake.wanted(), None);
-    *session.authorization.lock().await = Some(HeaderValue::from_static("Bearer hush"));
+    *session.authorization.lock().unwrap() = Some(HeaderValue::from_static("Bearer hush"));
     assert!(session.blob(&layer).await.is_ok());
     assert!(fake.asked()[0].contains("hush"), "the registry is shown it");
     assert!(!store.asked().concat().contains("hush"), "the other origin is not");
