@@ -15,15 +15,11 @@ mod images;
 use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cloud::Cloud;
 use serde_json::{Value, json};
-
-/// A block of a guide may wait for instances.
-const BLOCK: &str = "240";
 
 /// One cloud at a time is enough for a small machine.
 fn turn() -> MutexGuard<'static, ()> {
