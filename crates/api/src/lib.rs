@@ -27,6 +27,7 @@ mod input;
 mod list;
 mod metrics;
 mod openapi;
+mod networks;
 pub mod operations;
 mod problem;
 mod providers;

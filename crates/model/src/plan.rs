@@ -81,6 +81,10 @@ pub mod method {
     pub const EXEC: &str = "instance.exec";
     /// Server to agent: [`super::TraceRequest`] → [`super::Trace`].
     pub const TRACE: &str = "network.trace";
+    /// Server to agent, frames: see [`super::CaptureRequest`].
+    pub const CAPTURE: &str = "network.capture";
+    /// Server to agent: nothing → [`super::NetworkCheck`].
+    pub const NETWORK_CHECK: &str = "network.check";
 }
 
 /// Has a server remove blobs that nothing names.

@@ -14,4 +14,6 @@
 //!
 //! This is the one place where eBPF programs could take over later: they would take the same plan and stand on the same links.
 
+pub mod capture;
 pub mod links;
+pub mod probe;
