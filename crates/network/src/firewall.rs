@@ -125,7 +125,7 @@ impl Firewall {
 }
 
 /// Runs `nft` on the calling thread, in its namespace.
-fn nft(attempt: &'static str, arguments: &[&str], input: &str) -> Result<String, NetError> {
+pub(crate) fn nft(attempt: &'static str, arguments: &[&str], input: &str) -> Result<String, NetError> {
     let what = || format!("{attempt} with the program nft (Debian: nftables)");
     // Found also where nobody set a path for a daemon.
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin:/usr/bin:/bin";

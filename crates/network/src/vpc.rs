@@ -14,4 +14,14 @@
 //!
 //! This is the one place where eBPF programs could take over later: they would take the same plan and stand on the same links.
 
+mod announce;
+mod engine;
+mod hand;
+mod inside;
 pub mod links;
+mod network;
+mod outside;
+mod rules;
+mod want;
+
+pub use engine::{Applied, Engine};
