@@ -152,7 +152,7 @@ pub trait NetworkEngine: Send + Sync {
     async fn remove(&self) -> Result<(), PlugError>;
     async fn drops(&self, wanted: Arc<HostNetworks>) -> Result<Drops, PlugError>;
     /// What becomes of a packet, by the rules that are programmed.
-    fn trace(&self, by: &HostNetworks, closed: &[Net], nic: Uid, packet: TracedPacket) -> Trace;
+    async fn trace(&self, by: Arc<HostNetworks>, closed: Arc<Vec<Net>>, nic: Uid, packet: TracedPacket) -> Result<Trace, PlugError>;
     /// Sends a packet; whether it came through, as far as that can be known.
     async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError>;
     async fn capture(&self, network: Uid, request: &CaptureRequest) -> Result<Capture, PlugError>;

@@ -138,7 +138,8 @@ impl Networks {
         let closed = self.applied.borrow().closed.clone();
         let (_, nic) = find(&by, request.nic).ok_or_else(|| not_here(request.nic))?;
         let here = nic.at.as_ref().filter(|at| at.host == by.host).ok_or_else(|| not_here(request.nic))?;
-        let mut trace = self.engine.trace(&by, &closed, request.nic, request.packet);
+        let traced = self.engine.trace(by.clone(), closed, request.nic, request.packet).await;
+        let mut trace = traced.map_err(|e| e.to_string())?;
         if request.probe {
             let to = request.packet.to;
             let own: Option<IpAddr> = match to {

@@ -45,10 +45,16 @@ impl NetworkEngine for Fake {
         Ok(wanted.networks.iter().map(|n| (n.uid, "no-rule".to_owned(), 3)).collect())
     }
 
-    fn trace(&self, by: &HostNetworks, _: &[Net], nic: Uid, _: TracedPacket) -> Trace {
-        let what = find(by, nic).map_or(String::new(), |(_, nic)| nic.name.to_string());
+    async fn trace(
+        &self,
+        by: Arc<HostNetworks>,
+        _: Arc<Vec<Net>>,
+        nic: Uid,
+        _: TracedPacket,
+    ) -> Result<Trace, PlugError> {
+        let what = find(&by, nic).map_or(String::new(), |(_, nic)| nic.name.to_string());
         let hops = vec![TraceHop { host: by.host.clone(), at: "route".into(), what }];
-        Trace { hops, verdict: TraceVerdict::Outside, probed: None }
+        Ok(Trace { hops, verdict: TraceVerdict::Outside, probed: None })
     }
 
     async fn probe(&self, _: ProbeOf) -> Result<Option<bool>, PlugError> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use nexus_model::Uid;
 use nexus_model::plan::{CaptureRequest, HostNetworks, Trace, TracedPacket};
-use nexus_network::firewall::Net;
+use nexus_network::firewall::{Firewall, Net};
 use nexus_network::vpc::capture::{Capture, Filter};
 use nexus_network::vpc::{Engine, links, probe, verdict};
 use nexus_network::{InstanceAddress, InstanceNet, NetnsRef};
@@ -42,6 +42,11 @@ impl HostNetworksEngine {
     pub fn new(dir: PathBuf, instances: InstanceNet) -> Self {
         Self { engine: Engine::new(dir, instances.clone(), NetnsRef::Own), instances }
     }
+
+    /// All that is closed, with what the host itself is on.
+    async fn closed(&self, told: &[Net]) -> Result<Vec<Net>, PlugError> {
+        Firewall::own().closed(told.to_vec()).await.map_err(failed)
+    }
 }
 
 fn failed(error: nexus_network::NetError) -> PlugError {
@@ -51,12 +56,12 @@ fn failed(error: nexus_network::NetError) -> PlugError {
 #[async_trait]
 impl NetworkEngine for HostNetworksEngine {
     async fn apply(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Plugged, PlugError> {
-        let done = self.engine.apply(wanted, closed.to_vec()).await.map_err(failed)?;
+        let done = self.engine.apply(wanted, self.closed(&closed).await?).await.map_err(failed)?;
         Ok(Plugged { plugged: done.plugged, troubles: done.troubles, networks: done.networks })
     }
 
     async fn check(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Vec<String>, PlugError> {
-        self.engine.check(wanted, closed.to_vec()).await.map_err(failed)
+        self.engine.check(wanted, self.closed(&closed).await?).await.map_err(failed)
     }
 
     async fn remove(&self) -> Result<(), PlugError> {
@@ -67,8 +72,14 @@ impl NetworkEngine for HostNetworksEngine {
         self.engine.counters(wanted).await.map_err(failed)
     }
 
-    fn trace(&self, by: &HostNetworks, closed: &[Net], nic: Uid, packet: TracedPacket) -> Trace {
-        verdict::trace_beyond(by, closed, nic, packet)
+    async fn trace(
+        &self,
+        by: Arc<HostNetworks>,
+        closed: Arc<Vec<Net>>,
+        nic: Uid,
+        packet: TracedPacket,
+    ) -> Result<Trace, PlugError> {
+        Ok(verdict::trace_beyond(&by, &self.closed(&closed).await?, nic, packet))
     }
 
     async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError> {

@@ -14,6 +14,16 @@
 //!
 //! This is the one place where eBPF programs could take over later: they would take the same plan and stand on the same links.
 
+mod announce;
 pub mod capture;
+mod engine;
+mod hand;
+mod inside;
 pub mod links;
+mod network;
+mod outside;
 pub mod probe;
+mod rules;
+mod want;
+
+pub use engine::{Applied, Engine};

@@ -16,6 +16,8 @@ use nix::sched::{CloneFlags, unshare};
 
 #[path = "firewall/mod.rs"]
 mod firewall;
+#[path = "vpc/mod.rs"]
+mod vpc;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
