@@ -227,6 +227,10 @@ pub struct HostReport {
     pub images: Vec<Digest>,
     /// The share of its processors in use, 0 to 1.
     pub load: f32,
+    /// The revision of the [`HostNetworks`] that has been applied, 0 before the first. An agent that knows no networks says
+    /// nothing of them, and has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub networks: Option<u64>,
     /// When the agent's certificate ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate_ends: Option<Timestamp>,

@@ -138,6 +138,10 @@ const RULES: &[Rule] = &[
     Rule::new("secrets", Holder::Project, &["view"], &["edit"]).verbs(&[("reveal", &["reveal"], Level::Project)]),
     Rule::new("webhooks", Holder::Project, &["view"], &["edit"]).verbs(&[("test", &["edit"], Level::Project)]),
     Rule::new("deliveries", Holder::Project, &["view"], &["edit"]).verbs(&[("resend", &["edit"], Level::Project)]),
+    Rule::new("networks", Holder::Project, &["view"], &["edit"]),
+    Rule::new("subnets", Holder::Project, &["view"], &["edit"]),
+    Rule::new("security-groups", Holder::Project, &["view"], &["edit"]),
+    Rule::new("nics", Holder::Project, &["view"], &["edit"]),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
     Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization).verbs(&[
         ("set-password", &["self"], Level::Organization),
