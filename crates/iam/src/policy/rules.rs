@@ -141,7 +141,8 @@ const RULES: &[Rule] = &[
     Rule::new("networks", Holder::Project, &["view"], &["edit"]),
     Rule::new("subnets", Holder::Project, &["view"], &["edit"]),
     Rule::new("security-groups", Holder::Project, &["view"], &["edit"]),
-    Rule::new("nics", Holder::Project, &["view"], &["edit"]),
+    Rule::new("nics", Holder::Project, &["view"], &["edit"])
+        .verbs(&[("trace", &["operate"], Level::Project), ("capture", &["operate"], Level::Project)]),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
     Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization).verbs(&[
         ("set-password", &["self"], Level::Organization),
