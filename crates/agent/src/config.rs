@@ -14,6 +14,7 @@ use nexus_network::firewall::{Firewall, Net};
 use nexus_network::vpc::capture::Capture;
 use nexus_wire::ServerBook;
 use rustls::pki_types::CertificateDer;
+use tokio::sync::watch;
 
 use crate::AgentHandle;
 
@@ -152,7 +153,15 @@ pub trait NetworkEngine: Send + Sync {
     async fn remove(&self) -> Result<(), PlugError>;
     async fn drops(&self, wanted: Arc<HostNetworks>) -> Result<Drops, PlugError>;
     /// What becomes of a packet, by the rules that are programmed.
-    async fn trace(&self, by: Arc<HostNetworks>, closed: Arc<Vec<Net>>, nic: Uid, packet: TracedPacket) -> Result<Trace, PlugError>;
+    async fn trace(
+        &self,
+        by: Arc<HostNetworks>,
+        closed: Arc<Vec<Net>>,
+        nic: Uid,
+        packet: TracedPacket,
+    ) -> Result<Trace, PlugError>;
+    /// Answers what instances ask of their gateways, such as DHCP, by what the host has been brought to. Runs until it is dropped.
+    async fn serve(&self, by: watch::Receiver<Option<Arc<HostNetworks>>>);
     /// Sends a packet; whether it came through, as far as that can be known.
     async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError>;
     async fn capture(&self, network: Uid, request: &CaptureRequest) -> Result<Capture, PlugError>;

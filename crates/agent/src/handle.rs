@@ -122,7 +122,11 @@ impl AgentHandle {
         }
         let networks = self.inner.networks.lock().unwrap_or_else(PoisonError::into_inner);
         let name = "nexus_agent_network_nics";
-        let _ = writeln!(out, "# HELP {name} NICs of this host's instances.\n# TYPE {name} gauge\n{name} {}", networks.nics);
+        let _ = writeln!(
+            out,
+            "# HELP {name} NICs of this host's instances.\n# TYPE {name} gauge\n{name} {}",
+            networks.nics
+        );
         let name = "nexus_agent_network_dropped_packets_total";
         let _ = writeln!(out, "# HELP {name} Packets of tenants' networks that were dropped.\n# TYPE {name} counter");
         for ((project, network, reason), count) in &networks.drops {

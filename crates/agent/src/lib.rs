@@ -35,8 +35,8 @@ mod told;
 mod worker;
 
 pub use config::{
-    AgentConfig, AgentError, Authorize, Drops, Engines, FetchError, Identify, IdentityConfig, ImageFetcher, InstancePlug,
-    NetworkEngine, NicAt, PlugError, Plugged, ProbeOf,
+    AgentConfig, AgentError, Authorize, Drops, Engines, FetchError, Identify, IdentityConfig, ImageFetcher,
+    InstancePlug, NetworkEngine, NicAt, PlugError, Plugged, ProbeOf,
 };
 pub use daemon::run;
 pub use handle::{AgentHandle, AgentSnapshot};

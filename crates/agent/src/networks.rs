@@ -81,7 +81,10 @@ impl Networks {
             Self { engine: engine.clone(), told, asked: asked.clone(), applied: applied.subscribe(), captures };
         handle.has_networks();
         let (told, asked, handle) = (networks.told.clone(), asked.subscribe(), handle.clone());
-        tasks.spawn(Reconciler { engine, told, names, asked, applied, handle }.run());
+        let by = watch::Sender::new(None);
+        let (serving, follow) = (engine.clone(), by.subscribe());
+        tasks.spawn(async move { serving.serve(follow).await });
+        tasks.spawn(Reconciler { engine, told, names, asked, applied, by, handle }.run());
         networks
     }
 
@@ -253,6 +256,8 @@ struct Reconciler {
     names: Names,
     asked: watch::Receiver<u64>,
     applied: watch::Sender<Applied>,
+    /// What the kernel was brought to last.
+    by: watch::Sender<Option<Arc<HostNetworks>>>,
     handle: AgentHandle,
 }
 
@@ -310,6 +315,7 @@ impl Reconciler {
                 }
                 let (by, closed) = (Some(told.clone()), closed.clone());
                 self.applied.send_replace(Applied { turn, nics, trouble: String::new(), by, closed });
+                self.by.send_replace(Some(told.clone()));
                 // A NIC that can't be plugged in keeps nothing that another may need.
                 if whole {
                     self.handle.networks_applied(told.revision);
@@ -333,7 +339,11 @@ impl Reconciler {
             Ok(differences) => {
                 if let Some(first) = differences.first() {
                     let count = differences.len();
-                    tracing::warn!(first, count, "somebody has changed tenants' networks on this host; they are set again");
+                    tracing::warn!(
+                        first,
+                        count,
+                        "somebody has changed tenants' networks on this host; they are set again"
+                    );
                 }
                 differences.is_empty()
             }

@@ -57,6 +57,8 @@ impl NetworkEngine for Fake {
         Ok(Trace { hops, verdict: TraceVerdict::Outside, probed: None })
     }
 
+    async fn serve(&self, _: watch::Receiver<Option<Arc<HostNetworks>>>) {}
+
     async fn probe(&self, _: ProbeOf) -> Result<Option<bool>, PlugError> {
         Ok(Some(false))
     }
@@ -79,12 +81,7 @@ fn told(revision: u64, networks: usize) -> Option<Arc<HostNetworks>> {
         mac: Mac([6, 0, 0, 0, 0, n]),
         address4: Some([10, 0, 0, n].into()),
         address6: None,
-        at: Some(NicPlace {
-            host: host.parse().unwrap(),
-            endpoint: [192, 0, 2, n].into(),
-            instance: uid(n),
-            index: 0,
-        }),
+        at: Some(NicPlace { host: host.parse().unwrap(), endpoint: [192, 0, 2, n].into(), instance: uid(n), index: 0 }),
         groups: vec![0],
         rate: None,
         forwards: false,

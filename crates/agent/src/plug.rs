@@ -9,8 +9,9 @@ use nexus_model::Uid;
 use nexus_model::plan::{CaptureRequest, HostNetworks, Trace, TracedPacket};
 use nexus_network::firewall::{Firewall, Net};
 use nexus_network::vpc::capture::{Capture, Filter};
-use nexus_network::vpc::{Engine, links, probe, verdict};
+use nexus_network::vpc::{Engine, answer, drops, links, probe, verdict};
 use nexus_network::{InstanceAddress, InstanceNet, NetnsRef};
+use tokio::sync::watch;
 
 use crate::config::{Drops, InstancePlug, NetworkEngine, PlugError, Plugged, ProbeOf};
 
@@ -69,7 +70,13 @@ impl NetworkEngine for HostNetworksEngine {
     }
 
     async fn drops(&self, wanted: Arc<HostNetworks>) -> Result<Drops, PlugError> {
-        self.engine.counters(wanted).await.map_err(failed)
+        let mut out = Vec::new();
+        for network in &wanted.networks {
+            let netns = NetnsRef::Path(self.engine.namespace(network.uid));
+            let counted = drops::drops(netns).await.map_err(failed)?;
+            out.extend(counted.into_iter().map(|c| (network.uid, c.reason, c.packets)));
+        }
+        Ok(out)
     }
 
     async fn trace(
@@ -80,6 +87,25 @@ impl NetworkEngine for HostNetworksEngine {
         packet: TracedPacket,
     ) -> Result<Trace, PlugError> {
         Ok(verdict::trace_beyond(&by, &self.closed(&closed).await?, nic, packet))
+    }
+
+    async fn serve(&self, mut by: watch::Receiver<Option<Arc<HostNetworks>>>) {
+        let Some(first) = by.wait_for(Option::is_some).await.ok().and_then(|by| by.clone()) else { return };
+        let (sender, networks) = watch::channel(first);
+        let engine = self.engine.clone();
+        let follow = async {
+            while by.changed().await.is_ok() {
+                if let Some(newer) = by.borrow_and_update().clone() {
+                    sender.send_replace(newer);
+                }
+            }
+        };
+        let answering = answer::run(networks, move |network| NetnsRef::Path(engine.namespace(network)));
+        tokio::select! {
+            biased;
+            () = follow => {}
+            () = answering => {}
+        }
     }
 
     async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError> {

@@ -94,8 +94,7 @@ impl<T: Told> Cache<T> {
     /// What was kept; nothing, if there is none or it can't be used: the servers have it.
     pub async fn load(&self, host: &Name) -> Option<T> {
         let (disk, path) = (self.disk.clone(), self.path.clone());
-        let read =
-            on_disk(&self.disk, move || if disk.exists(&path)? { disk.read(&path) } else { Ok(Vec::new()) });
+        let read = on_disk(&self.disk, move || if disk.exists(&path)? { disk.read(&path) } else { Ok(Vec::new()) });
         let text = match read.await.and_then(|r| r) {
             Ok(text) if text.is_empty() => return None,
             Ok(text) => text,
@@ -129,12 +128,7 @@ impl<T: Told> Cache<T> {
 }
 
 /// Follows what is told to this host, from server to server. Runs until it is dropped.
-async fn follow<T: Told>(
-    host: Name,
-    servers: Arc<Servers>,
-    cache: Cache<T>,
-    held: watch::Sender<Option<Arc<T>>>,
-) {
+async fn follow<T: Told>(host: Name, servers: Arc<Servers>, cache: Cache<T>, held: watch::Sender<Option<Arc<T>>>) {
     let mut turn = servers.start();
     let mut failures = 0;
     loop {

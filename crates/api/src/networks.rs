@@ -85,8 +85,7 @@ pub(crate) async fn capture(
     let timeout = server.api.limits.request_timeout;
     let asked = CaptureRequest { nic, address, port };
     let opened = tokio::time::timeout(timeout, server.api.hosts.capture(&host, asked)).await;
-    let mut frames =
-        opened.map_err(|_| ApiError::new(Code::Timeout, format!("the host {host} does not answer")))??;
+    let mut frames = opened.map_err(|_| ApiError::new(Code::Timeout, format!("the host {host} does not answer")))??;
     // The file's beginning: that it comes says that the host listens. Else its refusal is the answer.
     let first = tokio::time::timeout(timeout, frames.next()).await;
     let first = first.map_err(|_| ApiError::new(Code::Timeout, format!("the host {host} does not answer")))?;

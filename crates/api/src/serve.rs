@@ -35,8 +35,8 @@ use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
 use crate::{
-    Api, audit, blobs, credentials, elsewhere, federation, list, networks, operations, pull, rollouts, scaling, secrets, settle,
-    signature, signin, streams, watch, webhooks, whoami, write,
+    Api, audit, blobs, credentials, elsewhere, federation, list, networks, operations, pull, rollouts, scaling,
+    secrets, settle, signature, signin, streams, watch, webhooks, whoami, write,
 };
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.

@@ -11,7 +11,9 @@ const NICS: &str = "/v1/regions/local/projects/default/nics";
 
 async fn world() -> World {
     let w = World::new();
-    for (name, status) in [("web-nic0", json!({"phase": "Attached", "host": "h-1"})), ("lone", json!({"phase": "Available"}))] {
+    for (name, status) in
+        [("web-nic0", json!({"phase": "Attached", "host": "h-1"})), ("lone", json!({"phase": "Available"}))]
+    {
         let object = json!({
             "apiVersion": "cloudnexus/v1", "kind": "Nic",
             "metadata": {
@@ -38,7 +40,14 @@ async fn a_trace_is_asked_of_the_nics_host() {
     assert_eq!(body(&plain.body), json!({"hops": [hop], "verdict": "delivered"}));
     let probed = w.get(&format!("{NICS}/web-nic0:trace?to=fd00::5&protocol=icmp&probe=true")).await;
     assert_eq!(body(&probed.body)["probed"], true);
-    for bad in ["", "to=web&port=1", "to=10.0.0.5", "to=10.0.0.5&port=0", "to=10.0.0.5&port=1&protocol=icmp", "to=10.0.0.5&port=1&x=1"] {
+    for bad in [
+        "",
+        "to=web&port=1",
+        "to=10.0.0.5",
+        "to=10.0.0.5&port=0",
+        "to=10.0.0.5&port=1&protocol=icmp",
+        "to=10.0.0.5&port=1&x=1",
+    ] {
         w.get(&format!("{NICS}/web-nic0:trace?{bad}")).await.problem("bad-request");
     }
     w.get(&format!("{NICS}/lone:trace?to=10.0.0.5&port=80")).await.problem("conflict");

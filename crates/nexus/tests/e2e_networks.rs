@@ -127,7 +127,9 @@ fn two_tenants_are_apart(cloud: &Cloud, layout: &Path) {
     cloud.ok(&["apply", "-f", project.to_str().unwrap()]);
     cloud.ok(&["apply", "--project", "bank", "-f", cloud.path("shop.yaml").to_str().unwrap()]);
     let image = layout.to_str().unwrap();
-    let deploy = |words: &[&str]| cloud.ok(&[&["deploy", "--project", "bank", "--image", image, "--port", "80"], words].concat());
+    let deploy = |words: &[&str]| {
+        cloud.ok(&[&["deploy", "--project", "bank", "--image", image, "--port", "80"], words].concat())
+    };
     deploy(&["web", "--replicas", "2", "--nic", "front:web"]);
     deploy(&["client", "--nic", "front:client", "--env", "MARK=networks-bank"]);
     cloud.ok(&["deploy", "client", "--env", "MARK=networks-shop"]);
@@ -156,7 +158,8 @@ fn two_tenants_are_apart(cloud: &Cloud, layout: &Path) {
     for (project, other) in [(TENANTS[0], &web[1]), (TENANTS[1], &web[0])] {
         let own: Vec<String> = list(cloud, "nics", project).iter().map(|n| text(&n["status"]["address4"])).collect();
         for nic in other.iter().filter(|n| !own.contains(&n.address)) {
-            let said = client(cloud, project, &["/usr/bin/curl", "-sS", "-m", "2", &format!("http://{}/who", nic.address)]);
+            let said =
+                client(cloud, project, &["/usr/bin/curl", "-sS", "-m", "2", &format!("http://{}/who", nic.address)]);
             said.expect_err("another tenant's address leads nowhere");
         }
     }
@@ -253,7 +256,8 @@ fn servers_and_agents_are_killed(cloud: &Cloud) {
 /// What a host has of tenants' networks, by the namespaces of its agent.
 fn remains(pid: i64) -> Vec<String> {
     let within = |words: &[&str]| {
-        let output = Command::new("nsenter").args(["--target", &pid.to_string(), "--net"]).args(words).output().unwrap();
+        let output =
+            Command::new("nsenter").args(["--target", &pid.to_string(), "--net"]).args(words).output().unwrap();
         assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned()
     };

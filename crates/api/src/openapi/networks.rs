@@ -48,7 +48,8 @@ fn trace(d: &KindDescriptor) -> Value {
     parameters.push(query("protocol", json!({"type": "string", "enum": words}), "TCP, without it."));
     parameters.push(port("Of TCP and UDP, which need one."));
     parameters.push(query("probe", json!({"type": "boolean"}), "Sends such a packet too."));
-    let about = "What becomes of a new connection's first packet that a NIC sends, by the rules that its host has programmed";
+    let about =
+        "What becomes of a new connection's first packet that a NIC sends, by the rules that its host has programmed";
     let good = success("Its way", as_body(&body), &[]);
     json!({"get": operation("traceFromNic", d.plural, about, parameters, answers(vec![("200", good)], &["403", "409"]))})
 }

@@ -120,9 +120,11 @@ const RULES: &[Rule] = &[
     Rule::new("regions", Holder::Fleet, &["everyone", "fleet-view"], &["fleet-operate"]).level(Level::Fleet),
     Rule::new("zones", Holder::Fleet, &["everyone", "fleet-view"], &["fleet-operate"]).level(Level::Fleet),
     Rule::new("cells", Holder::Fleet, &["fleet-view"], &["fleet-operate"]).level(Level::Fleet),
-    Rule::new("hosts", Holder::Fleet, &["fleet-view"], &["fleet-operate"])
-        .level(Level::Fleet)
-        .verbs(&[("check", &["fleet-view"], Level::Fleet)]),
+    Rule::new("hosts", Holder::Fleet, &["fleet-view"], &["fleet-operate"]).level(Level::Fleet).verbs(&[(
+        "check",
+        &["fleet-view"],
+        Level::Fleet,
+    )]),
     Rule::new("images", Holder::Project, &["view"], &["edit"]),
     Rule::new("apps", Holder::Project, &["view"], &["edit"]).verbs(&[("load", &["view"], Level::Project)]),
     Rule::new("app-revisions", Holder::Project, &["view"], &["edit"]),

@@ -158,7 +158,8 @@ impl Inside {
         if !self.cidrs.iter().any(|net| contains(net, address)) {
             return None;
         }
-        let has = |n: &NamedNic| n.address4.map(IpAddr::V4) == Some(address) || n.address6.map(IpAddr::V6) == Some(address);
+        let has =
+            |n: &NamedNic| n.address4.map(IpAddr::V4) == Some(address) || n.address6.map(IpAddr::V6) == Some(address);
         let found = self.apps.iter().find(|(_, nics)| nics.iter().any(has));
         Some(found.map(|((project, app), _)| vec![app.clone(), project.clone(), super::ZONE.to_owned()]))
     }

@@ -379,7 +379,9 @@ fn records(name: &str, kind: u16) -> (u8, Vec<(String, u16, Vec<u8>)>) {
     let mut directory = directory();
     directory.inside.insert(ASKER, Arc::new(inside()));
     let asked = question(name, kind);
-    let Verdict::Answer(bytes, _) = directory.decide(&asked, ASKER, Carrier::Tcp, &mut |n| n - 1) else { panic!("{name}") };
+    let Verdict::Answer(bytes, _) = directory.decide(&asked, ASKER, Carrier::Tcp, &mut |n| n - 1) else {
+        panic!("{name}")
+    };
     let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
     let mut at = 12;
     name_at(&bytes, &mut at);

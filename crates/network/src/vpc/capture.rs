@@ -94,7 +94,8 @@ impl Capture {
 fn listen(link: &str) -> nix::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     // Nothing is heard before it is bound: without a protocol it would hear nothing, with one every link.
-    let found = getifaddrs()?.find(|i| i.interface_name == link && i.address.is_some_and(|a| a.as_link_addr().is_some()));
+    let found =
+        getifaddrs()?.find(|i| i.interface_name == link && i.address.is_some_and(|a| a.as_link_addr().is_some()));
     let address = found.and_then(|i| i.address).ok_or(Errno::ENODEV)?;
     let fd = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)?;
     setsockopt(&fd, sockopt::ReceiveTimestamp, &true)?;
@@ -166,9 +167,7 @@ impl Filter {
         }
         Some(match self.port {
             None => true,
-            Some(port) => {
-                matches!(protocol, 6 | 17) && first && (be16(payload)? == port || be16(payload + 2)? == port)
-            }
+            Some(port) => matches!(protocol, 6 | 17) && first && (be16(payload)? == port || be16(payload + 2)? == port),
         })
     }
 }

@@ -325,7 +325,9 @@ mod tests {
         assert_eq!("[fd12::5]:53/udp".parse(), goal("fd12::5", Some(53), "udp"));
         assert_eq!("10.0.2.5/icmp".parse(), goal("10.0.2.5", None, "icmp"));
         assert_eq!("fd12::5/icmp".parse(), goal("fd12::5", None, "icmp"));
-        for bad in ["10.0.2.5:80", "10.0.2.5/tcp", "10.0.2.5:0/tcp", "10.0.2.5:80/icmp", "web:80/tcp", "10.0.2.5:80/sctp"] {
+        for bad in
+            ["10.0.2.5:80", "10.0.2.5/tcp", "10.0.2.5:0/tcp", "10.0.2.5:80/icmp", "web:80/tcp", "10.0.2.5:80/sctp"]
+        {
             assert!(bad.parse::<Goal>().is_err(), "{bad}");
         }
     }

@@ -8,9 +8,7 @@ use futures::{StreamExt, stream};
 use nexus_api::{Frame, FrameStream, HostDoor};
 use nexus_control::view::View;
 use nexus_env::Endpoint;
-use nexus_model::plan::{
-    CaptureRequest, ExecRequest, LogsRequest, NetworkCheck, Trace, TraceRequest, channel, method,
-};
+use nexus_model::plan::{CaptureRequest, ExecRequest, LogsRequest, NetworkCheck, Trace, TraceRequest, channel, method};
 use nexus_model::{ApiError, Code, Name};
 use nexus_wire::{Client, FrameSink, Pool, WireError};
 use serde::Serialize;
