@@ -560,6 +560,7 @@ impl Core {
                 world.cron_jobs.get(project.as_ref(), name).map(|o| (project.clone(), o.owner_ref()))
             }
             Dirty::Nic(uid) => world.nic(*uid).map(|o| (o.metadata.project.clone(), o.owner_ref())),
+            Dirty::Peering(place) => world.peerings.live.get(place).map(|o| (place.0.clone(), o.owner_ref())),
             Dirty::Buried(..) | Dirty::Room | Dirty::Event(_) | Dirty::Delivery(_) => None,
         };
         let Some((project, regarding)) = regarding else { return };
@@ -597,7 +598,7 @@ impl Core {
                     let cells = world.instances_of(job.metadata.uid).filter_map(cell_of).collect();
                     (cells, format!("job {project}/{}", place.1))
                 }
-                Dirty::Cron(_) | Dirty::Nic(_) => continue,
+                Dirty::Cron(_) | Dirty::Nic(_) | Dirty::Peering(_) => continue,
                 Dirty::Child(_) | Dirty::Usage(_) | Dirty::Project(_) | Dirty::Buried(..) | Dirty::Room => continue,
                 Dirty::Event(_) | Dirty::Delivery(_) => continue,
             };

@@ -40,5 +40,6 @@ pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
         Dirty::Event(place) => delivery::fan_out(step, place),
         Dirty::Delivery(place) => delivery::reconcile(step, place),
         Dirty::Nic(uid) => network::nic::reconcile(step, *uid),
+        Dirty::Peering(place) => network::peering::reconcile(step, place),
     }
 }

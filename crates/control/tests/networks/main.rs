@@ -1,7 +1,9 @@
 //! Tenants' networks as the writer sees them: who gets which address and when it is free again, what may not be written or
 //! deleted, and what hosts are told.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod outside;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
