@@ -351,7 +351,7 @@ fn what_a_host_says_of_the_row_before_is_no_word_about_the_new_one() {
     });
     assert_eq!(lab.nic("extra").status.leaving, [host.clone()]);
     lab.pass();
-    assert_eq!(lab.nic("extra").status.leaving, []);
+    assert_eq!(lab.nic("extra").status.leaving, Vec::<Name>::new());
     assert_eq!(lab.nic("extra").status.address4, four("10.0.1.2"));
 }
 

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use nexus_control::region::{Config, Region};
 use nexus_control::view::View;
 use nexus_model::plan::HostReport;
-use nexus_store::Store;
 use tokio::sync::watch;
 use tokio::time::timeout;
 

@@ -430,7 +430,7 @@ pub fn confirm(step: &mut Step<'_>, host: &Name, applied: Option<u64>) {
         let Some(nic) = step.world.nic(uid) else { continue };
         // What has not been committed yet nobody has been told.
         let told = step.world.revisions.get(&key_of(nic)).copied().filter(|_| step.committed_revision(nic).is_some());
-        if !told.is_some_and(|at| applied >= at) {
+        if told.is_none_or(|at| applied < at) {
             continue;
         }
         let mut new = nic.clone();
