@@ -18,6 +18,7 @@ mod report;
 mod rollout;
 mod scale;
 mod store;
+mod wake;
 mod watch;
 
 use report::Row;
@@ -42,6 +43,7 @@ const BENCHES: &[Bench] = &[
         about: "components: deployed to first answer, a fresh instance per request",
         run: function::run,
     },
+    Bench { name: "wake", about: "a function from zero instances to its first answer", run: wake::run },
     Bench { name: "container", about: "containers: deployed to first answer, start to exit", run: container::run },
     Bench { name: "failover", about: "a host with 100 containers dies", run: failover::run },
     Bench {
@@ -74,6 +76,10 @@ fn run(arguments: &[String]) -> anyhow::Result<()> {
     // A member of a measured cluster is this program once more.
     if let Some((_, rest)) = arguments.split_first().filter(|(first, _)| *first == "store-server") {
         return store::server::run(rest);
+    }
+    // What a sleeping function's first answer is compared with, likewise.
+    if let Some((_, rest)) = arguments.split_first().filter(|(first, _)| *first == "load-and-run") {
+        return wake::bare(rest);
     }
     let json = arguments.iter().any(|a| a == "--json");
     let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|a| *a != "--json").collect();

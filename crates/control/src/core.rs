@@ -446,6 +446,13 @@ impl Core {
         self.look_at_rollouts(at);
     }
 
+    /// Requests wait for an app: one that sleeps is not to wait for the next tick.
+    pub fn wake(&mut self, at: Moment<'_>) {
+        if self.world.part != Part::Global {
+            self.autoscale(at);
+        }
+    }
+
     /// Decides how many instances apps have, where that is the cloud's to decide.
     fn autoscale(&mut self, at: Moment<'_>) {
         for place in self.autoscaler.due(&self.world, at.monotonic) {
