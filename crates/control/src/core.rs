@@ -19,7 +19,7 @@ use crate::decide::decide;
 use crate::intent::{Accepted, Change, Intent};
 use crate::rules;
 use crate::rules::job;
-use crate::rules::usage::{amounts, charge};
+use crate::rules::usage::{amounts, charge_app};
 use crate::scheduler::Scheduler;
 use crate::step::{Dirty, Ops, Step, any_key};
 use crate::world::{Part, Stored, World};
@@ -735,7 +735,7 @@ impl Core {
         let mut differences = Vec::new();
         let mut uses: BTreeMap<&Name, [u64; 3]> = BTreeMap::new();
         let charged = self.world.part != Part::Global;
-        let apps = self.world.apps.live.values().map(|a| (a.metadata.project.as_ref(), charge(&a.spec)));
+        let apps = self.world.apps.live.values().map(|a| (a.metadata.project.as_ref(), charge_app(a)));
         let jobs = self.world.jobs.live.values().map(|j| (j.metadata.project.as_ref(), job::charge(j)));
         for (project, charge) in apps.chain(jobs).filter(|_| charged) {
             let sum = uses.entry(project.expect("apps and jobs have a project")).or_default();

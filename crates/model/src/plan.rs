@@ -16,7 +16,7 @@ use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 
 mod names;
 
-pub use names::{HostNames, INTERNAL_DOMAIN, NamedInstance, ProjectNames};
+pub use names::{HostNames, INTERNAL_DOMAIN, NamedInstance, NamedPort, ProjectNames};
 
 /// Names of the southbound calls.
 pub mod method {

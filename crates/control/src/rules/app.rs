@@ -7,7 +7,7 @@ use nexus_model::{AnyObject, Digest, Name, Object, Uid};
 
 use crate::rules::buried::Teardown;
 use crate::rules::rollout::{self, Member, Side};
-use crate::rules::usage::{charge, recharge};
+use crate::rules::usage::{charge_app, charge_with, recharge, surge_of};
 use crate::rules::{fleet, history, instance, secret};
 use crate::step::{Dirty, Step};
 use crate::world::{Part, Place, World, app_uid};
@@ -18,7 +18,7 @@ const PER_STEP: usize = 10;
 /// Ends an app: its name and quota are free at once, its instances are buried with it.
 pub fn bury(step: &mut Step<'_>, app: &Object<App>) -> AnyObject {
     let project = app.metadata.project.clone().expect("apps have a project");
-    recharge(step, &project, charge(&app.spec), [0; 3]).expect("giving back is never refused");
+    recharge(step, &project, charge_app(app), [0; 3]).expect("giving back is never refused");
     let buried = step.bury(app);
     step.mark(Dirty::Buried(App::PLURAL, app.metadata.uid));
     if step.world.part == Part::Region {
@@ -146,13 +146,21 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let now = members(step, uid, |hash| if unknown { Side::Target } else { rollout::side(&status, hash) });
     let moves = rollout::moves(&now, rollout::goals(&app.spec.rollout, &status, wanted));
     let mut more = status != before || moves.stop.len() > PER_STEP;
-    let mut left = PER_STEP;
+    // What a drained host's instances are replaced by is the operator's doing, and not charged.
+    let staying = now.iter().filter(|m| !m.drained).count();
+    let making = if made.is_ok() { (moves.make_target + moves.make_stable).min(PER_STEP) } else { 0 };
+    let kept_out = charge_surge(step, &app, &mut status, staying, making);
+    if status.failed && !before.failed && !before.surge_refused.is_empty() {
+        status.message += &format!("; the rollout had no room for more: {}", before.surge_refused);
+    }
+    let mut left = making - kept_out;
     if let Ok(made) = &made {
         let sides =
             [(moves.make_stable, status.stable_hash.as_str()), (moves.make_target, rollout::target_hash(&status))];
         for (count, hash) in sides {
             let make = count.min(left);
-            more |= make < count;
+            // What a quota keeps out is asked for again when there is room, not at once.
+            more |= make < count && kept_out == 0;
             left -= make;
             if make > 0 && hash == made.hash {
                 (0..make).for_each(|_| make_instance(step, &app, &made.template, made.digest, hash));
@@ -177,6 +185,38 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     if more {
         step.mark(Dirty::App(place.clone()));
     }
+}
+
+/// Charges the quota with what is about to be made beyond the app's replicas, and gives back what has gone of it. `staying`
+/// instances are there, `making` are wanted. Answers how many of these the quota keeps out.
+fn charge_surge(
+    step: &mut Step<'_>,
+    app: &Object<App>,
+    status: &mut RolloutStatus,
+    staying: usize,
+    making: usize,
+) -> usize {
+    let most = app.spec.most_replicas() as usize;
+    let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let (charged, there) = (surge_of(app), staying.saturating_sub(most));
+    // What is there without having been charged is on its way out: somebody wants fewer.
+    let kept = charged.min(narrow(there));
+    let more = (staying + making).saturating_sub(most) - there;
+    let project = app.metadata.project.clone().expect("apps have a project");
+    status.surge_refused = String::new();
+    for granted in (0..=more).rev() {
+        let surge = kept.saturating_add(narrow(granted));
+        match recharge(step, &project, charge_with(&app.spec, charged), charge_with(&app.spec, surge)) {
+            Ok(()) => {
+                status.surge = surge;
+                return more - granted;
+            }
+            Err(why) => status.surge_refused = why.detail,
+        }
+    }
+    // Not even giving back was possible: the project itself is going. Nothing is changed.
+    status.surge = charged;
+    making
 }
 
 fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, digest: Digest, hash: &str) {

@@ -9,12 +9,27 @@ use nexus_model::{ApiError, Bytes, Code, Metadata, MilliCpu, Name, Object};
 
 use crate::rules::buried::{Teardown, tear_down_project};
 use crate::step::{Dirty, Step};
-use crate::world::Part;
+use crate::world::{Part, Place};
 
 /// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not. One that is scaled by the cloud
 /// takes the most that it may come to have, so that scaling is never refused for a quota, and no quota is passed by it.
 pub fn charge(spec: &AppSpec) -> [u64; 3] {
-    charge_of(spec.most_replicas(), &spec.resources)
+    charge_with(spec, 0)
+}
+
+/// What an app takes with what its rollout has made beyond its replicas: the blue beside the green, a surge.
+pub fn charge_app(app: &Object<App>) -> [u64; 3] {
+    charge_with(&app.spec, surge_of(app))
+}
+
+/// The instances beyond its replicas that an app is charged with.
+pub fn surge_of(app: &Object<App>) -> u32 {
+    app.status.rollout.as_ref().map_or(0, |r| r.surge)
+}
+
+/// What an app takes with so many instances beyond its replicas.
+pub fn charge_with(spec: &AppSpec, surge: u32) -> [u64; 3] {
+    charge_of(spec.most_replicas().saturating_add(surge), &spec.resources)
 }
 
 /// What so many instances take.
@@ -120,6 +135,12 @@ pub fn recharge(step: &mut Step<'_>, project: &Name, before: [u64; 3], after: [u
         // Room has come for what a quota kept out, the project's or the organization's.
         let waiting: Vec<_> = step.world.blocked.values().map(|b| Dirty::Child(b.place.clone())).collect();
         waiting.into_iter().for_each(|dirty| step.mark(dirty));
+        let kept_out = |place: &&Place| {
+            let rollout = step.world.apps.live.get(*place).and_then(|app| app.status.rollout.as_ref());
+            rollout.is_some_and(|r| !r.surge_refused.is_empty())
+        };
+        let rolling: Vec<_> = step.world.rolling.iter().filter(kept_out).cloned().map(Dirty::App).collect();
+        rolling.into_iter().for_each(|dirty| step.mark(dirty));
     }
     Ok(())
 }

@@ -379,7 +379,8 @@ pub async fn scale(args: &ScaleArgs) -> anyhow::Result<()> {
     let object: Value = cloud.client.patch(&path, &json!({"spec": {"replicas": args.replicas}})).await?;
     output::text(&format!("{} scaled to {}", resource::title(kind, text(&object, "/metadata/name")), args.replicas))?;
     if args.wait {
-        settle::wait(&cloud, kind, &path, &object, None, Duration::from_secs(args.timeout)).await?;
+        let timeout = Duration::from_secs(args.timeout);
+        settle::wait_for(&cloud, kind, &path, &object, (settle::Asked::Replicas, None), timeout).await?;
     }
     Ok(())
 }
