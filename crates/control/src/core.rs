@@ -473,13 +473,14 @@ impl Core {
         self.absorb(ops);
     }
 
-    /// Marks the apps whose rollouts have waited long enough for something, or answer too badly.
+    /// Marks the apps whose rollouts have waited long enough for something, lack room in a quota, or answer too badly.
     fn look_at_rollouts(&mut self, at: Moment<'_>) {
         let world = &self.world;
         let due = world.rolling.iter().filter(|place| {
             let Some(app) = world.apps.live.get(*place) else { return false };
             let Some(status) = &app.status.rollout else { return false };
             rules::rollout::is_due(&app.spec.rollout, status, at.now)
+                || !status.surge_refused.is_empty()
                 || rules::app::errors(world, app, status).is_some()
         });
         self.dirty.extend(due.cloned().map(Dirty::App));

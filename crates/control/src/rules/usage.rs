@@ -9,7 +9,7 @@ use nexus_model::{ApiError, Bytes, Code, Metadata, MilliCpu, Name, Object};
 
 use crate::rules::buried::{Teardown, tear_down_project};
 use crate::step::{Dirty, Step};
-use crate::world::{Part, Place};
+use crate::world::Part;
 
 /// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not. One that is scaled by the cloud
 /// takes the most that it may come to have, so that scaling is never refused for a quota, and no quota is passed by it.
@@ -135,12 +135,6 @@ pub fn recharge(step: &mut Step<'_>, project: &Name, before: [u64; 3], after: [u
         // Room has come for what a quota kept out, the project's or the organization's.
         let waiting: Vec<_> = step.world.blocked.values().map(|b| Dirty::Child(b.place.clone())).collect();
         waiting.into_iter().for_each(|dirty| step.mark(dirty));
-        let kept_out = |place: &&Place| {
-            let rollout = step.world.apps.live.get(*place).and_then(|app| app.status.rollout.as_ref());
-            rollout.is_some_and(|r| !r.surge_refused.is_empty())
-        };
-        let rolling: Vec<_> = step.world.rolling.iter().filter(kept_out).cloned().map(Dirty::App).collect();
-        rolling.into_iter().for_each(|dirty| step.mark(dirty));
     }
     Ok(())
 }
