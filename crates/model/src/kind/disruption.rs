@@ -3,6 +3,8 @@
 //! What is taken has a successor that is ready first, as far as room is found for one; the budget says how few instances may be
 //! ready meanwhile, counting those that others' failures took. Failures themselves ask nobody.
 
+use std::str::FromStr;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +36,19 @@ impl Disruption {
     }
 }
 
+/// `max-unavailable=1` or `min-available=50%`.
+impl FromStr for Disruption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some(("max-unavailable", amount)) => amount.parse().map(Self::MaxUnavailable),
+            Some(("min-available", amount)) => amount.parse().map(Self::MinAvailable),
+            _ => Err(format!("{text:?}: write max-unavailable=1 or min-available=50%")),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -48,6 +63,9 @@ mod tests {
         for wrong in [json!({}), json!({"minAvailable": 1, "maxUnavailable": 1}), json!({"most": 1}), json!(1)] {
             assert!(read(wrong.clone()).is_err(), "{wrong}");
         }
+        assert_eq!("max-unavailable=25%".parse(), Ok(Disruption::default()));
+        assert_eq!("min-available=2".parse(), Ok(Disruption::MinAvailable(Amount::Count(2))));
+        assert!("min-available".parse::<Disruption>().is_err() && "most=1".parse::<Disruption>().is_err());
         let parse = crate::kind::find("app").unwrap().parse_spec;
         let wrong = parse(&json!({"image": "web", "disruption": {"minAvailable": "200%"}})).unwrap_err();
         assert!(wrong[0].field.starts_with("spec.disruption"), "{wrong:?}");
