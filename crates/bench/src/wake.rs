@@ -118,9 +118,8 @@ impl Host {
     /// Milliseconds of the whole program, and those since its first line.
     fn bare(&self) -> anyhow::Result<(f64, f64)> {
         let begin = Instant::now();
-        let said = process::run(
-            Command::new(std::env::current_exe()?).arg("load-and-run").arg(&self.artefact).arg(PATH),
-        )?;
+        let said =
+            process::run(Command::new(std::env::current_exe()?).arg("load-and-run").arg(&self.artefact).arg(PATH))?;
         let whole = millis(begin);
         let (own, body) = said.split_once(' ').context("the peer's time and answer")?;
         expect(body.as_bytes())?;

@@ -286,7 +286,13 @@ mod tests {
         assert_ne!(id, job);
         assert_eq!(job.as_workload().map(|w| w.project().to_owned()).as_deref(), Some("shop"));
         let of = |text: &str| text.parse::<SpiffeId>().unwrap();
-        for other in ["agent/h1", "project/shop/app", "project/shop/app/web/x", "project/shop/host/web", "project/shop/job/web/1"] {
+        for other in [
+            "agent/h1",
+            "project/shop/app",
+            "project/shop/app/web/x",
+            "project/shop/host/web",
+            "project/shop/job/web/1",
+        ] {
             assert_eq!(of(&format!("spiffe://home/{other}")).as_workload(), None, "{other}");
         }
         assert!(SpiffeId::workload("home", "shop/app/web", "x").is_err());

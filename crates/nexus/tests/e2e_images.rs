@@ -489,7 +489,8 @@ fn a_registrys_certificate_is_believed_if_the_operator_names_its_authority() {
     let known = authority(files.path(), "known", &own.0);
     let strange = authority(files.path(), "strange", &own.0);
     let other = authority(files.path(), "other", "198.18.255.255");
-    let start = |[_, certificate, key]: &[PathBuf; 3]| Registry::at(files.path(), &own.0, true, Some((certificate, key)));
+    let start =
+        |[_, certificate, key]: &[PathBuf; 3]| Registry::at(files.path(), &own.0, true, Some((certificate, key)));
     let (good, bad) = (start(&known), start(&strange));
     let layout = site(files.path(), "first");
     let digest = good.push(&layout, "shop/web:1", &[]);

@@ -11,7 +11,13 @@ const LOST: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 5);
 
 fn named(n: u16) -> Named {
     let address4 = Ipv4Addr::new(10, 0, (n >> 8) as u8, n as u8);
-    Named { address6: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n), address4, ready: true, only4: false, ports: Vec::new() }
+    Named {
+        address6: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n),
+        address4,
+        ready: true,
+        only4: false,
+        ports: Vec::new(),
+    }
 }
 
 /// With two ports, one of which the third lacks.
@@ -27,7 +33,10 @@ fn directory() -> Directory {
             ("web".into(), vec![named(1), named(2), Named { ready: false, ..named(3) }]),
             ("old".into(), vec![Named { only4: true, ..named(9) }]),
             ("idle".into(), Vec::new()),
-            ("api".into(), vec![serving(21), Named { only4: true, ..serving(22) }, Named { ready: false, ..serving(23) }]),
+            (
+                "api".into(),
+                vec![serving(21), Named { only4: true, ..serving(22) }, Named { ready: false, ..serving(23) }],
+            ),
             ("many".into(), (2000..2700).map(serving).collect()),
             ("wide".into(), (1000..1700).map(named).collect()),
         ]),
@@ -118,7 +127,8 @@ fn address(kind: u16, data: &[u8]) -> String {
 
 fn read(bytes: &[u8]) -> Told {
     let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-    let mut told = Told { code: bytes[3] & 15, flags: bytes[2], data: vec![], authorities: vec![], edns: None, beside: vec![] };
+    let mut told =
+        Told { code: bytes[3] & 15, flags: bytes[2], data: vec![], authorities: vec![], edns: None, beside: vec![] };
     assert!(bytes[2] & 0x80 != 0 && bytes[3] & 0x80 != 0, "an answer, by who recurses");
     let mut at = 12;
     let mut asked = String::new();
@@ -250,7 +260,8 @@ fn a_named_port_leads_to_the_ready_instances_with_their_addresses() {
         assert_eq!(ask(&two, AAAA).data.len(), 0);
     }
     assert_eq!(ask("_METRICS._TCP.Api.shop.internal.", SRV).data.len(), 2);
-    for (empty, kind) in [("_http._tcp.api.shop.internal.", A), ("_tcp.api.shop.internal.", SRV), ("api.shop.internal.", SRV)]
+    for (empty, kind) in
+        [("_http._tcp.api.shop.internal.", A), ("_tcp.api.shop.internal.", SRV), ("api.shop.internal.", SRV)]
     {
         let told = ask(empty, kind);
         assert_eq!((told.code, told.data.len(), told.beside.len()), (0, 0, 0), "{empty}");

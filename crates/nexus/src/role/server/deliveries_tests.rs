@@ -205,7 +205,9 @@ async fn a_webhook_that_is_gone_or_disabled_is_told_nothing() {
     prometheus_client::encoding::text::encode(&mut text, &figures.lock().unwrap()).unwrap();
     let of = |what: &str| {
         let line = format!(r#"nexus_webhook_deliveries_{what}{{group="local",project="shop",webhook="ci"}} "#);
-        text.lines().find_map(|l| l.strip_prefix(&line)?.parse::<u64>().ok()).unwrap_or_else(|| panic!("{line}: {text}"))
+        text.lines()
+            .find_map(|l| l.strip_prefix(&line)?.parse::<u64>().ok())
+            .unwrap_or_else(|| panic!("{line}: {text}"))
     };
     // This writer takes nothing down, so that it is tried on and on.
     assert!(of("waiting") == 1 && of("failed_total") >= 1 && of("delivered_total") == 0, "{text}");

@@ -133,7 +133,8 @@ impl Collector for Figures {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let inner = self.hold();
         let about = "Deliveries on their way, at the server that leads their group";
-        let mut family = encoder.encode_descriptor("nexus_webhook_deliveries_waiting", about, None, MetricType::Gauge)?;
+        let mut family =
+            encoder.encode_descriptor("nexus_webhook_deliveries_waiting", about, None, MetricType::Gauge)?;
         for (receiver, series) in &inner.series {
             let gauge = ConstGauge::new(i64::try_from(series.waiting).unwrap_or(i64::MAX));
             gauge.encode(family.encode_family(receiver)?)?;

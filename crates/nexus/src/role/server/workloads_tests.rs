@@ -147,11 +147,12 @@ async fn a_job_is_another_than_the_app_of_its_name_and_nothing_once_it_has_ended
     assert!(workloads.certificate(&asks("h1", web, &key, std::slice::from_ref(&app))).is_ok());
     assert!(workloads.certificate(&asks("h1", web, &key, std::slice::from_ref(&own))).is_err());
     // One that has ended proves nothing any more.
-    world.place(3, "web", "h1", |i| {
-        part(i);
-        i.status.finished = Some(Timestamp::from_millis(START));
-    })
-    .await;
+    world
+        .place(3, "web", "h1", |i| {
+            part(i);
+            i.status.finished = Some(Timestamp::from_millis(START));
+        })
+        .await;
     let ended = Uid::from_random([3; 16]);
     assert_eq!(workloads.token(&asks_token("h1", ended, &["db"])).unwrap_err().code, code::FORBIDDEN);
     world.end().await;
