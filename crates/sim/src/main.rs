@@ -103,7 +103,9 @@ impl Arguments {
                     let mutant = Mutant::parse(&name).with_context(|| format!("`{name}` is none of {known:?}"))?;
                     arguments.mutant = Some(mutant);
                 }
-                other => bail!("unknown argument `{other}`: --seeds N [--from K] [--world NAME] | --seed S | --mutant NAME"),
+                other => {
+                    bail!("unknown argument `{other}`: --seeds N [--from K] [--world NAME] | --seed S | --mutant NAME")
+                }
             }
         }
         Ok(arguments)
