@@ -37,7 +37,7 @@ impl Care {
         match self {
             Self::Apps => 2 * FAULTS_LAST,
             Self::Scaling => 2 * FAULTS_LAST,
-            Self::Work => 6 * FAULTS_LAST,
+            Self::Work => 4 * FAULTS_LAST,
         }
     }
 

@@ -11,6 +11,7 @@ use nexus_control::rules::cron::DUE;
 use nexus_model::kind::{
     App, Autoscale, Concurrency, CronJob, Host, HostState, Instance, Job, JobPhase, Missed, Strategy,
 };
+use nexus_model::object::ConditionStatus;
 use nexus_model::{Name, Object, Uid};
 use nexus_store::WatchEvent;
 
@@ -58,13 +59,15 @@ impl<K: nexus_model::kind::Kind> Rows<K> {
     }
 }
 
-/// The reasons of instances that were deleted in a revision, as their tombstones say.
+/// The reasons of instances that were deleted in a revision while they were ready, as their tombstones say. A report in the same
+/// revision may have said just before that one was not ready any more: then its condition says that.
 fn reasons(events: &[WatchEvent]) -> BTreeMap<Uid, String> {
     let mut found = BTreeMap::new();
     for event in events {
         if let WatchEvent::Put { kv, .. } = event
             && event.key().starts_with(b"t/instances/")
             && let Ok(instance) = Object::<Instance>::from_slice(&kv.value)
+            && instance.status.conditions.iter().any(|c| c.kind == "Ready" && c.status == ConditionStatus::True)
         {
             found.insert(instance.metadata.uid, instance.status.message);
         }
@@ -142,9 +145,23 @@ pub fn apps(log: &Log, promises: &BTreeMap<Name, Promise>, trace: &Trace) {
             };
             trace.count(if drained > 0 { "stopped while ready: drained" } else { "stopped while ready: replaced" });
             if left < least {
+                let is =
+                    |c: &Option<Object<Instance>>| c.as_ref().map(|i| if i.status.ready { "ready" } else { "unready" });
+                let changed = changes.iter().filter(|c| c.before.as_ref().or(c.after.as_ref()).is_some_and(mine));
+                let changed: Vec<_> = changed
+                    .map(|c| {
+                        let i =
+                            c.before.as_ref().or(c.after.as_ref()).map(|i| (i.metadata.name.as_str(), i.metadata.uid));
+                        let (name, uid) = i.expect("a change is of something");
+                        let hash = c.before.as_ref().or(c.after.as_ref()).map(|i| i.spec.template_hash[..4].to_owned());
+                        format!("{name} {hash:?} {:?}>{:?} {:?}", is(&c.before), is(&c.after), why.get(&uid))
+                    })
+                    .collect();
                 let text = format!(
-                    "revision {revision}: {} of {} are left of {}, {least} at least: {rolled} were replaced, {drained} drained",
-                    left, wanted, app.metadata.name
+                    "revision {revision}: {left} of {wanted} are left of {}, {least} at least: {rolled} were replaced, {drained} \
+                     drained, {silent} are silent; {} were ready, {became} became so; {changed:?}",
+                    app.metadata.name,
+                    was.len()
                 );
                 trace.violation(property, text);
             }

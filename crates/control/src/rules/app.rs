@@ -195,7 +195,8 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     }
     for (uid, why) in moves.stop.into_iter().take(PER_STEP) {
         if let Some(i) = step.world.instance(uid).cloned() {
-            let why = if i.status.moving_to.is_some() { "an operator's rebalance moved it" } else { why };
+            let moved = i.status.moving_to.is_some() && why == rollout::DRAINED;
+            let why = if moved { "an operator's rebalance moved it" } else { why };
             instance::bury(step, &i, why);
         }
     }

@@ -208,6 +208,9 @@ pub fn keeps(members: &[Member], goals: Goals, m: &Member, gone: &[(Uid, &'stati
     early.filter(|(.., of)| *of > 0).map(|(standing, _, _, of)| Kept::Successor { standing: *standing, of: *of })
 }
 
+/// Why an instance goes that an operator wants away.
+pub const DRAINED: &str = "its host is drained";
+
 /// Which instances to make and stop now.
 pub fn moves(members: &[Member], goals: Goals) -> Moves {
     let fresh = |side: Side| members.iter().filter(move |m| m.side == side && !m.drained).count();
@@ -273,9 +276,9 @@ pub fn moves(members: &[Member], goals: Goals) -> Moves {
     }
     for m in members.iter().filter(|m| m.side != Side::Other && m.drained) {
         if !m.ready {
-            end(m, "its host is drained", &mut stop);
+            end(m, DRAINED, &mut stop);
         } else if keeps(members, goals, m, &stop).is_none() {
-            stop.push((m.uid, "its host is drained"));
+            stop.push((m.uid, DRAINED));
         }
     }
     Moves { make_target, make_stable, stop }
