@@ -35,7 +35,11 @@ struct Bench {
 }
 
 const BENCHES: &[Bench] = &[
-    Bench { name: "placement", about: "decisions of one cell with 50,000 hosts, on one core; or recorded requests: see `placement --help`", run: placement::run },
+    Bench {
+        name: "placement",
+        about: "decisions of one cell with 50,000 hosts, on one core; or recorded requests: see `placement --help`",
+        run: placement::run,
+    },
     Bench { name: "policy", about: "who may do what: decisions with 100 policies, 10,000 entities", run: policy::run },
     Bench { name: "access", about: "reads by access token, with 100 policies, 10,000 entities", run: access::run },
     Bench {

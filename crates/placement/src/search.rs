@@ -23,8 +23,8 @@ use crate::hostset::{HostSet, Ones};
 use crate::pool::{Grid, NO_POOL, SIDE, range, step};
 use crate::refusal::{Filter, Refusal};
 use crate::score::{
-    self, ROOM, SLACK, Score, UNIT, WEIGHT_CLASS, WEIGHT_IMAGE, WEIGHT_LOAD, fraction, load_term, packing, packing_bound,
-    room_term,
+    self, ROOM, SLACK, Score, UNIT, WEIGHT_CLASS, WEIGHT_IMAGE, WEIGHT_LOAD, fraction, load_term, packing,
+    packing_bound, room_term,
 };
 use crate::types::{GroupId, HostId, LabelId, Nodes, RackId, Request, SpreadLevel, ZoneId};
 
@@ -204,7 +204,15 @@ impl Cell {
             Some(group) if request.spread.required => self.floor(request, group),
             _ => None,
         };
-        Plan { request, group, image, level, floor, choosy: request.is_choosy(), leads: request.together && group.is_none() }
+        Plan {
+            request,
+            group,
+            image,
+            level,
+            floor,
+            choosy: request.is_choosy(),
+            leads: request.together && group.is_none(),
+        }
     }
 
     /// The least count of the group in any domain that is eligible, by domain: what a caller with several cells needs to

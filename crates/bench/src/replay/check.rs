@@ -140,9 +140,8 @@ mod tests {
         assert_eq!(count("9,1,1,,,\n", &[(0, one)]), Broken { overfull_nodes: 1, ..none });
         assert_eq!(count("1,9,1,,,\n1,9,1,,,\n", &[(0, one), (0, one)]), Broken { overfull_nodes: 1, ..none });
         assert_eq!(count("1,9,1,,,\n1,9,1,,,\n", &[(0, one), (0, other)]), none);
-        let group = |strategy, domains: [u32; 2]| {
-            domains.map(|domain| format!("1,1,1,{strategy},0,{domain}\n")).concat()
-        };
+        let group =
+            |strategy, domains: [u32; 2]| domains.map(|domain| format!("1,1,1,{strategy},0,{domain}\n")).concat();
         assert_eq!(count(&group("affinity", [0; 2]), &[(0, one), (1, one)]), Broken { apart: 1, ..none });
         assert_eq!(count(&group("affinity", [0; 2]), &[(0, one), (0, other)]), none);
         assert_eq!(count(&group("anti-affinity", [0; 2]), &[(0, one), (0, other)]), Broken { crowded: 1, ..none });

@@ -49,7 +49,11 @@ fn read(path: &Path) -> anyhow::Result<String> {
     let file = std::fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
     let mut text = String::new();
     let read = file.take(MOST_BYTES + 1).read_to_string(&mut text);
-    ensure!(read.with_context(|| format!("reading {}", path.display()))? as u64 <= MOST_BYTES, "{} is too large", path.display());
+    ensure!(
+        read.with_context(|| format!("reading {}", path.display()))? as u64 <= MOST_BYTES,
+        "{} is too large",
+        path.display()
+    );
     Ok(text)
 }
 

@@ -4,8 +4,8 @@ use super::{Cell, Host};
 use crate::numa;
 use crate::pool::{Place, bucket_of};
 use crate::types::{
-    Capacity, ClassId, DomainId, GroupId, HostId, HostState, ImageId, LabelId, Load, MAX_NODES, Node, RackId, Request, Runtimes,
-    UnknownHost, ZoneId,
+    Capacity, ClassId, DomainId, GroupId, HostId, HostState, ImageId, LabelId, Load, MAX_NODES, Node, RackId, Request,
+    Runtimes, UnknownHost, ZoneId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -243,7 +243,11 @@ impl Cell {
                 *zones.entry(self.zone_of(*host)).or_default() += n;
             }
             let same_hosts = group.hosts().eq(counts.iter().map(|(host, n)| (*host, *n)));
-            if !same_hosts || !counts.keys().all(|host| group.holds(*host)) || !group.zones().into_iter().eq(zones) || group.domains() != domains {
+            if !same_hosts
+                || !counts.keys().all(|host| group.holds(*host))
+                || !group.zones().into_iter().eq(zones)
+                || group.domains() != domains
+            {
                 return Err(Drift::Group(*id));
             }
         }

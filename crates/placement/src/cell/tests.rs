@@ -325,7 +325,10 @@ fn a_request_fits_in_one_node_or_has_equal_parts_on_several() {
     assert_eq!(cell.place(&pinned(1, 5000, 8)).unwrap().host, HostId(1), "one node of 8 cores");
     assert_eq!(pin(&mut cell, pinned(2, 6000, 8)), Ok((0, vec![0, 1])));
     assert_eq!(cell.snapshot(HostId(0)).unwrap().nodes[1].1, Node { cpu: 1000, memory: 12 * GI });
-    assert_eq!(cell.reserve(HostId(0), &pinned(1, 500, 1)), Err(ReserveError::Nodes { host: HostId(0), span: 1, named: 0 }));
+    assert_eq!(
+        cell.reserve(HostId(0), &pinned(1, 500, 1)),
+        Err(ReserveError::Nodes { host: HostId(0), span: 1, named: 0 })
+    );
     let tight = Request { nodes: Nodes::NONE.with(1), ..pinned(1, 2000, 1) };
     let exceeds = ReserveError::Exceeds { host: HostId(0), resource: Filter::Numa, wanted: 2000, free: 1000 };
     assert_eq!(cell.reserve(HostId(0), &tight), Err(exceeds));
