@@ -23,6 +23,7 @@ fn instance(n: u8, project: &str) -> InstancePlan {
         image: ImagePlan { format: ImageFormat::Oci, digest: Digest::of(b"i") },
         address6: [0xfd00, 0, 0, 1, 0, 0, 0, n.into()].into(),
         address4: [10, 0, 1, n].into(),
+        nics: Vec::new(),
         secrets: BTreeMap::new(),
         request_id: None,
     }

@@ -312,6 +312,7 @@ fn instance(n: u8, epoch: u64) -> InstancePlan {
         image: ImagePlan { format: kind::ImageFormat::Oci, digest: Digest::of(b"image") },
         address6: Ipv6Addr::LOCALHOST,
         address4: Ipv4Addr::LOCALHOST,
+        nics: Vec::new(),
         secrets: Default::default(),
         request_id: None,
         once: false,

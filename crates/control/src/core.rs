@@ -35,6 +35,9 @@ const REMEMBER_AT_MOST: usize = 20_000;
 /// Reconcile steps after one round of inputs; what remains waits for the next round, so that inputs are not starved.
 const STEPS_PER_ROUND: usize = 2_000;
 
+/// Between two looks at drains to which nothing happens.
+const DRAINS_SEEN_EVERY: Duration = Duration::from_secs(5);
+
 /// Calls of [`Core::check_on`] for one whole recount.
 const SLICES: usize = 60;
 
@@ -156,6 +159,8 @@ pub struct Core {
     /// When this leader began to listen to regions, or was last held up itself.
     pub(crate) listening: Duration,
     pub(crate) ticked: Option<Duration>,
+    /// When drains were last looked at although nothing happened.
+    drains_seen: Duration,
     /// Differences that the invariant checker found since this leader began.
     pub violations: u64,
     /// The host that [`Core::check_on`] looked at last.
@@ -234,6 +239,7 @@ impl Core {
             packs: Vec::new(),
             listening: Duration::ZERO,
             ticked: None,
+            drains_seen: Duration::ZERO,
             violations: 0,
             checked: None,
         }
@@ -444,6 +450,19 @@ impl Core {
             self.autoscale(at);
         }
         self.look_at_rollouts(at);
+        self.look_at_drains(at);
+    }
+
+    /// Marks the drained hosts' apps now and then: an instance that does not become ready is no successor after some time.
+    fn look_at_drains(&mut self, at: Moment<'_>) {
+        if at.monotonic.saturating_sub(self.drains_seen) < DRAINS_SEEN_EVERY {
+            return;
+        }
+        self.drains_seen = at.monotonic;
+        let drained = self.world.hosts.live.values().filter(|host| host.spec.draining);
+        let on = drained.flat_map(|host| self.world.instances_on(&host.metadata.name));
+        let owners: BTreeSet<Dirty> = on.filter(|i| i.metadata.deleting.is_none()).map(rules::instance::owner).collect();
+        self.dirty.extend(owners);
     }
 
     /// Decides how many instances apps have, where that is the cloud's to decide.

@@ -388,6 +388,7 @@ fn instance_plan(world: &World, i: &Object<Instance>) -> Option<InstancePlan> {
         image: ImagePlan { format, digest: i.spec.image_digest },
         address6: i.status.address6?,
         address4: i.status.address4?,
+        nics: Vec::new(),
         secrets: followed.filter_map(|s| newest(&s.name)).collect(),
         request_id: i.metadata.request_id.clone(),
         once: i.spec.job.is_some(),

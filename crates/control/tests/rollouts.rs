@@ -481,6 +481,7 @@ struct Chance {
     rng: SeededRng,
     spec: Rollout,
     status: RolloutStatus,
+    disruption: Disruption,
     wanted: usize,
     hash: u32,
     next: u64,
@@ -512,7 +513,12 @@ impl Chance {
         };
         let wanted = rng.below(12) as usize;
         let (status, all) = (RolloutStatus::default(), BTreeMap::new());
-        Self { rng, spec, status, wanted, hash: 1, next: 0, now: 0, all }
+        let disruption = match rng.below(3) {
+            0 => Disruption::default(),
+            1 => Disruption::MaxUnavailable(amount(&rng)),
+            _ => Disruption::MinAvailable(amount(&rng)),
+        };
+        Self { rng, spec, status, disruption, wanted, hash: 1, next: 0, now: 0, all }
     }
 
     fn members(&self, side: impl Fn(&str) -> Side) -> Vec<Member> {
@@ -522,6 +528,8 @@ impl Chance {
             ready: *ready,
             placed: true,
             drained: *drained,
+            silent: false,
+            failing: false,
             zone: None,
             created: Timestamp::from_millis(0),
         };
@@ -553,7 +561,8 @@ impl Chance {
         let now = Timestamp::from_millis(self.now);
         self.status = rollout::advance(&self.spec, &self.status, &seen, now).0;
         let members = self.members(|h| rollout::side(&self.status, h));
-        let goals = rollout::goals(&self.spec, &self.status, self.wanted);
+        let goals = rollout::goals(&self.spec, &self.status, self.wanted).allowing(self.disruption);
+        let drains = members.iter().any(|m| m.drained);
         let moves = rollout::moves(&members, goals);
         let ready = |all: &BTreeMap<Uid, (String, bool, bool)>| all.values().filter(|i| i.1).count();
         let (before, total) = (ready(&self.all), self.all.len());
@@ -564,9 +573,16 @@ impl Chance {
         (0..moves.make_target).for_each(|_| self.make(&target));
         (0..moves.make_stable).for_each(|_| self.make(&stable));
         let after = ready(&self.all);
-        assert!(after >= before.min(goals.least_ready), "{before} were ready, {after} are, {goals:?} {:?}", self.spec);
+        let least = if drains { goals.least_ready.min(goals.budget(None)) } else { goals.least_ready };
+        assert!(after >= before.min(least), "{before} were ready, {after} are, {goals:?} {:?}", self.spec);
+        let is_drained = |uid: &Uid| members.iter().any(|m| m.uid == *uid && m.ready && m.drained && m.side != Side::Other);
+        if moves.stop.iter().any(|(uid, _)| is_drained(uid)) {
+            let least = self.disruption.least(self.wanted);
+            assert!(after >= least, "{after} are ready after a drain took some: the budget is {least}");
+            assert!(after >= self.wanted, "{after} are ready after a drain took some, {} are wanted", self.wanted);
+        }
         let made = moves.make_target + moves.make_stable;
-        assert!(made == 0 || total + made <= goals.most.max(self.wanted), "{total} and {made} are too many: {goals:?}");
+        assert!(made == 0 || total + made <= goals.most.max(self.wanted) + usize::from(drains), "{total} and {made} are too many: {goals:?}");
         goals
     }
 

@@ -15,8 +15,10 @@ use crate::kind::{
 use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 
 mod names;
+mod networks;
 
 pub use names::{HostNames, INTERNAL_DOMAIN, NamedInstance, ProjectNames};
+pub use networks::*;
 
 /// Names of the southbound calls.
 pub mod method {
@@ -28,6 +30,8 @@ pub mod method {
     pub const PLAN: &str = "host.plan";
     /// Agent to server, stream of [`super::HostNames`] for a [`super::PlanRequest`].
     pub const NAMES: &str = "host.names";
+    /// Agent to server, stream of [`super::HostNetworks`] for a [`super::PlanRequest`].
+    pub const NETWORKS: &str = "host.networks";
     /// Gateway to server, stream of [`super::RoutingTable`] for a [`super::TableRequest`].
     pub const TABLE: &str = "gateway.table";
     /// Gateway to every server of its region, now and then: [`super::GatewayNote`].
@@ -75,6 +79,8 @@ pub mod method {
     pub const LOGS: &str = "instance.logs";
     /// Server to agent, frames: see [`super::ExecRequest`].
     pub const EXEC: &str = "instance.exec";
+    /// Server to agent: [`super::TraceRequest`] → [`super::Trace`].
+    pub const TRACE: &str = "network.trace";
 }
 
 /// Has a server remove blobs that nothing names.
@@ -134,6 +140,9 @@ pub struct InstancePlan {
     pub image: ImagePlan,
     pub address6: Ipv6Addr,
     pub address4: Ipv4Addr,
+    /// Its NICs, which it does not start without. See [`HostNetworks`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<Uid>,
     /// The newest versions of the secrets whose files follow them. Never a value: a plan is kept on disk.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub secrets: BTreeMap<Name, u64>,

@@ -13,6 +13,9 @@
 //! nexus-sim --mutant NAME [--seeds N] runs seeds with a planted bug until one finds it
 //! ```
 
+mod care;
+mod care_judge;
+mod care_users;
 mod chance;
 mod check;
 mod clients;

@@ -1,14 +1,16 @@
 //! Keeps an app at its replicas: makes instances of the newest template, retires old ones as new ones become ready,
 //! and says in its status how far it is.
 
+use std::time::Duration;
+
 use nexus_model::kind::*;
 use nexus_model::object::{ConditionStatus, set_condition};
-use nexus_model::{AnyObject, Digest, Name, Object, Uid};
+use nexus_model::{AnyObject, Digest, Name, Object, Timestamp, Uid};
 
 use crate::rules::buried::Teardown;
-use crate::rules::rollout::{self, Member, Side};
+use crate::rules::rollout::{self, Goals, Member, Side};
 use crate::rules::usage::{charge, recharge};
-use crate::rules::{fleet, history, instance, secret};
+use crate::rules::{drain, fleet, history, instance, secret};
 use crate::step::{Dirty, Step};
 use crate::world::{Part, Place, World, app_uid};
 
@@ -82,21 +84,40 @@ pub fn made_of(world: &World, app: &Object<App>) -> Result<Made, Missing> {
 }
 
 /// The instances of an app in the light of its rollout.
-fn members(step: &Step<'_>, app: Uid, side: impl Fn(&str) -> Side) -> Vec<Member> {
-    let drained = |i: &Object<Instance>| {
-        let host = i.status.host.as_ref().and_then(|name| step.world.host(name));
-        i.status.moving_to.is_some() || host.is_some_and(|host| host.spec.draining)
+fn members(world: &World, app: &Object<App>, now: Timestamp, side: impl Fn(&str) -> Side) -> Vec<Member> {
+    // What a rollout would give up on is no successor that is about to come.
+    let patience = Duration::from_secs(app.spec.rollout.progress_deadline_seconds.into());
+    let member = |i: &Object<Instance>| {
+        let host = i.status.host.as_ref().and_then(|name| world.host(name));
+        let late = i.status.restarts > 0 || now.since(i.metadata.created) >= patience;
+        Member {
+            uid: i.metadata.uid,
+            side: side(&i.spec.template_hash),
+            ready: i.status.ready,
+            placed: i.status.host.is_some(),
+            drained: i.status.moving_to.is_some() || host.is_some_and(|host| host.spec.draining),
+            silent: host.is_some_and(|host| matches!(host.status.state, HostState::Suspect | HostState::Dead)),
+            failing: !i.status.ready && host.is_some() && late,
+            zone: i.status.zone.clone(),
+            created: i.metadata.created,
+        }
     };
-    let member = |i: &Object<Instance>| Member {
-        uid: i.metadata.uid,
-        side: side(&i.spec.template_hash),
-        ready: i.status.ready,
-        placed: i.status.host.is_some(),
-        drained: drained(i),
-        zone: i.status.zone.clone(),
-        created: i.metadata.created,
-    };
-    step.world.instances_of(app).map(member).collect()
+    world.instances_of(app.metadata.uid).map(member).collect()
+}
+
+/// How an app's instances stand, and how many there should be, by what its status says of its rollout.
+pub fn stand(world: &World, app: &Object<App>, now: Timestamp) -> (Vec<Member>, Goals) {
+    let status = app.status.rollout.clone().unwrap_or_default();
+    let wanted = app.spec.wanted_replicas(&app.status) as usize;
+    let goals = goals(app, &status, wanted);
+    // Of what was never made, nothing is replaced.
+    let unknown = status.template_hash.is_empty();
+    let side = |hash: &str| if unknown { Side::Target } else { rollout::side(&status, hash) };
+    (members(world, app, now, side), goals)
+}
+
+fn goals(app: &Object<App>, status: &RolloutStatus, wanted: usize) -> Goals {
+    rollout::goals(&app.spec.rollout, status, wanted).allowing(app.spec.disruption.unwrap_or_default())
 }
 
 /// Why the newest template answers too badly for its rollout to go on, if it does.
@@ -127,7 +148,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
         let revision = history::note(step, &app, &made.hash, &made.template.secrets, made.digest);
         let same = before.template_hash == made.hash;
         let target = if same { rollout::target_hash(&before) } else { &made.hash };
-        let seen = members(step, uid, |hash| if hash == target { Side::Target } else { Side::Other });
+        let seen = members(step.world, &app, step.now, |hash| if hash == target { Side::Target } else { Side::Other });
         let fresh = || seen.iter().filter(|m| m.side == Side::Target && !m.drained);
         let seen = rollout::Seen {
             wanted,
@@ -141,10 +162,10 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
         (status, told) = rollout::advance(&app.spec.rollout, &before, &seen, step.now);
         history::prune(step, &app, &[&status.template_hash, &status.stable_hash]);
     }
-    // Of what was never made, nothing is replaced.
     let unknown = status.template_hash.is_empty();
-    let now = members(step, uid, |hash| if unknown { Side::Target } else { rollout::side(&status, hash) });
-    let moves = rollout::moves(&now, rollout::goals(&app.spec.rollout, &status, wanted));
+    let side = |hash: &str| if unknown { Side::Target } else { rollout::side(&status, hash) };
+    let now = members(step.world, &app, step.now, side);
+    let moves = rollout::moves(&now, goals(&app, &status, wanted));
     let mut more = status != before || moves.stop.len() > PER_STEP;
     let mut left = PER_STEP;
     if let Ok(made) = &made {
@@ -174,6 +195,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
         step.event(app.metadata.project.as_ref(), app.owner_ref(), severity, reason, message);
     }
     update_status(step, &app, status, made.as_ref().map(|made| made.hash.as_str()));
+    drain::tell_hosts_of(step, uid);
     if more {
         step.mark(Dirty::App(place.clone()));
     }
