@@ -461,7 +461,8 @@ impl Core {
         self.drains_seen = at.monotonic;
         let drained = self.world.hosts.live.values().filter(|host| host.spec.draining);
         let on = drained.flat_map(|host| self.world.instances_on(&host.metadata.name));
-        let owners: BTreeSet<Dirty> = on.filter(|i| i.metadata.deleting.is_none()).map(rules::instance::owner).collect();
+        let owners: BTreeSet<Dirty> =
+            on.filter(|i| i.metadata.deleting.is_none()).map(rules::instance::owner).collect();
         self.dirty.extend(owners);
     }
 

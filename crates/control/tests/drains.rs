@@ -261,7 +261,10 @@ fn a_rebalance_goes_by_the_budget_too() {
     lab.fewest = usize::MAX;
     lab.pass(30);
     let moving = |lab: &Lab| lab.instances().iter().filter(|i| i.status.moving_to.is_some()).count();
-    assert!(lab.fewest >= 3 && moving(&lab) > 0, "with one that fails, four can't be ready without those that are to go");
+    assert!(
+        lab.fewest >= 3 && moving(&lab) > 0,
+        "with one that fails, four can't be ready without those that are to go"
+    );
     lab.ill.clear();
     lab.pass(40);
     assert_eq!((lab.ready(), moving(&lab), lab.instances().len()), (4, 0, 4));

@@ -575,14 +575,18 @@ impl Chance {
         let after = ready(&self.all);
         let least = if drains { goals.least_ready.min(goals.budget(None)) } else { goals.least_ready };
         assert!(after >= before.min(least), "{before} were ready, {after} are, {goals:?} {:?}", self.spec);
-        let is_drained = |uid: &Uid| members.iter().any(|m| m.uid == *uid && m.ready && m.drained && m.side != Side::Other);
+        let is_drained =
+            |uid: &Uid| members.iter().any(|m| m.uid == *uid && m.ready && m.drained && m.side != Side::Other);
         if moves.stop.iter().any(|(uid, _)| is_drained(uid)) {
             let least = self.disruption.least(self.wanted);
             assert!(after >= least, "{after} are ready after a drain took some: the budget is {least}");
             assert!(after >= self.wanted, "{after} are ready after a drain took some, {} are wanted", self.wanted);
         }
         let made = moves.make_target + moves.make_stable;
-        assert!(made == 0 || total + made <= goals.most.max(self.wanted) + usize::from(drains), "{total} and {made} are too many: {goals:?}");
+        assert!(
+            made == 0 || total + made <= goals.most.max(self.wanted) + usize::from(drains),
+            "{total} and {made} are too many: {goals:?}"
+        );
         goals
     }
 

@@ -278,7 +278,8 @@ fn two_hosts_drained_at_once_leave_an_app_its_budget_and_no_request_is_lost() {
     cloud.wait("the app to be reached", || {
         let mut stream = TcpStream::connect(("127.0.0.1", cloud.gateway_port)).map_err(|e| e.to_string())?;
         stream.set_read_timeout(Some(Duration::from_secs(20))).map_err(|e| e.to_string())?;
-        write!(stream, "GET / HTTP/1.1\r\nhost: site.localhost\r\nconnection: close\r\n\r\n").map_err(|e| e.to_string())?;
+        write!(stream, "GET / HTTP/1.1\r\nhost: site.localhost\r\nconnection: close\r\n\r\n")
+            .map_err(|e| e.to_string())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).map_err(|e| e.to_string())?;
         if answer.starts_with("HTTP/1.1 200 ") { Ok(()) } else { Err(answer) }

@@ -7,8 +7,9 @@
 //! idle GPUs. The root makes the last room for a shape dearer than the tenth.
 //!
 //! Values are kept, not computed at each decision: a table holds, for each shape and host, the fit term of the score, and
-//! a change of a host renews its line. A decision reads one column. When the mix has grown by an eighth a new table is
-//! made from it, a few hosts with each reservation, and then takes the place of the old one, so that no decision waits.
+//! a change of a host renews its line. A decision reads one column. When the mix has grown by an eighth (and, of many
+//! hosts, by a quarter of their number) a new table is made from it, a few hosts with each reservation, and then takes
+//! the place of the old one, so that no decision waits.
 
 use crate::cell::Cell;
 use crate::numa::{Free, MOST, Shape};
@@ -223,7 +224,9 @@ impl Cell {
             return;
         }
         if topology.next.is_none() && topology.seen >= topology.due.max(FIRST) {
-            topology.due = topology.seen + (topology.seen / 8).max(FIRST);
+            // The more hosts, the more reservations share the work of a table; while little is known it is soon outdated.
+            let shared = topology.seen.min(self.hosts.len() as u64 / 4);
+            topology.due = topology.seen + (topology.seen / 8).max(shared).max(FIRST);
             topology.next = Some((Table::new(&topology.counts), 0));
         }
         let Some((mut next, done)) = topology.next.take() else { return };

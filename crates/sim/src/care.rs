@@ -104,7 +104,8 @@ pub async fn world(seed: u64, care: Care, mutant: Option<Mutant>, trace: &Trace)
     serves_again(&world, Group::Own, "probe").await;
     end_load(&stop, load, LAST_WORDS, trace).await;
     end_load(&stop, operating, LAST_WORDS, trace).await;
-    let wanted: BTreeMap<Name, u32> = promises.all().into_iter().map(|(app, promise)| (app, promise.replicas)).collect();
+    let wanted: BTreeMap<Name, u32> =
+        promises.all().into_iter().map(|(app, promise)| (app, promise.replicas)).collect();
     judge::converges(&world, || judge::difference(&world, &ground, &wanted)).await;
     settle(&world, &recorder).await;
     let log = recorder.log();

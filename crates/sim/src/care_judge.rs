@@ -110,12 +110,15 @@ pub fn apps(log: &Log, promises: &BTreeMap<Name, Promise>, trace: &Trace) {
                 let most = most(promise) + usize::from(drains_before || drains(&instances, &hosts));
                 let count = of(&instances.all);
                 if count > most {
-                    let text = format!("revision {revision}: {} has {count} instances, {most} at most", app.metadata.name);
+                    let text =
+                        format!("revision {revision}: {} has {count} instances, {most} at most", app.metadata.name);
                     trace.violation("no more instances than replicas and surge", text);
                 }
             }
-            let was_ready = |c: &&&Change<Instance>| c.before.as_ref().is_some_and(|i| i.status.ready) && c.after.is_none();
-            let taken: Vec<&Object<Instance>> = stopped.iter().filter(was_ready).filter_map(|c| c.before.as_ref()).collect();
+            let was_ready =
+                |c: &&&Change<Instance>| c.before.as_ref().is_some_and(|i| i.status.ready) && c.after.is_none();
+            let taken: Vec<&Object<Instance>> =
+                stopped.iter().filter(was_ready).filter_map(|c| c.before.as_ref()).collect();
             let for_what = |i: &&&Object<Instance>, what: &[&str]| {
                 why.get(&i.metadata.uid).is_some_and(|why| what.iter().any(|w| why.contains(w)))
             };
@@ -151,8 +154,7 @@ pub fn apps(log: &Log, promises: &BTreeMap<Name, Promise>, trace: &Trace) {
 
 /// Whether instances are being moved for operators.
 fn drains(instances: &Rows<Instance>, hosts: &Rows<Host>) -> bool {
-    hosts.all.values().any(|host| host.spec.draining)
-        || instances.all.values().any(|i| i.status.moving_to.is_some())
+    hosts.all.values().any(|host| host.spec.draining) || instances.all.values().any(|i| i.status.moving_to.is_some())
 }
 
 /// How many instances an app may have at most while a rollout is on its way.
@@ -186,7 +188,8 @@ pub fn scaling(log: &Log, promises: &BTreeMap<Name, Promise>, trace: &Trace) {
                 trace.count(if now > before { "scaled: out" } else { "scaled: in" });
             }
             if !in_one_step(bounds, before, now) {
-                let text = format!("revision {revision}: {} goes from {before} to {now}: {bounds:?}", app.metadata.name);
+                let text =
+                    format!("revision {revision}: {} goes from {before} to {now}: {bounds:?}", app.metadata.name);
                 trace.violation("an app is scaled by its steps", text);
             }
         }
@@ -221,7 +224,8 @@ pub fn jobs(log: &Log, ends: &Ends, trace: &Trace) {
                 continue;
             }
             if code.is_some() && truth.get(&uid) != code.as_ref() {
-                let text = format!("revision {revision}: {uid} is said to have ended with {code:?}: {:?}", truth.get(&uid));
+                let text =
+                    format!("revision {revision}: {uid} is said to have ended with {code:?}: {:?}", truth.get(&uid));
                 trace.violation("an end is what its host saw", text);
             }
             let (good, bad) = ended.entry(job).or_default();
@@ -251,7 +255,8 @@ pub fn jobs(log: &Log, ends: &Ends, trace: &Trace) {
             let (good, bad) = ended.remove(&now.metadata.uid).unwrap_or_default();
             // Ends that come in after the verdict, in the same revision, count no more.
             let exact = s.finished.is_none();
-            let counts = |had: u32, is: u32, new: u32| is >= had && if exact { is == had + new } else { is <= had + new };
+            let counts =
+                |had: u32, is: u32, new: u32| is >= had && if exact { is == had + new } else { is <= had + new };
             if !counts(had, s.succeeded, good) || !counts(lost, s.failed, bad) {
                 let text = format!(
                     "revision {revision}: {name} counts {} and {}, had {had} and {lost}, and {good} and {bad} ended",
@@ -323,7 +328,8 @@ pub fn crons(log: &Log, trace: &Trace) {
         let begun = minutes.remove(&cron.metadata.uid).unwrap_or_default();
         let missed: Vec<_> = due.difference(&begun).collect();
         if missed.len() as u64 > cron.status.missed {
-            let text = format!("{}: runs of the minutes {missed:?} were not begun: {:?}", cron.metadata.name, cron.status);
+            let text =
+                format!("{}: runs of the minutes {missed:?} were not begun: {:?}", cron.metadata.name, cron.status);
             trace.violation("no run by the clock is missed", text);
         }
     }

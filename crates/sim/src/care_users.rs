@@ -247,7 +247,9 @@ impl Team {
             let phase = app.status.rollout.as_ref().map(|r| r.phase);
             let all: Vec<_> = w.instances_of(app.metadata.uid).collect();
             let good = |i: &&&Object<Instance>| i.status.ready && i.spec.template.env.get("VERSION") == Some(&text);
-            phase == Some(end) && all.len() == app.spec.replicas as usize && all.iter().filter(good).count() == all.len()
+            phase == Some(end)
+                && all.len() == app.spec.replicas as usize
+                && all.iter().filter(good).count() == all.len()
         };
         while Instant::now() < deadline {
             if self.hand.shows(Duration::from_millis(600), settled).await {
@@ -464,7 +466,8 @@ impl Worker {
         if !self.hand.shows(Duration::from_secs(120), over).await {
             let stuck = self.hand.look(|w| {
                 let mut all = jobs.iter().filter_map(|job| w.jobs.get(Some(&name(PROJECT)), job));
-                all.find(|job| job.status.finished.is_none()).map(|job| format!("{}: {:?}", job.metadata.name, job.status))
+                all.find(|job| job.status.finished.is_none())
+                    .map(|job| format!("{}: {:?}", job.metadata.name, job.status))
             });
             self.hand.world.trace.violation("every job comes to its end", stuck.unwrap_or_default());
         }
@@ -473,11 +476,8 @@ impl Worker {
 
 /// Jobs by the clock, one for each way to take missed and overlapping runs.
 pub async fn begin_crons(hand: Hand) {
-    let ways = [
-        (Missed::All, Concurrency::Allow),
-        (Missed::Once, Concurrency::Forbid),
-        (Missed::Skip, Concurrency::Replace),
-    ];
+    let ways =
+        [(Missed::All, Concurrency::Allow), (Missed::Once, Concurrency::Forbid), (Missed::Skip, Concurrency::Replace)];
     for (i, (missed, concurrency)) in ways.into_iter().enumerate() {
         let mut template = template();
         template.ports = Vec::new();

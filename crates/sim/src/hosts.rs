@@ -270,8 +270,7 @@ impl Host {
             }
         }
         let over = |run: &Run| run.once.filter(|_| run.phase == Phase::Running && now >= run.until);
-        let over: Vec<_> =
-            state.runs.iter().filter_map(|(uid, run)| Some((*uid, run.clone(), over(run)?.1))).collect();
+        let over: Vec<_> = state.runs.iter().filter_map(|(uid, run)| Some((*uid, run.clone(), over(run)?.1))).collect();
         for (uid, run, code) in over {
             self.world.ends.add(uid, code);
             state.ends.insert(uid, End { epoch: run.epoch, code, started: run.started });

@@ -117,7 +117,9 @@ pub fn history(log: &Log, trace: &Trace) {
                     continue;
                 };
                 // What has run to its end holds nothing of its host any more.
-                let InstanceStatus { host: Some(host), epoch, slot, finished: None, .. } = instance.status else { continue };
+                let InstanceStatus { host: Some(host), epoch, slot, finished: None, .. } = instance.status else {
+                    continue;
+                };
                 let uid = instance.metadata.uid.to_string();
                 let known = first_host.entry(uid.clone()).or_insert_with(|| host.clone());
                 if *known != host {
@@ -224,10 +226,7 @@ pub fn difference(world: &World, ground: &Ground, wanted: &BTreeMap<Name, u32>) 
                 let replicas = app.spec.wanted_replicas(&app.status);
                 if all.len() != replicas as usize || ready + room != all.len() {
                     let name = &app.metadata.name;
-                    return Some(format!(
-                        "{name} has {} instances, {ready} ready, of {replicas}",
-                        all.len(),
-                    ));
+                    return Some(format!("{name} has {} instances, {ready} ready, of {replicas}", all.len(),));
                 }
                 for i in all {
                     if let Some(host) = &i.status.host {

@@ -5,8 +5,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Autoscale, Classes, Column, Constraints, Disruption, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope, SecretRef, Verbs,
-    autoscale, rollout, secret,
+    Autoscale, Classes, Column, Constraints, Disruption, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope,
+    SecretRef, Verbs, autoscale, rollout, secret,
 };
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};

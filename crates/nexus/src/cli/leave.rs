@@ -237,7 +237,8 @@ mod tests {
     #[test]
     fn what_a_drain_waits_for_is_what_the_region_says() {
         let host = |reason: &str| {
-            let drained = json!({"type": "Drained", "status": "False", "reason": reason, "message": "app shop/web: 2 of 3"});
+            let drained =
+                json!({"type": "Drained", "status": "False", "reason": reason, "message": "app shop/web: 2 of 3"});
             json!({"status": {"conditions": [{"type": "Ready", "status": "True"}, drained]}})
         };
         assert_eq!(drained(&host("Budget")), Some(("app shop/web: 2 of 3".to_owned(), true)));
