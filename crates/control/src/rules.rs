@@ -6,6 +6,7 @@ pub mod buried;
 pub mod child;
 pub mod cron;
 pub mod delivery;
+pub mod drain;
 pub mod federation;
 pub mod fleet;
 pub mod history;

@@ -274,8 +274,13 @@ fn instances_are_told_names_and_only_those_who_may_hear_of_the_world_outside() {
         let g = guests().await;
         g.apply(|_| {}).await;
         let (a, b) = (&g.at[0][0], &g.at[0][1]);
-        let named =
-            |at: &InstanceAddress| Named { address6: at.address6, address4: at.address4, ready: true, only4: false };
+        let named = |at: &InstanceAddress| Named {
+            address6: at.address6,
+            address4: at.address4,
+            ready: true,
+            only4: false,
+            ports: Vec::new(),
+        };
         let project = |at: &InstanceAddress, outside| Project {
             apps: BTreeMap::from([("web".to_owned(), vec![named(at)])]),
             outside,
