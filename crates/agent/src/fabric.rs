@@ -207,7 +207,13 @@ fn entries(plan: &HostPlan, names: Option<&HostNames>, networks: Option<&HostNet
     let project = |told: &nexus_model::plan::ProjectNames| {
         let mut apps: BTreeMap<String, Vec<Named>> = told.apps.iter().map(|a| (a.to_string(), Vec::new())).collect();
         for i in &told.instances {
-            let named = Named { address6: i.address6, address4: i.address4, ready: i.ready, only4: i.only4 };
+            let named = Named {
+                address6: i.address6,
+                address4: i.address4,
+                ready: i.ready,
+                only4: i.only4,
+                ports: i.ports.iter().map(|p| (p.name.to_string(), p.port)).collect(),
+            };
             apps.entry(i.app.to_string()).or_default().push(named);
         }
         (told.project.to_string(), Project { apps, outside: told.egress.is_open() })

@@ -5,7 +5,7 @@ use std::path::Path;
 use nexus_env::{Disk, MemDisk, write_atomic};
 use nexus_model::Digest;
 use nexus_model::kind::{Egress, ImageFormat, Template};
-use nexus_model::plan::{Desired, ImagePlan, InstancePlan, NamedInstance, PLAN_VERSION, ProjectNames};
+use nexus_model::plan::{Desired, ImagePlan, InstancePlan, NamedInstance, NamedPort, PLAN_VERSION, ProjectNames};
 
 use super::*;
 use crate::told::{self, Cache};
@@ -48,6 +48,7 @@ fn told(revision: u64) -> HostNames {
         address4: [10, 0, 2, 9].into(),
         ready: true,
         only4: false,
+        ports: vec![NamedPort { name: "pg".parse().unwrap(), port: 5432 }],
     };
     let egress = Egress { mode: EgressMode::Deny, networks: vec!["203.0.113.0/24".parse().unwrap()] };
     let shop = ProjectNames {

@@ -16,7 +16,7 @@ use crate::servers::Servers;
 use crate::telemetry;
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Changes come in flocks: they travel together.
+/// Changes come in flocks: those that follow a report so closely travel together.
 const COALESCE: Duration = Duration::from_millis(20);
 const DEADLINE: Duration = Duration::from_secs(2);
 /// How many servers may point to another one before the reporter stops believing them.
@@ -71,9 +71,10 @@ pub(crate) async fn run(
                 }
             }
         }
+        let earliest = tokio::time::Instant::now() + COALESCE;
         let changed = async {
             config.handle.changed().await;
-            tokio::time::sleep(COALESCE).await;
+            tokio::time::sleep_until(earliest).await;
         };
         let _ = tokio::time::timeout(INTERVAL, changed).await;
     }

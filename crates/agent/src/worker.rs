@@ -577,15 +577,20 @@ async fn begin(shared: &Shared, plan: &InstancePlan, identity: &mut Option<Ident
     shared.engines.images.ensure(&plan.image).await.map_err(|e| e.to_string())?;
     let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
     runtime.prepare(plan.image.digest).await.map_err(|e| e.to_string())?;
-    if let Some(fabric) = &shared.fabric {
-        fabric.guards(plan.uid).await?;
-    }
-    let netns = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await.map_err(|e| e.to_string())?;
-    match &shared.networks {
-        Some(networks) => networks.ready(plan.uid, &plan.nics).await?,
-        None if plan.nics.is_empty() => {}
-        None => return Err("this host has no part in tenants' networks".to_owned()),
-    }
+    let plug = async {
+        if let Some(fabric) = &shared.fabric {
+            fabric.guards(plan.uid).await?;
+        }
+        let netns = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await.map_err(|e| e.to_string())?;
+        match &shared.networks {
+            Some(networks) => networks.ready(plan.uid, &plan.nics).await?,
+            None if plan.nics.is_empty() => {}
+            None => return Err("this host has no part in tenants' networks".to_owned()),
+        }
+        Ok(netns)
+    };
+    let (netns, ()) = tokio::join!(plug, runtime.warm(&plan.project));
+    let netns = netns?;
     let sandbox = Sandbox {
         uid: plan.uid,
         epoch: plan.epoch,

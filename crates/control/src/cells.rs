@@ -375,4 +375,6 @@ pub fn everything(step: &mut Step<'_>) {
     step.dirty.extend(jobs.into_iter().chain(crons));
     let nics: Vec<_> = step.world.nics.all().map(|nic| Dirty::Nic(nic.metadata.uid)).collect();
     step.dirty.extend(nics);
+    let peerings: Vec<_> = step.world.peerings.live.keys().cloned().map(Dirty::Peering).collect();
+    step.dirty.extend(peerings);
 }

@@ -7,10 +7,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use nexus_model::kind::{Host, Network, Nic, SecurityGroup, Subnet};
+use nexus_model::kind::{
+    DnsZone, FloatingIp, Host, Instance, InternetGateway, LoadBalancer, NatGateway, Network, Nic, Peering, PrefixList,
+    RouteTable, SecurityGroup, Subnet,
+};
 use nexus_model::plan::Mac;
 use nexus_model::{Name, Object, Uid};
 
+use crate::rules::network::peering::peer;
 use crate::world::{Place, World};
 
 /// The numbers that are taken, as ranges that don't touch each other: the next free one is found in logarithmic time.
@@ -78,6 +82,8 @@ pub struct Held {
     macs: BTreeSet<Mac>,
     /// NICs, living and buried.
     pub nics: usize,
+    /// Load balancers likewise.
+    balancers: usize,
 }
 
 impl Held {
@@ -95,6 +101,16 @@ impl Held {
 
     pub fn has_mac(&self, mac: Mac) -> bool {
         self.macs.contains(&mac)
+    }
+
+    /// The first free address from one to another.
+    pub fn free(&self, first: IpAddr, last: IpAddr) -> Option<IpAddr> {
+        let ((ranges, from), (_, to)) = (self.family(first), self.family(last));
+        let found = ranges.free(from, to)?;
+        match first {
+            IpAddr::V4(_) => u32::try_from(found).ok().map(|n| IpAddr::V4(n.into())),
+            IpAddr::V6(_) => Some(IpAddr::V6(found.into())),
+        }
     }
 
     fn take(&mut self, address: IpAddr) -> bool {
@@ -135,6 +151,8 @@ pub struct Nets {
     /// Network numbers.
     vnis: Ranges,
     held: BTreeMap<Uid, Held>,
+    /// Addresses of the outside.
+    pub outside: Held,
     /// Living NICs.
     by_uid: BTreeMap<Uid, Place>,
     of_instance: BTreeMap<Uid, BTreeSet<Uid>>,
@@ -261,6 +279,116 @@ pub fn index_group(world: &mut World, old: Option<&Object<SecurityGroup>>, new: 
     }
 }
 
+pub fn index_route_table(world: &mut World, old: Option<&Object<RouteTable>>, new: Option<&Object<RouteTable>>) {
+    for table in old.into_iter().chain(new) {
+        world.nets.note((table.metadata.project.clone(), table.spec.network.clone()));
+    }
+}
+
+pub fn index_peering(world: &mut World, old: Option<&Object<Peering>>, new: Option<&Object<Peering>>) {
+    for peering in old.into_iter().chain(new) {
+        world.nets.note((peering.metadata.project.clone(), peering.spec.network.clone()));
+        world.nets.note(peer(peering));
+    }
+}
+
+pub fn index_internet_gateway(
+    world: &mut World,
+    old: Option<&Object<InternetGateway>>,
+    new: Option<&Object<InternetGateway>>,
+) {
+    for gateway in old.into_iter().chain(new) {
+        world.nets.note((gateway.metadata.project.clone(), gateway.spec.network.clone()));
+    }
+}
+
+pub fn index_nat_gateway(world: &mut World, old: Option<&Object<NatGateway>>, new: Option<&Object<NatGateway>>) {
+    for gateway in old.into_iter().chain(new) {
+        world.nets.note((gateway.metadata.project.clone(), gateway.spec.network.clone()));
+    }
+}
+
+pub fn index_zone(world: &mut World, old: Option<&Object<DnsZone>>, new: Option<&Object<DnsZone>>) {
+    for zone in old.into_iter().chain(new) {
+        world.nets.note((zone.metadata.project.clone(), zone.spec.network.clone()));
+    }
+}
+
+/// A list may be named by rules of any network of its project.
+pub fn index_prefix_list(world: &mut World, old: Option<&Object<PrefixList>>, new: Option<&Object<PrefixList>>) {
+    let Some(list) = new.or(old).filter(|_| world.nets.changed.is_some()) else { return };
+    let (project, name) = (list.metadata.project.clone(), &list.metadata.name);
+    let within = project.as_ref().map(|project| world.security_groups.within(project));
+    let naming = within.into_iter().flatten().filter(|group| group.spec.lists().any(|named| named == name));
+    let networks: Vec<Name> = naming.map(|group| group.spec.network.clone()).collect();
+    networks.into_iter().for_each(|network| world.nets.note((project.clone(), network)));
+}
+
+pub fn index_floating(world: &mut World, old: Option<&Object<FloatingIp>>, new: Option<&Object<FloatingIp>>) {
+    for floating in old.into_iter().chain(new) {
+        let nic = floating.spec.nic.as_ref().and_then(|nic| world.nics.get(floating.metadata.project.as_ref(), nic));
+        if let Some(network) = nic.and_then(network_of) {
+            world.nets.note(network);
+        }
+    }
+    let nets = &mut world.nets;
+    old.and_then(|f| f.status.address).into_iter().for_each(|address| nets.outside.give(address));
+    if let Some(address) = new.and_then(|f| f.status.address) {
+        nets.outside.take(address);
+    }
+    if let Some(changed) = &mut nets.changed {
+        changed.everybody |= new.is_some_and(|f| f.metadata.deleting.is_some());
+    }
+}
+
+/// The addresses of a load balancer.
+pub fn addresses_of_balancer(balancer: &Object<LoadBalancer>) -> impl Iterator<Item = IpAddr> {
+    let s = &balancer.status;
+    s.address4.map(IpAddr::from).into_iter().chain(s.address6.map(IpAddr::from))
+}
+
+pub fn index_balancer(world: &mut World, old: Option<&Object<LoadBalancer>>, new: Option<&Object<LoadBalancer>>) {
+    let nets = &mut world.nets;
+    for balancer in old.into_iter().chain(new) {
+        if let Some(network) = &balancer.status.network {
+            nets.note((balancer.metadata.project.clone(), network.name.clone()));
+        }
+    }
+    if let Some(old) = old
+        && let Some(network) = &old.status.network
+        && let Some(held) = nets.held.get_mut(&network.uid)
+    {
+        addresses_of_balancer(old).for_each(|address| held.give(address));
+        held.balancers -= 1;
+        if held.nics + held.balancers == 0 {
+            nets.held.remove(&network.uid);
+        }
+    }
+    if let Some(new) = new
+        && let Some(network) = &new.status.network
+    {
+        let held = nets.held.entry(network.uid).or_default();
+        for address in addresses_of_balancer(new) {
+            held.take(address);
+        }
+        held.balancers += 1;
+    }
+    if let Some(changed) = &mut nets.changed {
+        changed.everybody |= new.is_some_and(|b| b.metadata.deleting.is_some());
+    }
+}
+
+/// Load balancers and names go by who is ready.
+pub fn index_instance(world: &mut World, old: Option<&Object<Instance>>, new: Option<&Object<Instance>>) {
+    let Some(uid) = new.or(old).map(|i| i.metadata.uid).filter(|_| world.nets.changed.is_some()) else { return };
+    let answers = |i: Option<&Object<Instance>>| i.is_some_and(|i| i.status.ready && i.metadata.deleting.is_none());
+    if answers(old) == answers(new) {
+        return;
+    }
+    let networks: Vec<Place> = world.nics_of(uid).into_iter().filter_map(network_of).collect();
+    networks.into_iter().for_each(|network| world.nets.note(network));
+}
+
 /// The parts of a NIC that its place in the other indexes depends on.
 fn seat(nic: Option<&Object<Nic>>) -> impl PartialEq + use<'_> {
     nic.map(|n| (&n.status, n.metadata.deleting.is_some(), &n.metadata.name))
@@ -286,7 +414,7 @@ pub fn index_nic(world: &mut World, old: Option<&Object<Nic>>, new: Option<&Obje
                 held.macs.remove(mac);
             }
             held.nics -= 1;
-            if held.nics == 0 {
+            if held.nics + held.balancers == 0 {
                 nets.held.remove(&network.uid);
             }
         }
@@ -395,6 +523,23 @@ pub fn differences(world: &World) -> Vec<String> {
         if let Some(other) = nic.status.mac.and_then(|mac| macs.insert((network.uid, mac), uid)) {
             differences
                 .push(format!("network {}: NICs {other} and {uid} have the same hardware address", network.name));
+        }
+    }
+    let buried = |uid: Uid| format!("load balancer {uid}");
+    for balancer in world.load_balancers.all() {
+        let Some(network) = &balancer.status.network else { continue };
+        for address in addresses_of_balancer(balancer) {
+            if let Some(other) = given.insert((network.uid, address), balancer.metadata.uid) {
+                let this = buried(balancer.metadata.uid);
+                differences.push(format!("network {}: {address} is given to {other} and {this}", network.name));
+            }
+        }
+    }
+    let mut outside = BTreeMap::new();
+    for floating in world.floating_ips.all() {
+        let Some(address) = floating.status.address else { continue };
+        if let Some(other) = outside.insert(address, floating.metadata.uid) {
+            differences.push(format!("{address} is given to floating ips {other} and {}", floating.metadata.uid));
         }
     }
     differences

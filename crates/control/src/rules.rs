@@ -6,6 +6,7 @@ pub mod buried;
 pub mod child;
 pub mod cron;
 pub mod delivery;
+pub mod drain;
 pub mod federation;
 pub mod fleet;
 pub mod history;
@@ -40,5 +41,6 @@ pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
         Dirty::Event(place) => delivery::fan_out(step, place),
         Dirty::Delivery(place) => delivery::reconcile(step, place),
         Dirty::Nic(uid) => network::nic::reconcile(step, *uid),
+        Dirty::Peering(place) => network::peering::reconcile(step, place),
     }
 }

@@ -41,6 +41,8 @@ pub enum Dirty {
     Delivery(Place),
     /// A NIC whose instance has come, moved or gone.
     Nic(Uid),
+    /// A peering of which one side has changed.
+    Peering(Place),
 }
 
 /// Store operations by key: `None` deletes.

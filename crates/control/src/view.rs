@@ -28,7 +28,7 @@ use crate::rules::child::{is_child, shares};
 use crate::rules::network::nic::owner;
 use crate::world::{Place, World};
 
-/// Changes of the routing table are gathered for so long, so that a burst makes one table.
+/// A routing table is made at once after a rest of so long; the changes of a burst are gathered meanwhile.
 const GATHER: Duration = Duration::from_millis(20);
 /// A large table takes long to make: it is made less often, so that making it takes a tenth of one core at most …
 const REST: u32 = 9;
@@ -182,6 +182,7 @@ impl View {
         let mut watch = store.watch("o/".into(), key::prefix_end("t/").into(), revision).await?;
         let mut table_due: Option<tokio::time::Instant> = None;
         let mut gather = GATHER;
+        let mut made = tokio::time::Instant::now();
         loop {
             let batch = tokio::select! {
                 biased;
@@ -189,14 +190,15 @@ impl View {
                     table_due = None;
                     let begun = tokio::time::Instant::now();
                     self.publish_table();
-                    gather = (begun.elapsed() * REST).clamp(GATHER, LONGEST);
+                    made = tokio::time::Instant::now();
+                    gather = (made.duration_since(begun) * REST).clamp(GATHER, LONGEST);
                     continue;
                 }
                 batch = watch.next() => batch,
             };
             let Some(Ok(batch)) = batch else { return Ok(()) };
             if self.apply(log, &batch.events, batch.revision.0) && table_due.is_none() {
-                table_due = Some(tokio::time::Instant::now() + gather);
+                table_due = Some(tokio::time::Instant::now().max(made + gather));
             }
         }
     }

@@ -8,6 +8,7 @@ mod app;
 mod autoscale;
 mod constraint;
 mod cron;
+mod disruption;
 mod event;
 mod federation;
 mod fleet;
@@ -28,6 +29,7 @@ pub use app::*;
 pub use autoscale::*;
 pub use constraint::*;
 pub use cron::*;
+pub use disruption::*;
 pub use event::*;
 pub use federation::*;
 pub use fleet::*;
@@ -291,7 +293,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 31] = [
+static ALL: [KindDescriptor; 40] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -310,7 +312,13 @@ static ALL: [KindDescriptor; 31] = [
     KindDescriptor::of::<Image>(),
     // Before those who name them, so that a folder of manifests is applied in an order that works at once.
     KindDescriptor::of::<Secret>(),
+    KindDescriptor::of::<AddressPool>(),
+    KindDescriptor::of::<PrefixList>(),
     KindDescriptor::of::<Network>(),
+    KindDescriptor::of::<InternetGateway>(),
+    KindDescriptor::of::<NatGateway>(),
+    KindDescriptor::of::<Peering>(),
+    KindDescriptor::of::<RouteTable>(),
     KindDescriptor::of::<Subnet>(),
     KindDescriptor::of::<SecurityGroup>(),
     KindDescriptor::of::<App>(),
@@ -319,6 +327,9 @@ static ALL: [KindDescriptor; 31] = [
     KindDescriptor::of::<CronJob>(),
     KindDescriptor::of::<Instance>(),
     KindDescriptor::of::<Nic>(),
+    KindDescriptor::of::<FloatingIp>(),
+    KindDescriptor::of::<LoadBalancer>(),
+    KindDescriptor::of::<DnsZone>(),
     KindDescriptor::of::<Route>(),
     KindDescriptor::of::<Event>(),
     KindDescriptor::of::<Usage>(),

@@ -17,7 +17,7 @@ use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 mod names;
 mod networks;
 
-pub use names::{HostNames, INTERNAL_DOMAIN, NamedInstance, ProjectNames};
+pub use names::{HostNames, INTERNAL_DOMAIN, NamedInstance, NamedPort, ProjectNames};
 pub use networks::*;
 
 /// Names of the southbound calls.

@@ -3,6 +3,8 @@
 //! ```text
 //! APP.PROJECT.internal          A, AAAA    the ready instances of an app, in another order each time
 //! APP.PROJECT.REGION.internal   likewise
+//! _PORT._tcp.APP.PROJECT…       SRV        the port of that name of each ready instance (RFC 2782), with the addresses
+//! 10-0-1-2.APP.PROJECT…         A, AAAA    one ready instance: what an SRV record leads to
 //! …in-addr.arpa, …ip6.arpa      PTR        APP.PROJECT.internal, for the addresses of instances
 //! ```
 //!
@@ -31,6 +33,8 @@ use message::{Answer, Data, IN, Question, Record, Unreadable, bare, kind};
 
 /// The zone.
 const ZONE: &str = "internal";
+/// The transport of every port that an app has.
+const TCP: &str = "_tcp";
 /// Seconds: what a name leads to changes with every rollout.
 const TTL: u32 = 5;
 /// Addresses in one answer; of more, as many by chance.
@@ -47,6 +51,27 @@ pub struct Named {
     pub ready: bool,
     /// It answers on IPv4 alone.
     pub only4: bool,
+    /// Names and numbers.
+    pub ports: Vec<(String, u16)>,
+}
+
+impl Named {
+    fn address(&self, kind: u16) -> Option<Data> {
+        match kind {
+            kind::A => Some(Data::A(self.address4)),
+            kind::AAAA => (!self.only4).then_some(Data::Aaaa(self.address6)),
+            _ => None,
+        }
+    }
+
+    fn port(&self, name: &str) -> Option<u16> {
+        self.ports.iter().find(|(of, _)| of == name).map(|(_, port)| *port)
+    }
+
+    /// What it is called below its app.
+    fn label(&self) -> String {
+        self.address4.to_string().replace('.', "-")
+    }
 }
 
 /// A project's names.
@@ -56,6 +81,25 @@ pub struct Project {
     pub apps: BTreeMap<String, Vec<Named>>,
     /// Names of the world outside are answered.
     pub outside: bool,
+}
+
+impl Project {
+    /// What the labels before an app's name lead to.
+    fn below<'a>(&'a self, app: &str, labels: &'a [String]) -> Found<'a> {
+        let Some(instances) = self.apps.get(app) else { return Found::Nothing };
+        match labels {
+            [transport] if transport == TCP && instances.iter().any(|i| !i.ports.is_empty()) => Found::Between,
+            [service, transport] if transport == TCP => match service.strip_prefix('_') {
+                Some(port) if instances.iter().any(|i| i.port(port).is_some()) => Found::Service(port, instances),
+                _ => Found::Nothing,
+            },
+            [one] => match instances.iter().find(|i| i.ready && i.label() == *one) {
+                Some(instance) => Found::Instance(instance),
+                None => Found::Nothing,
+            },
+            _ => Found::Nothing,
+        }
+    }
 }
 
 /// All that a host knows.
@@ -106,6 +150,9 @@ pub enum Outcome {
 /// What a name is to an asker.
 enum Found<'a> {
     App(&'a [Named]),
+    /// A port's name, and all instances of its app.
+    Service(&'a str, &'a [Named]),
+    Instance(&'a Named),
     /// There are names below it.
     Between,
     Zone,
@@ -170,13 +217,25 @@ impl Directory {
             Found::App(instances) => {
                 let mut ready: Vec<&Named> = instances.iter().filter(|i| i.ready).collect();
                 shuffle(&mut ready, below);
-                let data = |i: &&Named| match question.kind {
-                    kind::A => Some(Data::A(i.address4)),
-                    kind::AAAA => (!i.only4).then_some(Data::Aaaa(i.address6)),
-                    _ => None,
-                };
+                let data = |i: &&Named| i.address(question.kind);
                 reply.has(ready.iter().filter_map(data).take(MAX_ADDRESSES).collect())
             }
+            Found::Service(port, instances) if question.kind == kind::SRV => {
+                let mut ready: Vec<&Named> = instances.iter().filter(|i| i.ready).collect();
+                shuffle(&mut ready, below);
+                let (mut answers, mut more) = (Vec::new(), Vec::new());
+                for (instance, port) in ready.into_iter().filter_map(|i| Some((i, i.port(port)?))).take(MAX_ADDRESSES) {
+                    // The app's name as it was asked for, after the port's and the transport's.
+                    let app = question.labels.iter().skip(2).cloned();
+                    let target: Vec<String> = std::iter::once(instance.label()).chain(app).collect();
+                    let addresses = [kind::A, kind::AAAA].into_iter().filter_map(|kind| instance.address(kind));
+                    more.extend(addresses.map(|address| (target.clone(), address)));
+                    answers.push(Data::Srv { port, target });
+                }
+                reply.has_with(answers, more)
+            }
+            Found::Service(..) => reply.has(Vec::new()),
+            Found::Instance(instance) => reply.has(instance.address(question.kind).into_iter().collect()),
             Found::Zone if question.kind == kind::SOA => reply.has(vec![Data::Soa]),
             Found::Between | Found::Zone => reply.has(Vec::new()),
             Found::Nothing => reply.nothing(),
@@ -194,11 +253,11 @@ impl Directory {
         let authoritative = Reply { authoritative: true, ..*reply };
         if let Some((depth, told)) = inside.ask(&question.labels, question.kind) {
             return Some(match told {
-                Told::NoName => authoritative.done(Code::NxDomain, Vec::new(), Some(depth), Outcome::NoName),
+                Told::NoName => authoritative.done(Code::NxDomain, Vec::new(), Vec::new(), Some(depth), Outcome::NoName),
                 Told::Records(records) if records.is_empty() => {
-                    authoritative.done(Code::NoError, Vec::new(), Some(depth), Outcome::NoData)
+                    authoritative.done(Code::NoError, Vec::new(), Vec::new(), Some(depth), Outcome::NoData)
                 }
-                Told::Records(records) => authoritative.done(Code::NoError, records, None, Outcome::Answered),
+                Told::Records(records) => authoritative.done(Code::NoError, records, Vec::new(), None, Outcome::Answered),
             });
         }
         if let Some(found) = question.reversed().and_then(|address| inside.reverse(address)) {
@@ -219,7 +278,7 @@ impl Directory {
     }
 
     /// What the labels before the zone's name; the last is the outermost.
-    fn find<'a>(&'a self, project: &'a Project, own: &str, labels: &[String]) -> Found<'a> {
+    fn find<'a>(&'a self, project: &'a Project, own: &str, labels: &'a [String]) -> Found<'a> {
         let app = |name: &str| project.apps.get(name).map_or(Found::Nothing, |i| Found::App(i));
         match labels {
             [] => Found::Zone,
@@ -231,6 +290,8 @@ impl Directory {
             },
             [of, region] if of == own && *region == self.region => Found::Between,
             [name, of, region] if of == own && *region == self.region => app(name),
+            [more @ .., name, of, region] if of == own && *region == self.region => project.below(name, more),
+            [more @ .., name, of] if of == own => project.below(name, more),
             _ => Found::Nothing,
         }
     }
@@ -280,29 +341,41 @@ struct Reply<'a> {
 
 impl Reply<'_> {
     fn fails(&self, code: Code, outcome: Outcome) -> Verdict {
-        self.done(code, Vec::new(), None, outcome)
+        self.done(code, Vec::new(), Vec::new(), None, outcome)
     }
 
     fn nothing(&self) -> Verdict {
-        self.done(Code::NxDomain, Vec::new(), Some(1), Outcome::NoName)
+        self.done(Code::NxDomain, Vec::new(), Vec::new(), Some(1), Outcome::NoName)
     }
 
     fn has(&self, data: Vec<Data>) -> Verdict {
+        self.has_with(data, Vec::new())
+    }
+
+    /// With what is told of other names beside, as far as there is room.
+    fn has_with(&self, data: Vec<Data>, more: Vec<(Vec<String>, Data)>) -> Verdict {
         let outcome = if data.is_empty() { Outcome::NoData } else { Outcome::Answered };
         let negative = data.is_empty().then_some(1);
         let answers = data.into_iter().map(|data| Record { owner: None, ttl: TTL, data }).collect();
-        self.done(Code::NoError, answers, negative, outcome)
+        self.done(Code::NoError, answers, more, negative, outcome)
     }
 
     /// As much as fits. That something is left out is told by a bit, and it can be had by TCP; whoever does not look at that has
     /// some of it.
-    fn done(&self, code: Code, answers: Vec<Record>, negative: Option<usize>, outcome: Outcome) -> Verdict {
+    fn done(
+        &self,
+        code: Code,
+        answers: Vec<Record>,
+        more: Vec<(Vec<String>, Data)>,
+        negative: Option<usize>,
+        outcome: Outcome,
+    ) -> Verdict {
         let limit = match self.carrier {
             Carrier::Udp => self.question.payload().min(MAX_UDP).into(),
             Carrier::Tcp => MAX_MESSAGE,
         };
         let (question, authoritative) = (self.question, self.authoritative);
-        let answer = Answer { question, code, authoritative, answers, negative, ttl: TTL, payload: MAX_UDP };
+        let answer = Answer { question, code, authoritative, answers, more, negative, ttl: TTL, payload: MAX_UDP };
         Verdict::Answer(answer.write(limit), outcome)
     }
 }

@@ -5,8 +5,8 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::HostReport;
 use nexus_model::{AnyObject, Name, Object};
 
-use crate::rules::instance;
 use crate::rules::network::nic;
+use crate::rules::{drain, instance};
 use crate::scheduler::Scheduler;
 use crate::step::{Dirty, Step};
 use crate::world::addresses_of;
@@ -189,6 +189,7 @@ pub fn decided(step: &mut Step<'_>, name: &Name) {
 
 /// Looks after the instances of a host whose state or room changed.
 pub fn reconcile(step: &mut Step<'_>, name: &Name) {
+    drain::tell(step, name);
     let Some(host) = step.world.host(name).cloned() else { return };
     match host.status.state {
         HostState::Dead => {

@@ -3,6 +3,9 @@
 //! Whatever is named must be there when it is named, and may not go while it is: so what hosts are told never points nowhere.
 
 pub mod nic;
+pub mod outside;
+pub mod peering;
+pub mod route;
 
 use nexus_env::RngExt;
 use nexus_model::kind::*;
@@ -89,6 +92,9 @@ pub fn admit_network(
 ) -> Result<(), ApiError> {
     let project = project_of(new).clone();
     refuse_infrastructure(step.world, "spec.cidrs", &new.spec.cidrs)?;
+    if old.is_some() {
+        peering::check_cidrs(step.world, new)?;
+    }
     let Some(old) = old else {
         let have = step.world.networks.within(&project).count();
         refuse_more(have, MAX_NETWORKS, &format!("project {project}"), "networks here")?;
@@ -122,19 +128,39 @@ pub fn may_delete_network(step: &Step<'_>, old: &Object<Network>) -> Result<(), 
     let (world, project, name) = (&*step.world, project_of(old), &old.metadata.name);
     let subnets = named::<Subnet>(world, project, "subnet", |s| s.spec.network == *name);
     let groups = named::<SecurityGroup>(world, project, "security group", |g| g.spec.network == *name);
-    refuse_used("network", name, subnets.chain(groups))
+    let tables = named::<RouteTable>(world, project, "route table", |t| t.spec.network == *name);
+    let peerings = named::<Peering>(world, project, "peering", |p| p.spec.network == *name);
+    let nats = named::<NatGateway>(world, project, "NAT gateway", |g| g.spec.network == *name);
+    let gateways = named::<InternetGateway>(world, project, "internet gateway", |g| g.spec.network == *name);
+    let zones = named::<DnsZone>(world, project, "DNS zone", |z| z.spec.network == *name);
+    let more = tables.chain(peerings).chain(nats).chain(gateways).chain(zones);
+    refuse_used("network", name, subnets.chain(groups).chain(more))
+}
+
+/// A peering may have waited for a network, or may end with it.
+pub fn network_changed(step: &mut Step<'_>, network: &Object<Network>) {
+    peering::mark(step, &(network.metadata.project.clone(), network.metadata.name.clone()));
 }
 
 /// Ends a network. Its number is its own until every host has confirmed that nothing of it is left.
 pub fn delete_network(step: &mut Step<'_>, old: &Object<Network>) -> AnyObject {
     let buried = step.bury(old);
     step.mark(Dirty::Buried(Network::PLURAL, buried.metadata.uid));
+    network_changed(step, old);
     buried.to_any()
 }
 
-/// Whether every host that there is has applied what it was told after a network was deleted.
-pub fn is_gone(world: &World, uid: Uid) -> bool {
-    let Some(buried) = world.networks.buried.get(&uid) else { return true };
+/// What of networks is free when every host has confirmed that it is gone.
+pub fn waiting(world: &World) -> impl Iterator<Item = Dirty> {
+    let networks = world.networks.buried.keys().map(|uid| Dirty::Buried(Network::PLURAL, *uid));
+    let floating = world.floating_ips.buried.keys().map(|uid| Dirty::Buried(FloatingIp::PLURAL, *uid));
+    let balancers = world.load_balancers.buried.keys().map(|uid| Dirty::Buried(LoadBalancer::PLURAL, *uid));
+    networks.chain(floating).chain(balancers)
+}
+
+/// Whether every host that there is has applied what it was told after something was deleted.
+pub fn is_gone<K: Stored>(world: &World, uid: Uid) -> bool {
+    let Some(buried) = K::table(world).buried.get(&uid) else { return false };
     let revision = world.revisions.get(&key_of(buried)).copied();
     let confirmed = |host: &Name| revision.is_some_and(|at| world.nets.applied.get(host).is_some_and(|n| *n >= at));
     world.hosts.live.values().all(|host| confirmed(&host.metadata.name))
@@ -147,6 +173,7 @@ pub fn admit_subnet(
 ) -> Result<(), ApiError> {
     let project = project_of(new).clone();
     let its = network(step.world, &project, &new.spec.network)?;
+    route::check_table(step.world, &project, &new.metadata.name, &new.spec)?;
     if old.is_some() {
         return Ok(());
     }
@@ -184,12 +211,14 @@ pub fn subnet_changed(step: &mut Step<'_>, new: &Object<Subnet>) {
 pub fn may_delete_subnet(step: &Step<'_>, old: &Object<Subnet>) -> Result<(), ApiError> {
     let (world, project, name) = (&*step.world, project_of(old), &old.metadata.name);
     let nics = named::<Nic>(world, project, "nic", |n| n.spec.subnet == *name);
-    refuse_used("subnet", name, nics.chain(templates(world, project, |nic| nic.subnet == *name)))
+    let balancers = named::<LoadBalancer>(world, project, "load balancer", |b| b.spec.subnet == *name);
+    refuse_used("subnet", name, nics.chain(balancers).chain(templates(world, project, |nic| nic.subnet == *name)))
 }
 
 /// What a group takes of what a network's groups may have: each rule, and each of what it names.
 fn weight(group: &SecurityGroupSpec) -> usize {
-    group.rules.iter().map(|rule| 1 + rule.remotes.len() / 4 + rule.ports.len() / 8).sum()
+    let of = |rule: &SecurityRule| 1 + rule.remotes.len() / 4 + rule.ports.len() / 8;
+    group.rules.iter().map(of).sum::<usize>() + group.lists().count() * MAX_PREFIXES / 4
 }
 
 pub fn admit_group(
@@ -217,6 +246,12 @@ pub fn admit_group(
     let mut errors = Vec::new();
     for (i, rule) in spec.rules.iter().enumerate() {
         for (j, remote) in rule.remotes.iter().enumerate() {
+            if let RuleRemote::PrefixList(list) = remote
+                && world.prefix_lists.get(Some(&project), list).is_none()
+            {
+                let message = format!("there is no prefix list {list}");
+                errors.push(FieldError::new(format!("spec.rules[{i}].remotes[{j}].prefixList"), message));
+            }
             let RuleRemote::Group(group) = remote else { continue };
             if group != name && !others().any(|other| other.metadata.name == *group) {
                 let message = format!("there is no security group {group} in network {}", spec.network);
@@ -242,13 +277,29 @@ pub fn may_delete_group(step: &Step<'_>, old: &Object<SecurityGroup>) -> Result<
     refuse_used("security group", name, nics.chain(groups).chain(templates))
 }
 
+pub fn admit_prefix_list(step: &Step<'_>, old: Option<&Object<PrefixList>>, new: &Object<PrefixList>) -> Result<(), ApiError> {
+    let project = project_of(new);
+    let have = if old.is_some() { 0 } else { step.world.prefix_lists.within(project).count() };
+    refuse_more(have, MAX_PREFIX_LISTS, &format!("project {project}"), "prefix lists")
+}
+
+pub fn may_delete_prefix_list(step: &Step<'_>, old: &Object<PrefixList>) -> Result<(), ApiError> {
+    let name = &old.metadata.name;
+    let names = |g: &Object<SecurityGroup>| g.spec.lists().any(|list| list == name);
+    refuse_used("prefix list", name, named::<SecurityGroup>(step.world, project_of(old), "security group", names))
+}
+
 /// Takes away some NICs and networks of a project whose instances are gone. True if there was anything.
 pub fn tear_down(step: &mut Step<'_>, project: &Name, most: usize) -> bool {
     let nics: Vec<_> = step.world.nics.within(project).take(most).cloned().collect();
     for nic in &nics {
         nic::release(step, nic);
     }
-    if !nics.is_empty() {
+    let floating: Vec<_> = step.world.floating_ips.within(project).take(most).cloned().collect();
+    floating.iter().for_each(|f| drop(outside::delete_floating(step, f)));
+    let balancers: Vec<_> = step.world.load_balancers.within(project).take(most).cloned().collect();
+    balancers.iter().for_each(|b| drop(outside::delete_balancer(step, b)));
+    if !nics.is_empty() || !floating.is_empty() || !balancers.is_empty() {
         return true;
     }
     let networks: Vec<_> = step.world.networks.within(project).take(most).cloned().collect();

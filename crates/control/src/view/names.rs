@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use nexus_model::kind::{Egress, GLOBAL, Host};
-use nexus_model::plan::{HostNames, NamedInstance, PLAN_VERSION, ProjectNames};
+use nexus_model::kind::{Egress, GLOBAL, Host, Instance, Port};
+use nexus_model::plan::{HostNames, NamedInstance, NamedPort, PLAN_VERSION, ProjectNames};
 use nexus_model::{Cidr, Name, Object};
 
 use super::State;
@@ -86,6 +86,11 @@ fn address_of(endpoint: &str) -> Option<IpAddr> {
     at.parse::<SocketAddr>().ok().map(|at| at.ip())
 }
 
+fn named_ports(instance: &Object<Instance>) -> Vec<NamedPort> {
+    let named = |port: &Port| port.name.clone().map(|name| NamedPort { name, port: port.port });
+    instance.spec.template.ports.iter().filter_map(named).collect()
+}
+
 fn project(world: &World, name: &Name) -> ProjectNames {
     let mut instances: Vec<NamedInstance> = world
         .instances
@@ -102,6 +107,7 @@ fn project(world: &World, name: &Name) -> ProjectNames {
                 // A job has no name to be found by, though it may be called as an app is.
                 ready: i.status.ready && i.spec.job.is_none(),
                 only4: i.status.endpoint.is_some_and(|e| e.is_ipv4()),
+                ports: named_ports(i),
             })
         })
         .collect();

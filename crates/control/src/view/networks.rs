@@ -5,15 +5,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use nexus_model::kind::{Network, Nic, RuleAction, RuleRemote, SecurityGroup, SecurityRule, Subnet};
-use nexus_model::plan::{
-    Direction, GroupPlan, HostNetworks, NetworkPlan, NicPlace, NicPlan, PLAN_VERSION, Remote, RouteTablePlan, RulePlan,
-    RuleProtocol, SubnetPlan,
+use nexus_model::kind::{
+    NatGateway, Network, Nic, RouteTable, RuleAction, RuleRemote, SecurityGroup, SecurityRule, Subnet,
 };
-use nexus_model::{Name, Object};
+use nexus_model::plan::{
+    Direction, GroupPlan, HostNetworks, NetworkPlan, NicPlace, NicPlan, PLAN_VERSION, Remote, RulePlan, RuleProtocol,
+};
+use nexus_model::{Cidr, Name, Object};
+
+mod parts;
 
 use super::State;
 use crate::nets::Changed;
+use crate::rules::network::peering;
 use crate::world::{Place, World};
 
 /// Of the underlay, and what a tunnel's headers take of it: of Ethernet, IP, UDP and VXLAN.
@@ -46,7 +50,8 @@ impl Plans {
             tunnels: Vec::new(),
             networks: Vec::new(),
         };
-        let mut networks: Vec<_> = world.nets.on_host(host).filter_map(|place| self.get(world, place)).collect();
+        let networks = held(world, host).into_iter().filter_map(|place| self.get(world, &place));
+        let mut networks: Vec<_> = networks.collect();
         networks.sort_by_key(|network| network.uid);
         // Without a network there is no tunnel to anybody.
         if !networks.is_empty() {
@@ -57,6 +62,14 @@ impl Plans {
         message.networks = networks;
         message
     }
+}
+
+/// The networks that a host has NICs of, and those that they are peered with.
+fn held(world: &World, host: &Name) -> BTreeSet<Place> {
+    let own: Vec<&Place> = world.nets.on_host(host).collect();
+    let peerings = own.iter().flat_map(|place| peering::of(world, place));
+    let peers = peerings.filter(|p| peering::agreed(world, p).is_ok()).map(peering::peer);
+    peers.chain(own.iter().map(|place| (*place).clone())).collect()
 }
 
 /// Tells the hosts that listen what has changed for them.
@@ -103,8 +116,13 @@ fn told(world: &World, changed: &Changed, host: &Name) -> bool {
 }
 
 fn concerned(world: &World, changed: &Changed, host: &Name) -> bool {
+    // A peering that has ended still counts: the network at its other end goes.
+    let touched = |place: &Place| {
+        let mut peers = peering::of(world, place).map(peering::peer);
+        changed.networks.contains(place) || peers.any(|peer| changed.networks.contains(&peer))
+    };
     let mut networks = world.nets.on_host(host);
-    networks.any(|place| changed.hosts_differ || changed.networks.contains(place))
+    networks.any(|place| changed.hosts_differ || touched(place))
 }
 
 fn index(at: usize) -> u32 {
@@ -112,7 +130,7 @@ fn index(at: usize) -> u32 {
 }
 
 /// A network's parts, by their names.
-fn parts<'a, T: 'a>(all: impl Iterator<Item = &'a T>, name: impl Fn(&'a T) -> &'a Name) -> BTreeMap<&'a Name, u32> {
+fn numbered<'a, T: 'a>(all: impl Iterator<Item = &'a T>, name: impl Fn(&'a T) -> &'a Name) -> BTreeMap<&'a Name, u32> {
     all.enumerate().map(|(at, part)| (name(part), index(at))).collect()
 }
 
@@ -121,14 +139,19 @@ fn plan(world: &World, network: &Object<Network>) -> NetworkPlan {
     let subnets: Vec<&Object<Subnet>> = world.subnets.within(project).filter(|s| s.spec.network == m.name).collect();
     let groups: Vec<&Object<SecurityGroup>> =
         world.security_groups.within(project).filter(|g| g.spec.network == m.name).collect();
-    let subnet_of = parts(subnets.iter().copied(), |s| &s.metadata.name);
+    let subnet_of = numbered(subnets.iter().copied(), |s| &s.metadata.name);
     // The first group is the network's own, for NICs without one.
     let group_of: BTreeMap<&Name, u32> =
-        parts(groups.iter().copied(), |g| &g.metadata.name).into_iter().map(|(name, at)| (name, at + 1)).collect();
+        numbered(groups.iter().copied(), |g| &g.metadata.name).into_iter().map(|(name, at)| (name, at + 1)).collect();
     let mine = |n: &&Object<Nic>| n.status.network.as_ref().is_some_and(|of| of.uid == m.uid);
     let nics = world.nics.within(project).filter(mine);
     let mut nics: Vec<NicPlan> = nics.filter_map(|nic| nic_plan(world, nic, &subnet_of, &group_of)).collect();
     nics.sort_by_key(|nic| nic.uid);
+    let tables: Vec<&Object<RouteTable>> =
+        world.route_tables.within(project).filter(|t| t.spec.network == m.name).collect();
+    let nats: Vec<&Object<NatGateway>> =
+        world.nat_gateways.within(project).filter(|n| n.spec.network == m.name).collect();
+    let peerings = parts::peerings(world, network);
     let headers = if world.hosts.live.values().any(|h| h.spec.address.is_ipv6()) { HEADERS[1] } else { HEADERS[0] };
     NetworkPlan {
         uid: m.uid,
@@ -137,34 +160,21 @@ fn plan(world: &World, network: &Object<Network>) -> NetworkPlan {
         vni: network.status.vni,
         mtu: UNDERLAY_MTU - headers,
         cidrs: network.spec.cidrs.clone(),
-        subnets: subnets.iter().map(|subnet| subnet_plan(subnet)).collect(),
+        subnets: subnets.iter().map(|subnet| parts::subnet(subnet, &tables)).collect(),
+        groups: std::iter::once(usual_group(network)).chain(groups.iter().map(|g| group_plan(world, g, &group_of))).collect(),
+        route_tables: parts::route_tables(world, &tables, &peerings, &nats),
+        floating: parts::floating(world, project, &nics),
+        balancers: parts::balancers(world, network, &nics),
+        zones: parts::zones(world, network, &nics),
+        peerings: peerings.into_iter().map(|(plan, _)| plan).collect(),
+        nats: nats.iter().map(|nat| parts::nat(nat)).collect(),
         nics,
-        groups: std::iter::once(usual_group(network)).chain(groups.iter().map(|g| group_plan(g, &group_of))).collect(),
-        route_tables: vec![RouteTablePlan { name: fixed("main"), routes: Vec::new() }],
-        peerings: Vec::new(),
-        nats: Vec::new(),
-        floating: Vec::new(),
-        balancers: Vec::new(),
-        zones: Vec::new(),
         flow_logs: network.spec.flow_logs,
     }
 }
 
 fn fixed(name: &str) -> Name {
     name.parse().expect("a well-formed name")
-}
-
-fn subnet_plan(subnet: &Object<Subnet>) -> SubnetPlan {
-    let (m, spec) = (&subnet.metadata, &subnet.spec);
-    SubnetPlan {
-        uid: m.uid,
-        name: m.name.clone(),
-        cidr4: spec.cidr4,
-        cidr6: spec.cidr6,
-        gateway4: spec.gateway4(),
-        gateway6: spec.gateway6(),
-        route_table: 0,
-    }
 }
 
 fn nic_plan(
@@ -223,23 +233,36 @@ fn usual_group(network: &Object<Network>) -> GroupPlan {
     }
 }
 
-fn group_plan(group: &Object<SecurityGroup>, groups: &BTreeMap<&Name, u32>) -> GroupPlan {
-    let rules = group.spec.rules.iter().map(|rule| rule_plan(rule, groups)).collect();
+fn group_plan(world: &World, group: &Object<SecurityGroup>, groups: &BTreeMap<&Name, u32>) -> GroupPlan {
+    let list = |name: &Name| world.prefix_lists.get(group.metadata.project.as_ref(), name).map(|list| &list.spec.cidrs);
+    let rules = group.spec.rules.iter().filter_map(|rule| rule_plan(rule, groups, list)).collect();
     GroupPlan { uid: group.metadata.uid, name: group.metadata.name.clone(), rules }
 }
 
-fn rule_plan(rule: &SecurityRule, groups: &BTreeMap<&Name, u32>) -> RulePlan {
-    let remote = |remote: &RuleRemote| match remote {
-        RuleRemote::Cidr(cidr) => Some(Remote::Cidr(*cidr)),
-        RuleRemote::Group(name) => groups.get(name).map(|at| Remote::Group(*at)),
-    };
-    RulePlan {
+/// None of a rule whose lists are all empty: it is about nobody, while a plan without remotes is about everybody.
+fn rule_plan<'a>(
+    rule: &SecurityRule,
+    groups: &BTreeMap<&Name, u32>,
+    list: impl Fn(&Name) -> Option<&'a Vec<Cidr>>,
+) -> Option<RulePlan> {
+    let mut remotes = Vec::new();
+    for remote in &rule.remotes {
+        match remote {
+            RuleRemote::Cidr(cidr) => remotes.push(Remote::Cidr(*cidr)),
+            RuleRemote::Group(name) => remotes.extend(groups.get(name).map(|at| Remote::Group(*at))),
+            RuleRemote::PrefixList(name) => remotes.extend(list(name).into_iter().flatten().copied().map(Remote::Cidr)),
+        }
+    }
+    if remotes.is_empty() && !rule.remotes.is_empty() {
+        return None;
+    }
+    Some(RulePlan {
         id: rule.id.clone(),
         direction: rule.direction,
         priority: rule.priority,
         allow: rule.action == RuleAction::Allow,
         protocol: rule.protocol,
         ports: rule.ports.iter().map(|range| (range.first, range.last)).collect(),
-        remotes: rule.remotes.iter().filter_map(remote).collect(),
-    }
+        remotes,
+    })
 }

@@ -145,6 +145,15 @@ const RULES: &[Rule] = &[
     Rule::new("security-groups", Holder::Project, &["view"], &["edit"]),
     Rule::new("nics", Holder::Project, &["view"], &["edit"])
         .verbs(&[("trace", &["operate"], Level::Project), ("capture", &["operate"], Level::Project)]),
+    Rule::new("prefix-lists", Holder::Project, &["view"], &["edit"]),
+    Rule::new("route-tables", Holder::Project, &["view"], &["edit"]),
+    Rule::new("peerings", Holder::Project, &["view"], &["edit"]),
+    Rule::new("internet-gateways", Holder::Project, &["view"], &["edit"]),
+    Rule::new("nat-gateways", Holder::Project, &["view"], &["edit"]),
+    Rule::new("floating-ips", Holder::Project, &["view"], &["edit"]),
+    Rule::new("load-balancers", Holder::Project, &["view"], &["edit"]),
+    Rule::new("dns-zones", Holder::Project, &["view"], &["edit"]),
+    Rule::new("address-pools", Holder::Fleet, &["everyone", "fleet-view"], &["fleet-operate"]).level(Level::Fleet),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
     Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization).verbs(&[
         ("set-password", &["self"], Level::Organization),

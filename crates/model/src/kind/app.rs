@@ -5,8 +5,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Autoscale, Classes, Column, Constraints, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope, SecretRef,
-    TemplateNic, Verbs, autoscale, network, rollout, secret,
+    Autoscale, Classes, Column, Constraints, Disruption, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope,
+    SecretRef, TemplateNic, Verbs, autoscale, network, rollout, secret,
 };
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
@@ -224,6 +224,10 @@ macro_rules! declare_template {
             pub instance_labels: IndexMap<String, String>,
             /// How instances of an older template are replaced.
             pub rollout: Rollout,
+            /// How many instances operators' work (draining a host, a rebalance) may take away, counting those that are not ready
+            /// for other reasons; without it, `maxUnavailable` is 25 %. Of a global app, in each region.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub disruption: Option<Disruption>,
             /// The content of the image that is run, whatever the image's name stands for now: that of a revision that is
             /// kept. An undo writes it.
             #[serde(skip_serializing_if = "Option::is_none")]
@@ -252,6 +256,7 @@ macro_rules! declare_template {
                     expose: true,
                     instance_labels: IndexMap::new(),
                     rollout: Rollout::default(),
+                    disruption: None,
                     image_digest: None,
                 }
             }

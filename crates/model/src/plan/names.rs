@@ -27,6 +27,17 @@ pub struct NamedInstance {
     /// Its program was found to answer on IPv4 alone.
     #[serde(default)]
     pub only4: bool,
+    /// Those of its ports that have a name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<NamedPort>,
+}
+
+/// A port by which an instance is found: `_NAME._tcp.APP.PROJECT.internal`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NamedPort {
+    pub name: Name,
+    pub port: u16,
 }
 
 /// A project within a region.

@@ -1,4 +1,4 @@
-//! DNS messages (RFC 1035, RFC 6891) as far as a resolver of one zone needs them: one question is read, and five kinds of
+//! DNS messages (RFC 1035, RFC 6891) as far as a resolver of one zone needs them: one question is read, and six kinds of
 //! record are written.
 //!
 //! A message is from a stranger. It is read from front to back, and no name of it is followed anywhere else: in a question
@@ -22,6 +22,7 @@ pub(super) mod kind {
     pub const PTR: u16 = 12;
     pub const TXT: u16 = 16;
     pub const AAAA: u16 = 28;
+    pub const SRV: u16 = 33;
     pub const OPT: u16 = 41;
     pub const IXFR: u16 = 251;
     pub const AXFR: u16 = 252;
@@ -213,6 +214,11 @@ pub(super) enum Data {
     /// Labels.
     Cname(Vec<String>),
     Txt(Vec<String>),
+    /// A port, and the labels of the name where it is (RFC 2782); one is as good as any other.
+    Srv {
+        port: u16,
+        target: Vec<String>,
+    },
     Soa,
 }
 
@@ -232,6 +238,8 @@ pub(super) struct Answer<'a> {
     pub code: Code,
     pub authoritative: bool,
     pub answers: Vec<Record>,
+    /// Of other names, that whoever asks will ask for next: what finds no room is left out, and nobody is told.
+    pub more: Vec<(Vec<String>, Data)>,
     /// Says for how long it may be believed that there is nothing: who answers for so many of the name's last labels.
     pub negative: Option<usize>,
     pub ttl: u32,
@@ -291,17 +299,29 @@ impl Answer<'_> {
             }
             answers += 1;
         }
+        let mut additional = u16::from(q.edns.is_some());
+        let mut beside = Vec::new();
+        for (owner, data) in &self.more {
+            let before = beside.len();
+            name(&mut beside, &owner.iter().map(String::as_str).collect::<Vec<_>>());
+            self.data(&mut beside, data, self.ttl);
+            if body.len() + beside.len() > room {
+                beside.truncate(before);
+                break;
+            }
+            additional += 1;
+        }
         let cut = usize::from(answers) < self.answers.len();
         let flags = 0x80 | (q.header[2] & 0x01) | if self.authoritative { 4 } else { 0 } | if cut { 2 } else { 0 };
         let mut out = Vec::with_capacity(limit.min(1500));
         out.extend([q.header[0], q.header[1], flags, 0x80 | (q.header[3] & 0x10) | (self.code as u8 & 15)]);
-        let additional = u16::from(q.edns.is_some());
         for count in [1, answers, authorities, additional] {
             out.extend(count.to_be_bytes());
         }
         out.extend(q.section);
         out.extend(body);
         out.extend(tail);
+        out.extend(beside);
         out
     }
 
@@ -326,6 +346,13 @@ impl Answer<'_> {
                     bytes.push(0);
                 }
                 (kind::TXT, bytes)
+            }
+            Data::Srv { port, target } => {
+                // Priority and weight; names in these records are not compressed.
+                let mut bytes = vec![0, 0, 0, 0];
+                bytes.extend(port.to_be_bytes());
+                name(&mut bytes, &target.iter().map(String::as_str).collect::<Vec<_>>());
+                (kind::SRV, bytes)
             }
             Data::Soa => {
                 let mut bytes = Vec::new();

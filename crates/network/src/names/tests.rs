@@ -11,7 +11,19 @@ const LOST: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 5);
 
 fn named(n: u16) -> Named {
     let address4 = Ipv4Addr::new(10, 0, (n >> 8) as u8, n as u8);
-    Named { address6: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n), address4, ready: true, only4: false }
+    Named {
+        address6: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n),
+        address4,
+        ready: true,
+        only4: false,
+        ports: Vec::new(),
+    }
+}
+
+/// With two ports, one of which the third lacks.
+fn serving(n: u16) -> Named {
+    let ports = [("http", 8080), ("metrics", 9100)].into_iter().take(if n == 3 { 1 } else { 2 });
+    Named { ports: ports.map(|(name, port)| (name.to_owned(), port)).collect(), ..named(n) }
 }
 
 /// `shop` has web (two ready, one not), old (ready on IPv4 alone), idle (nothing) and wide (700); `bank` has web.
@@ -21,6 +33,11 @@ fn directory() -> Directory {
             ("web".into(), vec![named(1), named(2), Named { ready: false, ..named(3) }]),
             ("old".into(), vec![Named { only4: true, ..named(9) }]),
             ("idle".into(), Vec::new()),
+            (
+                "api".into(),
+                vec![serving(21), Named { only4: true, ..serving(22) }, Named { ready: false, ..serving(23) }],
+            ),
+            ("many".into(), (2000..2700).map(serving).collect()),
             ("wide".into(), (1000..1700).map(named).collect()),
         ]),
         outside: false,
@@ -73,6 +90,8 @@ struct Told {
     authorities: Vec<(u16, u32)>,
     /// Payload and the upper bits of the code.
     edns: Option<(u16, u8)>,
+    /// Names and addresses that were told beside.
+    beside: Vec<(String, String)>,
 }
 
 fn name_at(bytes: &[u8], at: &mut usize) -> String {
@@ -100,9 +119,17 @@ fn name_at(bytes: &[u8], at: &mut usize) -> String {
     }
 }
 
+fn address(kind: u16, data: &[u8]) -> String {
+    match kind {
+        1 => Ipv4Addr::from(<[u8; 4]>::try_from(data).unwrap()).to_string(),
+        _ => Ipv6Addr::from(<[u8; 16]>::try_from(data).unwrap()).to_string(),
+    }
+}
+
 fn read(bytes: &[u8]) -> Told {
     let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-    let mut told = Told { code: bytes[3] & 15, flags: bytes[2], data: vec![], authorities: vec![], edns: None };
+    let mut told =
+        Told { code: bytes[3] & 15, flags: bytes[2], data: vec![], authorities: vec![], edns: None, beside: vec![] };
     assert!(bytes[2] & 0x80 != 0 && bytes[3] & 0x80 != 0, "an answer, by who recurses");
     let mut at = 12;
     let mut asked = String::new();
@@ -122,8 +149,14 @@ fn read(bytes: &[u8]) -> Told {
                 (0, kind) => {
                     assert_eq!((owner.as_str(), class, ttl), (asked.as_str(), 1, TTL), "as it was asked");
                     told.data.push(match kind {
-                        1 => Ipv4Addr::from(<[u8; 4]>::try_from(data).unwrap()).to_string(),
-                        28 => Ipv6Addr::from(<[u8; 16]>::try_from(data).unwrap()).to_string(),
+                        1 | 28 => address(kind, data),
+                        33 => {
+                            assert_eq!(data[..4], [0; 4], "one is as good as any other");
+                            let mut target = at + 6;
+                            let named = name_at(bytes, &mut target);
+                            assert_eq!(target, at + length);
+                            format!("{named}:{}", u16_at(at + 4))
+                        }
                         12 => name_at(bytes, &mut at.clone()),
                         other => format!("type {other}"),
                     });
@@ -136,6 +169,7 @@ fn read(bytes: &[u8]) -> Told {
                     assert_eq!(in_data + 20, at + length);
                     told.authorities.push((kind, ttl));
                 }
+                (_, kind @ (1 | 28)) => told.beside.push((owner, address(kind, data))),
                 (_, kind) => {
                     assert_eq!((kind, owner.as_str(), length), (41, "", 0));
                     told.edns = Some((class, (ttl >> 24) as u8));
@@ -207,6 +241,60 @@ fn what_has_no_data_is_told_apart_from_what_is_not() {
     }
     assert_eq!(ask_by(&question("web.bank.internal.", A), OTHER, Carrier::Udp).data, ["10.0.0.77"]);
     assert_eq!(ask("internal.", 6).data, ["type 6"]);
+}
+
+const SRV: u16 = 33;
+
+#[test]
+fn a_named_port_leads_to_the_ready_instances_with_their_addresses() {
+    for zone in ["shop.internal.", "shop.eu.internal."] {
+        let told = ask(&format!("_http._tcp.api.{zone}"), SRV);
+        let [one, two] = [21, 22].map(|n| format!("10-0-0-{n}.api.{zone}"));
+        assert_eq!((told.code, told.data), (0, vec![format!("{one}:8080"), format!("{two}:8080")]));
+        let mut beside = told.beside;
+        beside.sort();
+        let wanted = [(&one, "10.0.0.21"), (&one, "fd00:0:0:1::15"), (&two, "10.0.0.22")];
+        assert_eq!(beside, wanted.map(|(name, address)| (name.clone(), address.to_owned())));
+        // What it leads to has a name of its own.
+        assert_eq!(ask(&one, A).data, ["10.0.0.21"]);
+        assert_eq!(ask(&one, AAAA).data, ["fd00:0:0:1::15"]);
+        assert_eq!(ask(&two, AAAA).data.len(), 0);
+    }
+    assert_eq!(ask("_METRICS._TCP.Api.shop.internal.", SRV).data.len(), 2);
+    for (empty, kind) in
+        [("_http._tcp.api.shop.internal.", A), ("_tcp.api.shop.internal.", SRV), ("api.shop.internal.", SRV)]
+    {
+        let told = ask(empty, kind);
+        assert_eq!((told.code, told.data.len(), told.beside.len()), (0, 0, 0), "{empty}");
+    }
+    for nothing in [
+        "_grpc._tcp.api.shop.internal.",
+        "_http._udp.api.shop.internal.",
+        "http._tcp.api.shop.internal.",
+        "_http._tcp.none.shop.internal.",
+        "_http._tcp.api.bank.internal.",
+        "x._http._tcp.api.shop.internal.",
+        "_tcp.web.shop.internal.",
+        // It is not ready; it is another app's; it is nobody's.
+        "10-0-0-23.api.shop.internal.",
+        "10-0-0-1.api.shop.internal.",
+        "10-0-9-9.api.shop.internal.",
+    ] {
+        assert_eq!(ask(nothing, SRV).code, 3, "{nothing}");
+    }
+    assert_eq!(ask("10-0-0-1.web.shop.internal.", A).data, ["10.0.0.1"]);
+}
+
+#[test]
+fn addresses_beside_an_answer_take_only_what_room_is_left() {
+    let asked = with_edns(question("_http._tcp.many.shop.internal.", SRV), 4096, 0);
+    let Verdict::Answer(bytes, _) = decide(&asked, ASKER, Carrier::Udp) else { panic!() };
+    assert!(bytes.len() <= usize::from(MAX_UDP));
+    let told = read(&bytes);
+    assert!(told.flags & 2 != 0 && told.data.len() > 10 && told.beside.len() <= 1, "{told:?}");
+    let whole = ask_by(&asked, ASKER, Carrier::Tcp);
+    assert_eq!((whole.flags & 2, whole.data.len(), whole.edns), (0, MAX_ADDRESSES, Some((MAX_UDP, 0))));
+    assert!(whole.beside.len() > MAX_ADDRESSES, "by TCP there is room for most: {}", whole.beside.len());
 }
 
 #[test]

@@ -17,6 +17,14 @@ fn a_client_is_told_its_address_its_routes_and_its_router() {
         let (_told, heard) = watch::channel(site.told(0));
         let engine = site.engines[0].clone();
         let server = tokio::spawn(answer::run(heard, move |network| NetnsRef::Path(engine.namespace(network))));
+        // Another asks without end: it is not even heard.
+        inside(&site.nic(1), || {
+            let socket = UdpSocket::bind((address4(1, 3), 68)).unwrap();
+            socket.set_broadcast(true).unwrap();
+            nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::BindToDevice, &"nic0".into()).unwrap();
+            (0..300).for_each(|_| drop(socket.send_to(&[1; 300], "255.255.255.255:67")));
+        });
+        assert!(site.dropped(0, "flood") > 200);
         let own = site.nic(0);
         // As a machine that has just started: it knows its link and nothing else.
         firewall::run(&own, "ip addr flush dev nic0 scope global");
@@ -54,10 +62,11 @@ fn a_client_is_told_its_address_its_routes_and_its_router() {
         }
 
         // Router discovery: the kernel of the client is the client.
-        for (key, value) in [("accept_ra", "2"), ("router_solicitations", "-1")] {
-            firewall::run(&own, &format!("sysctl -qw net.ipv6.conf.nic0.{key}={value}"));
-        }
-        firewall::run(&own, "sysctl -qw net.ipv6.conf.nic0.addr_gen_mode=0");
+        inside(&own, || {
+            for (key, value) in [("accept_ra", "2"), ("router_solicitations", "-1"), ("addr_gen_mode", "0")] {
+                std::fs::write(format!("/proc/sys/net/ipv6/conf/nic0/{key}"), value).unwrap();
+            }
+        });
         firewall::run(&own, "ip link set nic0 down");
         firewall::run(&own, "ip link set nic0 up");
         let end = Instant::now() + DEADLINE;

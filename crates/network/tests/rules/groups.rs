@@ -168,6 +168,12 @@ fn who_bears_anothers_name_is_not_heard_and_is_counted() {
         send_raw(&site.nic(0), [6, 0, 0, 0, 1, 99], own, target, 5000);
         assert_eq!(heard(BRIEFLY), None);
         assert_eq!((site.dropped(0, "spoofed_address"), site.dropped(0, "spoofed_mac")), (1, 1));
+        // As a DHCP server to a client.
+        let client: SocketAddr = (address4(1, 3), 68).into();
+        inside(&site.nic(0), move || {
+            UdpSocket::bind("0.0.0.0:67").unwrap().send_to(b"offer", client).unwrap();
+        });
+        assert_eq!(site.dropped(0, "rogue"), 1);
         send_raw(&site.nic(2), macs[1], other, target, 5000);
         assert_eq!(heard(DEADLINE), Some(address4(1, 9).into()), "who forwards may");
         // One may not be sent what is another's, either.

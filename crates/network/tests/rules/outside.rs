@@ -103,11 +103,12 @@ fn a_balancer_shares_by_weight_keeps_a_client_and_serves_its_own_targets() {
             listener
         };
         let listeners = [listen(1, (address4(1, 3), 8080).into()), listen(2, (address4(1, 4), 8080).into())];
+        let client = site.nic(0);
         let shares = |balancer: IpAddr, count: usize| {
             let mut found = BTreeMap::new();
             for _ in 0..count {
                 let at = SocketAddr::new(balancer, 80);
-                let _open = inside(&site.nic(0), move || TcpStream::connect_timeout(&at, DEADLINE).unwrap());
+                let _open = inside(&client, move || TcpStream::connect_timeout(&at, DEADLINE).unwrap());
                 let end = Instant::now() + DEADLINE;
                 let to = loop {
                     if let Some(n) = listeners.iter().position(|l| l.accept().is_ok()) {
@@ -123,12 +124,7 @@ fn a_balancer_shares_by_weight_keeps_a_client_and_serves_its_own_targets() {
         let kept = shares(four(201), 10);
         assert_eq!(kept.len(), 1, "{kept:?}");
         // Also past a change of rules.
-        let mut networks: Vec<NetworkPlan> = site.networks.iter().map(|n| NetworkPlan::clone(n)).collect();
-        networks[0].groups.push(open_group(1, 9));
-        site.networks = networks.into_iter().map(Arc::new).collect();
-        for (host, engine) in site.engines.iter().enumerate() {
-            engine.apply(site.told(host), site.closed.clone()).await.unwrap();
-        }
+        site.change(|n| n.flow_logs = true).await;
         assert_eq!(shares(four(201), 3).keys().next(), kept.keys().next());
         let own = site.nic(0);
         for (balancer, own_address, port) in [(four(202), four(2), 8080), (six(202), six(2), 8081)] {

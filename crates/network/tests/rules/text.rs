@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use nexus_model::plan::{Direction, NetworkPlan, Remote, RulePlan, RuleProtocol, Via};
-use nexus_network::vpc::rules::table::Hook;
+use nexus_model::plan::{Direction, NetworkPlan, NicPlan, Remote, RulePlan, RuleProtocol, Via};
+use nexus_network::vpc::rules::table::{Hook, Table};
 use nexus_network::vpc::verdict::walk::{Choice, Packet, hook};
 use nexus_network::vpc::{links, rules, text};
 use proptest::prelude::*;
@@ -107,9 +107,7 @@ fn a_thousand_rules_are_a_few_lookups() {
 }
 
 /// What a packet between two NICs meets in the table of the second one's host.
-fn received(plan: &NetworkPlan, from: IpAddr, to: &nexus_model::plan::NicPlan, protocol: u8, port: u16) -> Result<(), String> {
-    let hosts = on_host(0, 2, &[Arc::new(plan.clone())]);
-    let table = rules::network(&hosts, plan);
+fn received(table: &Table, from: IpAddr, to: &NicPlan, protocol: u8, port: u16) -> Result<(), String> {
     let destination = if from.is_ipv6() { to.address6.unwrap().into() } else { to.address4.unwrap().into() };
     let mut packet = Packet {
         link_in: links::TUNNEL.into(),
@@ -126,7 +124,7 @@ fn received(plan: &NetworkPlan, from: IpAddr, to: &nexus_model::plan::NicPlan, p
         vni: 0,
         translated: false,
     };
-    hook(&table, Hook::Forward, &mut packet, &mut Choice::default())
+    hook(table, Hook::Forward, &mut packet, &mut Choice::default())
 }
 
 fn any_rule(groups: u32) -> impl Strategy<Value = RulePlan> {
@@ -165,6 +163,8 @@ proptest! {
         plan.nics[0].groups = vec![0, 1];
         let to = plan.nics[0].clone();
         let merged = rules::merged(&plan, &to.groups, Direction::Ingress);
+        let hosts = on_host(0, 2, &[Arc::new(plan.clone())]);
+        let table = rules::network(&hosts, &plan);
         for (from, six, protocol, port) in packets {
             let from: IpAddr = if six { address6(1, from).into() } else { address4(1, from).into() };
             // The other family's ICMP is no ICMP.
@@ -177,7 +177,7 @@ proptest! {
                 Some(_) => Err("ingress_denied".to_owned()),
                 None => Err("no_ingress_rule".to_owned()),
             };
-            prop_assert_eq!(received(&plan, from, &to, protocol, port), expected, "{} {} {}: {:?}", from, protocol, port, plain);
+            prop_assert_eq!(received(&table, from, &to, protocol, port), expected, "{} {} {}: {:?}", from, protocol, port, plain);
         }
     }
 }

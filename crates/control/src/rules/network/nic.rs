@@ -9,7 +9,7 @@ use nexus_model::kind::*;
 use nexus_model::plan::Mac;
 use nexus_model::{AnyObject, ApiError, Code, Digest, FieldError, Name, Object, Uid};
 
-use super::{missing, project_of, refuse_more};
+use super::{missing, outside, project_of, refuse_more};
 use crate::rules::app::Missing;
 use crate::step::{Dirty, Step};
 use crate::world::{World, key_of};
@@ -92,6 +92,25 @@ fn give(world: &World, nic: &mut Object<Nic>, subnet: &Object<Subnet>) -> Result
     Ok(())
 }
 
+/// Gives a load balancer its address: of the subnet's IPv4 network, else of its IPv6 network.
+pub fn give_balancer(
+    world: &World,
+    s: &mut LoadBalancerStatus,
+    network: NetworkRef,
+    subnet: &Object<Subnet>,
+) -> Result<(), Missing> {
+    let nets = &world.nets;
+    if let Some(range) = subnet.spec.range4() {
+        let free = nets.free4(network.uid, range);
+        s.address4 = Some(free.ok_or_else(|| full(subnet, nets.taken4(network.uid, range)))?);
+    } else if let Some(range) = subnet.spec.range6() {
+        let none = || ("NoAddress", format!("subnet {} has no free IPv6 address", subnet.metadata.name));
+        s.address6 = Some(nets.free6(network.uid, range).ok_or_else(none)?);
+    }
+    s.network = Some(network);
+    Ok(())
+}
+
 /// Checks the addresses that a user asks for.
 fn check_fixed(world: &World, spec: &NicSpec, subnet: &Object<Subnet>) -> Result<(), ApiError> {
     let mut errors = Vec::new();
@@ -155,7 +174,12 @@ pub fn admit(step: &mut Step<'_>, old: Option<&Object<Nic>>, new: &mut Object<Ni
             return Err(ApiError::invalid(vec![FieldError::new("spec.instance", message)]));
         }
     }
-    if old.is_some() {
+    if let Some(old) = old {
+        if old.spec.forwards && !new.spec.forwards {
+            let name = &old.metadata.name;
+            let leads = |via: &RouteVia| matches!(via, RouteVia::Nic(to) if to == name);
+            super::refuse_used("nic", name, super::route::leading(world, &project, leads))?;
+        }
         return Ok(());
     }
     refuse_full(world, subnet)?;
@@ -187,8 +211,10 @@ fn fits(world: &World, nic: Uid, subnet: &Object<Subnet>, instance: &Object<Inst
 }
 
 pub fn may_delete(step: &Step<'_>, old: &Object<Nic>) -> Result<(), ApiError> {
-    let Some(instance) = owner(old).and_then(|uid| step.world.instance(uid)) else { return Ok(()) };
     let name = &old.metadata.name;
+    let Some(instance) = owner(old).and_then(|uid| step.world.instance(uid)) else {
+        return super::refuse_used("nic", name, outside::users_of_nic(step.world, project_of(old), name));
+    };
     let detail =
         format!("nic {name} was made with instance {}: delete that, or change its app", instance.metadata.name);
     Err(ApiError::new(Code::Conflict, detail))
@@ -212,6 +238,7 @@ fn left_behind(world: &World, nic: &Object<Nic>) -> Vec<Name> {
 
 /// Ends a NIC. Its name is free at once; its addresses are when the hosts that had it have confirmed that they have not.
 pub fn release(step: &mut Step<'_>, nic: &Object<Nic>) {
+    outside::nic_gone(step, project_of(nic), &nic.metadata.name);
     let mut last = nic.clone();
     last.status.leaving = left_behind(step.world, nic);
     (last.status.host, last.status.phase) = (None, NicPhase::Pending);
@@ -391,9 +418,9 @@ fn attach(world: &World, nic: &Object<Nic>, instance: &Object<Instance>, s: &mut
 pub fn confirm(step: &mut Step<'_>, host: &Name, applied: Option<u64>) {
     let applied = applied.unwrap_or(u64::MAX);
     let before = step.world.nets.applied.insert(host.clone(), applied);
-    if !step.world.networks.buried.is_empty() && (before != Some(applied) || applied == u64::MAX) {
-        let buried: Vec<Uid> = step.world.networks.buried.keys().copied().collect();
-        buried.into_iter().for_each(|uid| step.mark(Dirty::Buried(Network::PLURAL, uid)));
+    if before != Some(applied) || applied == u64::MAX {
+        let waiting: Vec<Dirty> = super::waiting(step.world).collect();
+        waiting.into_iter().for_each(|dirty| step.mark(dirty));
     }
     let leaving: Vec<Uid> = step.world.nets.leaving(host).collect();
     for uid in leaving {
@@ -403,7 +430,7 @@ pub fn confirm(step: &mut Step<'_>, host: &Name, applied: Option<u64>) {
         let Some(nic) = step.world.nic(uid) else { continue };
         // What has not been committed yet nobody has been told.
         let told = step.world.revisions.get(&key_of(nic)).copied().filter(|_| step.committed_revision(nic).is_some());
-        if !told.is_some_and(|at| applied >= at) {
+        if told.is_none_or(|at| applied < at) {
             continue;
         }
         let mut new = nic.clone();
@@ -421,6 +448,6 @@ pub fn confirm(step: &mut Step<'_>, host: &Name, applied: Option<u64>) {
 pub fn forget_host(step: &mut Step<'_>, host: &Name) {
     let leaving: Vec<Uid> = step.world.nets.leaving(host).collect();
     leaving.into_iter().for_each(|uid| step.mark(Dirty::Nic(uid)));
-    let buried: Vec<Uid> = step.world.networks.buried.keys().copied().collect();
-    buried.into_iter().for_each(|uid| step.mark(Dirty::Buried(Network::PLURAL, uid)));
+    let waiting: Vec<Dirty> = super::waiting(step.world).collect();
+    waiting.into_iter().for_each(|dirty| step.mark(dirty));
 }

@@ -113,6 +113,7 @@ pub enum RuleRemote {
     Cidr(Cidr),
     /// The NICs of a security group of the same network.
     Group(Name),
+    PrefixList(Name),
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -179,7 +180,15 @@ impl SecurityGroupSpec {
     pub fn named(&self) -> impl Iterator<Item = &Name> {
         self.rules.iter().flat_map(|rule| &rule.remotes).filter_map(|remote| match remote {
             RuleRemote::Group(name) => Some(name),
-            RuleRemote::Cidr(_) => None,
+            RuleRemote::Cidr(_) | RuleRemote::PrefixList(_) => None,
+        })
+    }
+
+    /// The prefix lists that its rules name.
+    pub fn lists(&self) -> impl Iterator<Item = &Name> {
+        self.rules.iter().flat_map(|rule| &rule.remotes).filter_map(|remote| match remote {
+            RuleRemote::PrefixList(name) => Some(name),
+            RuleRemote::Cidr(_) | RuleRemote::Group(_) => None,
         })
     }
 }

@@ -28,11 +28,15 @@ pub struct SubnetSpec {
     /// Only instances of this zone; of all zones, without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone: Option<Name>,
+    /// Where packets go that are for nobody of the network; nowhere, without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route_table: Option<Name>,
 }
 
 impl Default for SubnetSpec {
     fn default() -> Self {
-        Self { network: "none".parse().expect("a well-formed name"), cidr4: None, cidr6: None, zone: None }
+        let network = "none".parse().expect("a well-formed name");
+        Self { network, cidr4: None, cidr6: None, zone: None, route_table: None }
     }
 }
 
@@ -100,6 +104,7 @@ impl Kind for Subnet {
         Column::new("CIDR4", "/spec/cidr4"),
         Column::new("CIDR6", "/spec/cidr6"),
         Column::new("ZONE", "/spec/zone"),
+        Column::new("ROUTES", "/spec/routeTable"),
         Column::new("GATEWAY4", "/status/gateway4").wide(),
     ];
     type Spec = SubnetSpec;
@@ -129,6 +134,7 @@ impl Kind for Subnet {
             cidr4: Some("10.0.1.0/24".parse().expect("a well-formed network")),
             cidr6: Some("fd12:3456:789a:1::/64".parse().expect("a well-formed network")),
             zone: None,
+            route_table: None,
         }
     }
 }

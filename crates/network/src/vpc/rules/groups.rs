@@ -132,7 +132,7 @@ pub fn chain(
     let mut out = Vec::new();
     for run in rules.chunk_by(|a, b| a.rule.allow == b.rule.allow) {
         let verdict = if run[0].rule.allow { Verdict::Return } else { outcome.denied.clone() };
-        let parts: Vec<Part<'_>> = run.iter().filter_map(|r| Part::of(plan, r.rule, family)).collect();
+        let parts: Vec<Part> = run.iter().filter_map(|r| Part::of(plan, r.rule, family)).collect();
         if parts.iter().any(|p| p.from.is_none() && p.services.is_none()) {
             out.push(Rule::then([], verdict));
             return out;
@@ -144,8 +144,7 @@ pub fn chain(
 }
 
 /// A rule for one family.
-struct Part<'a> {
-    rule: &'a RulePlan,
+struct Part {
     /// Networks; nothing means all. Groups are beside them.
     from: Option<Vec<Span>>,
     groups: BTreeSet<u32>,
@@ -153,22 +152,22 @@ struct Part<'a> {
     services: Option<Vec<Service>>,
 }
 
-impl<'a> Part<'a> {
+impl Part {
     /// Nothing, if the rule matches no packet of the family.
-    fn of(plan: &NetworkPlan, rule: &'a RulePlan, family: Family) -> Option<Self> {
+    fn of(plan: &NetworkPlan, rule: &RulePlan, family: Family) -> Option<Self> {
         let services = services(rule, family).map(tidy);
         if rule.remotes.is_empty() {
-            return Some(Self { rule, from: None, groups: BTreeSet::new(), services });
+            return Some(Self { from: None, groups: BTreeSet::new(), services });
         }
         let nets = rule.remotes.iter().filter_map(|r| if let Remote::Cidr(net) = r { Some(net) } else { None });
         let from = spans::nets(nets, family);
         if from == [(0, family.last())] {
-            return Some(Self { rule, from: None, groups: BTreeSet::new(), services });
+            return Some(Self { from: None, groups: BTreeSet::new(), services });
         }
         let groups = rule.remotes.iter().filter_map(|r| if let Remote::Group(group) = r { Some(*group) } else { None });
         let groups: BTreeSet<u32> = groups.filter(|g| members(plan, *g, family).next().is_some()).collect();
         let matches = !from.is_empty() || !groups.is_empty();
-        matches.then_some(Self { rule, from: Some(from), groups, services })
+        matches.then_some(Self { from: Some(from), groups, services })
     }
 }
 
@@ -185,7 +184,7 @@ fn members_set(table: &mut Table, plan: &NetworkPlan, group: u32, family: Family
 fn lookups(
     table: &mut Table,
     plan: &NetworkPlan,
-    parts: &[Part<'_>],
+    parts: &[Part],
     (other, family): (Field, Family),
     verdict: &Verdict,
     out: &mut Vec<Rule>,
@@ -201,7 +200,7 @@ fn lookups(
 
     let named: BTreeSet<u32> = parts.iter().flat_map(|p| p.groups.iter().copied()).collect();
     let write_out = named.len() > MAX_LOOKUPS;
-    let sources = |part: &Part<'_>| -> Vec<Span> {
+    let sources = |part: &Part| -> Vec<Span> {
         let mut all = part.from.clone().unwrap_or_default();
         if write_out {
             let each = part.groups.iter().flat_map(|g| members(plan, *g, family));
@@ -216,8 +215,8 @@ fn lookups(
         push(vec![Test::within([other], set)]);
     }
 
-    let partly: Vec<&Part<'_>> = parts.iter().filter(|p| p.from.is_some() && p.services.is_some()).collect();
-    let mut todo: Vec<&[&Part<'_>]> = vec![&partly];
+    let partly: Vec<&Part> = parts.iter().filter(|p| p.from.is_some() && p.services.is_some()).collect();
+    let mut todo: Vec<&[&Part]> = vec![&partly];
     let fields = [other, SERVICE[0], SERVICE[1]];
     while let Some(some) = todo.pop() {
         match boxes(some, &sources) {
@@ -250,7 +249,7 @@ fn lookups(
 }
 
 /// Networks with their ports, none overlapping another; nothing, if there were too many.
-fn boxes(parts: &[&Part<'_>], sources: &impl Fn(&Part<'_>) -> Vec<Span>) -> Option<BTreeSet<Key>> {
+fn boxes(parts: &[&Part], sources: &impl Fn(&Part) -> Vec<Span>) -> Option<BTreeSet<Key>> {
     let spans: Vec<Vec<Span>> = parts.iter().map(|p| sources(p)).collect();
     let mut merged: Vec<(Span, Vec<Service>)> = Vec::new();
     let mut count = 0;
@@ -273,10 +272,4 @@ fn boxes(parts: &[&Part<'_>], sources: &impl Fn(&Part<'_>) -> Vec<Span>) -> Opti
         services.into_iter().map(key)
     };
     Some(merged.into_iter().flat_map(element).collect())
-}
-
-impl std::fmt::Debug for Part<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.rule.id)
-    }
 }

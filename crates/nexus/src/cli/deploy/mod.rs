@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use nexus_model::kind::{self, Constraints, ImageFormat, Port, Runtime, SecretRef, Spread, TemplateNic};
+use nexus_model::kind::{self, Constraints, Disruption, ImageFormat, Port, Runtime, SecretRef, Spread, TemplateNic};
 use nexus_model::{Bytes, Digest, MilliCpu, Name};
 use serde_json::{Value, json};
 
@@ -53,6 +53,7 @@ enum SpreadArg {
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
     nexus deploy web --image web-2.tar --canary 10:60s,50 --canary-header x-canary\n  \
     nexus deploy web --image web-3.tar --blue-green --progress-deadline 120\n  \
+    nexus deploy web --replicas 5 --disruption min-available=4\n  \
     nexus deploy web --replicas 5 --no-wait --callback https://ci.example.com/done\n  \
     nexus deploy job --image tools --command sh -c 'sleep 1000'\n\n\
     Of an app that exists, only what is named changes. A path is imported first, as `nexus image import` does, and a \
@@ -122,6 +123,10 @@ pub struct DeployArgs {
     regions: Vec<Name>,
     #[command(flatten)]
     rollout: rollout::RolloutArgs,
+    /// How many instances draining a host or a rebalance may take away: max-unavailable=N|PERCENT% or
+    /// min-available=N|PERCENT% [default: max-unavailable=25%]
+    #[arg(long, value_name = "BUDGET", help_heading = "Rollout")]
+    disruption: Option<Disruption>,
     /// In place of the image's entry point; takes the rest of the line
     #[arg(long, value_name = "WORD", num_args = 1.., allow_hyphen_values = true)]
     command: Vec<String>,
@@ -181,6 +186,7 @@ impl DeployArgs {
             health_path: self.health_path.clone(),
             regions: self.regions.clone(),
             rollout: self.rollout.wanted(),
+            disruption: self.disruption,
         }
     }
 }
@@ -384,7 +390,8 @@ pub async fn scale(args: &ScaleArgs) -> anyhow::Result<()> {
     let object: Value = cloud.client.patch(&path, &json!({"spec": {"replicas": args.replicas}})).await?;
     output::text(&format!("{} scaled to {}", resource::title(kind, text(&object, "/metadata/name")), args.replicas))?;
     if args.wait {
-        settle::wait(&cloud, kind, &path, &object, None, Duration::from_secs(args.timeout)).await?;
+        let timeout = Duration::from_secs(args.timeout);
+        settle::wait_for(&cloud, kind, &path, &object, (settle::Asked::Replicas, None), timeout).await?;
     }
     Ok(())
 }

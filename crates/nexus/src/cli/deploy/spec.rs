@@ -2,7 +2,7 @@
 
 use indexmap::IndexMap;
 use nexus_model::kind::{
-    Constraints, FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread, TemplateNic,
+    Constraints, Disruption, FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread, TemplateNic,
 };
 use nexus_model::selector::{is_label_key, is_label_value};
 use nexus_model::{API_VERSION, Bytes, MilliCpu, Name};
@@ -52,6 +52,7 @@ pub struct Wanted {
     pub regions: Vec<Name>,
     /// Fields of `spec.rollout`.
     pub rollout: Map<String, Value>,
+    pub disruption: Option<Disruption>,
 }
 
 fn value<T: serde::Serialize>(part: &T) -> Value {
@@ -135,6 +136,9 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
         let rollout = child(spec, "rollout");
         rollout.extend(wanted.rollout.clone());
         rollout.retain(|_, value| !value.is_null());
+    }
+    if let Some(disruption) = wanted.disruption {
+        spec.insert("disruption".into(), value(&disruption));
     }
     if let Some(spread) = wanted.spread {
         spec.insert("spread".into(), value(&spread));
@@ -365,13 +369,14 @@ mod tests {
                 .as_object()
                 .unwrap()
                 .clone(),
+            disruption: Some("min-available=2".parse().unwrap()),
         };
         let object = app(&name("web"), None, &wanted, None);
         valid(&object);
         let spec = &object["spec"];
         assert_eq!(spec["resources"], json!({"cpu": "250m", "memory": "128Mi", "scratch": "1Gi", "pids": 9}));
         assert_eq!(spec["health"]["readiness"]["probe"], json!({"http": {"port": 8080, "path": "/up"}}));
-        assert_eq!(spec["regions"], json!(["eu"]));
+        assert_eq!((&spec["regions"], &spec["disruption"]), (&json!(["eu"]), &json!({"minAvailable": 2})));
         assert_eq!(spec["rollout"], json!({"strategy": "canary", "steps": [{"percent": 10}]}));
         assert_eq!((&spec["spread"], &spec["classes"]), (&json!("host"), &json!({"gpu": 2})));
         assert_eq!(spec["constraints"], json!(["latency<20ms", "zone in (a,b)"]));

@@ -1,7 +1,10 @@
 //! Tenants' networks as the writer sees them: who gets which address and when it is free again, what may not be written or
 //! deleted, and what hosts are told.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod outside;
+mod told;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -325,6 +328,31 @@ fn a_nic_is_given_to_an_instance_that_runs_and_taken_away() {
     lab.pass();
     let left = lab.nic("n2");
     assert!(left.status.phase == NicPhase::Pending && left.status.message.contains(&instance), "{:?}", left.status);
+}
+
+#[test]
+fn what_a_host_says_of_the_row_before_is_no_word_about_the_new_one() {
+    let mut lab = Lab::new(&[("zone-a", 1)]);
+    lab.network("shop", "web");
+    lab.app("one", 1, json!([]));
+    let instance = lab.instances("one")[0].metadata.name.to_string();
+    lab.make("nics", "extra", json!({"subnet": "web", "instance": instance})).unwrap();
+    lab.pass();
+    let host = name("zone-a-1");
+    let mut report = common::report(&host, lab.hosts[&host].clone(), lab.revision, lab.core.world.instances_on(&host));
+    report.networks = Some(lab.revision);
+    let patch = Change::Patch { patch: json!({"spec": {"instance": null}}) };
+    let detach = intent("nics", Some("default"), "extra", patch);
+    // Both in one round, before anything is committed.
+    lab.with(|core, at| {
+        core.intent(&detach, at).unwrap();
+        while core.reconcile(at) {}
+        core.report(&report, at).unwrap();
+    });
+    assert_eq!(lab.nic("extra").status.leaving, [host.clone()]);
+    lab.pass();
+    assert_eq!(lab.nic("extra").status.leaving, Vec::<Name>::new());
+    assert_eq!(lab.nic("extra").status.address4, four("10.0.1.2"));
 }
 
 #[test]
