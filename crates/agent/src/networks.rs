@@ -232,11 +232,10 @@ fn find(told: &HostNetworks, nic: Uid) -> Option<(&NetworkPlan, &NicPlan)> {
 /// The NICs of this host's instances.
 fn here(told: &HostNetworks) -> impl Iterator<Item = (&NetworkPlan, NicAt)> {
     told.networks.iter().flat_map(move |network| {
-        let ours = network.nics.iter().filter_map(move |nic| {
+        network.nics.iter().filter_map(move |nic| {
             let at = nic.at.as_ref().filter(|at| at.host == told.host)?;
             Some((&**network, (nic.uid, at.instance)))
-        });
-        ours
+        })
     })
 }
 

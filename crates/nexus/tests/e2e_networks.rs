@@ -197,11 +197,11 @@ fn traces_are_as_it_is(cloud: &Cloud) {
 
 fn what_is_taken_away_comes_back(cloud: &Cloud) {
     cloud.wait("every host to have what it should", || said(cloud.run(&["net", "check"])));
-    let (agent, pid) = members(cloud, "agent").remove(0);
+    let (host, pid) = members(cloud, "host").remove(0);
     let gone = Command::new("nsenter")
         .args(["--target", &pid.to_string(), "--net", "nft", "delete", "table", "inet", "nexus-vpc"])
         .status();
-    assert!(gone.unwrap().success(), "{agent}");
+    assert!(gone.unwrap().success(), "{host}");
     let (code, error) = cloud.fails(&["net", "check"]);
     assert_eq!(code, 1, "{error}");
     cloud.wait("the table to be back", || said(cloud.run(&["net", "check"])));
@@ -253,7 +253,7 @@ fn servers_and_agents_are_killed(cloud: &Cloud) {
     cloud.wait("every host to have what it should", || said(cloud.run(&["net", "check"])));
 }
 
-/// What a host has of tenants' networks, by the namespaces of its agent.
+/// What a host has of tenants' networks, by its own namespaces.
 fn remains(pid: i64) -> Vec<String> {
     let within = |words: &[&str]| {
         let output =
@@ -271,8 +271,8 @@ fn remains(pid: i64) -> Vec<String> {
 }
 
 fn nothing_is_left(cloud: &Cloud) {
-    let agents = || members(cloud, "agent");
-    assert!(agents().iter().all(|(_, pid)| remains(*pid).len() >= 3), "what is looked for is there as yet");
+    let hosts = || members(cloud, "host");
+    assert!(hosts().iter().all(|(_, pid)| remains(*pid).len() >= 3), "what is looked for is there as yet");
     for project in TENANTS {
         for app in ["web", "client"] {
             cloud.ok(&["delete", "app", app, "--project", project, "--wait"]);
@@ -281,7 +281,7 @@ fn nothing_is_left(cloud: &Cloud) {
         assert!(list(cloud, "nics", project).is_empty());
     }
     cloud.wait("nothing to be left of the networks on any host", || {
-        let left: Vec<_> = agents().into_iter().map(|(name, pid)| (name, remains(pid))).collect();
+        let left: Vec<_> = hosts().into_iter().map(|(name, pid)| (name, remains(pid))).collect();
         if left.iter().all(|(_, left)| left.is_empty()) { Ok(()) } else { Err(format!("{left:#?}")) }
     });
 }

@@ -65,7 +65,7 @@ impl Plans {
 }
 
 /// The networks that a host has NICs of, and those that they are peered with.
-fn held(world: &World, host: &Name) -> BTreeSet<Place> {
+pub(super) fn held(world: &World, host: &Name) -> BTreeSet<Place> {
     let own: Vec<&Place> = world.nets.on_host(host).collect();
     let peerings = own.iter().flat_map(|place| peering::of(world, place));
     let peers = peerings.filter(|p| peering::agreed(world, p).is_ok()).map(peering::peer);

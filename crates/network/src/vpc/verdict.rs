@@ -183,7 +183,7 @@ impl<'a> Tracer<'a> {
                 }
                 Err(reason) => self.drop(&host, "gateway", says(&reason)),
             },
-            Way::Nic(other) => self.to_nic(place, nic, other, packet, "the network's own addresses"),
+            Way::Nic(other) => self.reach_nic(place, nic, other, packet, "the network's own addresses"),
             Way::Nobody => {
                 let what = format!("{to} is of {}, and nobody there has it", place.name());
                 self.drop(&host, "route", what)
@@ -206,7 +206,7 @@ impl<'a> Tracer<'a> {
         match route.via {
             Via::Blackhole => self.drop(&host, "route", format!("{by} is a black hole")),
             Via::Nic(uid) => match place.plan.nics.iter().find(|n| n.uid == uid && n.at.is_some()) {
-                Some(other) => self.to_nic(place, nic, other, packet, &by),
+                Some(other) => self.reach_nic(place, nic, other, packet, &by),
                 None => self.drop(&host, "route", format!("{by} leads to a NIC that is on no host")),
             },
             Via::Peering(index) => {
@@ -275,7 +275,7 @@ impl<'a> Tracer<'a> {
         }
     }
 
-    fn to_nic(
+    fn reach_nic(
         &mut self,
         place: &Place<'a>,
         sender: Option<&'a NicPlan>,
