@@ -559,6 +559,7 @@ impl Core {
             Dirty::Cron((project, name)) => {
                 world.cron_jobs.get(project.as_ref(), name).map(|o| (project.clone(), o.owner_ref()))
             }
+            Dirty::Nic(uid) => world.nic(*uid).map(|o| (o.metadata.project.clone(), o.owner_ref())),
             Dirty::Buried(..) | Dirty::Room | Dirty::Event(_) | Dirty::Delivery(_) => None,
         };
         let Some((project, regarding)) = regarding else { return };
@@ -596,7 +597,7 @@ impl Core {
                     let cells = world.instances_of(job.metadata.uid).filter_map(cell_of).collect();
                     (cells, format!("job {project}/{}", place.1))
                 }
-                Dirty::Cron(_) => continue,
+                Dirty::Cron(_) | Dirty::Nic(_) => continue,
                 Dirty::Child(_) | Dirty::Usage(_) | Dirty::Project(_) | Dirty::Buried(..) | Dirty::Room => continue,
                 Dirty::Event(_) | Dirty::Delivery(_) => continue,
             };
@@ -749,6 +750,7 @@ impl Core {
         if oversold > 0 {
             differences.push(format!("{oversold} reservations did not fit when they were made"));
         }
+        differences.extend(crate::nets::differences(&self.world));
         differences
     }
 

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Trail;
 use crate::intent::Accepted;
+use crate::nets::{self, Nets};
 use crate::outbox::Outbox;
 use crate::rules::{cron, job};
 use crate::scheduler::Scheduler;
@@ -135,6 +136,12 @@ pub struct World {
     pub usages: Table<Usage>,
     pub webhooks: Table<Webhook>,
     pub deliveries: Table<Delivery>,
+    pub networks: Table<Network>,
+    pub subnets: Table<Subnet>,
+    pub security_groups: Table<SecurityGroup>,
+    pub nics: Table<Nic>,
+    /// What of networks is given out, and to whom.
+    pub nets: Nets,
     /// What is to be told to others' servers.
     pub outbox: Outbox,
     /// Events of which webhooks are yet to be told.
@@ -216,7 +223,7 @@ macro_rules! for_kind {
         for_kind!(@ $plural, $K, $body,
             Organization Project User Group ServiceAccount RoleBinding Policy Token AccessKey Session Credential
             IdentityProvider Departure SigningKey Region Zone Cell Host Image Secret App AppRevision Job CronJob Instance
-            Route Event Usage Webhook Delivery)
+            Route Event Usage Webhook Delivery Network Subnet SecurityGroup Nic)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -262,6 +269,10 @@ stored! {
     Usage => usages;
     Webhook => webhooks;
     Delivery => deliveries, index_delivery;
+    Network => networks, nets::index_network;
+    Subnet => subnets, nets::index_subnet;
+    SecurityGroup => security_groups, nets::index_group;
+    Nic => nics, nets::index_nic;
 }
 
 /// What no two hosts may share: their address, and both prefixes as addresses with port 0.
@@ -324,6 +335,7 @@ fn index_host(world: &mut World, old: Option<&Object<Host>>, new: Option<&Object
             world.host_addresses.extend(addresses_of(&new.spec).map(|address| (address, name.clone())));
         }
     }
+    nets::index_host(world, old, new);
     if let (Some(scheduler), Some(new)) = (&mut world.scheduler, new) {
         scheduler.set_host(new);
     }

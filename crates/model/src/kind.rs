@@ -15,6 +15,7 @@ mod identity;
 mod image;
 mod instance;
 mod job;
+mod network;
 mod rollout;
 mod route;
 mod secret;
@@ -34,6 +35,7 @@ pub use identity::*;
 pub use image::*;
 pub use instance::*;
 pub use job::*;
+pub use network::*;
 pub use rollout::*;
 pub use route::*;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -289,7 +291,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 27] = [
+static ALL: [KindDescriptor; 31] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -308,11 +310,15 @@ static ALL: [KindDescriptor; 27] = [
     KindDescriptor::of::<Image>(),
     // Before those who name them, so that a folder of manifests is applied in an order that works at once.
     KindDescriptor::of::<Secret>(),
+    KindDescriptor::of::<Network>(),
+    KindDescriptor::of::<Subnet>(),
+    KindDescriptor::of::<SecurityGroup>(),
     KindDescriptor::of::<App>(),
     KindDescriptor::of::<AppRevision>(),
     KindDescriptor::of::<Job>(),
     KindDescriptor::of::<CronJob>(),
     KindDescriptor::of::<Instance>(),
+    KindDescriptor::of::<Nic>(),
     KindDescriptor::of::<Route>(),
     KindDescriptor::of::<Event>(),
     KindDescriptor::of::<Usage>(),

@@ -6,6 +6,7 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::{AnyObject, Digest, Name, Object, Uid};
 
 use crate::rules::buried::Teardown;
+use crate::rules::network::nic;
 use crate::rules::rollout::{self, Member, Side};
 use crate::rules::usage::{charge, recharge};
 use crate::rules::{fleet, history, instance, secret};
@@ -14,6 +15,11 @@ use crate::world::{Part, Place, World, app_uid};
 
 /// Instances made or buried in one step, so that a step fits in a transaction.
 const PER_STEP: usize = 10;
+
+/// So many instances are made or buried in one step, where each has some NICs.
+pub(super) fn per_step(most: usize, nics: usize) -> usize {
+    (most * 5 / (5 + nics)).max(1)
+}
 
 /// Ends an app: its name and quota are free at once, its instances are buried with it.
 pub fn bury(step: &mut Step<'_>, app: &Object<App>) -> AnyObject {
@@ -78,6 +84,7 @@ pub fn made_of(world: &World, app: &Object<App>) -> Result<Made, Missing> {
     let image = world.fleet().images.get(app.metadata.project.as_ref(), &app.spec.image);
     let digest = app.spec.image_digest.or(image.map(|i| i.spec.digest)).ok_or_else(|| no_image(&app.spec.image))?;
     let template = secret::resolve(world, app)?;
+    nic::resolve(world, app.metadata.project.as_ref(), &template.nics)?;
     Ok(Made { hash: template_hash(&template, digest), template, digest })
 }
 
@@ -146,7 +153,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let now = members(step, uid, |hash| if unknown { Side::Target } else { rollout::side(&status, hash) });
     let moves = rollout::moves(&now, rollout::goals(&app.spec.rollout, &status, wanted));
     let mut more = status != before || moves.stop.len() > PER_STEP;
-    let mut left = PER_STEP;
+    let mut left = per_step(PER_STEP, app.spec.nics.len());
     if let Ok(made) = &made {
         let sides =
             [(moves.make_stable, status.stable_hash.as_str()), (moves.make_target, rollout::target_hash(&status))];

@@ -3,7 +3,7 @@
 use nexus_model::kind::*;
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::{app, cron, fleet, instance, job, secret};
+use crate::rules::{app, cron, fleet, instance, job, network, secret};
 use crate::step::{Dirty, Step};
 use crate::world::{Stored, World};
 
@@ -44,6 +44,7 @@ pub fn reconcile(step: &mut Step<'_>, plural: &'static str, uid: Uid) {
             let teardown = tear_down_buried_project(step, uid);
             finish::<Project>(step, uid, teardown);
         }
+        p if p == Network::PLURAL && network::is_gone(step.world, uid) => finish::<Network>(step, uid, Teardown::Gone),
         p if p == Organization::PLURAL && step.world.organizations.buried.contains_key(&uid) => {
             let teardown = tear_down_organization(step, uid);
             finish::<Organization>(step, uid, teardown);
@@ -142,8 +143,12 @@ pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
         || step.world.cron_jobs.buried.values().any(|c| mine(c.metadata.project.as_ref()))
         || step.world.instances.buried.values().any(|i| mine(i.metadata.project.as_ref()));
     if !progressed && !waiting {
-        progressed =
-            take_away::<Webhook>(step, name) || take_away::<Delivery>(step, name) || take_away::<Event>(step, name);
+        progressed = network::tear_down(step, name, PER_STEP)
+            || take_away::<SecurityGroup>(step, name)
+            || take_away::<Subnet>(step, name)
+            || take_away::<Webhook>(step, name)
+            || take_away::<Delivery>(step, name)
+            || take_away::<Event>(step, name);
         if !progressed {
             return Teardown::Gone;
         }

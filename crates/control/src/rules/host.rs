@@ -6,6 +6,7 @@ use nexus_model::plan::HostReport;
 use nexus_model::{AnyObject, Name, Object};
 
 use crate::rules::instance;
+use crate::rules::network::nic;
 use crate::scheduler::Scheduler;
 use crate::step::{Dirty, Step};
 use crate::world::addresses_of;
@@ -225,6 +226,7 @@ pub fn forget(step: &mut Step<'_>, host: &Object<Host>) -> AnyObject {
     if let Some(scheduler) = &mut step.world.scheduler {
         scheduler.remove_host(&name);
     }
+    nic::forget_host(step, &name);
     let mut any = host.to_any();
     any.metadata.deleting = Some(step.now);
     any

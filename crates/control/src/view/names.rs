@@ -95,6 +95,7 @@ fn project(world: &World, name: &Name) -> ProjectNames {
         .filter_map(|i| {
             let address4 = i.status.address4?;
             Some(NamedInstance {
+                uid: Some(i.metadata.uid),
                 app: i.spec.app.clone(),
                 address6: i.status.address6?,
                 address4,

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import time
+import zlib
 from urllib.parse import quote
 
 import requests
@@ -74,6 +75,16 @@ def webhook():
     return {"url": "https://hooks.invalid/cloud", "secret": {"name": FIXTURE, "key": "password"}, "maxAttempts": 1}
 
 
+def network():
+    return {"cidrs": ["10.0.0.0/8"]}
+
+
+def subnet(name):
+    # Of its own, the same each time: what it is can't change.
+    number = zlib.crc32(name.encode()) % 60000
+    return {"network": FIXTURE, "cidr4": f"10.{number // 250}.{number % 250}.0/24"}
+
+
 EMPTY = digest(b"")
 WASM = {"format": "wasm", "digest": EMPTY, "blobs": [{"digest": EMPTY, "size": 0}]}
 # Whoever is there from the beginning, and a policy that permits nothing.
@@ -99,12 +110,16 @@ BODIES = {
     "jobs": (f"{PROJECT}/jobs", lambda n: {"spec": job()}),
     "cron-jobs": (f"{PROJECT}/cron-jobs", lambda n: {"spec": {"schedule": "0 0 1 1 *", "job": job()}}),
     "secrets": (f"{PROJECT}/secrets", lambda n: {"spec": {"data": {"password": n}}}),
-    # After the secret that signs.
+    # Each after what it names.
+    "networks": (f"{PROJECT}/networks", lambda n: {"spec": network()}),
+    "subnets": (f"{PROJECT}/subnets", lambda n: {"spec": subnet(n)}),
+    "security-groups": (f"{PROJECT}/security-groups", lambda n: {"spec": {"network": FIXTURE}}),
+    "nics": (f"{PROJECT}/nics", lambda n: {"spec": {"subnet": FIXTURE}}),
     "webhooks": (f"{PROJECT}/webhooks", lambda n: {"spec": webhook()}),
     "routes": (f"{PROJECT}/routes", lambda n: {"spec": {"host": f"{n}.example.com", "app": APP}}),
 }
-# An organization has twenty identity providers at most, a project as many webhooks.
-FEW = ("identity-providers", "webhooks")
+# An organization has twenty identity providers at most, a project as many webhooks; of networks there are not many more.
+FEW = ("identity-providers", "webhooks", "networks", "subnets", "security-groups", "nics")
 # What reads and changes; never deleted.
 FIXTURE = "st-fixture"
 # An app that is scaled, and changed by nothing else.
@@ -299,7 +314,21 @@ def repair_headers(case):
         case.headers["Prefer"] = "wait=0"
 
 
+def repair_rules(rules):
+    """Rules whose ids differ, that name what there is, and ports only where there are ports."""
+    seen = {}
+    for rule in rules:
+        if isinstance(rule, dict):
+            rule["remotes"] = [{"cidr": "192.0.2.0/24"} for _ in rule.get("remotes") or []]
+            with_ports = rule.get("protocol") in ("tcp", "udp")
+            rule["ports"] = [443, "8000-8010"] if rule.get("ports") and with_ports else []
+            seen[rule.get("id")] = rule
+    return list(seen.values())
+
+
 def repair_app(spec):
+    # An instance's NIC would be nobody's to delete.
+    spec.pop("nics", None)
     if spec.get("secrets"):
         # A function has no files.
         spec["secrets"] = [] if spec.get("runtime") == "function" else [{"name": FIXTURE}]
@@ -443,6 +472,16 @@ def repair_body(case):
         else:
             spec.update(webhook())
             spec["enabled"] = True
+    named = (metadata or {}).get("name") if case.method == "POST" else case.path_parameters.get("name")
+    if kind in ("networks", "subnets", "security-groups", "nics"):
+        # What they are of and what addresses they have can't change, and has to fit.
+        for field in ("cidrs", "network", "cidr4", "cidr6", "zone", "subnet", "address4", "address6", "instance"):
+            spec.pop(field, None)
+        spec.pop("securityGroups", None)
+        if isinstance(spec.get("rules"), list):
+            spec["rules"] = repair_rules(spec["rules"])
+        if case.method != "PATCH":
+            spec.update(BODIES[kind][1](str(named))["spec"])
     if kind in ("role-bindings", "policies", "tokens", "access-keys"):
         spec.pop("project", None)
     if kind == "role-bindings":
