@@ -76,6 +76,10 @@ fn held(world: &World, host: &Name) -> BTreeSet<Place> {
 pub(super) fn publish(state: &mut State, revision: u64) {
     let Some(changed) = state.world.nets.changed.as_mut().filter(|changed| !changed.is_empty()) else { return };
     let changed = std::mem::take(changed);
+    if changed.hosts_differ {
+        // How large a packet may be depends on the addresses of all hosts.
+        state.plans_of_networks = Plans::default();
+    }
     for place in &changed.networks {
         state.plans_of_networks.made.remove(place);
     }
