@@ -286,7 +286,11 @@ pub fn may_delete_group(step: &Step<'_>, old: &Object<SecurityGroup>) -> Result<
     refuse_used("security group", name, nics.chain(groups).chain(templates))
 }
 
-pub fn admit_prefix_list(step: &Step<'_>, old: Option<&Object<PrefixList>>, new: &Object<PrefixList>) -> Result<(), ApiError> {
+pub fn admit_prefix_list(
+    step: &Step<'_>,
+    old: Option<&Object<PrefixList>>,
+    new: &Object<PrefixList>,
+) -> Result<(), ApiError> {
     let project = project_of(new);
     let have = if old.is_some() { 0 } else { step.world.prefix_lists.within(project).count() };
     refuse_more(have, MAX_PREFIX_LISTS, &format!("project {project}"), "prefix lists")

@@ -165,7 +165,9 @@ fn plan(world: &World, network: &Object<Network>) -> NetworkPlan {
         mtu: UNDERLAY_MTU - headers,
         cidrs: network.spec.cidrs.clone(),
         subnets: subnets.iter().map(|subnet| parts::subnet(subnet, &tables)).collect(),
-        groups: std::iter::once(usual_group(network)).chain(groups.iter().map(|g| group_plan(world, g, &group_of))).collect(),
+        groups: std::iter::once(usual_group(network))
+            .chain(groups.iter().map(|g| group_plan(world, g, &group_of)))
+            .collect(),
         route_tables: parts::route_tables(world, &tables, &peerings, &nats),
         floating: parts::floating(world, project, &nics),
         balancers: parts::balancers(world, network, &nics),
