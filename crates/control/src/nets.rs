@@ -14,7 +14,7 @@ use nexus_model::kind::{
 use nexus_model::plan::Mac;
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::network::peering::peer;
+use crate::rules::network::peering::{of, peer};
 use crate::world::{Place, World};
 
 /// The numbers that are taken, as ranges that don't touch each other: the next free one is found in logarithmic time.
@@ -253,6 +253,12 @@ pub fn addresses(nic: &Object<Nic>) -> impl Iterator<Item = IpAddr> {
 }
 
 pub fn index_network(world: &mut World, old: Option<&Object<Network>>, new: Option<&Object<Network>>) {
+    // What a peering opens is a matter of both networks' addresses.
+    if let Some(changed) = new.or(old).filter(|_| world.nets.changed.is_some()) {
+        let place = (changed.metadata.project.clone(), changed.metadata.name.clone());
+        let peers: Vec<Place> = of(world, &place).map(peer).collect();
+        peers.into_iter().for_each(|peer| world.nets.note(peer));
+    }
     let nets = &mut world.nets;
     if let Some(old) = old {
         nets.vnis.give(old.status.vni.into());

@@ -176,7 +176,11 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let mut more = status != before || moves.stop.len() > PER_STEP;
     // What a drained host's instances are replaced by is the operator's doing, and not charged.
     let staying = now.iter().filter(|m| !m.drained).count();
-    let making = if made.is_ok() { (moves.make_target + moves.make_stable).min(per_step(PER_STEP, app.spec.nics.len())) } else { 0 };
+    let making = if made.is_ok() {
+        (moves.make_target + moves.make_stable).min(per_step(PER_STEP, app.spec.nics.len()))
+    } else {
+        0
+    };
     let kept_out = charge_surge(step, &app, &mut status, staying, making);
     if status.failed && !before.failed && !before.surge_refused.is_empty() {
         status.message += &format!("; the rollout had no room for more: {}", before.surge_refused);

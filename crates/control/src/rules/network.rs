@@ -9,7 +9,7 @@ pub mod route;
 
 use nexus_env::RngExt;
 use nexus_model::kind::*;
-use nexus_model::{AnyObject, ApiError, Cidr, Code, FieldError, Name, Object, Uid};
+use nexus_model::{AnyObject, ApiError, Cidr, Code, FieldError, Name, Object, OwnerRef, Uid};
 
 use crate::rules::job;
 use crate::step::{Dirty, Step};
@@ -17,6 +17,15 @@ use crate::world::{Stored, World, key_of};
 
 /// So many users are named in a refusal.
 const NAMED: usize = 5;
+
+/// The object whose step could not be taken.
+pub(crate) fn regarding(world: &World, item: &Dirty) -> Option<(Option<Name>, OwnerRef)> {
+    match item {
+        Dirty::Nic(uid) => world.nic(*uid).map(|o| (o.metadata.project.clone(), o.owner_ref())),
+        Dirty::Peering(place) => world.peerings.live.get(place).map(|o| (place.0.clone(), o.owner_ref())),
+        _ => None,
+    }
+}
 
 pub(crate) fn project_of<K: Kind>(object: &Object<K>) -> &Name {
     object.metadata.project.as_ref().expect("what is of networks has a project")
@@ -277,7 +286,11 @@ pub fn may_delete_group(step: &Step<'_>, old: &Object<SecurityGroup>) -> Result<
     refuse_used("security group", name, nics.chain(groups).chain(templates))
 }
 
-pub fn admit_prefix_list(step: &Step<'_>, old: Option<&Object<PrefixList>>, new: &Object<PrefixList>) -> Result<(), ApiError> {
+pub fn admit_prefix_list(
+    step: &Step<'_>,
+    old: Option<&Object<PrefixList>>,
+    new: &Object<PrefixList>,
+) -> Result<(), ApiError> {
     let project = project_of(new);
     let have = if old.is_some() { 0 } else { step.world.prefix_lists.within(project).count() };
     refuse_more(have, MAX_PREFIX_LISTS, &format!("project {project}"), "prefix lists")

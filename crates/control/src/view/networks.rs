@@ -76,6 +76,10 @@ pub(super) fn held(world: &World, host: &Name) -> BTreeSet<Place> {
 pub(super) fn publish(state: &mut State, revision: u64) {
     let Some(changed) = state.world.nets.changed.as_mut().filter(|changed| !changed.is_empty()) else { return };
     let changed = std::mem::take(changed);
+    if changed.hosts_differ {
+        // How large a packet may be depends on the addresses of all hosts.
+        state.plans_of_networks = Plans::default();
+    }
     for place in &changed.networks {
         state.plans_of_networks.made.remove(place);
     }
@@ -161,7 +165,9 @@ fn plan(world: &World, network: &Object<Network>) -> NetworkPlan {
         mtu: UNDERLAY_MTU - headers,
         cidrs: network.spec.cidrs.clone(),
         subnets: subnets.iter().map(|subnet| parts::subnet(subnet, &tables)).collect(),
-        groups: std::iter::once(usual_group(network)).chain(groups.iter().map(|g| group_plan(world, g, &group_of))).collect(),
+        groups: std::iter::once(usual_group(network))
+            .chain(groups.iter().map(|g| group_plan(world, g, &group_of)))
+            .collect(),
         route_tables: parts::route_tables(world, &tables, &peerings, &nats),
         floating: parts::floating(world, project, &nics),
         balancers: parts::balancers(world, network, &nics),

@@ -349,7 +349,7 @@ fn what_a_host_says_of_the_row_before_is_no_word_about_the_new_one() {
         while core.reconcile(at) {}
         core.report(&report, at).unwrap();
     });
-    assert_eq!(lab.nic("extra").status.leaving, [host.clone()]);
+    assert_eq!(lab.nic("extra").status.leaving, std::slice::from_ref(&host));
     lab.pass();
     assert_eq!(lab.nic("extra").status.leaving, Vec::<Name>::new());
     assert_eq!(lab.nic("extra").status.address4, four("10.0.1.2"));

@@ -74,7 +74,8 @@ fn a_peering_opens_when_both_sides_ask_for_it_and_no_address_is_in_both() {
     refused(lab.make("peerings", "x", peering("shop", "same")), Code::Conflict, "overlaps");
     refused(lab.make("peerings", "x", peering("shop", "shop")), Code::Invalid, "with itself");
     lab.make("peerings", "to-data", peering("shop", "data")).unwrap();
-    let status = |lab: &Lab| lab.core.world.peerings.get(Some(&name("default")), &name("to-data")).unwrap().status.clone();
+    let status =
+        |lab: &Lab| lab.core.world.peerings.get(Some(&name("default")), &name("to-data")).unwrap().status.clone();
     assert!(status(&lab).phase == PeeringPhase::Pending && status(&lab).message.contains("the other side"));
     assert_eq!(lab.told("zone-a-1").networks.len(), 1);
     let back = json!({"network": "data", "peerNetwork": "shop", "cidrs": ["10.0.0.0/24"]});
@@ -104,7 +105,8 @@ fn a_floating_address_leads_to_one_nic_and_is_free_when_all_hosts_have_confirmed
     let mut lab = Lab::new(&[("zone-a", 1)]);
     lab.network("shop", "web");
     lab.app("front", 1, json!([{"subnet": "web"}]));
-    let pool = |cidr: &str| create::<AddressPool>(None, "public", AddressPoolSpec { cidrs: vec![cidr.parse().unwrap()] });
+    let pool =
+        |cidr: &str| create::<AddressPool>(None, "public", AddressPoolSpec { cidrs: vec![cidr.parse().unwrap()] });
     lab.submit(&pool("203.0.113.0/31")).unwrap();
     lab.make("nics", "door", json!({"subnet": "web"})).unwrap();
     let floating = |nic: &str| json!({"pool": "public", "nic": nic});
@@ -140,9 +142,14 @@ fn a_load_balancer_and_a_zone_go_by_the_instances_that_are_ready() {
     let to = json!([{"to": {"app": "front"}, "port": 8080, "weight": 3}]);
     let spec = json!({"subnet": "web", "listeners": [{"port": 80, "sourceHash": true, "targets": to}]});
     lab.make("load-balancers", "front", spec).unwrap();
-    lab.make("dns-zones", "shop", json!({"network": "shop", "domain": "shop.example", "records": [
-        {"name": "db", "data": {"cname": "db.example.com"}}
-    ]})).unwrap();
+    lab.make(
+        "dns-zones",
+        "shop",
+        json!({"network": "shop", "domain": "shop.example", "records": [
+            {"name": "db", "data": {"cname": "db.example.com"}}
+        ]}),
+    )
+    .unwrap();
     refused(
         lab.make("dns-zones", "two", json!({"network": "shop", "domain": "shop.example"})),
         Code::Conflict,

@@ -23,9 +23,10 @@ struct Host {
 impl Host {
     async fn report(&self) {
         let applied = *self.running.view.revision().borrow();
-        let runs: Vec<Object<Instance>> = self.running.view.read(|w| {
-            w.instances_on(&self.name).filter(|i| i.metadata.deleting.is_none()).cloned().collect()
-        });
+        let runs: Vec<Object<Instance>> = self
+            .running
+            .view
+            .read(|w| w.instances_on(&self.name).filter(|i| i.metadata.deleting.is_none()).cloned().collect());
         let report = common::report(&self.name, self.spec.clone(), applied, &runs);
         let report = HostReport { networks: Some(self.told.borrow().revision), ..report };
         self.region.report(report).await.unwrap();

@@ -136,7 +136,7 @@ BODIES = {
     "address-pools": (f"{REGION}/address-pools", lambda n: {"spec": pool(n)}),
     "prefix-lists": (f"{PROJECT}/prefix-lists", lambda n: {"spec": {"cidrs": ["192.0.2.0/24"]}}),
     "route-tables": (f"{PROJECT}/route-tables", lambda n: {"spec": {"network": FIXTURE}}),
-    "peerings": (f"{PROJECT}/peerings", lambda n: {"spec": {"network": FIXTURE, "peerNetwork": f"of-{n}"}}),
+    "peerings": (f"{PROJECT}/peerings", lambda n: {"spec": {"network": FIXTURE, "peerNetwork": f"nowhere-{n}"}}),
     "internet-gateways": (f"{PROJECT}/internet-gateways", lambda n: {"spec": {"network": own_network(n)}}),
     "nat-gateways": (f"{PROJECT}/nat-gateways", lambda n: {"spec": {"network": own_network(n)}}),
     "floating-ips": (f"{PROJECT}/floating-ips", lambda n: {"spec": {"pool": FIXTURE}}),

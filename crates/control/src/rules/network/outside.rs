@@ -11,9 +11,8 @@ use crate::world::World;
 pub fn admit_internet_gateway(step: &Step<'_>, new: &Object<InternetGateway>) -> Result<(), ApiError> {
     let (world, project) = (&*step.world, project_of(new));
     network(world, project, &new.spec.network)?;
-    let same = |g: &&Object<InternetGateway>| {
-        g.spec.network == new.spec.network && g.metadata.name != new.metadata.name
-    };
+    let same =
+        |g: &&Object<InternetGateway>| g.spec.network == new.spec.network && g.metadata.name != new.metadata.name;
     match world.internet_gateways.within(project).find(same) {
         None => Ok(()),
         Some(other) => {
@@ -35,11 +34,7 @@ pub fn may_delete_internet_gateway(step: &Step<'_>, old: &Object<InternetGateway
     refuse_used("internet gateway", &old.metadata.name, tables.chain(floating))
 }
 
-pub fn admit_nat(
-    step: &Step<'_>,
-    old: Option<&Object<NatGateway>>,
-    new: &Object<NatGateway>,
-) -> Result<(), ApiError> {
+pub fn admit_nat(step: &Step<'_>, old: Option<&Object<NatGateway>>, new: &Object<NatGateway>) -> Result<(), ApiError> {
     let (world, project) = (&*step.world, project_of(new));
     network(world, project, &new.spec.network)?;
     let have = world.nat_gateways.within(project).filter(|n| n.spec.network == new.spec.network).count();
@@ -53,7 +48,11 @@ pub fn may_delete_nat(step: &Step<'_>, old: &Object<NatGateway>) -> Result<(), A
     refuse_used("NAT gateway", name, route::leading(step.world, project_of(old), leads))
 }
 
-pub fn admit_pool(step: &Step<'_>, old: Option<&Object<AddressPool>>, new: &Object<AddressPool>) -> Result<(), ApiError> {
+pub fn admit_pool(
+    step: &Step<'_>,
+    old: Option<&Object<AddressPool>>,
+    new: &Object<AddressPool>,
+) -> Result<(), ApiError> {
     let world = &*step.world;
     let others = || world.address_pools.live.values().filter(|p| p.metadata.name != new.metadata.name);
     if old.is_none() {
@@ -99,7 +98,12 @@ pub fn admit_floating(
 ) -> Result<(), ApiError> {
     let (world, project) = (&*step.world, project_of(new).clone());
     if old.is_none() {
-        refuse_more(world.floating_ips.within(&project).count(), MAX_FLOATING, &format!("project {project}"), "floating ips")?;
+        refuse_more(
+            world.floating_ips.within(&project).count(),
+            MAX_FLOATING,
+            &format!("project {project}"),
+            "floating ips",
+        )?;
         let pool = world.address_pools.get(None, &new.spec.pool);
         let pool = pool.ok_or_else(|| missing("spec.pool", "address pool", &new.spec.pool))?;
         new.status.address = Some(give(world, pool, new.spec.address)?);
@@ -202,7 +206,8 @@ pub fn admit_balancer(
     }
     let have = world.load_balancers.within(&project).filter(|b| b.status.network.as_ref() == Some(&of_network)).count();
     refuse_more(have, MAX_BALANCERS, &format!("network {}", of_network.name), "load balancers")?;
-    nic::give_balancer(world, &mut new.status, of_network, subnet).map_err(|(_, why)| ApiError::new(Code::Conflict, why))
+    nic::give_balancer(world, &mut new.status, of_network, subnet)
+        .map_err(|(_, why)| ApiError::new(Code::Conflict, why))
 }
 
 pub fn delete_balancer(step: &mut Step<'_>, old: &Object<LoadBalancer>) -> AnyObject {

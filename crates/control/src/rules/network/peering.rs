@@ -35,7 +35,12 @@ pub fn other_side<'a>(world: &'a World, peering: &Object<Peering>) -> Option<&'a
 pub fn agreed(world: &World, peering: &Object<Peering>) -> Result<Vec<Cidr>, String> {
     let (here, there) = (own(peering), peer(peering));
     let of_whom = there.0.as_ref().map_or("-", Name::as_str);
-    let waits = || format!("the other side has not asked for it: project {of_whom} makes a peering of network {} with this", there.1);
+    let waits = || {
+        format!(
+            "the other side has not asked for it: project {of_whom} makes a peering of network {} with this",
+            there.1
+        )
+    };
     if other_side(world, peering).is_none() {
         return Err(waits());
     }

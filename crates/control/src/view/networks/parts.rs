@@ -156,15 +156,20 @@ pub fn zones(world: &World, network: &Object<Network>, nics: &[NicPlan]) -> Vec<
     let mine = |z: &&Object<DnsZone>| z.spec.network == network.metadata.name;
     let all = world.dns_zones.within(project).filter(mine);
     let plan = |zone: &Object<DnsZone>| {
-        let mut records: Vec<RecordPlan> = zone.spec.records.iter().map(|record| {
-            let data = match &record.data {
-                ZoneData::A(all) => RecordData::A(all.clone()),
-                ZoneData::Aaaa(all) => RecordData::Aaaa(all.clone()),
-                ZoneData::Cname(name) => RecordData::Cname(name.clone()),
-                ZoneData::Txt(all) => RecordData::Txt(all.clone()),
-            };
-            RecordPlan { name: record.name.clone(), ttl: record.ttl, data }
-        }).collect();
+        let mut records: Vec<RecordPlan> = zone
+            .spec
+            .records
+            .iter()
+            .map(|record| {
+                let data = match &record.data {
+                    ZoneData::A(all) => RecordData::A(all.clone()),
+                    ZoneData::Aaaa(all) => RecordData::Aaaa(all.clone()),
+                    ZoneData::Cname(name) => RecordData::Cname(name.clone()),
+                    ZoneData::Txt(all) => RecordData::Txt(all.clone()),
+                };
+                RecordPlan { name: record.name.clone(), ttl: record.ttl, data }
+            })
+            .collect();
         if zone.spec.apps {
             // What a tenant has written down goes before.
             let written: BTreeSet<String> = records.iter().map(|r| r.name.clone()).collect();

@@ -96,7 +96,8 @@ impl Kind for LoadBalancer {
     const KIND: &'static str = "LoadBalancer";
     const PLURAL: &'static str = "load-balancers";
     const SHORT: &'static [&'static str] = &["lb", "load-balancer"];
-    const ABOUT: &'static str = "An address of a subnet whose connections are shared out over instances that are ready.";
+    const ABOUT: &'static str =
+        "An address of a subnet whose connections are shared out over instances that are ready.";
     const SCOPE: Scope = Scope::Project;
     const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs::ALL;

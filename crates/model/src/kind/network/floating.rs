@@ -6,9 +6,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::super::{Column, Home, Kind, Scope, Verbs};
+use super::address_schema;
 use super::base::is_unicast;
 use super::prefixes::refuse_untrimmed;
-use super::address_schema;
 use crate::{Cidr, Condition, FieldError, Name};
 
 /// Pools of a region, networks of one pool, and addresses of a project.

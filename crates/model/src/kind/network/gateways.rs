@@ -66,8 +66,7 @@ impl Kind for NatGateway {
     const KIND: &'static str = "NatGateway";
     const PLURAL: &'static str = "nat-gateways";
     const SHORT: &'static [&'static str] = &["nat", "nat-gateway"];
-    const ABOUT: &'static str =
-        "Lets a network's NICs begin connections to the outside: each host does it for its own NICs, with its own address.";
+    const ABOUT: &'static str = "Lets a network's NICs begin connections to the outside: each host does it for its own NICs, with its own address.";
     const SCOPE: Scope = Scope::Project;
     const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs::ALL;

@@ -57,7 +57,8 @@ impl Kind for Peering {
     const KIND: &'static str = "Peering";
     const PLURAL: &'static str = "peerings";
     const SHORT: &'static [&'static str] = &[];
-    const ABOUT: &'static str = "A way from one network to another, of this or another project, that both have asked for.";
+    const ABOUT: &'static str =
+        "A way from one network to another, of this or another project, that both have asked for.";
     const SCOPE: Scope = Scope::Project;
     const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs::ALL;

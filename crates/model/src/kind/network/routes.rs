@@ -62,7 +62,8 @@ impl Kind for RouteTable {
     const KIND: &'static str = "RouteTable";
     const PLURAL: &'static str = "route-tables";
     const SHORT: &'static [&'static str] = &["route-table"];
-    const ABOUT: &'static str = "Where packets go that leave a network: to a peered one, through a NAT, outside, or to a NIC.";
+    const ABOUT: &'static str =
+        "Where packets go that leave a network: to a peered one, through a NAT, outside, or to a NIC.";
     const SCOPE: Scope = Scope::Project;
     const HOME: Home = Home::Region;
     const VERBS: Verbs = Verbs::ALL;

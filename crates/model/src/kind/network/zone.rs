@@ -16,8 +16,7 @@ const MAX_VALUES: usize = 16;
 /// A domain of at least one label, in lower case, without a final dot.
 const DOMAIN_PATTERN: &str = r"^[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?){0,20}$";
 /// The same, or nothing.
-const LABELS_PATTERN: &str =
-    r"^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?){0,20})?$";
+const LABELS_PATTERN: &str = r"^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?){0,20})?$";
 /// Of one text, in bytes (RFC 1035, section 3.3).
 const TEXT_PATTERN: &str = r"^[ -~]{0,255}$";
 
@@ -148,7 +147,11 @@ impl Kind for DnsZone {
                 }
             };
             check((1..=MAX_VALUES).contains(&count), at("data"), "between 1 and 16 values");
-            check(good, at("data"), "a name in lower case without a final dot, or texts of at most 255 ASCII characters");
+            check(
+                good,
+                at("data"),
+                "a name in lower case without a final dot, or texts of at most 255 ASCII characters",
+            );
         }
         errors
     }
