@@ -25,7 +25,9 @@ use crate::report::{Row, median, percentile};
 
 const ROUNDS: usize = 5;
 const STREAM: Duration = Duration::from_secs(2);
-const QUESTIONS: usize = 4_000;
+/// Of each way, again and again in turn.
+const QUESTIONS: usize = 250;
+const TURNS: usize = 20;
 const NICS: u16 = 1_000;
 const RULES: u16 = 200;
 const PEER: &str = "veth and VXLAN by hand";
@@ -114,14 +116,20 @@ impl World {
         Ok(NetnsRef::Path(self.instances(host).create(&uid(3, number).to_string(), address).await?))
     }
 
-    fn told(&self, host: usize, network: &NetworkPlan) -> anyhow::Result<Arc<HostNetworks>> {
+    fn told(&self, host: usize, networks: &[NetworkPlan]) -> anyhow::Result<Arc<HostNetworks>> {
         Ok(Arc::new(HostNetworks {
             version: 1,
             host: self.hosts[host].host.parse()?,
             revision: 1,
             endpoint: self.hosts[host].address6.into(),
-            tunnels: self.hosts.iter().enumerate().filter(|(n, _)| *n != host).map(|(_, h)| h.address6.into()).collect(),
-            networks: vec![Arc::new(network.clone())],
+            tunnels: self
+                .hosts
+                .iter()
+                .enumerate()
+                .filter(|(n, _)| *n != host)
+                .map(|(_, h)| h.address6.into())
+                .collect(),
+            networks: networks.iter().map(|n| Arc::new(n.clone())).collect(),
         }))
     }
 
@@ -157,7 +165,7 @@ fn cidr(text: &str) -> Cidr {
 }
 
 /// A network in which everybody may speak with everybody, by the last of so many rules.
-fn network(rules: u16) -> anyhow::Result<NetworkPlan> {
+fn network(n: u16, rules: u16) -> anyhow::Result<NetworkPlan> {
     let mut all = Vec::new();
     for direction in [Direction::Ingress, Direction::Egress] {
         for n in 0..rules {
@@ -183,14 +191,14 @@ fn network(rules: u16) -> anyhow::Result<NetworkPlan> {
         });
     }
     Ok(NetworkPlan {
-        uid: uid(1, 1),
+        uid: uid(1, n),
         project: "acme".parse()?,
-        name: "blue".parse()?,
-        vni: 4711,
+        name: format!("net-{n}").parse()?,
+        vni: 4711 + u32::from(n),
         mtu: 1430,
         cidrs: vec![cidr("10.0.0.0/16"), cidr("fd12::/48")],
         subnets: vec![SubnetPlan {
-            uid: uid(5, 1),
+            uid: uid(5, n),
             name: "web".parse()?,
             cidr4: Some(cidr("10.0.0.0/16")),
             cidr6: Some(cidr("fd12::/64")),
@@ -199,7 +207,7 @@ fn network(rules: u16) -> anyhow::Result<NetworkPlan> {
             route_table: 0,
         }],
         nics: Vec::new(),
-        groups: vec![GroupPlan { uid: uid(1, 1), name: "default".parse()?, rules: all }],
+        groups: vec![GroupPlan { uid: uid(1, n), name: "default".parse()?, rules: all }],
         route_tables: vec![RouteTablePlan { name: "main".parse()?, routes: Vec::new() }],
         peerings: Vec::new(),
         nats: Vec::new(),
@@ -211,50 +219,62 @@ fn network(rules: u16) -> anyhow::Result<NetworkPlan> {
 }
 
 async fn throughput(world: &World) -> anyhow::Result<Vec<Row>> {
-    let mut plan = network(0)?;
-    plan.nics = vec![world.nic(0, 10, 10)?, world.nic(1, 11, 11)?];
-    let ends = [world.instance(0, 10).await?, world.instance(1, 11).await?];
+    // One network without rules and one with many, both there all the time.
+    let mut plans = vec![network(1, 0)?, network(2, RULES)?];
+    let mut ways: Vec<(NetnsRef, NetnsRef, IpAddr)> = Vec::new();
+    for (n, plan) in plans.iter_mut().enumerate() {
+        let [from, to] = [10 + 2 * n as u16, 11 + 2 * n as u16];
+        plan.nics = vec![world.nic(0, from, from)?, world.nic(1, to, to)?];
+        let address = Ipv4Addr::new(10, 0, 0, to as u8).into();
+        ways.push((world.instance(0, from).await?, world.instance(1, to).await?, address));
+    }
     let engines = [world.engine(0), world.engine(1)];
-    let by_hand = by_hand(world).await?;
-    let ours: IpAddr = Ipv4Addr::new(10, 0, 0, 11).into();
-    let theirs: IpAddr = Ipv4Addr::new(172, 31, 1, 2).into();
-    let mut rates = [Vec::new(), Vec::new(), Vec::new()];
-    let mut waits = [Vec::new(), Vec::new(), Vec::new()];
+    for (host, engine) in engines.iter().enumerate() {
+        let applied = engine.apply(world.told(host, &plans)?, Vec::new()).await?;
+        ensure!(applied.plugged.len() == 2 && applied.networks.is_empty(), "{applied:?}");
+    }
+    let [from, to] = by_hand(world).await?;
+    ways.push((from, to, Ipv4Addr::new(172, 31, 1, 2).into()));
+
+    let mut rates = vec![Vec::new(); ways.len()];
+    let mut waits = vec![Vec::new(); ways.len()];
     for _ in 0..ROUNDS {
-        for (which, rules) in [(0, Some(0)), (1, Some(RULES)), (2, None)] {
-            let (from, to, address) = match rules {
-                Some(rules) => {
-                    plan.groups = network(rules)?.groups;
-                    for (host, engine) in engines.iter().enumerate() {
-                        let applied = engine.apply(world.told(host, &plan)?, Vec::new()).await?;
-                        ensure!(applied.plugged.len() == 1 && applied.networks.is_empty(), "{applied:?}");
-                    }
-                    (&ends[0], &ends[1], ours)
-                }
-                None => (&by_hand[0], &by_hand[1], theirs),
-            };
-            rates[which].push(stream(from, to, address)?);
-            waits[which].push(questions(from, to, address)?);
+        for ((from, to, address), rates) in ways.iter().zip(&mut rates) {
+            rates.push(stream(from, to, *address)?);
+        }
+        let mut asked = Vec::new();
+        for (from, to, address) in &ways {
+            asked.push(Asked::new(from, to, *address)?);
+        }
+        for _ in 0..TURNS {
+            asked.iter_mut().try_for_each(Asked::ask)?;
+        }
+        for (asked, waits) in asked.into_iter().zip(&mut waits) {
+            waits.push(asked.end()?);
         }
     }
-    let [none, many, hand] = rates.map(|r| median(&r));
+    let [none, many, hand] = [0, 1, 2].map(|w| median(&rates[w]));
     let mut rows = vec![
         Row::new("TCP between two hosts", none, "Gbit/s").peer(PEER, hand),
         Row::new(format!("TCP between two hosts, {RULES} rules"), many, "Gbit/s").peer("no rules", none),
     ];
-    let [none, many, hand] = waits.map(|w| median(&w));
-    rows.push(Row::new("a question and its answer, p99", none, "µs").peer(PEER, hand));
-    rows.push(Row::new(format!("a question and its answer, {RULES} rules, p99"), many, "µs").peer("no rules", none));
+    for (what, share) in [("p50", 0.5), ("p99", 0.99)] {
+        let of = |way: usize| median(&waits[way].iter().map(|w| percentile(w, share)).collect::<Vec<_>>());
+        rows.push(Row::new(format!("a question and its answer, {what}"), of(0), "µs").peer(PEER, of(2)));
+        let name = format!("a question and its answer, {RULES} rules, {what}");
+        rows.push(Row::new(name, of(1), "µs").peer("no rules", of(0)));
+    }
 
+    let ours: IpAddr = Ipv4Addr::new(10, 0, 0, 11).into();
     let mut firsts = Vec::new();
     for n in 0..ROUNDS as u16 {
         let from = world.instance(0, 20 + n).await?;
-        plan.nics.push(world.nic(0, 20 + n, 20 + n)?);
-        let listener = inside(&ends[1], move || TcpListener::bind((ours, 0)))??;
+        plans[0].nics.push(world.nic(0, 20 + n, 20 + n)?);
+        let listener = inside(&ways[0].1, move || TcpListener::bind((ours, 0)))??;
         let at = listener.local_addr()?;
         let start = Instant::now();
         for (host, engine) in engines.iter().enumerate() {
-            engine.apply(world.told(host, &plan)?, Vec::new()).await?;
+            engine.apply(world.told(host, &plans)?, Vec::new()).await?;
         }
         connect(&from, at)?;
         firsts.push(start.elapsed().as_secs_f64() * 1e3);
@@ -300,18 +320,18 @@ async fn by_hand(world: &World) -> anyhow::Result<[NetnsRef; 2]> {
 }
 
 async fn thousand(world: &World) -> anyhow::Result<Vec<Row>> {
-    let mut plan = network(0)?;
+    let mut plan = network(1, 0)?;
     let engine = world.engine(4);
     for n in 0..NICS {
         world.instance(4, 100 + n).await?;
         plan.nics.push(world.nic(4, 100 + n, 100 + n)?);
     }
     let start = Instant::now();
-    let applied = engine.apply(world.told(4, &plan)?, Vec::new()).await?;
+    let applied = engine.apply(world.told(4, std::slice::from_ref(&plan))?, Vec::new()).await?;
     let took = start.elapsed().as_secs_f64();
     ensure!(applied.plugged.len() == usize::from(NICS), "{:?}", applied.troubles);
     let start = Instant::now();
-    let again = engine.apply(world.told(4, &plan)?, Vec::new()).await?;
+    let again = engine.apply(world.told(4, std::slice::from_ref(&plan))?, Vec::new()).await?;
     ensure!(again.changes == 0, "{again:?}");
     let looked = start.elapsed().as_secs_f64();
     engine.remove().await?;
@@ -382,22 +402,37 @@ fn stream(from: &NetnsRef, to: &NetnsRef, address: IpAddr) -> anyhow::Result<f64
     Ok(bytes as f64 * 8.0 / took / 1e9)
 }
 
-/// The 99th percentile of questions' times, in microseconds.
-fn questions(from: &NetnsRef, to: &NetnsRef, address: IpAddr) -> anyhow::Result<f64> {
-    let (mut asker, mut answerer) = pair(from, to, address)?;
-    let answering = std::thread::spawn(move || {
-        let mut word = [0; 64];
-        while answerer.read_exact(&mut word).is_ok() && answerer.write_all(&word).is_ok() {}
-    });
-    let mut word = [7; 64];
-    let mut times = Vec::with_capacity(QUESTIONS);
-    for _ in 0..QUESTIONS {
-        let start = Instant::now();
-        asker.write_all(&word)?;
-        asker.read_exact(&mut word)?;
-        times.push(start.elapsed().as_secs_f64() * 1e6);
+/// Small questions over one connection, and the times that their answers took in microseconds.
+struct Asked {
+    asker: TcpStream,
+    answering: std::thread::JoinHandle<()>,
+    times: Vec<f64>,
+}
+
+impl Asked {
+    fn new(from: &NetnsRef, to: &NetnsRef, address: IpAddr) -> anyhow::Result<Self> {
+        let (asker, mut answerer) = pair(from, to, address)?;
+        let answering = std::thread::spawn(move || {
+            let mut word = [0; 64];
+            while answerer.read_exact(&mut word).is_ok() && answerer.write_all(&word).is_ok() {}
+        });
+        Ok(Self { asker, answering, times: Vec::new() })
     }
-    drop(asker);
-    answering.join().map_err(|_| anyhow::anyhow!("the answerer was lost"))?;
-    Ok(percentile(&times, 0.99))
+
+    fn ask(&mut self) -> anyhow::Result<()> {
+        let mut word = [7; 64];
+        for _ in 0..QUESTIONS {
+            let start = Instant::now();
+            self.asker.write_all(&word)?;
+            self.asker.read_exact(&mut word)?;
+            self.times.push(start.elapsed().as_secs_f64() * 1e6);
+        }
+        Ok(())
+    }
+
+    fn end(self) -> anyhow::Result<Vec<f64>> {
+        drop(self.asker);
+        self.answering.join().map_err(|_| anyhow::anyhow!("the answerer was lost"))?;
+        Ok(self.times)
+    }
 }

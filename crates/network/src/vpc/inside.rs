@@ -16,7 +16,9 @@ use super::links::GATEWAY_MAC;
 use super::want::NicWant;
 use crate::NetError;
 use crate::instance::{GATEWAY4, GATEWAY6, INSIDE, NAMESERVER};
-use crate::netlink::{Limit, LinkAddress, LinkState, MAIN, Neighbour, Policy, Route, RouteKind, RouteState, Then, everything};
+use crate::netlink::{
+    Limit, LinkAddress, LinkState, MAIN, Neighbour, Policy, Route, RouteKind, RouteState, Then, everything,
+};
 
 /// The table of the infrastructure's link; NICs' follow.
 const TABLE: u32 = 100;
@@ -118,11 +120,7 @@ fn restore(hand: &mut Hand<'_>, gateway: IpAddr, eth0: u32) -> Result<(), NetErr
 }
 
 /// All routes but the default ones of the main table, and those.
-fn ways(
-    plugged: &[(&NicWant, u32)],
-    eth0: u32,
-    infrastructure: &[IpAddr],
-) -> (Vec<RouteState>, Vec<RouteState>) {
+fn ways(plugged: &[(&NicWant, u32)], eth0: u32, infrastructure: &[IpAddr]) -> (Vec<RouteState>, Vec<RouteState>) {
     let route = |table, to, length, link, via, source| RouteState {
         table,
         to,
@@ -169,8 +167,7 @@ fn policies(plugged: &[(&NicWant, u32)], infrastructure: &[IpAddr]) -> BTreeSet<
         iif: None,
         then: Then::Table(table),
     };
-    let mut all: BTreeSet<Policy> =
-        infrastructure.iter().map(|own| policy(FROM_INFRASTRUCTURE, *own, TABLE)).collect();
+    let mut all: BTreeSet<Policy> = infrastructure.iter().map(|own| policy(FROM_INFRASTRUCTURE, *own, TABLE)).collect();
     for (nic, _) in plugged {
         all.extend(nic.addresses().map(|own| policy(FROM_NICS, own, TABLE + 1 + u32::from(nic.index))));
     }

@@ -102,7 +102,7 @@ fn what_somebody_broke_is_found_and_mended() {
             (&own, "nft delete table inet nexus".into()),
             (&own, "nft delete table arp nexus".into()),
             (&own, "ip route flush table main".into()),
-            (&own, "ip -6 route flush table 1000".into()),
+            (&own, "ip -6 route flush table 998".into()),
             (&own, "ip route flush table 1000".into()),
             (&own, "ip neigh flush dev vx nud permanent".into()),
             (&own, "ip rule flush".into()),
