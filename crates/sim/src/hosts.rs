@@ -325,6 +325,7 @@ impl Host {
                 started: run.started,
                 exit_code: None,
                 message: String::new(),
+                parts: Vec::new(),
             }
         });
         HostReport {

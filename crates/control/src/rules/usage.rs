@@ -14,7 +14,7 @@ use crate::world::Part;
 /// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not. One that is scaled by the cloud
 /// takes the most that it may come to have, so that scaling is never refused for a quota, and no quota is passed by it.
 pub fn charge(spec: &AppSpec) -> [u64; 3] {
-    charge_of(spec.most_replicas(), &spec.resources)
+    charge_of(spec.most_replicas(), &spec.parts().reserved())
 }
 
 /// What so many instances take.
