@@ -104,8 +104,8 @@ fn parts_of_an_instance_live_and_end_together() {
 
 fn what_an_init_step_leaves_is_served(cloud: &Cloud) {
     let init = json!([
-        part("fetch", "echo fetching; echo '<p>made before</p>' > /run/shared/index.html; hostname > /run/shared/name"),
-        part("check", "grep made /run/shared/index.html && echo twice >> /run/shared/checked"),
+        part("fetch", "echo fetching; echo '<p>made before</p>' > /run/shared/index.html; /bin/busybox hostname > /run/shared/name"),
+        part("check", "/bin/busybox grep made /run/shared/index.html && echo twice >> /run/shared/checked"),
     ]);
     let mut spec = app(SERVE, init, json!([part("beside", BESIDE)]));
     spec["ports"] = json!([{"port": 80}]);
@@ -222,7 +222,7 @@ fn a_failing_init_step_is_named_and_tried_again(cloud: &Cloud) {
 }
 
 fn a_job_ends_with_its_main_part(cloud: &Cloud) {
-    let mut template = app("cat /run/shared/part", json!([]), json!([part("beside", BESIDE)]));
+    let mut template = app("/bin/busybox cat /run/shared/part", json!([]), json!([part("beside", BESIDE)]));
     template["init"] = json!([part("prepare", "echo for $NEXUS_JOB_NAME > /run/shared/part")]);
     apply(cloud, "Job", "work", json!({"template": template, "backoffLimit": 0}));
     let phase = |name: &str, phase: &str| {
