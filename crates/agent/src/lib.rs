@@ -10,6 +10,7 @@
 //! taken over, never started again.
 
 mod ahead;
+mod board;
 mod config;
 mod daemon;
 mod fabric;
@@ -18,8 +19,10 @@ mod health;
 mod identity;
 pub mod images;
 pub mod keeper;
+mod launch;
 mod observer;
 mod outcome;
+mod parts;
 mod plans;
 mod plug;
 mod report;
