@@ -47,6 +47,11 @@ const NEVER: &[(&str, u8)] = &[
 /// A network: its first address and how many bits count.
 pub type Net = (IpAddr, u8);
 
+/// What no tenant reaches outside, whichever host it is on: links, groups, metadata services and the addresses of instances.
+pub fn never() -> Vec<Net> {
+    NEVER.iter().map(|(address, length)| (address.parse().expect("a well-formed address"), *length)).collect()
+}
+
 /// One instance of this host.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Guest {
@@ -224,8 +229,8 @@ fn text(rules: &Rules, attached: &[Net]) -> String {
     let mut out = format!("table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
     let link = |g: &Guest| link_name(LINK_PREFIX, &g.name);
     let guests = &rules.guests;
-    let never = NEVER.iter().map(|(a, l)| (a.parse().expect("a well-formed address"), *l));
-    let closed: Vec<Net> = never
+    let closed: Vec<Net> = never()
+        .into_iter()
         .chain(rules.instances.iter().copied())
         .chain(rules.infrastructure.iter().copied())
         .chain(attached.iter().copied())

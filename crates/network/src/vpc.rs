@@ -15,13 +15,18 @@
 //! This is the one place where eBPF programs could take over later: they would take the same plan and stand on the same links.
 
 mod announce;
+pub mod answer;
+pub mod counters;
 mod engine;
+pub mod flows;
 mod hand;
 mod inside;
 pub mod links;
 mod network;
 mod outside;
-mod rules;
+pub mod rules;
+pub mod text;
+pub mod verdict;
 mod want;
 
 pub use engine::{Applied, Engine};

@@ -18,7 +18,7 @@ const BRIEFLY: Duration = Duration::from_millis(1200);
 const OUTSIDE4: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 2));
 const OUTSIDE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2));
 
-fn run(netns: &NetnsRef, command: &str) -> String {
+pub(crate) fn run(netns: &NetnsRef, command: &str) -> String {
     let words: Vec<String> = command.split(' ').map(str::to_owned).collect();
     inside(netns, move || {
         let output = Command::new(&words[0]).args(&words[1..]).output().unwrap();
