@@ -24,6 +24,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::doors::{Frame, FrameStream};
 use crate::list::{find, unreadable};
+use crate::networks;
 use crate::problem::Refusal;
 use crate::query::Query;
 use crate::render::Stored;
@@ -54,13 +55,14 @@ pub(crate) async fn handle(
     match verb {
         Verb::Logs => logs(server, place, name, parts, ended).await,
         Verb::Exec => exec(server, place, name, parts, ended).await,
+        Verb::Capture => networks::capture(server, place, name, parts, ended).await,
         // Answered elsewhere.
         _ => Err(Refusal::new(Code::NotFound, "only instances have streams")),
     }
 }
 
-/// The instance and the host that runs it.
-async fn locate(server: &Server, place: &Place, name: &Name) -> Result<(Uid, Name), ApiError> {
+/// An instance or a NIC, and the host that has it.
+pub(crate) async fn locate(server: &Server, place: &Place, name: &Name) -> Result<(Uid, Name), ApiError> {
     let kv = find(server, place, name, Consistency::Stale).await?;
     let kv = match kv {
         Some(kv) => Some(kv),

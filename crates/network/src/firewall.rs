@@ -119,6 +119,15 @@ impl Firewall {
         .await
     }
 
+    /// What no tenant reaches outside, by whichever way: this, [`never`], and the networks that the host is on. Sorted.
+    pub async fn closed(&self, told: Vec<Net>) -> Result<Vec<Net>, NetError> {
+        aside(self.host.clone(), "the host's addresses", move || {
+            let all: BTreeSet<Net> = never().into_iter().chain(told).chain(attached()?).collect();
+            Ok(all.into_iter().collect())
+        })
+        .await
+    }
+
     /// Whether there are rules of ours, which somebody may have flushed with all others.
     pub async fn stands(&self) -> Result<bool, NetError> {
         aside(self.host.clone(), "the packet filter", || {

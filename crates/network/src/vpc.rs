@@ -16,7 +16,9 @@
 
 mod announce;
 pub mod answer;
+pub mod capture;
 pub mod counters;
+pub mod drops;
 mod engine;
 pub mod flows;
 mod hand;
@@ -24,6 +26,7 @@ mod inside;
 pub mod links;
 mod network;
 mod outside;
+pub mod probe;
 pub mod rules;
 pub mod text;
 pub mod verdict;

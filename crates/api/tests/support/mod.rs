@@ -28,7 +28,9 @@ use nexus_env::Env;
 use nexus_iam::TokenSecret;
 use nexus_iam::envelope::{FileKeys, KeyProvider};
 use nexus_iam::jwt::SigningKey;
-use nexus_model::plan::{ExecRequest, LogsRequest};
+use nexus_model::plan::{
+    CaptureRequest, ExecRequest, LogsRequest, NetworkCheck, Trace, TraceHop, TraceRequest, TraceVerdict, TracedPacket,
+};
 use nexus_model::{AnyObject, ApiError, Code, Digest, Name, Timestamp, Uid, key, kind};
 use nexus_store::{
     GroupId, KeyValue, Leadership, LeaseId, Op, RangeRequest, RangeResponse, Revision, Store, StoreError, StoreStatus,
@@ -480,6 +482,27 @@ impl HostDoor for EchoHost {
             }
         });
         Ok((sender, futures::stream::iter([Ok(hello)]).chain(echo).boxed()))
+    }
+
+    async fn trace(&self, host: &Name, request: TraceRequest) -> Result<Trace, ApiError> {
+        let TracedPacket { to, protocol, port } = request.packet;
+        let hop = TraceHop { host: host.clone(), at: "route".into(), what: format!("{to} {protocol:?} {port}") };
+        let verdict = TraceVerdict::Delivered;
+        Ok(Trace { hops: vec![hop], verdict, probed: request.probe.then_some(true) })
+    }
+
+    async fn check(&self, host: &Name) -> Result<NetworkCheck, ApiError> {
+        let differences = vec![format!("{host} lacks a route")];
+        Ok(NetworkCheck { revision: Some(7), networks: 1, nics: 2, differences })
+    }
+
+    /// One packet, and what was asked for.
+    async fn capture(&self, _: &Name, request: CaptureRequest) -> Result<FrameStream, ApiError> {
+        if request.port == Some(1) {
+            return Err(ApiError::new(Code::Conflict, "too many captures go on at this host already"));
+        }
+        let pieces = [Bytes::from_static(b"header "), Bytes::from(format!("{:?} {:?}", request.address, request.port))];
+        Ok(futures::stream::iter(pieces.map(|data| Ok(Frame { channel: 1, data }))).boxed())
     }
 }
 

@@ -11,8 +11,9 @@ use nexus_model::kind::*;
 use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::{AnyObject, ApiError, Code, Name, Object, Timestamp, Uid};
 
-use crate::rules::app::{Missing, no_image, template_hash};
+use crate::rules::app::{Missing, no_image, per_step, template_hash};
 use crate::rules::buried::Teardown;
+use crate::rules::network::nic;
 use crate::rules::usage::{charge_of, recharge};
 use crate::rules::{instance, secret};
 use crate::step::{Dirty, Step};
@@ -225,12 +226,13 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     {
         let done = IndexSet::parse(&job.status.completed_indexes);
         let mut free = (0..job.spec.completions).filter(|i| !done.contains(*i) && !taken.contains(i));
-        for _ in 0..missing.min(PER_STEP) {
+        let make = missing.min(per_step(PER_STEP, template.nics.len()));
+        for _ in 0..make {
             let index = if job.spec.indexed { free.next() } else { None };
             make_instance(step, &job, template, *digest, hash, index);
             count += 1;
         }
-        more |= missing > PER_STEP;
+        more |= missing > make;
     }
     tell(step, job, count, made.err());
     if more {
@@ -286,6 +288,7 @@ fn made_from(world: &World, job: &Object<Job>) -> Result<Made, Missing> {
     let image = world.fleet().images.get(project, &job.spec.template.image);
     let digest = image.map(|i| i.spec.digest).ok_or_else(|| no_image(&job.spec.template.image))?;
     let mut template = secret::resolve_in(world, project, job.spec.template.clone())?;
+    nic::resolve(world, project, &template.nics)?;
     template.env.insert(JOB_VARIABLE.into(), job.metadata.name.to_string());
     template.env.insert(COMPLETIONS_VARIABLE.into(), job.spec.completions.to_string());
     let hash = template_hash(&template, digest);

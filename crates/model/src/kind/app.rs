@@ -5,8 +5,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Autoscale, Classes, Column, Constraints, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope, SecretRef, Verbs,
-    autoscale, rollout, secret,
+    Autoscale, Classes, Column, Constraints, Disruption, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope,
+    SecretRef, TemplateNic, Verbs, autoscale, network, rollout, secret,
 };
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
@@ -224,6 +224,10 @@ macro_rules! declare_template {
             pub instance_labels: IndexMap<String, String>,
             /// How instances of an older template are replaced.
             pub rollout: Rollout,
+            /// How many instances operators' work (draining a host, a rebalance) may take away, counting those that are not ready
+            /// for other reasons; without it, `maxUnavailable` is 25 %. Of a global app, in each region.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub disruption: Option<Disruption>,
             /// The content of the image that is run, whatever the image's name stands for now: that of a revision that is
             /// kept. An undo writes it.
             #[serde(skip_serializing_if = "Option::is_none")]
@@ -252,6 +256,7 @@ macro_rules! declare_template {
                     expose: true,
                     instance_labels: IndexMap::new(),
                     rollout: Rollout::default(),
+                    disruption: None,
                     image_digest: None,
                 }
             }
@@ -303,6 +308,10 @@ declare_template! {
     /// The storage class of the disk that the writable layer is on; the host's own disk, without it.
     #[serde(skip_serializing_if = "Option::is_none")]
     storage_class: Option<Name> = None;
+    /// Interfaces in the project's networks, beside the one that gateways reach it by: `nic0`, `nic1` … Of containers only.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = super::MAX_INSTANCE_NICS))]
+    nics: Vec<TemplateNic> = Vec::new();
 }
 
 impl Default for AppSpec {
@@ -498,6 +507,7 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         check(t.ports.is_empty(), "spec.ports", "a function always answers HTTP on port 8080: leave ports out");
         check(t.command.is_empty() && t.args.is_empty(), "spec.command", "a function has no command");
         check(t.storage_class.is_none(), "spec.storageClass", "a function has no writable layer");
+        check(t.nics.is_empty(), "spec.nics", "a function has no interfaces of its own");
     }
     let r = &t.resources;
     check((1..=1_000_000).contains(&r.cpu.0), "spec.resources.cpu", "between 1m and 1000");
@@ -549,6 +559,7 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         errors.push(FieldError::new("spec.constraints", format!("at most {}", super::MAX_CONSTRAINTS)));
     }
     errors.extend(super::validate_classes("spec.classes", &t.classes));
+    errors.extend(network::validate_nics(&t.nics));
     errors.extend(secret::validate_refs(&t.secrets, &t.env, t.runtime == Runtime::Container));
     errors
 }

@@ -1,6 +1,6 @@
 //! How much a link sends in a second: a token bucket (tc-tbf(8)), which kernels have that have little else.
 
-use netlink_packet_core::{DefaultNla, Emitable as _, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, Nla as _};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, Nla as _};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use nix::errno::Errno;
@@ -20,13 +20,22 @@ const TC_LINKLAYER_ETHERNET: u8 = 1;
 /// What a link may send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Limit {
-    /// Bits a second.
-    pub rate: u64,
+    /// A second, as the kernel keeps it.
+    bytes: u64,
 }
 
 impl Limit {
+    /// Of so many bits a second.
+    pub fn of(rate: u64) -> Self {
+        Self { bytes: (rate / 8).max(1) }
+    }
+
     fn bytes(self) -> u64 {
-        (self.rate / 8).max(1)
+        self.bytes
+    }
+
+    pub fn bits(self) -> u64 {
+        self.bytes.saturating_mul(8)
     }
 
     /// What may be sent at once: 20 ms of the rate, within what a packet needs and what a timer's tick asks for.
@@ -69,7 +78,7 @@ impl Netlink {
         }
         message.attributes.push(TcAttribute::Options(options));
         let done = self.request(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_REPLACE);
-        done.map(drop).attempt(|| format!("limiting link {link} to {} bits a second", limit.rate))
+        done.map(drop).attempt(|| format!("limiting link {link} to {} bits a second", limit.bits()))
     }
 
     pub fn take_limit(&mut self, link: u32) -> Result<(), NetError> {
@@ -101,13 +110,12 @@ fn limit_of(message: &RouteNetlinkMessage) -> Option<(u32, Limit)> {
         if let TcOption::Other(nla) = option {
             bytes = vec![0; nla.value_len()];
             nla.emit_value(&mut bytes);
-            let _ = nla.buffer_len();
         }
     }
     let parameters = attribute(&bytes, TCA_TBF_PARMS)?;
     let small = u32::from_ne_bytes(parameters.get(8..12)?.try_into().ok()?);
     let large = attribute(&bytes, TCA_TBF_RATE64).and_then(|v| v.try_into().ok()).map(u64::from_ne_bytes);
-    Some((found.header.index as u32, Limit { rate: large.unwrap_or(small.into()) * 8 }))
+    Some((found.header.index as u32, Limit { bytes: large.unwrap_or(small.into()) }))
 }
 
 /// The value of one attribute among several.
@@ -130,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_limit_is_found_again_among_attributes() {
-        let limit = Limit { rate: 80_000_000 };
+        let limit = Limit::of(80_000_000);
         assert_eq!(limit.burst(), 200_000);
         let mut bytes = vec![5, 0, 9, 0, 1, 0, 0, 0];
         bytes.extend([40, 0, 1, 0]);

@@ -257,7 +257,7 @@ impl<'a> Hand<'a> {
         for (&link, &limit) in wanted {
             if there.get(&link) != Some(&limit) {
                 let called = self.called(link);
-                self.step(|| format!("{called} is not limited to {} bits a second", limit.rate), |l| {
+                self.step(|| format!("{called} is not limited to {} bits a second", limit.bits()), |l| {
                     l.put_limit(link, limit)
                 });
             }

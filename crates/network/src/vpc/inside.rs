@@ -49,7 +49,7 @@ pub(super) fn settle(hand: &mut Hand<'_>, nics: &[&NicWant]) -> Result<Vec<nexus
             hand.step(|| format!("{} is down", nic.inside), |l| l.set_up(link.index, true));
         }
         if let Some(rate) = nic.rate {
-            limits.insert(link.index, Limit { rate });
+            limits.insert(link.index, Limit::of(rate));
         }
         plugged.push((nic, link.index));
     }

@@ -209,7 +209,7 @@ impl NetworkWant {
             self.way(MAIN, Cidr::host(address), way);
         }
         if let Some(rate) = nic.rate {
-            self.limits.insert(link.clone(), Limit { rate });
+            self.limits.insert(link.clone(), Limit::of(rate));
         }
         if nic.forwards {
             self.both(200, Some(link), Then::Table(TABLES + subnet.route_table));

@@ -274,8 +274,13 @@ fn instances_are_told_names_and_only_those_who_may_hear_of_the_world_outside() {
         let g = guests().await;
         g.apply(|_| {}).await;
         let (a, b) = (&g.at[0][0], &g.at[0][1]);
-        let named =
-            |at: &InstanceAddress| Named { address6: at.address6, address4: at.address4, ready: true, only4: false };
+        let named = |at: &InstanceAddress| Named {
+            address6: at.address6,
+            address4: at.address4,
+            ready: true,
+            only4: false,
+            ports: Vec::new(),
+        };
         let project = |at: &InstanceAddress, outside| Project {
             apps: BTreeMap::from([("web".to_owned(), vec![named(at)])]),
             outside,
@@ -287,6 +292,7 @@ fn instances_are_told_names_and_only_those_who_may_hear_of_the_world_outside() {
                 ("bank".to_owned(), project(&g.at[1][1].1, true)),
             ]),
             askers: HashMap::from([(a.1.address4, "shop".to_owned()), (b.1.address4, "bank".to_owned())]),
+            inside: HashMap::new(),
             instances: Vec::new(),
         };
         // The host's resolver is on the machine: it says 192.0.2.53 to whatever it is asked.

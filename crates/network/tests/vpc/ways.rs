@@ -51,6 +51,10 @@ fn peered_networks_meet_on_whichever_hosts_they_are() {
             nic.address6 = Some(Ipv6Addr::new(0xfd13, 0, 0, 0, 0, 0, 0, number));
         }
         cloud.apply().await;
+        // Workloads that think that as much fits there as here.
+        for one in [&b, &c] {
+            run(one, "ip link set nic0 mtu 1400");
+        }
         for (to, address) in [(&b, "10.1.0.6"), (&b, "fd13::6"), (&c, "10.1.0.7"), (&c, "fd13::7")] {
             let address: IpAddr = address.parse().unwrap();
             assert!(reaches(&a, to, address, DEADLINE), "{address}");
@@ -59,7 +63,7 @@ fn peered_networks_meet_on_whichever_hosts_they_are() {
             // What fits the first network and not the second is told.
             open(&a, to, address).carries(1 << 20);
         }
-        assert_eq!(cloud.apply().await, 0);
+        assert_eq!(cloud.apply().await, 2, "the MTUs");
         cloud.all_right().await;
         // Without the agreement there is no way.
         for plan in &mut cloud.networks {
@@ -204,7 +208,7 @@ fn a_nic_sends_and_gets_no_more_than_its_rate() {
         assert!(open(&a, &b, four(6)).carries(5_000_000) > atleast, "out");
         assert!(open(&a, &b, four(6)).reversed().carries(5_000_000) > atleast, "in");
         assert_eq!(cloud.apply().await, 0);
-        cloud.nic_mut(nic).rate = Some(20_000_000_000);
+        cloud.nic_mut(nic).rate = Some(40_000_000_003);
         assert!(cloud.apply().await > 0);
         assert_eq!(cloud.apply().await, 0, "a large rate is read as it was written");
         cloud.nic_mut(nic).rate = None;
@@ -212,5 +216,49 @@ fn a_nic_sends_and_gets_no_more_than_its_rate() {
         let left = run(&a, "tc qdisc show dev nic0") + &run(&cloud.inside_network(0, 0), "tc qdisc show");
         assert!(!left.contains("tbf"), "{left}");
         cloud.all_right().await;
+    });
+}
+
+#[test]
+fn tunnel_packets_from_elsewhere_than_our_hosts_are_dropped() {
+    isolated("vpc::ways::tunnel_packets_from_elsewhere_than_our_hosts_are_dropped", async || {
+        for v6 in [true, false] {
+            let mut cloud = Cloud::new(2, v6).await;
+            cloud.networks = vec![network(1)];
+            let a = cloud.instance(0, 10).await;
+            cloud.nic(0, 5, 0, 10, 0);
+            let stranger = cloud.world.hosts[1].netns.clone();
+            let vni = cloud.networks[0].vni;
+            let endpoint = cloud.endpoint(0);
+            let mac = Mac(nexus_network::vpc::links::hop(endpoint).0);
+            run(&stranger, &format!("ip link add fake type vxlan id {vni} dstport 4789 local {}", cloud.endpoint(1)));
+            run(&stranger, "ip link set fake up");
+            run(&stranger, "ip addr add 10.0.0.77/32 dev fake");
+            run(&stranger, "ip route add 10.0.0.5/32 dev fake src 10.0.0.77");
+            run(&stranger, &format!("ip neigh add 10.0.0.5 lladdr {mac} dev fake nud permanent"));
+            run(&stranger, &format!("bridge fdb append {mac} dev fake dst {endpoint} self permanent"));
+            let arrives = |patience| {
+                let listener = inside(&a, || std::net::UdpSocket::bind("10.0.0.5:0").unwrap());
+                listener.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+                let to = listener.local_addr().unwrap();
+                let sender = inside(&stranger, || std::net::UdpSocket::bind("10.0.0.77:0").unwrap());
+                let end = Instant::now() + patience;
+                while Instant::now() < end {
+                    sender.send_to(b"forged", to).unwrap();
+                    if listener.recv(&mut [0; 16]).is_ok() {
+                        return true;
+                    }
+                }
+                false
+            };
+            // As long as it is one of ours, it is heard: the forgery is a good one.
+            cloud.engines[0].apply(cloud.told(0), Vec::new()).await.unwrap();
+            assert!(arrives(DEADLINE));
+            let mut told = HostNetworks::clone(&cloud.told(0));
+            told.tunnels.clear();
+            cloud.engines[0].apply(Arc::new(told), Vec::new()).await.unwrap();
+            assert!(!arrives(BRIEFLY));
+            Underlay::destroy("nxt").await.unwrap();
+        }
     });
 }
