@@ -152,7 +152,8 @@ pub(super) fn join(site: &Site<'_>, want: &NetworkWant, out: &mut Outcome) -> Re
             let cleared = Netlink::open().and_then(|mut l| l.delete_link(&peering.link));
             enter(&own)?;
             cleared?;
-            l.add_veth(&end(FIRST_END.0), &end(SECOND_END.0), other.as_fd())
+            // The kernel refuses to set up an end before the pair is whole; the other network does it.
+            l.add_veth(&end(FIRST_END.0), &VethEnd { up: false, ..end(SECOND_END.0) }, other.as_fd())
         };
         hand.step(|| format!("the link {} to a peered network is missing", peering.link), make);
     }
