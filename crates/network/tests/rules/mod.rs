@@ -116,6 +116,17 @@ fn serves(from: &NetnsRef, to: &NetnsRef, called: SocketAddr, at: SocketAddr, pa
     }
 }
 
+/// Whether a datagram arrives at a socket in `to`.
+fn hears(from: &NetnsRef, to: &NetnsRef, at: SocketAddr, patience: Duration) -> bool {
+    let socket = inside(to, move || UdpSocket::bind(at).unwrap());
+    socket.set_read_timeout(Some(patience)).unwrap();
+    inside(from, move || {
+        let any: SocketAddr = if at.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" }.parse().unwrap();
+        let _ = UdpSocket::bind(any).unwrap().send_to(b"hello", at);
+    });
+    socket.recv(&mut [0; 9]).is_ok()
+}
+
 fn pings(from: &NetnsRef, to: IpAddr) -> bool {
     let kind = if to.is_ipv6() { "-6" } else { "-4" };
     inside(from, move || {
