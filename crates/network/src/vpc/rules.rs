@@ -353,8 +353,14 @@ impl<'a> Maker<'a> {
         internet.push(Rule::then([], no_floating));
         self.table.chain("internet", internet);
         for n in 0..self.plan.nats.len() {
-            let acts = [Act::Mark(nat_mark(n)), Act::Then(Verdict::goto("passed"))];
-            self.table.chain(format!("nat{n}"), vec![Rule::new([], acts)]);
+            // An address of one's own goes before one that is lent.
+            let own = |f: Family| {
+                let tests = [Test::within([Field::Source(f)], format!("floats{}", f.digit()))];
+                Rule::then(tests, Verdict::goto("internet"))
+            };
+            let mut rules = Family::BOTH.map(own).to_vec();
+            rules.push(Rule::new([], [Act::Mark(nat_mark(n)), Act::Then(Verdict::goto("passed"))]));
+            self.table.chain(format!("nat{n}"), rules);
         }
         let mut by_link: BTreeMap<Key, Target> = BTreeMap::new();
         for number in self.tables() {

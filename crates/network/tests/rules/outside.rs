@@ -25,7 +25,7 @@ fn floating_addresses_lead_both_ways_and_nat_one_way_and_infrastructure_is_close
         async || {
             let mut plan = network(1);
             plan.groups = vec![open_group(1, 0)];
-            plan.nics = vec![nic(1, 2, 0, &[0]), nic(1, 3, 1, &[0])];
+            plan.nics = vec![nic(1, 2, 0, &[0]), nic(1, 3, 1, &[0]), nic(1, 4, 0, &[0])];
             nat(&mut plan, vec![(host_name(1), "10.96.0.210".parse().unwrap())]);
             route(&mut plan, "0.0.0.0/0", Via::Nat(0));
             route(&mut plan, "203.0.113.0/30", Via::Internet);
@@ -41,12 +41,17 @@ fn floating_addresses_lead_both_ways_and_nat_one_way_and_infrastructure_is_close
                 site.closed.extend(own);
             }
             site.apply(vec![plan]).await;
-            let (a, b) = (site.nic(0), site.nic(1));
+            let [a, b, c] = [0, 1, 2].map(|n| site.nic(n));
             let (out, by_nat): (SocketAddr, SocketAddr) =
                 ((OUTSIDE4, 7000).into(), "203.0.113.5:7000".parse().unwrap());
             assert_eq!(serves(&a, &NetnsRef::Own, out, out, DEADLINE), Some(floating4), "out by its floating address");
+            assert_eq!(
+                serves(&a, &NetnsRef::Own, by_nat, by_nat, DEADLINE),
+                Some(floating4),
+                "its own before one that is lent"
+            );
             let own = site.world.hosts[0].address4;
-            assert_eq!(serves(&a, &NetnsRef::Own, by_nat, by_nat, DEADLINE), Some(own.into()), "by the host's own");
+            assert_eq!(serves(&c, &NetnsRef::Own, by_nat, by_nat, DEADLINE), Some(own.into()), "by the host's own");
             let lent: IpAddr = "10.96.0.210".parse().unwrap();
             assert_eq!(serves(&b, &NetnsRef::Own, by_nat, by_nat, DEADLINE), Some(lent), "by what the gateway lends");
             assert!(!connects(&b, &NetnsRef::Own, out, BRIEFLY), "without a floating address");
