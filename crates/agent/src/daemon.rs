@@ -19,6 +19,7 @@ use crate::identity::issuer::WireIssuer;
 use crate::identity::{Identities, keys};
 use crate::networks::Networks;
 use crate::observer::{Observer, View};
+use crate::parts::parts_of;
 use crate::secrets::{Secrets, mount_memory};
 use crate::servers::Servers;
 use crate::worker::{Order, Shared, Worker};
@@ -196,6 +197,7 @@ impl Manager {
         // What is here and not planned goes, but only if there is a plan to say so.
         if plan.is_some() {
             let mut others: BTreeSet<Uid> = view.instances.keys().copied().collect();
+            others.extend(view.parts.keys());
             others.extend(self.orders.keys());
             if !self.swept {
                 match self.leftovers().await {
@@ -206,13 +208,18 @@ impl Manager {
                     Err(error) => tracing::warn!(error, "what is left of earlier instances can't be looked for"),
                 }
             }
-            for uid in others {
-                wanted.entry(uid).or_default();
+            // What is left of a half-made part is its instance's to clear away, if that has a worker who knows of it.
+            let held: Vec<Order> = self.orders.values().map(|order| order.borrow().clone()).collect();
+            let plans = wanted.values().chain(&held).filter_map(|order| order.plan.as_deref());
+            let parts: BTreeSet<Uid> = plans.flat_map(parts_of).collect();
+            for uid in others.difference(&parts) {
+                wanted.entry(*uid).or_default();
             }
         }
         self.cleared.retain(|uid| {
             let gone = |o: &Order| o.plan.as_ref().is_some_and(|p| p.desired == Desired::Gone);
-            wanted.get(uid).is_some_and(gone) && !view.instances.contains_key(uid)
+            let here = view.instances.contains_key(uid) || view.parts.contains_key(uid);
+            wanted.get(uid).is_some_and(gone) && !here
         });
         for (uid, order) in wanted {
             if self.cleared.contains(&uid) {
@@ -253,7 +260,7 @@ impl Manager {
         }
     }
 
-    /// Instances of which a network, an identity or a secret is here, whether they are or not.
+    /// Instances of which a network, an identity, a secret or a shared folder is here, whether they are or not.
     async fn leftovers(&self) -> Result<Vec<Uid>, String> {
         let mut left = self.shared.engines.net.plugged().await.map_err(|e| e.to_string())?;
         if let Some(identities) = &self.shared.identities {
@@ -261,6 +268,9 @@ impl Manager {
         }
         if let Some(secrets) = &self.shared.secrets {
             left.extend(secrets.known().await.map_err(|e| e.to_string())?);
+        }
+        for runtime in self.shared.engines.runtimes.values() {
+            left.extend(runtime.shared().await.map_err(|e| e.to_string())?);
         }
         Ok(left)
     }
@@ -284,6 +294,7 @@ impl Manager {
                 started,
                 exit_code,
                 message: "this host has no plan yet".into(),
+                parts: Vec::new(),
             };
             self.shared.handle.instance(*uid, Some(report));
         }

@@ -20,6 +20,7 @@ fn instance(n: u8, project: &str) -> InstancePlan {
         desired: Desired::Running,
         once: false,
         kept: false,
+        part_digests: Default::default(),
         template: Template::default(),
         image: ImagePlan { format: ImageFormat::Oci, digest: Digest::of(b"i") },
         address6: [0xfd00, 0, 0, 1, 0, 0, 0, n.into()].into(),

@@ -10,6 +10,7 @@
 //! taken over, never started again.
 
 mod ahead;
+mod board;
 mod config;
 mod daemon;
 mod fabric;
@@ -19,9 +20,11 @@ mod identity;
 pub mod images;
 mod inside;
 pub mod keeper;
+mod launch;
 mod networks;
 mod observer;
 mod outcome;
+mod parts;
 mod plans;
 mod plug;
 mod report;

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use nexus_compute::Observed;
 use nexus_compute::keep::Keep;
-use nexus_model::Uid;
 use nexus_model::kind::Runtime;
+use nexus_model::{Name, Uid};
 use tokio::sync::{Notify, watch};
 
 /// Even if nobody says so, something may have changed.
@@ -24,7 +24,13 @@ pub(crate) struct View {
     /// Every request up to this one is answered by this view. 0: nothing has been seen yet.
     answers: u64,
     pub instances: Arc<BTreeMap<Uid, (Runtime, Observed)>>,
+    /// Init steps and sidecars, by instance. One that was cut off while it was made is among the instances: nobody knows whose
+    /// it is.
+    pub parts: Arc<BTreeMap<Uid, BTreeMap<Name, Observed>>>,
 }
+
+/// What one look saw: instances, and their parts.
+type Seen = (BTreeMap<Uid, (Runtime, Observed)>, BTreeMap<Uid, BTreeMap<Name, Observed>>);
 
 impl View {
     pub fn is_known(&self) -> bool {
@@ -63,8 +69,9 @@ impl Observer {
         loop {
             let request = self.asked.load(Ordering::SeqCst);
             match self.observe().await {
-                Ok(instances) => {
-                    self.views.send_replace(View { answers: request, instances: Arc::new(instances) });
+                Ok((instances, parts)) => {
+                    let (instances, parts) = (Arc::new(instances), Arc::new(parts));
+                    self.views.send_replace(View { answers: request, instances, parts });
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the host can't be looked at");
@@ -84,13 +91,16 @@ impl Observer {
         }
     }
 
-    async fn observe(&self) -> Result<BTreeMap<Uid, (Runtime, Observed)>, nexus_compute::RuntimeError> {
-        let mut all = BTreeMap::new();
+    async fn observe(&self) -> Result<Seen, nexus_compute::RuntimeError> {
+        let (mut all, mut parts) = Seen::default();
         for (kind, runtime) in &self.runtimes {
             for observed in runtime.observe().await? {
-                all.insert(observed.uid, (*kind, observed));
+                match observed.part.clone() {
+                    None => drop(all.insert(observed.uid, (*kind, observed))),
+                    Some(part) => drop(parts.entry(part.instance).or_default().insert(part.name, observed)),
+                }
             }
         }
-        Ok(all)
+        Ok((all, parts))
     }
 }

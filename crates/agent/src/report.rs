@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nexus_compute::CpuTime;
 use nexus_env::{Endpoint, Env};
 use nexus_model::Uid;
 use nexus_model::plan::{HostReport, InstanceUsage, ReportAck, method};
@@ -116,7 +117,7 @@ async fn send(
 #[derive(Default)]
 struct UsageMeter {
     at: Duration,
-    known: BTreeMap<Uid, Duration>,
+    known: BTreeMap<Uid, CpuTime>,
     told: Vec<InstanceUsage>,
 }
 
@@ -143,19 +144,19 @@ impl UsageMeter {
     }
 }
 
-/// Thousandths of a processor that each instance used that is in both looks. One that was started anew counts from nothing.
-fn used_between(
-    before: &BTreeMap<Uid, Duration>,
-    now: &BTreeMap<Uid, Duration>,
-    passed: Duration,
-) -> Vec<InstanceUsage> {
-    let used = |(uid, now): (&Uid, &Duration)| {
-        let before = before.get(uid)?;
-        let spent = now.checked_sub(*before).unwrap_or(*now);
+/// Thousandths of a processor that each instance used, with all its parts, of what is in both looks. What was started anew
+/// counts from nothing.
+fn used_between(before: &BTreeMap<Uid, CpuTime>, now: &BTreeMap<Uid, CpuTime>, passed: Duration) -> Vec<InstanceUsage> {
+    let mut spent: BTreeMap<Uid, Duration> = BTreeMap::new();
+    for (uid, now) in now {
+        let Some(before) = before.get(uid) else { continue };
+        *spent.entry(now.instance).or_default() += now.used.checked_sub(before.used).unwrap_or(now.used);
+    }
+    let used = |(uid, spent): (Uid, Duration)| {
         let cpu = spent.as_secs_f64() / passed.as_secs_f64() * 1000.0;
-        Some(InstanceUsage { uid: *uid, cpu: cpu.round() as u32 })
+        InstanceUsage { uid, cpu: cpu.round() as u32 }
     };
-    now.iter().filter_map(used).collect()
+    spent.into_iter().map(used).collect()
 }
 
 /// The share of the machine's processors in use between two looks at /proc/stat (proc(5)).
@@ -192,9 +193,11 @@ mod tests {
 
     #[test]
     fn an_instance_uses_what_its_time_grew_by() {
-        let [a, b, c] = [1, 2, 3].map(|n| Uid::from_random([n; 16]));
-        let millis = |of: &[(Uid, u64)]| of.iter().map(|(u, ms)| (*u, Duration::from_millis(*ms))).collect();
-        let (before, now) = (millis(&[(a, 100), (b, 900)]), millis(&[(a, 1100), (b, 200), (c, 5)]));
+        let [a, b, c, part] = [1, 2, 3, 4].map(|n| Uid::from_random([n; 16]));
+        let time = |instance, ms| CpuTime { instance, used: Duration::from_millis(ms) };
+        let before = [(a, time(a, 100)), (b, time(b, 900)), (part, time(b, 700))].into();
+        // The part was started anew since.
+        let now = [(a, time(a, 1100)), (b, time(b, 1000)), (part, time(b, 100)), (c, time(c, 5))].into();
         let used = used_between(&before, &now, Duration::from_secs(2));
         assert_eq!(used, [InstanceUsage { uid: a, cpu: 500 }, InstanceUsage { uid: b, cpu: 100 }]);
     }

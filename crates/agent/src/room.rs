@@ -17,7 +17,7 @@ const SETTLE: Duration = Duration::from_secs(5);
 
 /// What a plan needs: its instances' images, and what is to be ready before an instance comes.
 pub(crate) fn needed(plan: &HostPlan) -> BTreeSet<Digest> {
-    let instances = plan.instances.iter().map(|i| i.image.digest);
+    let instances = plan.instances.iter().flat_map(|i| i.part_digests.values().copied().chain([i.image.digest]));
     instances.chain(plan.prepare.iter().map(|image| image.digest)).collect()
 }
 

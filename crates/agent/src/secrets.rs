@@ -107,9 +107,9 @@ impl Secrets {
         SecretMounts { env, folders: folders.collect() }
     }
 
-    /// Fetches all that an instance names and lays it ready for its start. Without any server, what is here of it already is
-    /// good for another start.
-    pub async fn prepare(&self, plan: &InstancePlan) -> Result<(), String> {
+    /// Fetches all that a part of an instance names and lays it ready for its start. Without any server, what is here of it
+    /// already is good for another start.
+    pub async fn prepare(&self, instance: Uid, plan: &InstancePlan) -> Result<(), String> {
         let refs = plan.template.secrets.clone();
         if refs.is_empty() {
             return Ok(());
@@ -117,7 +117,7 @@ impl Secrets {
         let dir = self.of(plan.uid);
         let mut values = Vec::new();
         for wanted in &refs {
-            match self.source.secret(plan.uid, &wanted.name, wanted.version).await {
+            match self.source.secret(instance, &wanted.name, wanted.version).await {
                 Ok(secret) => values.push(secret),
                 Err(IssueError::Unreachable(why)) => {
                     let held = blocking(move || Ok(delivered(&dir))).await.map_err(|e| e.to_string())?;
@@ -136,7 +136,7 @@ impl Secrets {
     }
 
     /// Sees to it that files which follow their secret come to the versions of a plan.
-    pub fn follow(self: &Arc<Self>, plan: &Arc<InstancePlan>) -> Option<Follower> {
+    pub fn follow(self: &Arc<Self>, instance: Uid, plan: &Arc<InstancePlan>) -> Option<Follower> {
         if plan.secrets.is_empty() {
             return None;
         }
@@ -144,7 +144,7 @@ impl Secrets {
         let mut task = JoinSet::new();
         task.spawn(async move {
             let mut pause = RETRY;
-            while let Err(reason) = secrets.catch_up(&plan).await {
+            while let Err(reason) = secrets.catch_up(instance, &plan).await {
                 tracing::warn!(uid = %plan.uid, name = %plan.name, reason, "a secret's files stay at an old version");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(RETRY_MOST);
@@ -153,7 +153,7 @@ impl Secrets {
         Some(Follower { _task: task })
     }
 
-    async fn catch_up(&self, plan: &InstancePlan) -> Result<(), String> {
+    async fn catch_up(&self, instance: Uid, plan: &InstancePlan) -> Result<(), String> {
         let dir = self.of(plan.uid);
         let read = dir.clone();
         let held = blocking(move || Ok(delivered(&read))).await.map_err(|e| e.to_string())?;
@@ -164,7 +164,7 @@ impl Secrets {
             if held.versions[i] == *newest {
                 continue;
             }
-            let secret = self.source.secret(plan.uid, &wanted.name, None).await;
+            let secret = self.source.secret(instance, &wanted.name, None).await;
             let secret = secret.map_err(|e| format!("secret {}: {e}", wanted.name))?;
             let version = secret.version;
             if version != held.versions[i] {

@@ -51,6 +51,7 @@ fn plan(refs: serde_json::Value, newest: &[(&str, u64)]) -> Arc<InstancePlan> {
         request_id: None,
         once: false,
         kept: false,
+        part_digests: Default::default(),
     })
 }
 
@@ -78,7 +79,7 @@ async fn files_and_variables_are_laid_ready_and_only_their_owner_reads_them() {
     let refs =
         serde_json::json!([{"name": "tls", "path": "/srv/tls"}, {"name": "db", "env": {"PASSWORD": "password"}}]);
     let plan = plan(refs, &[("tls", 1)]);
-    secrets.prepare(&plan).await.unwrap();
+    secrets.prepare(Uid::default(), &plan).await.unwrap();
     let mounts = secrets.mounts(&plan);
     assert_eq!(mounts.read_env().unwrap(), ["PASSWORD=a=b c\n"]);
     assert_eq!(mounts.folders.len(), 1);
@@ -101,13 +102,13 @@ async fn a_new_version_takes_the_place_of_all_files_at_once() {
     source.put("tls", &[("a", b"1"), ("gone", b"1")]);
     let refs = serde_json::json!([{"name": "tls"}]);
     let first = plan(refs.clone(), &[("tls", 1)]);
-    secrets.prepare(&first).await.unwrap();
+    secrets.prepare(Uid::default(), &first).await.unwrap();
     let folder = secrets.mounts(&first).folders.remove(0).source;
     let inode = fs::metadata(&folder).unwrap().ino();
 
     source.put("tls", &[("a", b"2"), ("new", b"2")]);
     let second = plan(refs.clone(), &[("tls", 2)]);
-    let follower = secrets.follow(&second);
+    let follower = secrets.follow(Uid::default(), &second);
     until(|| fs::read(folder.join("new")).is_ok_and(|v| v == b"2")).await;
     until(|| !folder.join("gone").exists() && !folder.join("..1").exists()).await;
     assert_eq!(fs::read(folder.join("a")).unwrap(), b"2");
@@ -116,12 +117,12 @@ async fn a_new_version_takes_the_place_of_all_files_at_once() {
 
     // A server that is behind is asked again; a plan that is already true asks nobody.
     let third = plan(refs, &[("tls", 3)]);
-    assert!(secrets.catch_up(&third).await.unwrap_err().contains("knows no version 3"));
+    assert!(secrets.catch_up(Uid::default(), &third).await.unwrap_err().contains("knows no version 3"));
     source.put("tls", &[("a", b"3")]);
-    secrets.catch_up(&third).await.unwrap();
+    secrets.catch_up(Uid::default(), &third).await.unwrap();
     assert_eq!(fs::read(folder.join("a")).unwrap(), b"3");
     *source.0.lock().unwrap() = None;
-    secrets.catch_up(&third).await.unwrap();
+    secrets.catch_up(Uid::default(), &third).await.unwrap();
 }
 
 #[tokio::test]
@@ -129,16 +130,16 @@ async fn without_servers_an_instance_starts_again_with_what_is_here_and_never_wi
     let (_dir, source, secrets) = host();
     source.put("tls", &[("a", b"1")]);
     let one = serde_json::json!([{"name": "tls"}]);
-    secrets.prepare(&plan(one.clone(), &[])).await.unwrap();
+    secrets.prepare(Uid::default(), &plan(one.clone(), &[])).await.unwrap();
     *source.0.lock().unwrap() = None;
-    secrets.prepare(&plan(one, &[])).await.unwrap();
+    secrets.prepare(Uid::default(), &plan(one, &[])).await.unwrap();
     let more = plan(serde_json::json!([{"name": "tls"}, {"name": "db"}]), &[]);
-    assert!(secrets.prepare(&more).await.unwrap_err().contains("no server can be reached"));
+    assert!(secrets.prepare(Uid::default(), &more).await.unwrap_err().contains("no server can be reached"));
     // What a server refuses is not there.
     source.put("tls", &[("a", b"1")]);
-    assert!(secrets.prepare(&more).await.unwrap_err().contains("there is no secret db"));
+    assert!(secrets.prepare(Uid::default(), &more).await.unwrap_err().contains("there is no secret db"));
     source.put("db", &[("raw", &[0])]);
     let wrong = |key: &str| plan(serde_json::json!([{"name": "db", "env": {"X": key}}]), &[]);
-    assert!(secrets.prepare(&wrong("none")).await.unwrap_err().contains("has no key none"));
-    assert!(secrets.prepare(&wrong("raw")).await.unwrap_err().contains("mount it as a file"));
+    assert!(secrets.prepare(Uid::default(), &wrong("none")).await.unwrap_err().contains("has no key none"));
+    assert!(secrets.prepare(Uid::default(), &wrong("raw")).await.unwrap_err().contains("mount it as a file"));
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use nexus_compute::ExecIo;
 use nexus_env::{Disk, Endpoint, Env, File};
+use nexus_model::kind::Runtime;
 use nexus_model::plan::{CaptureRequest, ExecRequest, LogsRequest, TraceRequest, channel, method};
 use nexus_network::vpc::capture::Capture;
 use nexus_wire::{FrameSink, FrameStream, Refusal, Server, ServerBuilder, WireError, code};
@@ -18,6 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 
 use crate::config::AgentConfig;
+use crate::launch::log_dir;
 use crate::networks::Networks;
 use crate::outcome;
 use crate::worker::Shared;
@@ -117,7 +119,8 @@ async fn logs(
     mut sink: FrameSink,
     mut frames: FrameStream,
 ) -> Result<(), Refusal> {
-    let dir = shared.logs(request.uid);
+    let own = shared.logs(request.uid);
+    let dir = log_dir(&shared.logs_dir, request.uid, request.part.as_ref());
     let disk = shared.env.disk.clone();
     let known = shared.handle.snapshot().instances.contains_key(&request.uid);
     if !known && !disk.exists(&dir).unwrap_or(false) {
@@ -143,7 +146,7 @@ async fn logs(
     }
     loop {
         // Asked before the log is read to its end, so that nothing is missed of what was written last.
-        let over = outcome::is_there(&*disk, &dir);
+        let over = outcome::is_there(&*disk, &own);
         let Some(file) = live.clone() else {
             if !request.follow || over {
                 break;
@@ -300,9 +303,15 @@ async fn exec(
         return Err(Refusal::new(code::BAD_REQUEST, "there is no command"));
     }
     let view = shared.observer.subscribe().borrow().clone();
-    let runtime = view.instances.get(&request.uid).and_then(|(kind, _)| shared.engines.runtimes.get(kind)).cloned();
-    let Some(runtime) = runtime else {
-        return Err(Refusal::new(code::BAD_REQUEST, format!("instance {} does not run on this host", request.uid)));
+    let found = match &request.part {
+        None => view.instances.get(&request.uid).map(|(kind, _)| (*kind, request.uid)),
+        Some(part) => view.parts.get(&request.uid).and_then(|parts| Some((Runtime::Container, parts.get(part)?.uid))),
+    };
+    let found = found.and_then(|(kind, uid)| Some((shared.engines.runtimes.get(&kind)?.clone(), uid)));
+    let Some((runtime, uid)) = found else {
+        let what = request.part.as_ref().map_or_else(String::new, |part| format!("part {part} of "));
+        let why = format!("{what}instance {} does not run on this host", request.uid);
+        return Err(Refusal::new(code::BAD_REQUEST, why));
     };
     let failed = |e: io::Error| Refusal::internal(format!("a pipe for the command: {e}"));
     let (stdin, input) = pair().map_err(failed)?;
@@ -312,7 +321,7 @@ async fn exec(
     let mut output = pipe::Receiver::from_owned_fd(output).map_err(failed)?;
     let mut errors = pipe::Receiver::from_owned_fd(errors).map_err(failed)?;
     let io = ExecIo { stdin, stdout, stderr };
-    let mut running = std::pin::pin!(runtime.exec(request.uid, &request.command, io, EXEC_DEADLINE));
+    let mut running = std::pin::pin!(runtime.exec(uid, &request.command, io, EXEC_DEADLINE));
 
     let (mut out, mut err) = (vec![0; PIECE], vec![0; PIECE]);
     let (mut out_open, mut err_open, mut listening) = (true, true, true);

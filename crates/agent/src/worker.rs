@@ -3,12 +3,11 @@
 //! It can be cut off at any await: the next worker looks at what is there and goes on. A failure is told in the
 //! instance's report and tried again with back-off; it is nobody else's matter.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nexus_compute::keep::LogFiles;
-use nexus_compute::{Runtime, Sandbox, SecretMounts, State};
+use nexus_compute::{Runtime, State};
 use nexus_env::Env;
 use nexus_model::kind::{self, HealthCheck, InstancePhase};
 use nexus_model::plan::{Desired, InstancePlan, InstanceReport};
@@ -16,28 +15,29 @@ use nexus_model::{Timestamp, Uid};
 use tokio::sync::{Semaphore, watch};
 
 use crate::AgentHandle;
+use crate::board::Board;
 use crate::config::Engines;
 use crate::fabric::{self, Fabric};
 use crate::health;
 use crate::identity::{Identities, Identity};
+use crate::launch::{Launcher, log_dir};
 use crate::networks::Networks;
 use crate::observer::{Observer, View};
 use crate::outcome::{self, Outcome};
+use crate::parts::{Next, Parts};
 use crate::secrets::{Follower, Secrets};
 use crate::step::{Memory, Seen, Step, WELL_AFTER, Want, backoff, next_step};
 
-const LOG_FILE_BYTES: u64 = 10 << 20;
-const LOG_FILES: u32 = 3;
 /// How long an instance may take to stop of which no plan is known any more.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 /// Between the moment when an instance that serves is to go and the moment when it is told so: gateways hear of it meanwhile and
 /// send it nothing more, and what is short ends.
 const LAME: Duration = Duration::from_millis(500);
 /// A new instance is probed this soon, then less and less often until it is ready.
-const FIRST_PROBE: Duration = Duration::from_millis(20);
+pub(crate) const FIRST_PROBE: Duration = Duration::from_millis(20);
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// An instance of a job that can't be started so often in a row has failed.
-const START_TRIES: u32 = 5;
+pub(crate) const START_TRIES: u32 = 5;
 
 /// What all workers share.
 pub(crate) struct Shared {
@@ -56,7 +56,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub fn logs(&self, uid: Uid) -> PathBuf {
-        self.logs_dir.join(uid.to_string())
+        log_dir(&self.logs_dir, uid, None)
     }
 
     fn now(&self) -> Timestamp {
@@ -77,7 +77,11 @@ pub(crate) struct Worker {
     orders: watch::Receiver<Order>,
     views: watch::Receiver<View>,
     memory: Memory,
+    /// Its main part's words; all of it is told by the board.
     report: InstanceReport,
+    board: Arc<Board>,
+    launcher: Arc<Launcher>,
+    parts: Parts,
     /// Served from before the instance starts until it is cleared away.
     identity: Option<Identity>,
     /// Keeps the files of its secrets new while it runs.
@@ -101,15 +105,37 @@ impl Worker {
             started: None,
             exit_code: None,
             message: String::new(),
+            parts: Vec::new(),
         };
+        let board = Arc::new(Board::new(uid, shared.handle.clone()));
+        let launcher = Arc::new(Launcher::new(shared.clone()));
+        let parts = Parts::new(uid, launcher.clone(), board.clone(), orders.clone(), views.clone());
         let (memory, identity, follower, outcome) = Default::default();
-        Self { shared, uid, orders, views, memory, report, identity, follower, outcome, remembered: false }
+        let remembered = false;
+        Self {
+            shared,
+            uid,
+            orders,
+            views,
+            memory,
+            report,
+            board,
+            launcher,
+            parts,
+            identity,
+            follower,
+            outcome,
+            remembered,
+        }
     }
 
     /// Works until the instance is gone and nothing of it is left.
     pub async fn run(mut self) -> Uid {
         loop {
             let order = self.orders.borrow_and_update().clone();
+            if let Some(plan) = &order.plan {
+                self.parts.announce(plan);
+            }
             let once = order.plan.as_ref().is_some_and(|p| p.once);
             if once && !self.remembered && !self.remember().await {
                 continue;
@@ -140,7 +166,7 @@ impl Worker {
             let kind = kind.or(order.plan.as_ref().map(|p| p.template.runtime));
             match next_step(want, seen, &self.memory, self.shared.env.monotonic()) {
                 Step::Done => {
-                    self.shared.handle.instance(self.uid, None);
+                    self.board.gone();
                     return self.uid;
                 }
                 Step::Start => {
@@ -190,7 +216,7 @@ impl Worker {
         if phase != InstancePhase::Running {
             self.report.ready = false;
         }
-        self.shared.handle.instance(self.uid, Some(self.report.clone()));
+        self.board.main(&self.report);
     }
 
     /// Which NIC a running instance is without, and why.
@@ -212,7 +238,59 @@ impl Worker {
         }
     }
 
+    /// Does what comes before the main part. Whether nothing is left of that.
+    async fn advance(&mut self, plan: &Arc<InstancePlan>) -> bool {
+        if plan.template.parts().is_empty() {
+            return true;
+        }
+        if self.report.phase != InstancePhase::Starting {
+            self.tell(InstancePhase::Starting, self.report.message.clone());
+        }
+        let mut orders = self.orders.clone();
+        let step = async {
+            match self.launcher.identify(plan, &mut self.identity).await {
+                Ok(()) => self.parts.advance(plan, self.identity.as_ref().map(|i| i.folder.clone())).await,
+                Err(why) => Next::Failed(why),
+            }
+        };
+        let next = tokio::select! {
+            biased;
+            _ = orders.changed() => Next::Again,
+            next = step => next,
+        };
+        match next {
+            Next::Main => return true,
+            Next::Again => self.shared.observer.look().await,
+            Next::StepDone => (self.memory.failures, self.memory.not_before) = (0, Duration::ZERO),
+            Next::Wait(what) => {
+                self.tell(InstancePhase::Starting, what);
+                tokio::select! {
+                    biased;
+                    _ = self.orders.changed() => {}
+                    _ = self.views.changed() => {}
+                    () = self.parts.changed() => {}
+                }
+            }
+            Next::Failed(why) => self.start_failed(plan, why, false).await,
+            Next::GivenUp(why) => self.start_failed(plan, why, true).await,
+        }
+        false
+    }
+
+    /// A job's instance is not tried for ever.
+    async fn start_failed(&mut self, plan: &InstancePlan, why: String, given_up: bool) {
+        tracing::warn!(uid = %self.uid, name = %plan.name, reason = why, "an instance can't be started");
+        if plan.once && (given_up || self.memory.failures + 1 >= START_TRIES) {
+            self.conclude(Outcome { code: None, message: why, started: None }).await;
+        } else {
+            self.failed(&why);
+        }
+    }
+
     async fn start(&mut self, plan: &Arc<InstancePlan>) {
+        if !self.advance(plan).await {
+            return;
+        }
         self.tell(InstancePhase::Starting, self.report.message.clone());
         self.follower = None;
         self.memory = Memory { grace: self.memory.grace, failures: self.memory.failures, ..Memory::default() };
@@ -221,7 +299,7 @@ impl Worker {
             biased;
             // The plan has changed: whatever was begun is looked at afresh.
             _ = orders.changed() => return self.shared.observer.look().await,
-            begun = begin(&self.shared, plan, &mut self.identity) => begun,
+            begun = self.launcher.main(plan, &mut self.identity) => begun,
         };
         match begun {
             Ok(()) => {
@@ -229,14 +307,7 @@ impl Worker {
                 tracing::info!(uid = %self.uid, name = %plan.name, epoch = plan.epoch, request, "an instance was started");
                 self.report.started = Some(self.shared.now());
             }
-            Err(why) => {
-                tracing::warn!(uid = %self.uid, name = %plan.name, reason = why, "an instance can't be started");
-                if plan.once && self.memory.failures + 1 >= START_TRIES {
-                    self.conclude(Outcome { code: None, message: why, started: None }).await;
-                } else {
-                    self.failed(&why);
-                }
-            }
+            Err(why) => self.start_failed(plan, why, false).await,
         }
         self.shared.observer.look().await;
     }
@@ -246,8 +317,7 @@ impl Worker {
         self.memory.failures += 1;
         let pause = backoff(self.memory.failures);
         self.memory.not_before = self.shared.env.monotonic() + pause;
-        let again = if pause < Duration::from_secs(1) { "now".into() } else { format!("in {} s", pause.as_secs()) };
-        self.tell(InstancePhase::BackOff, format!("{why}; it is tried again {again}"));
+        self.tell(InstancePhase::BackOff, format!("{why}; it is tried again {}", again(pause)));
     }
 
     async fn ask(&mut self, kind: Option<kind::Runtime>) {
@@ -357,6 +427,8 @@ impl Worker {
     /// Removes what runs, its network, its identity and its secrets.
     async fn take_down(&mut self, kind: Option<kind::Runtime>) -> Result<(), String> {
         self.remove(kind).await?;
+        let plan = self.orders.borrow().plan.clone();
+        self.parts.clear(plan.as_deref(), self.memory.grace).await?;
         self.shared.engines.net.unplug(self.uid).await.map_err(|e| e.to_string())?;
         self.identity = None;
         if let Some(identities) = &self.shared.identities {
@@ -407,10 +479,11 @@ impl Worker {
         self.report.started = since.or(self.report.started);
         (self.memory.asked, self.memory.cleared) = (None, false);
         // After the agent's restart the instance runs already. It goes on whether this succeeds or not.
-        if let Err(reason) = identify(&self.shared, plan, &mut self.identity).await {
+        if let Err(reason) = self.launcher.identify(plan, &mut self.identity).await {
             tracing::warn!(uid = %self.uid, name = %plan.name, reason, "a running instance can't ask who it is");
         }
-        self.follower = self.shared.secrets.as_ref().and_then(|secrets| secrets.follow(plan));
+        self.parts.keep_all(plan, &self.identity.as_ref().map(|i| i.folder.clone()));
+        self.follower = self.shared.secrets.as_ref().and_then(|secrets| secrets.follow(plan.uid, plan));
         let Some(runtime) = self.runtime(plan.template.runtime) else { return self.wait(None).await };
         let first_port = plan.template.served_ports().first().map(|p| p.port);
         let (ready, live) = (plan.template.health.readiness.clone(), plan.template.health.liveness.clone());
@@ -516,8 +589,13 @@ async fn changed<T>(news: &mut Option<watch::Receiver<T>>) {
     }
 }
 
+/// When something is tried that comes after a pause.
+pub(crate) fn again(pause: Duration) -> String {
+    if pause < Duration::from_secs(1) { "now".into() } else { format!("in {} s", pause.as_secs()) }
+}
+
 /// How a process ended, in a sentence.
-fn ended(code: Option<i32>, message: String) -> String {
+pub(crate) fn ended(code: Option<i32>, message: String) -> String {
     match code {
         _ if !message.is_empty() => message,
         Some(code) => format!("it exited with {code}"),
@@ -545,70 +623,4 @@ async fn readiness(
         }
         _ => Ok(None),
     }
-}
-
-/// Begins to serve a container's identity, if it is not served yet.
-async fn identify(shared: &Shared, plan: &InstancePlan, identity: &mut Option<Identity>) -> Result<(), String> {
-    if identity.is_none()
-        && plan.template.runtime == kind::Runtime::Container
-        && let Some(identities) = &shared.identities
-    {
-        *identity = Some(identities.open(plan).await?);
-    }
-    Ok(())
-}
-
-/// Fetches, plugs in and starts.
-async fn begin(shared: &Shared, plan: &InstancePlan, identity: &mut Option<Identity>) -> Result<(), String> {
-    let Some(runtime) = shared.engines.runtimes.get(&plan.template.runtime) else {
-        return Err(format!("this host has no runtime for {:?}", plan.template.runtime));
-    };
-    // First, so that there is a certificate by the time that the program asks.
-    identify(shared, plan, identity).await?;
-    let secrets = match &shared.secrets {
-        Some(secrets) => {
-            secrets.prepare(plan).await?;
-            secrets.mounts(plan)
-        }
-        None if plan.template.secrets.is_empty() => SecretMounts::default(),
-        None => return Err("this host keeps no secrets".to_owned()),
-    };
-    // Not under the permit: a slow download must not keep other instances from starting.
-    shared.engines.images.ensure(&plan.image).await.map_err(|e| e.to_string())?;
-    let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
-    runtime.prepare(plan.image.digest).await.map_err(|e| e.to_string())?;
-    let plug = async {
-        if let Some(fabric) = &shared.fabric {
-            fabric.guards(plan.uid).await?;
-        }
-        let netns = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await.map_err(|e| e.to_string())?;
-        match &shared.networks {
-            Some(networks) => networks.ready(plan.uid, &plan.nics).await?,
-            None if plan.nics.is_empty() => {}
-            None => return Err("this host has no part in tenants' networks".to_owned()),
-        }
-        Ok(netns)
-    };
-    let (netns, ()) = tokio::join!(plug, runtime.warm(&plan.project));
-    let netns = netns?;
-    let sandbox = Sandbox {
-        uid: plan.uid,
-        epoch: plan.epoch,
-        name: plan.name.clone(),
-        project: plan.project.clone(),
-        app: plan.app.clone(),
-        template: plan.template.clone(),
-        image: plan.image.digest,
-        netns,
-        address6: plan.address6,
-        address4: plan.address4,
-        identity: identity.as_ref().map(|i| i.folder.clone()),
-        secrets,
-        logs: LogFiles { dir: log_dir(&shared.logs_dir, plan.uid), max_bytes: LOG_FILE_BYTES, keep: LOG_FILES },
-    };
-    runtime.start(&sandbox).await.map_err(|e| e.to_string())
-}
-
-fn log_dir(dir: &Path, uid: Uid) -> PathBuf {
-    dir.join(uid.to_string())
 }

@@ -1,5 +1,8 @@
 //! The daemon against a fake runtime that outlives it, and servers that are real but for what they know.
 
+#[path = "daemon/parts.rs"]
+mod parts;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -13,14 +16,14 @@ use nexus_agent::{
     AgentConfig, AgentHandle, Engines, FetchError, IdentityConfig, ImageFetcher, InstancePlug, PlugError, run,
 };
 use nexus_compute::keep::{Keep, KeepError, Kept, Spawn};
-use nexus_compute::{ExecIo, IDENTITY_SOCKET, Observed, Runtime, RuntimeError, Sandbox, State};
+use nexus_compute::{ExecIo, IDENTITY_SOCKET, Observed, PartOf, Runtime, RuntimeError, Sandbox, Shared, State};
 use nexus_env::{Endpoint, Env};
 use nexus_model::kind::{self, HostSpec, ImageFormat, InstancePhase, Port, Protocol, Template};
 use nexus_model::plan::{
     Desired, ExecRequest, HostPlan, HostReport, ImagePlan, InstancePlan, InstanceReport, LogsRequest, PLAN_VERSION,
     PlanRequest, ReportAck, channel, method,
 };
-use nexus_model::{Digest, Name, Timestamp, Uid};
+use nexus_model::{Bytes, Digest, Name, Timestamp, Uid};
 use nexus_wire::{Client, ClientOptions, Refusal, Server, ServerBook};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -91,6 +94,8 @@ struct Fake {
     identified: Mutex<BTreeSet<Uid>>,
     stops: Mutex<Vec<Uid>>,
     refuse: Mutex<BTreeSet<Uid>>,
+    /// The ids of shared folders.
+    shares: Mutex<BTreeMap<Uid, String>>,
     changed: Notify,
 }
 
@@ -113,7 +118,7 @@ impl Fake {
 
     fn put(&self, uid: Uid, epoch: u64) {
         let state = State::Running { since: Timestamp::from_millis(1) };
-        self.rows.lock().unwrap().insert(uid, Observed { uid, epoch, state });
+        self.rows.lock().unwrap().insert(uid, Observed { uid, epoch, state, part: None });
     }
 }
 
@@ -132,8 +137,25 @@ impl Runtime for Fake {
         if self.refuse.lock().unwrap().contains(&sandbox.uid) {
             return Err(RuntimeError::Failed { attempt: "starting".into(), message: "no such command".into() });
         }
+        assert_eq!(sandbox.shared.is_some(), self.shares.lock().unwrap().contains_key(&instance_of(sandbox)));
         self.put(sandbox.uid, sandbox.epoch);
+        self.rows.lock().unwrap().get_mut(&sandbox.uid).unwrap().part = sandbox.part.clone();
         Ok(())
+    }
+
+    async fn share(&self, instance: Uid, _: Bytes, _: Option<&Name>) -> Result<Shared, RuntimeError> {
+        let id = format!("folder {}", self.starts.lock().unwrap().len());
+        let id = self.shares.lock().unwrap().entry(instance).or_insert(id).clone();
+        Ok(Shared { path: "/shared".into(), id })
+    }
+
+    async fn unshare(&self, instance: Uid) -> Result<(), RuntimeError> {
+        self.shares.lock().unwrap().remove(&instance);
+        Ok(())
+    }
+
+    async fn shared(&self) -> Result<Vec<Uid>, RuntimeError> {
+        Ok(self.shares.lock().unwrap().keys().copied().collect())
     }
 
     async fn stop(&self, uid: Uid) -> Result<(), RuntimeError> {
@@ -169,6 +191,10 @@ impl Runtime for Fake {
         let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
         Ok(status.code().unwrap_or(-1))
     }
+}
+
+fn instance_of(sandbox: &Sandbox) -> Uid {
+    sandbox.part.as_ref().map_or(sandbox.uid, |part| part.instance)
 }
 
 struct FakeKeep(Arc<Fake>);
@@ -317,6 +343,7 @@ fn instance(n: u8, epoch: u64) -> InstancePlan {
         request_id: None,
         once: false,
         kept: false,
+        part_digests: Default::default(),
     }
 }
 
@@ -600,7 +627,7 @@ async fn logs_are_read_across_rotation_and_followed() {
     line(&dir.join("1"), "stderr", "two");
     line(&dir.join("current"), "stdout", "three");
     let client = client(&host, &daemon).await;
-    let ask = |follow, tail| LogsRequest { uid: uid(1), follow, tail };
+    let ask = |follow, tail| LogsRequest { uid: uid(1), follow, tail, part: None };
     let all = read(&client, &ask(false, None)).await;
     assert_eq!(all, [(1, "one\n".into()), (2, "two\n".into()), (1, "three\n".into())]);
     let last = read(&client, &ask(false, Some(2))).await;
@@ -614,7 +641,7 @@ async fn logs_are_read_across_rotation_and_followed() {
     std::fs::rename(dir.join("current"), dir.join("1")).unwrap();
     line(&dir.join("current"), "stdout", "five");
     assert_eq!(next().await, "five\n");
-    let unknown = LogsRequest { uid: uid(9), follow: false, tail: None };
+    let unknown = LogsRequest { uid: uid(9), follow: false, tail: None, part: None };
     let refused = match client.duplex(method::LOGS, &unknown).await {
         Ok((_sink, mut frames)) => frames.next().await.unwrap().unwrap_err(),
         Err(e) => e,
@@ -642,7 +669,7 @@ async fn a_command_gets_input_and_gives_output_and_its_status() {
     plane.instance(uid(1), "runs", |i| i.ready).await;
     let client = client(&host, &daemon).await;
     let command = ["sh", "-c", "cat; echo trouble >&2; exit 5"].map(str::to_owned).to_vec();
-    let request = ExecRequest { uid: uid(1), command, stdin: true };
+    let request = ExecRequest { uid: uid(1), command, stdin: true, part: None };
     let (mut sink, mut frames) = client.duplex(method::EXEC, &request).await.unwrap();
     let input = "x".repeat(200_000);
     let (mut out, mut err, mut code) = (String::new(), String::new(), String::new());

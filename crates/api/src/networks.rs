@@ -57,7 +57,7 @@ pub(crate) async fn trace(server: &Server, place: &Place, name: &Name, parts: &P
         (_, None) => return Err(bad("say in `port` which port the packet is for, 1 to 65535")),
     };
     let probe = query.flag("probe")?;
-    let (nic, host) = locate(server, place, name).await?;
+    let (nic, host) = locate(server, place, name, None).await?;
     let asked = TraceRequest { nic, packet: TracedPacket { to, protocol, port }, probe };
     Ok(json(&server.api.hosts.trace(&host, asked).await?))
 }
@@ -81,7 +81,7 @@ pub(crate) async fn capture(
     let query = Query::parse(parts.uri.query(), &["address", "port"], &[])?;
     let (address, port) = (address(&query, "address")?, port(&query)?);
     let permit = server.stream_permit()?;
-    let (nic, host) = locate(server, place, name).await?;
+    let (nic, host) = locate(server, place, name, None).await?;
     let timeout = server.api.limits.request_timeout;
     let asked = CaptureRequest { nic, address, port };
     let opened = tokio::time::timeout(timeout, server.api.hosts.capture(&host, asked)).await;

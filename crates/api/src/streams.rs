@@ -61,8 +61,19 @@ pub(crate) async fn handle(
     }
 }
 
-/// An instance or a NIC, and the host that has it.
-pub(crate) async fn locate(server: &Server, place: &Place, name: &Name) -> Result<(Uid, Name), ApiError> {
+/// The init step or sidecar that a request means, if it names one.
+fn part_of(query: &Query) -> Result<Option<Name>, ApiError> {
+    let wrong = || ApiError::new(Code::BadRequest, "part is the name of one of the instance's init steps or sidecars");
+    query.get("part").map(|text| text.parse().map_err(|_| wrong())).transpose()
+}
+
+/// An instance or a NIC, and the host that has it. An instance must have the part that is asked for.
+pub(crate) async fn locate(
+    server: &Server,
+    place: &Place,
+    name: &Name,
+    part: Option<&Name>,
+) -> Result<(Uid, Name), ApiError> {
     let kv = find(server, place, name, Consistency::Stale).await?;
     let kv = match kv {
         Some(kv) => Some(kv),
@@ -76,6 +87,19 @@ pub(crate) async fn locate(server: &Server, place: &Place, name: &Name) -> Resul
         let detail = format!("{} {:?} has no host yet", place.kind.kind, name.as_str());
         ApiError::new(Code::Conflict, detail)
     })?;
+    if let Some(part) = part {
+        let spec = stored.spec();
+        let names = |list: &str| {
+            let parts = spec["template"][list].as_array().cloned().unwrap_or_default();
+            parts.iter().filter_map(|p| p["name"].as_str().map(str::to_owned)).collect::<Vec<_>>()
+        };
+        let known = [names("init"), names("sidecars")].concat();
+        if !known.iter().any(|name| part == name.as_str()) {
+            let has = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            let detail = format!("instance {:?} has no part {part}; it has: {has}", name.as_str());
+            return Err(ApiError::new(Code::NotFound, detail));
+        }
+    }
     Ok((stored.metadata.uid, host))
 }
 
@@ -86,7 +110,8 @@ async fn logs(
     parts: &Parts,
     ended: BoxFuture<'static, ApiError>,
 ) -> Result<Response, Refusal> {
-    let query = Query::parse(parts.uri.query(), &["follow", "tail", "stream"], &[])?;
+    let query = Query::parse(parts.uri.query(), &["follow", "tail", "stream", "part"], &[])?;
+    let part = part_of(&query)?;
     let follow = query.flag("follow")?;
     let tail = query.number("tail", 0..=MAX_TAIL)?;
     let only = match query.one_of("stream", &["stdout", "stderr"])? {
@@ -95,10 +120,10 @@ async fn logs(
         None => None,
     };
     let permit = server.stream_permit()?;
-    let (uid, host) = locate(server, place, name).await?;
+    let (uid, host) = locate(server, place, name, part.as_ref()).await?;
     let mut response = Response::new(Body::empty());
     if parts.method != Method::HEAD {
-        let asked = LogsRequest { uid, follow, tail };
+        let asked = LogsRequest { uid, follow, tail, part };
         let timeout = server.api.limits.request_timeout;
         let frames = tokio::time::timeout(timeout, server.api.hosts.logs(&host, asked)).await;
         let frames = frames.map_err(|_| ApiError::new(Code::Timeout, format!("the host {host} does not answer")))??;
@@ -141,7 +166,8 @@ async fn exec(
     parts: &mut Parts,
     ended: BoxFuture<'static, ApiError>,
 ) -> Result<Response, Refusal> {
-    let query = Query::parse(parts.uri.query(), &["command", "stdin"], &["command"])?;
+    let query = Query::parse(parts.uri.query(), &["command", "stdin", "part"], &["command"])?;
+    let part = part_of(&query)?;
     let command = query.all("command");
     let stdin = query.flag("stdin")?;
     if !(1..=MAX_COMMAND_WORDS).contains(&command.len()) || command[0].is_empty() {
@@ -156,8 +182,8 @@ async fn exec(
         refusal.with(header::UPGRADE, HeaderValue::from_static("websocket"))
     })?;
     let permit = server.stream_permit()?;
-    let (uid, host) = locate(server, place, name).await?;
-    let asked = ExecRequest { uid, command, stdin };
+    let (uid, host) = locate(server, place, name, part.as_ref()).await?;
+    let asked = ExecRequest { uid, command, stdin, part };
     let timeout = server.api.limits.request_timeout;
     let opened = tokio::time::timeout(timeout, server.api.hosts.exec(&host, asked)).await;
     let (input, output) =

@@ -265,6 +265,7 @@ impl Agent {
                     started: None,
                     exit_code: None,
                     message: String::new(),
+                    parts: Vec::new(),
                 }
             });
         }

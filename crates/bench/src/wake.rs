@@ -158,6 +158,8 @@ impl Host {
             address4: Ipv4Addr::LOCALHOST,
             identity: None,
             secrets: Default::default(),
+            part: None,
+            shared: None,
             logs: LogFiles { dir: self.dir.path().join(format!("logs-{uid}")), max_bytes: 1 << 20, keep: 2 },
         })
     }

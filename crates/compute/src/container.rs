@@ -14,6 +14,7 @@ mod cgroup;
 mod devices;
 mod scratch;
 mod seccomp;
+mod shared;
 mod shim;
 mod turns;
 mod user;
@@ -34,7 +35,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::image::{self, BlobStore, Image, UnpackLimits};
 use crate::keep::{Entry, Keep, KeepError, Kept, KeptState, Spawn};
-use crate::{ExecIo, Observed, Runtime, RuntimeError, Sandbox, State};
+use crate::{CpuTime, ExecIo, Observed, PartOf, Runtime, RuntimeError, Sandbox, Shared, State};
 use turns::{Turn, Turns};
 
 pub use devices::Units;
@@ -43,7 +44,7 @@ pub use shim::{run_once, shim_main};
 /// Where and how containers run on this host.
 #[derive(Debug, Clone)]
 pub struct ContainerConfig {
-    /// The runtime's own folder: `layers/` and `instances/`.
+    /// The runtime's own folder: `layers/`, `instances/` and `shared/`.
     pub dir: PathBuf,
     /// The binary that, run with `shim …`, calls [`shim_main`].
     pub exe: PathBuf,
@@ -60,6 +61,9 @@ pub struct ContainerConfig {
 
 /// How long a killed container may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Stands for an instance's shared folder where turns are taken. No part has this name.
+const SHARED: &str = "/shared";
 
 /// What a shim finds programs by.
 const SHIM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -93,6 +97,9 @@ struct Record {
     /// The units of compute classes that it holds.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     units: devices::Held,
+    /// Of an init step or a sidecar.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    part: Option<PartOf>,
 }
 
 impl ContainerRuntime {
@@ -108,7 +115,7 @@ impl ContainerRuntime {
             let message = "its folder and binary need absolute paths in UTF-8".into();
             return Err(RuntimeError::Failed { attempt: "opening the container runtime".into(), message });
         }
-        for made in ["layers", "instances"] {
+        for made in ["layers", "instances", "shared"] {
             fs::create_dir_all(config.dir.join(made)).map_err(host(format!("making {}", config.dir.display())))?;
         }
         // Layers that an earlier process began to unpack.
@@ -194,6 +201,7 @@ impl Inner {
                     made: Timestamp::default(),
                     failed: Some((Timestamp::default(), "it was not made completely".into())),
                     units: devices::Held::new(),
+                    part: None,
                 }),
             }
         }
@@ -239,6 +247,7 @@ impl Inner {
             made: self.now(),
             failed: None,
             units,
+            part: sandbox.part.clone(),
         })?;
         drop(choosing);
         let described = nodes
@@ -492,7 +501,7 @@ impl Runtime for ContainerRuntime {
             let idle = records.into_iter().filter(|r| !busy.contains(&r.uid) && inner.instance(r.uid).exists());
             let observe = |record: Record| {
                 let state = inner.judge(&record, kept.get(&kept_id(record.uid)));
-                Observed { uid: record.uid, epoch: record.epoch, state }
+                Observed { uid: record.uid, epoch: record.epoch, state, part: record.part }
             };
             Ok(idle.map(observe).collect())
         })
@@ -503,16 +512,43 @@ impl Runtime for ContainerRuntime {
         Self::collect(self, keep).await.map(drop)
     }
 
-    async fn cpu_time(&self) -> Result<BTreeMap<Uid, Duration>, RuntimeError> {
+    async fn cpu_time(&self) -> Result<BTreeMap<Uid, CpuTime>, RuntimeError> {
         let inner = Arc::clone(&self.inner);
         blocking(move || {
             let used = |r: Record| {
                 let folders = cgroup::folders(&inner.cgroup(r.uid)).ok()?;
-                Some((r.uid, cgroup::cpu_time(&folders)?))
+                let instance = r.part.map_or(r.uid, |part| part.instance);
+                Some((r.uid, CpuTime { instance, used: cgroup::cpu_time(&folders)? }))
             };
             Ok(inner.records()?.into_iter().filter_map(used).collect())
         })
         .await
+    }
+
+    async fn share(&self, instance: Uid, size: Bytes, class: Option<&Name>) -> Result<Shared, RuntimeError> {
+        // Not the instance's own: whoever looks at it meanwhile is to see it.
+        let turn = self.inner.turns.of(instance.part(SHARED)).await;
+        let (inner, class) = (Arc::clone(&self.inner), class.cloned());
+        blocking(move || {
+            let _turn = turn;
+            inner.share(instance, size, class.as_ref())
+        })
+        .await
+    }
+
+    async fn unshare(&self, instance: Uid) -> Result<(), RuntimeError> {
+        let turn = self.inner.turns.of(instance.part(SHARED)).await;
+        let inner = Arc::clone(&self.inner);
+        blocking(move || {
+            let _turn = turn;
+            inner.unshare(instance)
+        })
+        .await
+    }
+
+    async fn shared(&self) -> Result<Vec<Uid>, RuntimeError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || inner.shared()).await
     }
 
     async fn exec(&self, uid: Uid, command: &[String], io: ExecIo, deadline: Duration) -> Result<i32, RuntimeError> {

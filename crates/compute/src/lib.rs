@@ -13,5 +13,6 @@ pub mod keep;
 pub mod runtime;
 
 pub use runtime::{
-    ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, Runtime, RuntimeError, Sandbox, SecretFolder, SecretMounts, State,
+    CpuTime, ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, PartOf, Runtime, RuntimeError, Sandbox, SecretFolder,
+    SecretMounts, Shared, SharedMount, State,
 };

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nexus_model::kind::Template;
-use nexus_model::{Digest, Name, Timestamp, Uid};
+use nexus_model::{Bytes, Digest, Name, Timestamp, Uid};
 use serde::{Deserialize, Serialize};
 
 use crate::keep::{KeepError, LogFiles};
@@ -37,7 +37,36 @@ pub struct Sandbox {
     pub identity: Option<PathBuf>,
     #[serde(default)]
     pub secrets: SecretMounts,
+    /// Of an init step or a sidecar: of which instance. `uid` is its own then, and `template` says what it runs.
+    #[serde(default)]
+    pub part: Option<PartOf>,
+    /// The folder that the parts of the instance share, as it was made by [`Runtime::share`].
+    #[serde(default)]
+    pub shared: Option<SharedMount>,
     pub logs: LogFiles,
+}
+
+/// Whose part a sandbox is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PartOf {
+    pub instance: Uid,
+    pub name: Name,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SharedMount {
+    pub source: PathBuf,
+    pub destination: String,
+}
+
+/// A folder that is shared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shared {
+    pub path: PathBuf,
+    /// Tells this folder from one that was made anew because it was lost.
+    pub id: String,
 }
 
 /// Where the values of an instance's secrets are: in memory (a tmpfs of the host), in files that only root reads until the
@@ -91,6 +120,16 @@ pub struct Observed {
     pub uid: Uid,
     pub epoch: u64,
     pub state: State,
+    /// Of an init step or a sidecar. One that was cut off while it was made does not say.
+    pub part: Option<PartOf>,
+}
+
+/// Processor time that was used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuTime {
+    /// The instance that it counts for: of a part, whose part it is.
+    pub instance: Uid,
+    pub used: Duration,
 }
 
 /// The three streams of an exec.
@@ -145,8 +184,24 @@ pub trait Runtime: Send + Sync {
     async fn collect(&self, keep: Vec<Digest>) -> Result<(), RuntimeError>;
 
     /// The processor time that instances have used since they were started, of those whose time is measured.
-    async fn cpu_time(&self) -> Result<BTreeMap<Uid, Duration>, RuntimeError> {
+    async fn cpu_time(&self) -> Result<BTreeMap<Uid, CpuTime>, RuntimeError> {
         Ok(BTreeMap::new())
+    }
+
+    /// Makes the folder that the parts of an instance share, bounded by `size`, unless it is there. With a storage class, on
+    /// that. It stays when sandboxes are removed, and does not outlive the host's boot.
+    async fn share(&self, _instance: Uid, _size: Bytes, _class: Option<&Name>) -> Result<Shared, RuntimeError> {
+        Err(RuntimeError::Unsupported("sharing a folder"))
+    }
+
+    /// Removes that folder. Harmless when there is none.
+    async fn unshare(&self, _instance: Uid) -> Result<(), RuntimeError> {
+        Ok(())
+    }
+
+    /// The instances of which a shared folder is here, whole or not.
+    async fn shared(&self) -> Result<Vec<Uid>, RuntimeError> {
+        Ok(Vec::new())
     }
 
     /// Runs a command inside the instance and returns its exit status.

@@ -43,13 +43,15 @@ fn functions(world: &World) -> Vec<ImagePlan> {
     images.into_iter().map(|i| ImagePlan { format: ImageFormat::Wasm, digest: i.spec.digest }).collect()
 }
 
-/// The content of the image that an app names, if it is a container's.
-fn wanted(world: &World, app: &Object<App>) -> Option<Digest> {
+/// The content of the images that an app's parts name, if they are containers'.
+fn wanted(world: &World, app: &Object<App>) -> Vec<Digest> {
     if app.spec.runtime != Runtime::Container {
-        return None;
+        return Vec::new();
     }
-    let image = world.fleet().images.get(app.metadata.project.as_ref(), &app.spec.image)?;
-    (image.spec.format == ImageFormat::Oci).then_some(image.spec.digest)
+    let parts = app.spec.parts();
+    let images = std::iter::once(parts.image).chain(parts.other_images());
+    let images = images.filter_map(|name| world.fleet().images.get(app.metadata.project.as_ref(), name));
+    images.filter(|image| image.spec.format == ImageFormat::Oci).map(|image| image.spec.digest).collect()
 }
 
 /// Whether a host is one of those that fetch an image although nothing of its app runs there.
@@ -75,8 +77,9 @@ fn containers(world: &World, host: &Name) -> Vec<Digest> {
     let mut found: BTreeSet<Digest> = BTreeSet::new();
     for instance in world.instances_on(host) {
         here.insert(instance.spec.image_digest);
+        here.extend(instance.spec.part_digests.values());
         let app = world.apps.get(instance.metadata.project.as_ref(), &instance.spec.app);
-        found.extend(app.and_then(|app| wanted(world, app)));
+        found.extend(app.into_iter().flat_map(|app| wanted(world, app)));
     }
     let hosts = world.hosts.live.len() as u64;
     for image in newest(world, ImageFormat::Oci, NEWEST) {
@@ -85,7 +88,9 @@ fn containers(world: &World, host: &Name) -> Vec<Digest> {
             continue;
         }
         let Some(project) = &image.metadata.project else { continue };
-        let names = |app: &Object<App>| app.spec.runtime == Runtime::Container && app.spec.image == image.metadata.name;
+        let names = |app: &Object<App>| {
+            app.spec.runtime == Runtime::Container && app.spec.parts().names_image(&image.metadata.name)
+        };
         if world.apps.within(project).any(names) {
             found.insert(digest);
         }
@@ -100,11 +105,15 @@ pub(crate) fn concerned<'a>(
     app: &Object<App>,
     planned: impl Iterator<Item = &'a Name>,
 ) -> BTreeSet<Name> {
-    let Some(digest) = wanted(world, app) else { return BTreeSet::new() };
+    let wanted = wanted(world, app);
+    if wanted.is_empty() {
+        return BTreeSet::new();
+    }
     let running: BTreeSet<&Name> =
         world.instances_of(app.metadata.uid).filter_map(|i| i.status.host.as_ref()).collect();
     let hosts = world.hosts.live.len() as u64;
-    planned.filter(|host| running.contains(host) || is_drawn(hosts, host, digest)).cloned().collect()
+    let drawn = |host: &Name| wanted.iter().any(|digest| is_drawn(hosts, host, *digest));
+    planned.filter(|host| running.contains(host) || drawn(host)).cloned().collect()
 }
 
 #[cfg(test)]

@@ -615,13 +615,13 @@ impl Admit for Image {
             .world
             .apps
             .within(project)
-            .filter(|a| a.spec.image == new.metadata.name)
+            .filter(|a| a.spec.parts().names_image(&new.metadata.name))
             .map(|a| (a.metadata.project.clone(), a.metadata.name.clone()))
             .collect();
         for place in users {
             step.mark(Dirty::App(place));
         }
-        let jobs = rules::job::waiting_for(step.world, project, |t| t.image == new.metadata.name);
+        let jobs = rules::job::waiting_for(step.world, project, |t| t.parts().names_image(&new.metadata.name));
         jobs.into_iter().for_each(|dirty| step.mark(dirty));
     }
 }

@@ -110,9 +110,9 @@ impl Core {
             }
             p if p == Image::PLURAL => {
                 let Some(project) = &place.0 else { return };
-                let users = self.world.apps.within(project).filter(|a| a.spec.image == place.1);
+                let users = self.world.apps.within(project).filter(|a| a.spec.parts().names_image(&place.1));
                 let users: Vec<Dirty> = users.map(place_of).map(Dirty::App).collect();
-                let jobs = job::waiting_for(&self.world, project, |t| t.image == place.1);
+                let jobs = job::waiting_for(&self.world, project, |t| t.parts().names_image(&place.1));
                 self.mark(users.into_iter().chain(jobs));
             }
             p if p == Secret::PLURAL => {

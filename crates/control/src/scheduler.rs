@@ -412,11 +412,11 @@ impl Scheduler {
     /// What an instance takes of a host.
     fn request(&mut self, instance: &Object<Instance>) -> placement::Request {
         let template = &instance.spec.template;
-        let mut request =
-            placement::Request::new(runtime(template.runtime), template.resources.cpu.0, template.resources.memory.0);
+        let reserved = template.parts().reserved();
+        let mut request = placement::Request::new(runtime(template.runtime), reserved.cpu.0, reserved.memory.0);
         match &template.storage_class {
-            Some(class) => request.storage = Some((ClassId(self.classes.id(class)), template.resources.scratch.0)),
-            None => request.scratch = template.resources.scratch.0,
+            Some(class) => request.storage = Some((ClassId(self.classes.id(class)), reserved.scratch.0)),
+            None => request.scratch = reserved.scratch.0,
         }
         request.classes = template.classes.iter().map(|(c, n)| (ClassId(self.classes.id(c)), *n)).collect();
         request.image = Some(ImageId(self.images.id(&instance.spec.image_digest)));
@@ -618,7 +618,7 @@ impl Scheduler {
             }
             if let Some(class) = &template.storage_class {
                 let sum = storage.entry(class.clone()).or_default();
-                *sum = Bytes(sum.0.saturating_add(template.resources.scratch.0));
+                *sum = Bytes(sum.0.saturating_add(template.parts().reserved().scratch.0));
             }
         }
         classes.sort_unstable_keys();
@@ -630,7 +630,7 @@ impl Scheduler {
     pub fn reserved<'a>(instances: impl Iterator<Item = &'a Object<Instance>>) -> kind::Capacity {
         let mut sum = kind::Capacity::default();
         for instance in instances.filter(|i| i.status.finished.is_none()) {
-            let r = &instance.spec.template.resources;
+            let r = instance.spec.template.parts().reserved();
             sum.cpu = MilliCpu(sum.cpu.0.saturating_add(r.cpu.0));
             sum.memory = Bytes(sum.memory.0.saturating_add(r.memory.0));
             if instance.spec.template.storage_class.is_none() {

@@ -277,7 +277,9 @@ impl View {
             let app = app_of_key(&key);
             let image = |world: &World| {
                 let app = app.as_ref().and_then(|(project, name)| world.apps.get(Some(project), name));
-                app.map(|app| (app.spec.image.clone(), app.spec.runtime))
+                let others =
+                    |app: &Object<App>| app.spec.parts().other_images().into_iter().cloned().collect::<Vec<_>>();
+                app.map(|app| (app.spec.image.clone(), app.spec.runtime, others(app)))
             };
             let before = image(&state.world);
             let instance = key.starts_with("o/instances/") || key.starts_with("t/instances/");
@@ -402,7 +404,7 @@ fn build_plan(world: &World, host: &Name, revision: u64) -> HostPlan {
 
 fn instance_plan(world: &World, i: &Object<Instance>) -> Option<InstancePlan> {
     let project = i.metadata.project.as_ref()?;
-    let followed = i.spec.template.secrets.iter().filter(|s| s.follows());
+    let followed = i.spec.template.parts().all_secrets().filter(|s| s.follows());
     let newest = |name: &Name| world.secret(project, name).map(|s| (name.clone(), s.spec.version));
     let format = match i.spec.template.runtime {
         Runtime::Container => ImageFormat::Oci,
@@ -430,6 +432,7 @@ fn instance_plan(world: &World, i: &Object<Instance>) -> Option<InstancePlan> {
         request_id: i.metadata.request_id.clone(),
         once: i.spec.job.is_some(),
         kept: ended && !deleting,
+        part_digests: i.spec.part_digests.clone(),
     })
 }
 

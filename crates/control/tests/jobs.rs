@@ -142,6 +142,7 @@ impl Lab {
                 started: None,
                 exit_code: over.then_some(code),
                 message: if over { format!("it exited with {code}") } else { String::new() },
+                parts: Vec::new(),
             });
         }
         HostReport { instances, ..common::report(host, spec, self.revision, []) }

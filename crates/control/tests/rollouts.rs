@@ -725,3 +725,71 @@ fn at_every_step_no_more_are_made_and_no_more_stopped_than_allowed_and_all_comes
         assert!(chance.all.values().all(|i| i.0 == "t9"), "seed {seed}");
     }
 }
+
+fn with_parts(lab: &mut Lab) {
+    lab.submit(&create::<Image>(Some("default"), "proxy", image("proxy"))).unwrap();
+    let parts = json!({
+        "init": [{"name": "migrate", "resources": {"cpu": "700m", "memory": "64Mi"}}],
+        "sidecars": [{"name": "proxy", "image": "proxy", "resources": {"cpu": "200m", "memory": "128Mi", "scratch": "1Mi"}}],
+        "shared": {"size": "8Mi"}, "resources": {"cpu": "100m", "memory": "128Mi", "scratch": "1Mi"},
+    });
+    lab.patch(json!({"spec": parts}));
+    lab.pass(1);
+    lab.until(RolloutPhase::Complete);
+}
+
+#[test]
+fn a_part_whose_image_moves_on_rolls_the_app_out_and_an_undo_pins_its_content() {
+    let mut lab = Lab::new(2, json!({}));
+    with_parts(&mut lab);
+    let of = |lab: &Lab| lab.instances().iter().map(|i| i.spec.part_digests.get("proxy").copied()).collect::<Vec<_>>();
+    let first = image("proxy").digest;
+    assert_eq!((lab.rollout().revision, of(&lab)), (2, vec![Some(first); 2]));
+    let patch = json!({"spec": image("newer")});
+    lab.submit(&intent("images", Some("default"), "proxy", Change::Patch { patch })).unwrap();
+    lab.pass(1);
+    lab.until(RolloutPhase::Complete);
+    assert_eq!((lab.rollout().revision, of(&lab)), (3, vec![Some(image("newer").digest); 2]));
+    assert_eq!(lab.instances()[0].spec.image_digest, image("web").digest);
+
+    lab.order(RolloutOrder::Undo { to: None }).unwrap();
+    lab.pass(1);
+    lab.until(RolloutPhase::Complete);
+    assert_eq!(of(&lab), vec![Some(first); 2]);
+    let spec = &lab.app().spec;
+    assert_eq!((spec.image_digest, spec.part_digests.get("proxy")), (None, Some(&first)));
+    let patch = json!({"spec": {"partDigests": {"proxy": nexus_model::Digest::of(b"somebody else's")}}});
+    let refused = lab.submit(&intent("apps", Some("default"), "shop", Change::Patch { patch })).unwrap_err();
+    assert_eq!(refused.errors[0].field, "spec.partDigests.proxy");
+    // Without the image nothing new can be made, and what is missing is named.
+    lab.patch(json!({"spec": {"partDigests": {"proxy": null}, "sidecars": [{"name": "proxy", "image": "absent"}]}}));
+    lab.pass(2);
+    let ready = lab.app().status.conditions.iter().find(|c| c.kind == "Ready").unwrap().clone();
+    assert!(ready.reason == "ImageNotFound" && ready.message.contains("absent"), "{ready:?}");
+    assert_eq!(lab.ready(None), 2, "what runs stays");
+}
+
+#[test]
+fn quotas_and_hosts_count_all_parts_and_statuses_tell_of_those_that_there_are() {
+    let mut lab = Lab::new(2, json!({}));
+    with_parts(&mut lab);
+    // Two sums: of memory the containers that run together, of processors what the init step takes.
+    let used = lab.core.world.usage(&name("default")).unwrap().status.used;
+    assert_eq!((used.cpu, used.memory), (MilliCpu(1400), Bytes(512 << 20)));
+    let host = lab.instances()[0].status.host.clone().unwrap();
+    let reserved = lab.core.world.host(&host).unwrap().status.reserved;
+    assert_eq!((reserved.cpu, reserved.memory, reserved.scratch), (MilliCpu(700), Bytes(256 << 20), Bytes(64 << 20)));
+
+    let instance = lab.instances()[0].clone();
+    let (index, capacity) = (1, Capacity::default());
+    let spec = common::host("zone-a", "cell-a", index, capacity);
+    let mut report = common::report(&host, spec, lab.revision, [&instance]);
+    let known = lab.core.world.host(&host).unwrap().spec.clone();
+    report.spec = known;
+    let part = |of: &str, message: String| PartStatus { message, ..PartStatus::new(name(of), PartRole::Sidecar) };
+    report.instances[0].parts = vec![part("proxy", "x".repeat(5000)), part("stranger", String::new())];
+    lab.with(|core, at| core.report(&report, at)).unwrap();
+    let told = lab.core.world.instance(instance.metadata.uid).unwrap().status.parts.clone();
+    assert_eq!(told.iter().map(|p| p.name.as_str()).collect::<Vec<_>>(), ["proxy"]);
+    assert_eq!(told[0].message.len(), 256);
+}

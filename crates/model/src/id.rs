@@ -20,6 +20,17 @@ impl Uid {
         Self(uuid::Builder::from_custom_bytes(bytes).into_uuid())
     }
 
+    /// The id of a part of the object that has this one: always the same for the same name.
+    pub fn part(&self, name: &str) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(b"part-1\0");
+        hash.update(self.0.as_bytes());
+        hash.update(name.as_bytes());
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&hash.finalize()[..16]);
+        Self::from_random(bytes)
+    }
+
     /// The first eight hexadecimal digits, for names made from ids.
     pub fn short(&self) -> String {
         self.0.simple().to_string()[..8].to_owned()

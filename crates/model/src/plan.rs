@@ -9,8 +9,8 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::kind::{
-    HeaderMatch, HostSpec, ImageFormat, InstancePhase, Protocol, QuotaUse, RegionServer, RolloutPhase, Runtime,
-    Template, Tier,
+    HeaderMatch, HostSpec, ImageFormat, InstancePhase, PartStatus, Protocol, QuotaUse, RegionServer, RolloutPhase,
+    Runtime, Template, Tier,
 };
 use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 
@@ -158,6 +158,19 @@ pub struct InstancePlan {
     /// Of what is to be gone: its output stays. A release that does not know this removes that too.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub kept: bool,
+    /// The content of the other images that its parts name, by image name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub part_digests: BTreeMap<Name, Digest>,
+}
+
+impl InstancePlan {
+    /// The content that a part is made from.
+    pub fn digest_of(&self, image: Option<&Name>) -> Option<Digest> {
+        match image {
+            Some(image) if *image != self.template.image => self.part_digests.get(image).copied(),
+            _ => Some(self.image.digest),
+        }
+    }
 }
 
 /// A host's whole desired state.
@@ -199,6 +212,9 @@ pub struct InstanceReport {
     pub started: Option<Timestamp>,
     pub exit_code: Option<i32>,
     pub message: String,
+    /// Its init steps and sidecars.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<PartStatus>,
 }
 
 /// What an instance used since the report before.
@@ -620,6 +636,9 @@ pub struct LogsRequest {
     pub follow: bool,
     /// The last so many lines; everything kept, without it.
     pub tail: Option<u32>,
+    /// The init step or sidecar whose output is asked for; the main part's, without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Name>,
 }
 
 /// Runs a command in an instance. Frames to the agent: channel 0 standard input (an empty frame ends it). Frames from
@@ -630,6 +649,9 @@ pub struct ExecRequest {
     pub uid: Uid,
     pub command: Vec<String>,
     pub stdin: bool,
+    /// The sidecar or init step in which; the main part, without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Name>,
 }
 
 /// Channel tags of [`LogsRequest`] and [`ExecRequest`] frames.

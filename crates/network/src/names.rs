@@ -253,11 +253,15 @@ impl Directory {
         let authoritative = Reply { authoritative: true, ..*reply };
         if let Some((depth, told)) = inside.ask(&question.labels, question.kind) {
             return Some(match told {
-                Told::NoName => authoritative.done(Code::NxDomain, Vec::new(), Vec::new(), Some(depth), Outcome::NoName),
+                Told::NoName => {
+                    authoritative.done(Code::NxDomain, Vec::new(), Vec::new(), Some(depth), Outcome::NoName)
+                }
                 Told::Records(records) if records.is_empty() => {
                     authoritative.done(Code::NoError, Vec::new(), Vec::new(), Some(depth), Outcome::NoData)
                 }
-                Told::Records(records) => authoritative.done(Code::NoError, records, Vec::new(), None, Outcome::Answered),
+                Told::Records(records) => {
+                    authoritative.done(Code::NoError, records, Vec::new(), None, Outcome::Answered)
+                }
             });
         }
         if let Some(found) = question.reversed().and_then(|address| inside.reverse(address)) {

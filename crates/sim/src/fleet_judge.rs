@@ -46,7 +46,7 @@ fn recount(w: &Rows) -> BTreeMap<Name, Use> {
     let mut sums: BTreeMap<Name, Use> = BTreeMap::new();
     for app in w.apps.live.values() {
         let Some(project) = app.metadata.project.clone() else { continue };
-        let (n, r) = (u64::from(app.spec.replicas), app.spec.resources);
+        let (n, r) = (u64::from(app.spec.replicas), app.spec.parts().reserved());
         add(sums.entry(project).or_default(), [n, n * u64::from(r.cpu.0), n * r.memory.0]);
     }
     sums

@@ -390,6 +390,7 @@ impl Host {
                 started: run.started,
                 exit_code: None,
                 message: String::new(),
+                parts: Vec::new(),
             }
         });
         let ended = state.ends.iter().map(|(uid, end)| InstanceReport {
@@ -401,6 +402,7 @@ impl Host {
             restarts: 0,
             started: end.started,
             exit_code: Some(end.code),
+            parts: Vec::new(),
             message: format!("it exited with {}", end.code),
         });
         let instances = instances.chain(ended);

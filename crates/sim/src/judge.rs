@@ -134,7 +134,7 @@ pub fn history(log: &Log, trace: &Trace) {
                     );
                     trace.violation("what comes after a fence is above it", text);
                 }
-                let resources = instance.spec.template.resources;
+                let resources = instance.spec.template.parts().reserved();
                 let (cpu, memory) = (u64::from(resources.cpu.0), resources.memory.0);
                 touched.insert(host.clone());
                 rows.insert(key, (uid, Placed { host, epoch, slot, cpu, memory }));

@@ -616,9 +616,15 @@ fn instance_paths(paths: &mut Map<String, Value>, d: &KindDescriptor) {
         parameters
     };
     let query = |name: &str, schema: Value| json!({"name": name, "in": "query", "schema": schema});
+    let part = || {
+        let schema = json!({"type": "string", "pattern": Name::PATTERN});
+        let about = "An init step or sidecar of the instance; its main part, without it.";
+        json!({"name": "part", "in": "query", "schema": schema, "description": about})
+    };
     let mut parameters = here();
     parameters.push(query("tail", json!({"type": "integer", "minimum": 0, "maximum": MAX_TAIL})));
     parameters.push(query("stream", json!({"type": "string", "enum": ["stdout", "stderr"]})));
+    parameters.push(part());
     let good = success("Its lines", as_text(), &[]);
     let responses = answers(vec![("200", good)], &["409"]);
     let mut logs = operation("getInstanceLogs", d.plural, "What an instance wrote", parameters, responses);
@@ -634,6 +640,7 @@ fn instance_paths(paths: &mut Map<String, Value>, d: &KindDescriptor) {
         "example": ["true"],
     }));
     parameters.push(query("stdin", json!({"type": "boolean"})));
+    parameters.push(part());
     let switch = success("A WebSocket: each binary message is a channel's byte and data", Value::Null, &[]);
     let responses = answers(vec![("101", switch)], &["409"]);
     let exec = operation("execInInstance", d.plural, "Run a command in an instance", parameters, responses);

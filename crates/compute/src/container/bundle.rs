@@ -177,6 +177,12 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
             "destination": folder.destination, "type": "bind", "source": folder.source, "options": options,
         }));
     }
+    if let Some(shared) = &sandbox.shared {
+        let options = ["bind", "rprivate", "nosuid", "nodev"];
+        mounts.push(json!({
+            "destination": shared.destination, "type": "bind", "source": shared.source, "options": options,
+        }));
+    }
     let (devices, allowed): (Vec<Value>, Vec<Value>) = devices.into_iter().unzip();
     let rules: Vec<Value> = std::iter::once(json!({"allow": false, "access": "rwm"})).chain(allowed).collect();
     let mut spec = json!({

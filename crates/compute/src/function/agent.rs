@@ -470,7 +470,7 @@ impl Runtime for FunctionRuntime {
             match self.list(id).await {
                 Ok(list) => observed.extend(list.into_iter().map(|served| {
                     let state = State::Running { since: served.since };
-                    (served.uid, Observed { uid: served.uid, epoch: served.epoch, state })
+                    (served.uid, Observed { uid: served.uid, epoch: served.epoch, state, part: None })
                 })),
                 Err(error) => {
                     tracing::warn!(executor = %id, %error, "the executor can't be asked; its functions count as running");
@@ -498,7 +498,7 @@ impl Runtime for FunctionRuntime {
                 };
                 State::Exited { code: ended.code, at: ended.at, message: ended.message }
             };
-            observed.insert(uid, Observed { uid, epoch, state });
+            observed.insert(uid, Observed { uid, epoch, state, part: None });
         }
         Ok(observed.into_values().collect())
     }

@@ -11,7 +11,9 @@ use std::time::Duration;
 use nexus_compute::container::{ContainerConfig, ContainerRuntime};
 use nexus_compute::image::{BlobStore, UnpackLimits};
 use nexus_compute::keep::{Keep, KeepError, LogFiles};
-use nexus_compute::{ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, Runtime, RuntimeError, Sandbox, State};
+use nexus_compute::{
+    ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, PartOf, Runtime, RuntimeError, Sandbox, SharedMount, State,
+};
 use nexus_env::RealClock;
 use nexus_model::kind::Template;
 use nexus_model::{Bytes, Digest, Uid};
@@ -73,6 +75,8 @@ impl World {
             address4: Ipv4Addr::LOCALHOST,
             identity: None,
             secrets: Default::default(),
+            part: None,
+            shared: None,
             logs: LogFiles { dir: self.dir.path().join("logs").join(uid.to_string()), max_bytes: 1 << 20, keep: 1 },
         }
     }
@@ -526,6 +530,7 @@ crate::tests![
     unused_layers_are_collected,
     a_bundle_runs_once,
     classes_bring_their_devices_and_the_folder_of_the_scratch_layer,
+    parts_share_a_bounded_folder_that_outlasts_each_of_them,
 ];
 
 /// A device node of this test's own: zeros without an end.
@@ -602,4 +607,57 @@ async fn classes_bring_their_devices_and_the_folder_of_the_scratch_layer() {
     assert!(why.contains("no folder of storage class slow"), "{why}");
     runtime.remove(unknown.uid).await.unwrap();
     w.assert_clean().await;
+}
+
+async fn parts_share_a_bounded_folder_that_outlasts_each_of_them() {
+    let w = World::new();
+    let fast: nexus_model::Name = "fast".parse().unwrap();
+    let folder = w.dir.path().join("fast-disk");
+    let config =
+        || ContainerConfig { storage: [(fast.clone(), folder.clone())].into(), ..config(w.dir.path(), &w.cgroup) };
+    let open = || ContainerRuntime::new(config(), w.keep.clone(), w.blobs.clone(), Arc::new(RealClock::new())).unwrap();
+    let instance = Uid::from_random([200; 16]);
+    for class in [None, Some(&fast)] {
+        let runtime = open();
+        let made = runtime.share(instance, Bytes(1 << 20), class).await.unwrap();
+        let part = |name: &str, script: &str| Sandbox {
+            uid: instance.part(name),
+            part: Some(PartOf { instance, name: name.parse().unwrap() }),
+            shared: Some(SharedMount { source: made.path.clone(), destination: "/srv/both".into() }),
+            ..w.shell(script)
+        };
+        let (code, _, out) =
+            w.output(&part("a", "echo left > /srv/both/note; ls /srv/both; stat -c %a /srv/both")).await;
+        assert_eq!((code, out.as_str()), (Some(0), "note\n1777\n"));
+        let lasting = part("b", LASTING);
+        runtime.start(&lasting).await.unwrap();
+        let observed = runtime.observe().await.unwrap();
+        assert_eq!(observed.iter().map(|o| o.part.clone()).collect::<Vec<_>>(), std::slice::from_ref(&lasting.part));
+        let used = runtime.cpu_time().await.unwrap();
+        assert_eq!(used.get(&lasting.uid).map(|u| u.instance), Some(instance), "{used:?}");
+        // Another life of the agent finds the same folder, and one that was full is full for all.
+        let again = open();
+        assert_eq!(again.share(instance, Bytes(1 << 20), class).await.unwrap(), made);
+        assert_eq!(again.shared().await.unwrap(), [instance]);
+        let (code, _, out) =
+            w.output(&part("c", "cat /srv/both/note; dd if=/dev/zero of=/srv/both/big bs=64k count=64")).await;
+        assert!(code != Some(0) && out.contains("left"), "{out}");
+        let (status, printed, _) =
+            w.exec(lasting.uid, &["sh", "-c", "echo more >> /srv/both/big; cat /srv/both/note"], "").await;
+        assert_eq!((status.unwrap(), printed.as_str()), (0, "left\n"));
+
+        // What is mounted no more, as after the host's boot, was lost: another is made.
+        nix::mount::umount2(made.path.parent().unwrap(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+        let anew = again.share(instance, Bytes(1 << 20), class).await.unwrap();
+        assert!(anew.id != made.id && fs::read_dir(&anew.path).unwrap().count() == 0, "{anew:?} {made:?}");
+        runtime.remove(lasting.uid).await.unwrap();
+        for _ in 0..2 {
+            again.unshare(instance).await.unwrap();
+        }
+        assert_eq!(again.shared().await.unwrap(), []);
+        if class.is_some() {
+            assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+        }
+        w.assert_clean().await;
+    }
 }

@@ -106,6 +106,8 @@ impl World {
             address4: Ipv4Addr::LOCALHOST,
             identity: None,
             secrets: Default::default(),
+            part: None,
+            shared: None,
             logs: LogFiles { dir: self.dir.path().join(format!("logs-{uid}")), max_bytes: 1 << 20, keep: 2 },
         }
     }

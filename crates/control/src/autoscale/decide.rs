@@ -32,7 +32,7 @@ pub struct Rule {
 impl Rule {
     pub fn new(autoscale: &Autoscale, template: &Template) -> Self {
         let ScaleTarget { cpu_percent, requests_per_second, concurrency } = autoscale.targets(template);
-        let cpu = cpu_percent.map(|p| f64::from(p) / 100.0 * f64::from(template.resources.cpu.0));
+        let cpu = cpu_percent.map(|p| f64::from(p) / 100.0 * f64::from(template.parts().reserved().cpu.0));
         let carries = [cpu, requests_per_second.map(f64::from), concurrency.map(f64::from)];
         Self { autoscale: autoscale.clone(), carries }
     }

@@ -1,6 +1,7 @@
 //! Keeps an app at its replicas: makes instances of the newest template, retires old ones as new ones become ready,
 //! and says in its status how far it is.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use nexus_model::kind::*;
@@ -56,11 +57,42 @@ pub fn tear_down(step: &mut Step<'_>, app: Uid) -> Teardown {
     }
 }
 
+/// The content of the images that an instance's parts are made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Content {
+    /// The main part's.
+    pub image: Digest,
+    /// By name, of the other images that parts name.
+    pub parts: BTreeMap<Name, Digest>,
+}
+
+/// Finds the content of images: what is pinned, else what their names stand for now.
+pub fn content(
+    world: &World,
+    project: Option<&Name>,
+    parts: Parts<'_>,
+    pinned: Option<Digest>,
+    pins: &BTreeMap<Name, Digest>,
+) -> Result<Content, Missing> {
+    let find = |name: &Name, pinned: Option<Digest>| {
+        let found = pinned.or_else(|| Some(world.fleet().images.get(project, name)?.spec.digest));
+        found.ok_or_else(|| no_image(name))
+    };
+    let image = find(parts.image, pinned)?;
+    let others = parts.other_images().into_iter();
+    let others = others.map(|name| Ok((name.clone(), find(name, pins.get(name).copied())?)));
+    Ok(Content { image, parts: others.collect::<Result<_, Missing>>()? })
+}
+
 /// Identifies what instances of an app are made from: its template, with the versions that variables come from, and the
-/// content of its image.
-pub fn template_hash(template: &Template, image: Digest) -> String {
-    let what = serde_json::to_vec(&(template, image)).expect("templates are plain data");
-    Digest::of(&what).hex()[..16].to_owned()
+/// content of its images.
+pub fn template_hash(template: &Template, content: &Content) -> String {
+    // What has no parts keeps the hash that it always had.
+    let what = match content.parts.is_empty() {
+        true => serde_json::to_vec(&(template, content.image)),
+        false => serde_json::to_vec(&(template, content.image, &content.parts)),
+    };
+    Digest::of(&what.expect("templates are plain data")).hex()[..16].to_owned()
 }
 
 /// The host names under which gateways answer for an app.
@@ -78,16 +110,16 @@ pub struct Made {
     pub hash: String,
     /// With the versions that variables come from.
     pub template: Template,
-    pub digest: Digest,
+    pub content: Content,
 }
 
-/// What an app's words come to now: its template, and the content that its image stands for unless one is pinned.
+/// What an app's words come to now: its template, and the content that its images stand for unless one is pinned.
 pub fn made_of(world: &World, app: &Object<App>) -> Result<Made, Missing> {
-    let image = world.fleet().images.get(app.metadata.project.as_ref(), &app.spec.image);
-    let digest = app.spec.image_digest.or(image.map(|i| i.spec.digest)).ok_or_else(|| no_image(&app.spec.image))?;
+    let (project, spec) = (app.metadata.project.as_ref(), &app.spec);
+    let content = content(world, project, spec.parts(), spec.image_digest, &spec.part_digests)?;
     let template = secret::resolve(world, app)?;
-    nic::resolve(world, app.metadata.project.as_ref(), &template.nics)?;
-    Ok(Made { hash: template_hash(&template, digest), template, digest })
+    nic::resolve(world, project, &template.nics)?;
+    Ok(Made { hash: template_hash(&template, &content), template, content })
 }
 
 /// The instances of an app in the light of its rollout.
@@ -152,7 +184,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let mut told = Vec::new();
     let mut status = before.clone();
     if let Ok(made) = &made {
-        let revision = history::note(step, &app, &made.hash, &made.template.secrets, made.digest);
+        let revision = history::note(step, &app, &made.hash, &made.template, &made.content);
         let same = before.template_hash == made.hash;
         let target = if same { rollout::target_hash(&before) } else { &made.hash };
         let seen = members(step.world, &app, step.now, |hash| if hash == target { Side::Target } else { Side::Other });
@@ -195,12 +227,12 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
             more |= make < count && kept_out == 0;
             left -= make;
             if make > 0 && hash == made.hash {
-                (0..make).for_each(|_| make_instance(step, &app, &made.template, made.digest, hash));
+                (0..make).for_each(|_| make_instance(step, &app, &made.template, &made.content, hash));
             } else if make > 0
                 && let Some(kept) = history::by_hash(step.world, uid, hash).map(|r| r.spec.clone())
             {
-                let template = history::template(&kept);
-                (0..make).for_each(|_| make_instance(step, &app, &template, kept.image_digest, hash));
+                let (template, content) = (history::template(&kept), history::content(&kept));
+                (0..make).for_each(|_| make_instance(step, &app, &template, &content, hash));
             }
         }
     }
@@ -253,7 +285,7 @@ fn charge_surge(
     making
 }
 
-fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, digest: Digest, hash: &str) {
+fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, content: &Content, hash: &str) {
     let uid = step.new_uid();
     let stem: String = app.metadata.name.as_str().chars().take(54).collect();
     let stem = stem.trim_end_matches('-');
@@ -267,7 +299,8 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, di
         app: app.metadata.name.clone(),
         template_hash: hash.to_owned(),
         template: template.clone(),
-        image_digest: digest,
+        image_digest: content.image,
+        part_digests: content.parts.clone(),
         job: None,
     };
     step.put(Object::<Instance>::new(metadata, spec));

@@ -12,7 +12,7 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::{ChildSummary, RegionSummary};
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::app::{hostnames, template_hash};
+use crate::rules::app::{content, hostnames, template_hash};
 use crate::rules::child::shares;
 use crate::rules::history;
 use crate::rules::usage::{amounts, quota_use};
@@ -220,12 +220,12 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
         behind += usize::from(!current);
         regions.push(part);
     }
-    let content =
-        app.spec.image_digest.or_else(|| Some(step.world.images.get(place.0.as_ref(), &app.spec.image)?.spec.digest));
-    if let Some(digest) = content {
+    let (spec, project) = (&app.spec, place.0.as_ref());
+    if let Ok(content) = content(step.world, project, spec.parts(), spec.image_digest, &spec.part_digests) {
         // Versions of secrets are each region's own affair.
-        let hash = template_hash(&app.spec.template(), digest);
-        let revision = history::note(step, &app, &hash, &app.spec.secrets, digest);
+        let template = app.spec.template();
+        let hash = template_hash(&template, &content);
+        let revision = history::note(step, &app, &hash, &template, &content);
         history::prune(step, &app, &[&hash]);
         let rollout = s.rollout.get_or_insert_default();
         (rollout.revision, rollout.template_hash) = (revision, hash);

@@ -2,8 +2,9 @@
 //! again is given the next number, so that the order of the numbers is the order of use.
 
 use nexus_model::kind::*;
-use nexus_model::{Digest, Name, Object, Uid};
+use nexus_model::{Name, Object, Uid};
 
+use crate::rules::app::Content;
 use crate::step::Step;
 use crate::world::World;
 
@@ -30,11 +31,22 @@ pub fn by_hash<'a>(world: &'a World, app: Uid, hash: &str) -> Option<&'a Object<
 
 /// The template that instances of a revision are made from: with the versions of secrets that its hash speaks of.
 pub fn template(revision: &AppRevisionSpec) -> Template {
-    Template { secrets: revision.secrets.clone(), ..revision.template.clone() }
+    let mut template = Template { secrets: revision.secrets.clone(), ..revision.template.clone() };
+    for part in template.init.iter_mut().chain(&mut template.sidecars) {
+        if let Some(secrets) = revision.part_secrets.get(&part.name) {
+            part.secrets.clone_from(secrets);
+        }
+    }
+    template
 }
 
-/// Sees to it that the newest revision is this one. Answers its number.
-pub fn note(step: &mut Step<'_>, app: &Object<App>, hash: &str, resolved: &[SecretRef], digest: Digest) -> u64 {
+/// The content that they are made from.
+pub fn content(revision: &AppRevisionSpec) -> Content {
+    Content { image: revision.image_digest, parts: revision.part_digests.clone() }
+}
+
+/// Sees to it that the newest revision is this one, whose secrets have versions in `resolved`. Answers its number.
+pub fn note(step: &mut Step<'_>, app: &Object<App>, hash: &str, resolved: &Template, content: &Content) -> u64 {
     let uid = app.metadata.uid;
     let newest = of(step.world, uid).next_back();
     let last = newest.map_or(0, |r| r.spec.revision);
@@ -51,13 +63,16 @@ pub fn note(step: &mut Step<'_>, app: &Object<App>, hash: &str, resolved: &[Secr
     let mut metadata = step.new_metadata(name, app.metadata.project.clone());
     metadata.owner = Some(app.owner_ref());
     metadata.request_id = app.metadata.request_id.clone();
+    let named = |(_, part): (PartRole, &nexus_model::kind::Part)| (part.name.clone(), part.secrets.clone());
     let spec = AppRevisionSpec {
         app: app.metadata.name.clone(),
         revision,
         template_hash: hash.to_owned(),
         template: app.spec.template(),
-        secrets: resolved.to_vec(),
-        image_digest: digest,
+        secrets: resolved.secrets.clone(),
+        part_secrets: resolved.parts().all().filter(|(_, p)| !p.secrets.is_empty()).map(named).collect(),
+        image_digest: content.image,
+        part_digests: content.parts.clone(),
     };
     step.put(Object::<AppRevision>::new(metadata, spec));
     revision

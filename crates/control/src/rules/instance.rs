@@ -12,6 +12,9 @@ use crate::rules::{host, job};
 use crate::step::{Dirty, Step};
 use crate::surroundings::{Surroundings, waits_for_app};
 
+/// Characters that are kept of a host's words about one part.
+const PART_MESSAGE: usize = 256;
+
 /// The infrastructure addresses of a slot on a host.
 pub fn addresses(host: &HostSpec, slot: u16) -> (Ipv6Addr, Ipv4Addr) {
     let mut six = host.prefix6.segments();
@@ -155,13 +158,23 @@ fn message_of(report: &InstanceReport) -> &str {
     }
 }
 
+/// A host's words about an instance's parts, as far as they are kept: of each part that the instance has.
+fn parts_of(instance: &Object<Instance>, report: &InstanceReport) -> Vec<PartStatus> {
+    let kept = |(role, part): (PartRole, &Part)| {
+        let told = report.parts.iter().find(|p| p.name == part.name)?;
+        let message = told.message.chars().take(PART_MESSAGE).collect();
+        Some(PartStatus { role, message, ..told.clone() })
+    };
+    instance.spec.template.parts().all().filter_map(kept).collect()
+}
+
 /// Whether a report says anything that the instance's status does not say already.
 pub fn is_news(instance: &Object<Instance>, report: &InstanceReport) -> bool {
     let s = &instance.status;
     if s.finished.is_some() {
         return false;
     }
-    let known = (s.phase, s.ready, s.endpoint, s.restarts, s.started, s.exit_code, s.message.as_str());
+    let known = (s.phase, s.ready, s.endpoint, s.restarts, s.started, s.exit_code, s.message.as_str(), &s.parts);
     let told = (
         report.phase,
         report.ready,
@@ -170,6 +183,7 @@ pub fn is_news(instance: &Object<Instance>, report: &InstanceReport) -> bool {
         report.started,
         report.exit_code,
         message_of(report),
+        &parts_of(instance, report),
     );
     known != told || !s.conditions.iter().any(|c| c.kind == "Ready")
 }
@@ -189,6 +203,7 @@ fn end(step: &mut Step<'_>, instance: &Object<Instance>, report: &InstanceReport
     (s.ready, s.endpoint, s.finished) = (false, None, Some(step.now));
     (s.started, s.exit_code) = (report.started.or(s.started), report.exit_code);
     message_of(report).clone_into(&mut s.message);
+    s.parts = parts_of(instance, report);
     let (severity, reason) = match s.exit_code {
         Some(0) => (Severity::Normal, "Succeeded"),
         _ => (Severity::Warning, "Failed"),
@@ -219,6 +234,7 @@ pub fn observe(step: &mut Step<'_>, instance: &Object<Instance>, report: &Instan
     s.started = report.started;
     s.exit_code = report.exit_code;
     message_of(report).clone_into(&mut s.message);
+    s.parts = parts_of(instance, report);
     let (status, reason) = match (s.ready, s.phase) {
         (true, _) => (ConditionStatus::True, "Serving"),
         (_, InstancePhase::Running) => (ConditionStatus::False, "NotReady"),

@@ -5,13 +5,14 @@
 //! again; so every end counts once, whoever leads. What vanishes without an end (its host died, somebody deleted it) is no
 //! failure: it runs again.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use nexus_model::kind::*;
 use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::{AnyObject, ApiError, Code, Name, Object, Timestamp, Uid};
 
-use crate::rules::app::{Missing, no_image, per_step, template_hash};
+use crate::rules::app::{Content, Missing, content, per_step, template_hash};
 use crate::rules::buried::Teardown;
 use crate::rules::network::nic;
 use crate::rules::usage::{charge_of, recharge};
@@ -31,7 +32,11 @@ const PER_PROJECT: usize = 10_000;
 
 /// What a job takes of its project's quota: what may run at once, until it has finished.
 pub fn charge(job: &Object<Job>) -> [u64; 3] {
-    if job.status.finished.is_some() { [0; 3] } else { charge_of(job.spec.at_once(), &job.spec.template.resources) }
+    if job.status.finished.is_some() {
+        [0; 3]
+    } else {
+        charge_of(job.spec.at_once(), &job.spec.template.parts().reserved())
+    }
 }
 
 /// When a job is to be looked at although nothing happens to it.
@@ -220,7 +225,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
         }
     }
     let mut count = active_of(step.world, job.metadata.uid);
-    if let Ok((template, digest, hash)) = &made
+    if let Ok((template, content, hash)) = &made
         && job.status.retry_at.is_none()
         && !more
     {
@@ -229,7 +234,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
         let make = missing.min(per_step(PER_STEP, template.nics.len()));
         for _ in 0..make {
             let index = if job.spec.indexed { free.next() } else { None };
-            make_instance(step, &job, template, *digest, hash, index);
+            make_instance(step, &job, template, content, hash, index);
             count += 1;
         }
         more |= missing > make;
@@ -280,26 +285,33 @@ fn look_after_finished(step: &mut Step<'_>, job: &Object<Job>) {
     }
 }
 
-type Made = (Template, nexus_model::Digest, String);
+type Made = (Template, Content, String);
 
 /// What instances are made from now: the template, with the versions that variables come from, and the image's content.
 fn made_from(world: &World, job: &Object<Job>) -> Result<Made, Missing> {
     let project = job.metadata.project.as_ref();
-    let image = world.fleet().images.get(project, &job.spec.template.image);
-    let digest = image.map(|i| i.spec.digest).ok_or_else(|| no_image(&job.spec.template.image))?;
+    let content = content(world, project, job.spec.template.parts(), None, &BTreeMap::new())?;
     let mut template = secret::resolve_in(world, project, job.spec.template.clone())?;
     nic::resolve(world, project, &template.nics)?;
-    template.env.insert(JOB_VARIABLE.into(), job.metadata.name.to_string());
-    template.env.insert(COMPLETIONS_VARIABLE.into(), job.spec.completions.to_string());
-    let hash = template_hash(&template, digest);
-    Ok((template, digest, hash))
+    tell_parts(&mut template, JOB_VARIABLE, job.metadata.name.as_str());
+    tell_parts(&mut template, COMPLETIONS_VARIABLE, &job.spec.completions.to_string());
+    let hash = template_hash(&template, &content);
+    Ok((template, content, hash))
+}
+
+/// Sets a variable of the main part, of the init steps and of the sidecars.
+fn tell_parts(template: &mut Template, variable: &str, value: &str) {
+    let parts = template.init.iter_mut().chain(&mut template.sidecars);
+    for env in parts.map(|part| &mut part.env).chain([&mut template.env]) {
+        env.insert(variable.into(), value.into());
+    }
 }
 
 fn make_instance(
     step: &mut Step<'_>,
     job: &Object<Job>,
     template: &Template,
-    digest: nexus_model::Digest,
+    content: &Content,
     hash: &str,
     index: Option<u32>,
 ) {
@@ -318,13 +330,14 @@ fn make_instance(
     metadata.request_id = job.metadata.request_id.clone();
     let mut template = template.clone();
     if let Some(index) = index {
-        template.env.insert(INDEX_VARIABLE.into(), index.to_string());
+        tell_parts(&mut template, INDEX_VARIABLE, &index.to_string());
     }
     let spec = InstanceSpec {
         app: job.metadata.name.clone(),
         template_hash: hash.to_owned(),
         template,
-        image_digest: digest,
+        image_digest: content.image,
+        part_digests: content.parts.clone(),
         job: Some(InstanceJob { index }),
     };
     step.put(Object::<Instance>::new(metadata, spec));

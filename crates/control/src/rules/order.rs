@@ -3,7 +3,7 @@
 //! the image's name stands for another by now.
 
 use nexus_model::kind::*;
-use nexus_model::{ApiError, Code, FieldError, Object};
+use nexus_model::{ApiError, Code, Digest, FieldError, Name, Object};
 
 use crate::audit::Verb;
 use crate::intent::RolloutOrder;
@@ -79,11 +79,14 @@ fn undo(world: &World, app: &mut Object<App>, to: Option<u64>) -> Result<(Verb, 
             }
         });
     };
-    let image = world.fleet().images.get(app.metadata.project.as_ref(), &kept.template.image);
-    let moved = image.is_none_or(|i| i.spec.digest != kept.image_digest);
+    let images = &world.fleet().images;
+    let project = app.metadata.project.as_ref();
+    let moved = |name: &Name, digest: Digest| images.get(project, name).is_none_or(|i| i.spec.digest != digest);
+    let pinned = moved(&kept.template.image, kept.image_digest).then_some(kept.image_digest);
+    let parts = kept.part_digests.into_iter().filter(|(name, digest)| moved(name, *digest)).collect();
     let before = app.spec.clone();
     app.spec = before.clone().with_template(kept.template);
-    app.spec.image_digest = moved.then_some(kept.image_digest);
+    (app.spec.image_digest, app.spec.part_digests) = (pinned, parts);
     if app.spec != before {
         let orders = &mut app.status.rollout.get_or_insert_default().orders;
         (orders.paused, orders.undone) = (false, orders.undone + 1);
@@ -93,13 +96,24 @@ fn undo(world: &World, app: &mut Object<App>, to: Option<u64>) -> Result<(Verb, 
 
 /// Refuses to pin content that is not the image's, and that of no revision of the app: it may be somebody else's.
 pub fn check_pin(world: &World, old: Option<&Object<App>>, new: &Object<App>) -> Result<(), ApiError> {
-    let Some(digest) = new.spec.image_digest else { return Ok(()) };
-    let image = world.fleet().images.get(new.metadata.project.as_ref(), &new.spec.image);
-    let kept = |app: &Object<App>| history::of(world, app.metadata.uid).any(|r| r.spec.image_digest == digest);
-    if image.is_some_and(|i| i.spec.digest == digest) || old.is_some_and(kept) {
+    let content = |name: &Name| Some(world.fleet().images.get(new.metadata.project.as_ref(), name)?.spec.digest);
+    let kept = || old.into_iter().flat_map(|app| history::of(world, app.metadata.uid)).map(|r| &r.spec);
+    let mut faults = Vec::new();
+    if let Some(digest) = new.spec.image_digest
+        && content(&new.spec.image) != Some(digest)
+        && !kept().any(|r| r.image_digest == digest)
+    {
+        faults.push("spec.imageDigest".to_owned());
+    }
+    for (name, digest) in &new.spec.part_digests {
+        if content(name) != Some(*digest) && !kept().any(|r| r.part_digests.get(name) == Some(digest)) {
+            faults.push(format!("spec.partDigests.{name}"));
+        }
+    }
+    if faults.is_empty() {
         return Ok(());
     }
     let message = "neither the image's content nor that of a revision that is kept: leave it out to run what the image's name \
                    stands for";
-    Err(ApiError::invalid(vec![FieldError::new("spec.imageDigest", message)]))
+    Err(ApiError::invalid(faults.into_iter().map(|field| FieldError::new(field, message)).collect()))
 }

@@ -73,7 +73,7 @@ pub fn leave_out_values(change: &mut Change) {
 
 /// The apps of a project that name a secret.
 pub fn users<'a>(world: &'a World, project: &'a Name, name: &'a Name) -> impl Iterator<Item = &'a Object<App>> {
-    world.apps.within(project).filter(move |app| app.spec.secrets.iter().any(|s| s.name == *name))
+    world.apps.within(project).filter(move |app| app.spec.parts().all_secrets().any(|s| s.name == *name))
 }
 
 pub fn changed(step: &mut Step<'_>, secret: &Object<Secret>) {
@@ -87,7 +87,7 @@ pub fn changed(step: &mut Step<'_>, secret: &Object<Secret>) {
 
 /// Whether a template names a secret.
 pub fn names(template: &Template, secret: &Name) -> bool {
-    template.secrets.iter().any(|s| s.name == *secret)
+    template.parts().all_secrets().any(|s| s.name == *secret)
 }
 
 pub fn refuse_used(step: &Step<'_>, secret: &Object<Secret>) -> Result<(), ApiError> {
@@ -136,7 +136,8 @@ pub fn resolve(world: &World, app: &Object<App>) -> Result<Template, Missing> {
 /// The same for any template of a project.
 pub fn resolve_in(world: &World, project: Option<&Name>, mut template: Template) -> Result<Template, Missing> {
     let Some(project) = project else { return Ok(template) };
-    for wanted in &mut template.secrets {
+    let parts = template.init.iter_mut().chain(&mut template.sidecars).flat_map(|part| &mut part.secrets);
+    for wanted in template.secrets.iter_mut().chain(parts) {
         let name = &wanted.name;
         let Some(secret) = world.secret(project, name) else {
             return Err((

@@ -29,7 +29,7 @@ pub fn surge_of(app: &Object<App>) -> u32 {
 
 /// What an app takes with so many instances beyond its replicas.
 pub fn charge_with(spec: &AppSpec, surge: u32) -> [u64; 3] {
-    charge_of(spec.most_replicas().saturating_add(surge), &spec.resources)
+    charge_of(spec.most_replicas().saturating_add(surge), &spec.parts().reserved())
 }
 
 /// What so many instances take.

@@ -70,6 +70,7 @@ pub fn report<'a>(
         started: None,
         exit_code: None,
         message: String::new(),
+        parts: Vec::new(),
     });
     HostReport {
         host: host.clone(),

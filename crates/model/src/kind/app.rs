@@ -1,12 +1,14 @@
 //! A deployed service: what to run, how many, and how to know that it is well.
 
+use std::collections::BTreeMap;
+
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Autoscale, Classes, Column, Constraints, Disruption, Home, Kind, Rollout, RolloutPhase, RolloutStatus, Scope,
-    SecretRef, TemplateNic, Verbs, autoscale, network, rollout, secret,
+    Autoscale, Classes, Column, Constraints, Disruption, Home, Kind, Part, Parts, Rollout, RolloutPhase, RolloutStatus,
+    Scope, SecretRef, SharedFolder, TemplateNic, Verbs, autoscale, network, part, rollout, secret,
 };
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
@@ -56,19 +58,19 @@ const MEMORY_PATTERN: &str = concat!(
     r"|4Mi|([5-9]|[1-9][0-9]{1,11})(Mi|M)|[1-9][0-9]{0,8}(Gi|G)|[1-9][0-9]{0,5}(Ti|T))$",
 );
 /// 64Ki to [`MAX_BYTES`].
-const SCRATCH_PATTERN: &str = concat!(
+pub(super) const SCRATCH_PATTERN: &str = concat!(
     r"^(6553[6-9]|655[4-9][0-9]|65[6-9][0-9]{2}|6[6-9][0-9]{3}|[7-9][0-9]{4}|[1-9][0-9]{5,17}",
     r"|(6[4-9]|[7-9][0-9]|[1-9][0-9]{2,14})Ki|(6[6-9]|[7-9][0-9]|[1-9][0-9]{2,14})k",
     r"|[1-9][0-9]{0,11}(Mi|M)|[1-9][0-9]{0,8}(Gi|G)|[1-9][0-9]{0,5}(Ti|T))$",
 );
 /// More than any host has, and little enough that sums stay far from overflow.
-const MAX_BYTES: u64 = 1 << 60;
+pub(super) const MAX_BYTES: u64 = 1 << 60;
 /// A path of HTTP.
 const PATH_PATTERN: &str = "^/[!-~]{0,1023}$";
 /// No zero byte.
-const TEXT_PATTERN: &str = r"^[^\x00]*$";
+pub(super) const TEXT_PATTERN: &str = r"^[^\x00]*$";
 /// The name of a variable.
-const VARIABLE_PATTERN: &str = r"^[^=\x00]{1,256}$";
+pub(super) const VARIABLE_PATTERN: &str = r"^[^=\x00]{1,256}$";
 
 /// What one instance gets. `cpu` and `memory` are both what is reserved and what is enforced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -189,6 +191,14 @@ macro_rules! declare_template {
             $($(#[$attribute])* pub $field: $type,)*
         }
 
+        impl Template {
+            /// Its parts, and what they come to together.
+            pub fn parts(&self) -> Parts<'_> {
+                let (image, secrets, resources) = (&self.image, &self.secrets, &self.resources);
+                Parts { image, secrets, resources, init: &self.init, sidecars: &self.sidecars, shared: self.shared.as_ref() }
+            }
+        }
+
         impl Default for Template {
             fn default() -> Self {
                 Self { $($field: $default,)* }
@@ -232,9 +242,19 @@ macro_rules! declare_template {
             /// kept. An undo writes it.
             #[serde(skip_serializing_if = "Option::is_none")]
             pub image_digest: Option<Digest>,
+            /// Likewise, of the images of its init steps and sidecars: their content by image name.
+            #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+            #[schemars(extend("maxProperties" = 2 * part::MAX_PARTS))]
+            pub part_digests: BTreeMap<Name, Digest>,
         }
 
         impl AppSpec {
+            /// Its parts, and what they come to together.
+            pub fn parts(&self) -> Parts<'_> {
+                let (image, secrets, resources) = (&self.image, &self.secrets, &self.resources);
+                Parts { image, secrets, resources, init: &self.init, sidecars: &self.sidecars, shared: self.shared.as_ref() }
+            }
+
             pub fn template(&self) -> Template {
                 Template { $($field: self.$field.clone(),)* }
             }
@@ -258,6 +278,7 @@ macro_rules! declare_template {
                     rollout: Rollout::default(),
                     disruption: None,
                     image_digest: None,
+                    part_digests: BTreeMap::new(),
                 }
             }
         }
@@ -312,6 +333,17 @@ declare_template! {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = super::MAX_INSTANCE_NICS))]
     nics: Vec<TemplateNic> = Vec::new();
+    /// Run to completion one after another before the app's own container starts. One that fails is tried again.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "part::init_schema")]
+    init: Vec<Part> = Vec::new();
+    /// Run beside the app's own container: started before it, started again when they end, stopped after it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = part::MAX_PARTS))]
+    sidecars: Vec<Part> = Vec::new();
+    /// A folder that all of them see; with init steps or sidecars there is one at `/run/shared` in any case.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shared: Option<SharedFolder> = None;
 }
 
 impl Default for AppSpec {
@@ -460,6 +492,9 @@ impl Kind for App {
                 errors.push(FieldError::new(format!("spec.regions[{i}]"), "listed twice"));
             }
         }
+        if spec.part_digests.len() > 2 * part::MAX_PARTS {
+            errors.push(FieldError::new("spec.partDigests", format!("at most {}", 2 * part::MAX_PARTS)));
+        }
         errors.extend(super::validate_labels("spec.instanceLabels", &spec.instance_labels));
         errors.extend(rollout::validate_rollout(&spec.rollout));
         errors
@@ -477,7 +512,7 @@ impl Kind for App {
 
 const SIGNALS: [&str; 7] = ["TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL"];
 /// Bounds one variable or argument, in characters. Linux takes at most 128 KiB in each.
-const MAX_TEXT: usize = 16 << 10;
+pub(super) const MAX_TEXT: usize = 16 << 10;
 
 fn is_text(text: &str) -> bool {
     text.chars().count() <= MAX_TEXT && !text.contains('\0')
@@ -509,51 +544,21 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         check(t.storage_class.is_none(), "spec.storageClass", "a function has no writable layer");
         check(t.nics.is_empty(), "spec.nics", "a function has no interfaces of its own");
     }
-    let r = &t.resources;
-    check((1..=1_000_000).contains(&r.cpu.0), "spec.resources.cpu", "between 1m and 1000");
-    check(r.memory.0 >= 4 << 20, "spec.resources.memory", "at least 4Mi");
-    check(r.memory.0 <= MAX_BYTES, "spec.resources.memory", "at most 1048576Ti");
-    check((1..=32_768).contains(&r.pids), "spec.resources.pids", "between 1 and 32768");
-    check(r.scratch.0 <= MAX_BYTES, "spec.resources.scratch", "at most 1048576Ti");
-    check(r.scratch.0 >= 64 << 10, "spec.resources.scratch", "at least 64Ki");
+    let mut own = |ok: bool, field: &str, message: &str| check(ok, &format!("spec.{field}"), message);
+    check_resources(&mut own, &t.resources);
+    check_words(&mut own, &t.command, &t.args, &t.env);
     check(
         SIGNALS.contains(&t.stop_signal.as_str()),
         "spec.stopSignal",
         "one of TERM, INT, QUIT, HUP, USR1, USR2, KILL",
     );
     check(t.stop_grace_seconds <= 3600, "spec.stopGraceSeconds", "at most 3600");
-    check(t.env.len() <= 256, "spec.env", "at most 256 variables");
-    for (key, value) in &t.env {
-        let field = format!("spec.env.{}", key.chars().take(64).collect::<String>());
-        let named = (1..=256).contains(&key.chars().count()) && !key.contains(['=', '\0']);
-        check(named, &field, "not a variable's name");
-        check(is_text(value), &field, "at most 16384 characters, without a zero byte");
-    }
-    for (list, field) in [(&t.command, "spec.command"), (&t.args, "spec.args")] {
-        check(list.len() <= 256, field, "at most 256 words");
-        check(list.iter().all(|w| is_text(w)), field, "words of at most 16384 characters, without a zero byte");
-    }
     check((1..=1000).contains(&t.function.concurrency), "spec.function.concurrency", "between 1 and 1000");
     check((1..=900).contains(&t.function.timeout_seconds), "spec.function.timeoutSeconds", "between 1 and 900");
     for (name, health) in [("readiness", &t.health.readiness), ("liveness", &t.health.liveness)] {
         let Some(h) = health else { continue };
-        let at = |field: &str| format!("spec.health.{name}.{field}");
-        check((1..=3600).contains(&h.interval_seconds), &at("intervalSeconds"), "between 1 and 3600");
-        check((1..=300).contains(&h.timeout_seconds), &at("timeoutSeconds"), "between 1 and 300");
-        check((1..=100).contains(&h.failures), &at("failures"), "between 1 and 100");
-        match &h.probe {
-            Probe::Http { port, path } => {
-                check(*port != 0, &at("probe.http.port"), "between 1 and 65535");
-                let good = path.starts_with('/') && path.len() <= 1024 && path.bytes().all(|b| b.is_ascii_graphic());
-                check(good, &at("probe.http.path"), "begins with / and has no space");
-            }
-            Probe::Tcp { port } => check(*port != 0, &at("probe.tcp.port"), "between 1 and 65535"),
-            Probe::Exec { command } => {
-                let good = (1..=256).contains(&command.len()) && command.iter().all(|w| is_text(w));
-                check(good, &at("probe.exec.command"), "1 to 256 words of at most 16384 characters");
-                check(t.runtime == Runtime::Container, &at("probe.exec"), "a function can't run a command");
-            }
-        }
+        let mut own = |ok: bool, field: &str, message: &str| check(ok, &format!("spec.health.{field}"), message);
+        check_health(&mut own, name, h, t.runtime == Runtime::Container);
     }
     if t.constraints.len() > super::MAX_CONSTRAINTS {
         errors.push(FieldError::new("spec.constraints", format!("at most {}", super::MAX_CONSTRAINTS)));
@@ -561,7 +566,55 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
     errors.extend(super::validate_classes("spec.classes", &t.classes));
     errors.extend(network::validate_nics(&t.nics));
     errors.extend(secret::validate_refs(&t.secrets, &t.env, t.runtime == Runtime::Container));
+    errors.extend(part::validate_parts(t));
     errors
+}
+
+/// Told whether a field is as it should be, its path, and what it should be.
+type Check<'a> = dyn FnMut(bool, &str, &str) + 'a;
+
+pub(super) fn check_resources(check: &mut Check<'_>, r: &Resources) {
+    check((1..=1_000_000).contains(&r.cpu.0), "resources.cpu", "between 1m and 1000");
+    check(r.memory.0 >= 4 << 20, "resources.memory", "at least 4Mi");
+    check(r.memory.0 <= MAX_BYTES, "resources.memory", "at most 1048576Ti");
+    check((1..=32_768).contains(&r.pids), "resources.pids", "between 1 and 32768");
+    check(r.scratch.0 <= MAX_BYTES, "resources.scratch", "at most 1048576Ti");
+    check(r.scratch.0 >= 64 << 10, "resources.scratch", "at least 64Ki");
+}
+
+pub(super) fn check_words(check: &mut Check<'_>, command: &[String], args: &[String], env: &IndexMap<String, String>) {
+    check(env.len() <= 256, "env", "at most 256 variables");
+    for (key, value) in env {
+        let field = format!("env.{}", key.chars().take(64).collect::<String>());
+        let named = (1..=256).contains(&key.chars().count()) && !key.contains(['=', '\0']);
+        check(named, &field, "not a variable's name");
+        check(is_text(value), &field, "at most 16384 characters, without a zero byte");
+    }
+    for (list, field) in [(command, "command"), (args, "args")] {
+        check(list.len() <= 256, field, "at most 256 words");
+        check(list.iter().all(|w| is_text(w)), field, "words of at most 16384 characters, without a zero byte");
+    }
+}
+
+/// A check that stands at the field `name`.
+pub(super) fn check_health(check: &mut Check<'_>, name: &str, h: &HealthCheck, is_container: bool) {
+    let at = |field: &str| format!("{name}.{field}");
+    check((1..=3600).contains(&h.interval_seconds), &at("intervalSeconds"), "between 1 and 3600");
+    check((1..=300).contains(&h.timeout_seconds), &at("timeoutSeconds"), "between 1 and 300");
+    check((1..=100).contains(&h.failures), &at("failures"), "between 1 and 100");
+    match &h.probe {
+        Probe::Http { port, path } => {
+            check(*port != 0, &at("probe.http.port"), "between 1 and 65535");
+            let good = path.starts_with('/') && path.len() <= 1024 && path.bytes().all(|b| b.is_ascii_graphic());
+            check(good, &at("probe.http.path"), "begins with / and has no space");
+        }
+        Probe::Tcp { port } => check(*port != 0, &at("probe.tcp.port"), "between 1 and 65535"),
+        Probe::Exec { command } => {
+            let good = (1..=256).contains(&command.len()) && command.iter().all(|w| is_text(w));
+            check(good, &at("probe.exec.command"), "1 to 256 words of at most 16384 characters");
+            check(is_container, &at("probe.exec"), "a function can't run a command");
+        }
+    }
 }
 
 #[cfg(test)]

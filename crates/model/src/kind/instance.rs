@@ -1,11 +1,12 @@
 //! One placed replica of an app, or one try of a job.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Column, Home, Kind, Scope, Template, Verbs};
+use super::{Column, Home, Kind, PartStatus, Scope, Template, Verbs};
 use crate::{Condition, Digest, FieldError, Name, Timestamp};
 
 #[derive(Debug, Clone)]
@@ -21,6 +22,9 @@ pub struct InstanceSpec {
     pub template: Template,
     /// The image's content at the moment of creation.
     pub image_digest: Digest,
+    /// The same of the other images that its parts name, by image name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub part_digests: BTreeMap<Name, Digest>,
     /// Of a job's: it runs once, and is not started again where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job: Option<InstanceJob>,
@@ -42,6 +46,7 @@ impl Default for InstanceSpec {
             template_hash: String::new(),
             template: Template::default(),
             image_digest: Digest::of(b""),
+            part_digests: BTreeMap::new(),
             job: None,
         }
     }
@@ -104,6 +109,9 @@ pub struct InstanceStatus {
     /// Why it is not ready, in a sentence.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub message: String,
+    /// Its init steps and sidecars.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<PartStatus>,
     pub conditions: Vec<Condition>,
 }
 

@@ -4,6 +4,7 @@
 //! the status as a wish and two counters, so that a region can follow its global app's and heed each one once.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -385,8 +386,14 @@ pub struct AppRevisionSpec {
     /// Its secrets, with the versions that variables came from.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<SecretRef>,
+    /// The same of its init steps and sidecars, by their names.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub part_secrets: BTreeMap<Name, Vec<SecretRef>>,
     /// The image's content then.
     pub image_digest: Digest,
+    /// That of the other images that its parts name, by image name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub part_digests: BTreeMap<Name, Digest>,
 }
 
 impl Default for AppRevisionSpec {
@@ -397,7 +404,9 @@ impl Default for AppRevisionSpec {
             template_hash: String::new(),
             template: Template::default(),
             secrets: Vec::new(),
+            part_secrets: BTreeMap::new(),
             image_digest: Digest::of(b""),
+            part_digests: BTreeMap::new(),
         }
     }
 }

@@ -184,25 +184,33 @@ pub struct SecretRef {
 }
 
 const VARIABLE: &str = "^[A-Za-z_][A-Za-z0-9_]{0,127}$";
-const PATH: &str = "^(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+$";
-const MAX_PATH: usize = 255;
+pub(super) const PATH: &str = "^(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+$";
+pub(super) const MAX_PATH: usize = 255;
 /// JSON has no whole numbers beyond this that all readers agree on.
 const MAX_VERSION: u64 = (1 << 53) - 1;
 /// What is not ours to mount over.
 const TAKEN: [&str; 5] = ["/proc", "/sys", "/dev", "/etc", "/run/spiffe"];
+
+/// The same of a path that matches [`PATH`], and what is above them.
+pub(super) const TAKEN_PATTERN: &str = "^/((proc|sys|dev|etc|run/spiffe)(/|$)|run$)";
+
+/// Whether a folder is in the way of what is not ours to mount over.
+pub(super) fn is_taken(folder: &str) -> bool {
+    TAKEN.iter().any(|t| overlaps(folder, t))
+}
 
 fn is_variable(text: &str) -> bool {
     let good = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
     (1..=128).contains(&text.len()) && text.bytes().all(good) && !text.starts_with(|c: char| c.is_ascii_digit())
 }
 
-fn is_path(text: &str) -> bool {
+pub(super) fn is_path(text: &str) -> bool {
     let good = |part: &str| crate::secret::is_key(part) || part.len() > 128;
     text.len() <= MAX_PATH && text.strip_prefix('/').is_some_and(|rest| rest.split('/').all(good))
 }
 
 /// Whether one of two folders is in the other, or is it.
-fn overlaps(a: &str, b: &str) -> bool {
+pub(super) fn overlaps(a: &str, b: &str) -> bool {
     let within = |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     within(a, b) || within(b, a)
 }
@@ -246,7 +254,7 @@ pub(super) fn validate_refs(refs: &[SecretRef], env: &IndexMap<String, String>, 
         let Some(folder) = r.folder() else { continue };
         check(files, at("path"), "a function has no file system: use env");
         check(is_path(&folder), at("path"), "an absolute path of plain names, such as /run/secrets/tls");
-        check(!TAKEN.iter().any(|t| overlaps(&folder, t)), at("path"), "holds what the cloud itself puts there");
+        check(!is_taken(&folder), at("path"), "holds what the cloud itself puts there");
         let others = refs[..i].iter().filter_map(SecretRef::folder);
         check(!others.into_iter().any(|o| overlaps(&o, &folder)), at("path"), "is in the way of another secret's");
     }

@@ -177,7 +177,13 @@ impl Server {
         let [four, six, routers] = opened.await?;
         // SAFETY: a socket that is owned is the same open file until it is dropped, and `AsyncFd` keeps it.
         let ready = |s| unsafe { AsyncFd::register(s) }.attempt(|| "waiting for DHCP's questions".into());
-        Ok(Self { four: ready(four)?, six: ready(six)?, routers: ready(routers)?, links: BTreeMap::new(), looked: None })
+        Ok(Self {
+            four: ready(four)?,
+            six: ready(six)?,
+            routers: ready(routers)?,
+            links: BTreeMap::new(),
+            looked: None,
+        })
     }
 
     /// Until something fails.
@@ -248,11 +254,8 @@ impl Server {
     async fn look(&mut self, netns: &NetnsRef, leases: &Leases) -> Result<(), NetError> {
         self.looked = Some(Instant::now());
         let all = aside(netns.clone(), "a network's links", || Netlink::open()?.links()).await?;
-        let found: BTreeMap<u32, String> = all
-            .into_iter()
-            .filter(|l| l.name.starts_with(links::NIC_PREFIX))
-            .map(|l| (l.index, l.name))
-            .collect();
+        let found: BTreeMap<u32, String> =
+            all.into_iter().filter(|l| l.name.starts_with(links::NIC_PREFIX)).map(|l| (l.index, l.name)).collect();
         for (&index, link) in found.iter().filter(|(index, _)| !self.links.contains_key(index)) {
             // It may be gone again, or have been joined before this agent's restart: then nothing is lost.
             let _ = self.six.get_ref().join_multicast_v6(&dhcp6::SERVERS, index);

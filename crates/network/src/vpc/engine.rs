@@ -134,9 +134,8 @@ impl Own {
 
         let plans: Vec<(&NetworkWant, &NetworkPlan)> =
             wants.iter().zip(wanted.networks.iter().map(AsRef::as_ref)).collect();
-        let mut outcomes = each(&plans, |(want, plan), out| {
-            network::prepare(&site, want, &rules::network_text(wanted, plan), out)
-        });
+        let mut outcomes =
+            each(&plans, |(want, plan), out| network::prepare(&site, want, &rules::network_text(wanted, plan), out));
         for stage in [network::join, network::complete] {
             // A network without its packet filter gets no links.
             let well: Vec<usize> = (0..wants.len()).filter(|i| !outcomes[*i].given_up).collect();
@@ -354,15 +353,11 @@ fn each<T: Sync>(all: &[T], work: impl Fn(&T, &mut Outcome) -> Result<(), NetErr
 }
 
 /// Does the same for each of many small things, on a few threads.
-fn each_of<T: Sync>(
-    all: &[T],
-    work: impl Fn(&[T]) -> Result<Vec<Inside>, NetError> + Sync,
-) -> Vec<Inside> {
+fn each_of<T: Sync>(all: &[T], work: impl Fn(&[T]) -> Result<Vec<Inside>, NetError> + Sync) -> Vec<Inside> {
     let mut results = Vec::with_capacity(all.len());
     std::thread::scope(|scope| {
         let share = all.len().div_ceil(AT_ONCE).max(16);
-        let threads: Vec<_> =
-            all.chunks(share).map(|some| (some.len(), thread(scope, || work(some)))).collect();
+        let threads: Vec<_> = all.chunks(share).map(|some| (some.len(), thread(scope, || work(some)))).collect();
         for (count, thread) in threads {
             let lost = NetError::Thread("instances' networks".into());
             let result = thread.and_then(|t| t.join().ok()).unwrap_or(Err(lost));

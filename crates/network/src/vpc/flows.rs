@@ -216,7 +216,8 @@ mod tests {
     }
 
     fn message(words: &[u8], packet: &[u8]) -> Vec<u8> {
-        let body = [vec![2, 0, 0, 1], attribute(ATTRIBUTE_PREFIX, words), attribute(ATTRIBUTE_PAYLOAD, packet)].concat();
+        let body =
+            [vec![2, 0, 0, 1], attribute(ATTRIBUTE_PREFIX, words), attribute(ATTRIBUTE_PAYLOAD, packet)].concat();
         let mut out = (16 + body.len() as u32).to_ne_bytes().to_vec();
         out.extend(((SUBSYSTEM << 8) | PACKET).to_ne_bytes());
         out.extend([0; 10]);
@@ -232,10 +233,14 @@ mod tests {
         six.extend(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1).octets());
         six.extend(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2).octets());
         six.extend([17, 0, 0, 0, 0, 0, 0, 0, 0, 53, 0, 54]);
-        let bytes = [message(b"allow\0", &four), message(b"drop no_ingress_rule\0", &six), message(b"x\0", &four)].concat();
+        let bytes =
+            [message(b"allow\0", &four), message(b"drop no_ingress_rule\0", &six), message(b"x\0", &four)].concat();
         let found = flows(&bytes);
         assert_eq!(found.len(), 2, "{found:?}");
-        assert_eq!((found[0].dropped.as_deref(), found[0].protocol, found[0].source_port, found[0].port), (None, 6, 40000, 80));
+        assert_eq!(
+            (found[0].dropped.as_deref(), found[0].protocol, found[0].source_port, found[0].port),
+            (None, 6, 40000, 80)
+        );
         assert_eq!((found[1].protocol, found[1].source_port, found[1].port, found[1].bytes), (17, 53, 54, 60));
         assert_eq!(found[1].dropped.as_deref(), Some("no_ingress_rule"));
         // Cut anywhere, it is read as far as it goes.

@@ -212,8 +212,7 @@ impl<'a> Hand<'a> {
             if ours.get(key) == Some(route) {
                 continue;
             }
-            let replace =
-                ours.contains_key(key) || (others == Others::Replaced && foreign.contains(key));
+            let replace = ours.contains_key(key) || (others == Others::Replaced && foreign.contains(key));
             let what = || format!("the route {} is missing", self.told(route));
             let what = if self.mode == Mode::Check { what() } else { String::new() };
             self.step(|| what, |l| l.put_route(route, replace));
@@ -257,9 +256,10 @@ impl<'a> Hand<'a> {
         for (&link, &limit) in wanted {
             if there.get(&link) != Some(&limit) {
                 let called = self.called(link);
-                self.step(|| format!("{called} is not limited to {} bits a second", limit.bits()), |l| {
-                    l.put_limit(link, limit)
-                });
+                self.step(
+                    || format!("{called} is not limited to {} bits a second", limit.bits()),
+                    |l| l.put_limit(link, limit),
+                );
             }
         }
         for &link in there.keys().filter(|l| !wanted.contains_key(l)) {

@@ -111,11 +111,7 @@ fn restore(hand: &mut Hand<'_>, gateway: IpAddr, eth0: u32) -> Result<(), NetErr
 }
 
 /// All routes but the default ones of the main table, and those.
-fn ways(
-    plugged: &[(&NicWant, u32)],
-    eth0: u32,
-    infrastructure: &[IpAddr],
-) -> (Vec<RouteState>, Vec<RouteState>) {
+fn ways(plugged: &[(&NicWant, u32)], eth0: u32, infrastructure: &[IpAddr]) -> (Vec<RouteState>, Vec<RouteState>) {
     let route = |table, to, length, link, via, source| RouteState {
         table,
         to,
@@ -162,8 +158,7 @@ fn policies(plugged: &[(&NicWant, u32)], infrastructure: &[IpAddr]) -> BTreeSet<
         iif: None,
         then: Then::Table(table),
     };
-    let mut all: BTreeSet<Policy> =
-        infrastructure.iter().map(|own| policy(FROM_INFRASTRUCTURE, *own, TABLE)).collect();
+    let mut all: BTreeSet<Policy> = infrastructure.iter().map(|own| policy(FROM_INFRASTRUCTURE, *own, TABLE)).collect();
     for (nic, _) in plugged {
         all.extend(nic.addresses().map(|own| policy(FROM_NICS, own, TABLE + 1 + u32::from(nic.index))));
     }

@@ -272,12 +272,7 @@ enum Plugged {
 }
 
 /// One NIC's link into its instance.
-fn plug(
-    site: &Site<'_>,
-    hand: &mut Hand<'_>,
-    nic: &NicWant,
-    there: Option<&LinkState>,
-) -> Result<Plugged, NetError> {
+fn plug(site: &Site<'_>, hand: &mut Hand<'_>, nic: &NicWant, there: Option<&LinkState>) -> Result<Plugged, NetError> {
     let path = (site.instance)(nic.instance);
     if !is_netns(&path) {
         return Ok(Plugged::Waiting);
@@ -331,9 +326,10 @@ fn settle(hand: &mut Hand<'_>, want: &NetworkWant, there: &BTreeMap<String, Link
         Some(LinkAddress { link: index(name)?, address: *address, length: *length })
     });
     hand.addresses(&addresses.collect())?;
-    let neighbours = want.neighbours.iter().filter_map(|(name, address, mac)| {
-        Some(Neighbour { link: index(name)?, address: *address, mac: *mac })
-    });
+    let neighbours = want
+        .neighbours
+        .iter()
+        .filter_map(|(name, address, mac)| Some(Neighbour { link: index(name)?, address: *address, mac: *mac }));
     hand.neighbours(&neighbours.collect())?;
     if let Some(tunnel) = index(TUNNEL) {
         hand.forwards(tunnel, &want.forwards)?;

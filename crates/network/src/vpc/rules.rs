@@ -34,8 +34,8 @@ pub use host::{TABLE as HOST_TABLE, host};
 pub use routes::{Way, way};
 use table::{Act, Base, Family, Field, Hook, Key, MapTo, Rule, Share, Table, Target, Test, Value, Verdict, told};
 
-pub use super::text::{host_text, network_text};
 use super::links;
+pub use super::text::{host_text, network_text};
 
 /// The table in a network's namespace.
 pub const TABLE: &str = "nexus";
@@ -244,7 +244,8 @@ impl<'a> Maker<'a> {
         // Neighbours are as planned: nobody is to look for a shorter way.
         let redirect = self.refuse("redirect");
         let redirects = [(Family::V4, 5), (Family::V6, REDIRECT)];
-        let redirects = redirects.map(|(f, kind)| Rule::then([Test::any(Field::IcmpType(f), [kind])], redirect.clone()));
+        let redirects =
+            redirects.map(|(f, kind)| Rule::then([Test::any(Field::IcmpType(f), [kind])], redirect.clone()));
         self.table.base("answers", Base { hook: Hook::Output, nat: false, raw: false }, redirects.to_vec());
     }
 
@@ -329,9 +330,8 @@ impl<'a> Maker<'a> {
     }
 
     fn of_table(&self, table: u32) -> BTreeSet<Key> {
-        let of_subnet = |n: &&&NicPlan| {
-            self.plan.subnets.get(n.subnet as usize).is_some_and(|s| s.route_table == table)
-        };
+        let of_subnet =
+            |n: &&&NicPlan| self.plan.subnets.get(n.subnet as usize).is_some_and(|s| s.route_table == table);
         self.nics.iter().filter(of_subnet).map(|n| vec![nic_link(n)]).collect()
     }
 
@@ -431,14 +431,14 @@ impl<'a> Maker<'a> {
             from.insert(vec![link(way)], Target::Verdict(Verdict::goto(chain)));
         }
         let nics = || Test::to(links::NIC_PREFIX);
-        self.table.chain("from_tunnel", vec![
-            Rule::then([nics()], Verdict::goto("received")),
-            Rule::then([], no_way.clone()),
-        ]);
-        self.table.chain("from_outside", vec![
-            Rule::then([nics(), Test::Translated], Verdict::goto("received")),
-            Rule::then([], no_way),
-        ]);
+        self.table.chain(
+            "from_tunnel",
+            vec![Rule::then([nics()], Verdict::goto("received")), Rule::then([], no_way.clone())],
+        );
+        self.table.chain(
+            "from_outside",
+            vec![Rule::then([nics(), Test::Translated], Verdict::goto("received")), Rule::then([], no_way)],
+        );
         self.table.map("from", [Field::LinkIn], MapTo::Verdicts, from);
         self.table.map("to_peers", [Field::LinkOut], MapTo::Verdicts, to);
     }
@@ -561,11 +561,10 @@ impl<'a> Maker<'a> {
             let lent: BTreeMap<Key, Target> = lent.collect();
             let name = format!("lent{digit}");
             self.table.map(name.clone(), [Field::Mark], MapTo::Addresses(family), lent);
-            rules.push(Rule::new([up(), Test::Family(family)], [Act::Source {
-                family,
-                fields: vec![Field::Mark],
-                map: name,
-            }]));
+            rules.push(Rule::new(
+                [up(), Test::Family(family)],
+                [Act::Source { family, fields: vec![Field::Mark], map: name }],
+            ));
             let (four, six) = links::transit(self.plan.vni);
             let own = if family == Family::V4 { four.into() } else { six.into() };
             let marked = Test::Is { field: Field::Mark, values: vec![Value::one(0_u8)], not: true };

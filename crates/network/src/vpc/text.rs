@@ -145,9 +145,7 @@ fn value(field: Field, value: &Value) -> String {
         (Value::Link(name), _) => format!("\"{name}\""),
         (Value::Links(prefix), _) => format!("\"{prefix}*\""),
         (Value::Mac(mac), _) => mac.to_string(),
-        (Value::Span(first, last), Field::Source(family) | Field::Destination(family)) => {
-            span(family, *first, *last)
-        }
+        (Value::Span(first, last), Field::Source(family) | Field::Destination(family)) => span(family, *first, *last),
         (Value::Span(first, last), _) if first == last => first.to_string(),
         (Value::Span(first, last), _) => format!("{first}-{last}"),
     }

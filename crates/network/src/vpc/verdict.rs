@@ -109,9 +109,10 @@ impl<'a> Tracer<'a> {
 
     fn begin(&mut self, from: Uid, packet: TracedPacket) -> Result<TraceVerdict, Dropped> {
         let hosts = self.hosts;
-        let found = hosts.networks.iter().find_map(|n: &'a Arc<NetworkPlan>| {
-            Some((&**n, n.nics.iter().find(|nic| nic.uid == from)?))
-        });
+        let found = hosts
+            .networks
+            .iter()
+            .find_map(|n: &'a Arc<NetworkPlan>| Some((&**n, n.nics.iter().find(|nic| nic.uid == from)?)));
         let own_host = hosts.host.clone();
         let Some((plan, nic)) = found else {
             return self.drop(&own_host, "anti-spoofing", "there is no such NIC in the networks of this host");
@@ -221,7 +222,12 @@ impl<'a> Tracer<'a> {
     }
 
     /// Through the rules that look at what passes between two links, and the names of those that decide.
-    fn forward(&mut self, place: &Place<'a>, nics: [Option<&'a NicPlan>; 2], packet: &mut Packet) -> Result<(), Dropped> {
+    fn forward(
+        &mut self,
+        place: &Place<'a>,
+        nics: [Option<&'a NicPlan>; 2],
+        packet: &mut Packet,
+    ) -> Result<(), Dropped> {
         let host = place.hosts.host.clone();
         let refused = hook(&place.table, Hook::Forward, packet, self.choice).err();
         let stage = refused.as_deref().map_or(Stage::Through, Stage::of);
@@ -270,7 +276,11 @@ impl<'a> Tracer<'a> {
             (Some(false), None, _) => self.drop(&host, at, "no rule allows it"),
             (_, _, name) => {
                 let name = name.unwrap_or("no rule".into());
-                self.drop(&host, at, format!("the programmed rules differ from the plan, by which {name} decides: please report it"))
+                self.drop(
+                    &host,
+                    at,
+                    format!("the programmed rules differ from the plan, by which {name} decides: please report it"),
+                )
             }
         }
     }

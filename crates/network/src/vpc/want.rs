@@ -290,7 +290,9 @@ impl NetworkWant {
                     Via::Nic(uid) => {
                         let way = nics.get(&uid).map_or(Way::Unreachable, |nic| to_nic(plan, nic, route.to));
                         if matches!(&way, Way::Link { link, .. } if link != TUNNEL) {
-                            self.routes.entry((TO_FORWARDERS, route.to.first(), route.to.length)).or_insert(way.clone());
+                            self.routes
+                                .entry((TO_FORWARDERS, route.to.first(), route.to.length))
+                                .or_insert(way.clone());
                         }
                         way
                     }

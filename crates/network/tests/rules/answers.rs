@@ -31,7 +31,8 @@ fn a_client_is_told_its_address_its_routes_and_its_router() {
         let dir = tempfile::tempdir().unwrap();
         let script = dir.path().join("told");
         let told = dir.path().join("env");
-        let text = format!("#!/bin/sh\n[ \"$1\" = bound ] && env > {0}.new && mv {0}.new {0}\nexit 0\n", told.display());
+        let text =
+            format!("#!/bin/sh\n[ \"$1\" = bound ] && env > {0}.new && mv {0}.new {0}\nexit 0\n", told.display());
         std::fs::write(&script, text).unwrap();
         use std::os::unix::fs::PermissionsExt as _;
         std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -40,7 +41,22 @@ fn a_client_is_told_its_address_its_routes_and_its_router() {
             tokio::task::spawn_blocking(move || {
                 inside(&own, move || {
                     let mut command = Command::new("busybox");
-                    command.args(["udhcpc", "-i", "nic0", "-f", "-q", "-n", "-t", "10", "-T", "1", "-O", "staticroutes", "-O", "mtu"]);
+                    command.args([
+                        "udhcpc",
+                        "-i",
+                        "nic0",
+                        "-f",
+                        "-q",
+                        "-n",
+                        "-t",
+                        "10",
+                        "-T",
+                        "1",
+                        "-O",
+                        "staticroutes",
+                        "-O",
+                        "mtu",
+                    ]);
                     command.arg("-s").arg(script);
                     command.output().unwrap()
                 })

@@ -78,8 +78,17 @@ fn refusals_go_before_permissions_and_groups_are_sources() {
         let ports = tcp("ports", &[(8000, 8010), (9000, 9000)], Vec::new());
         let members = tcp("members", &[(22, 22)], vec![Remote::Group(1)]);
         let nets = tcp("nets", &[(23, 23)], vec![net("10.1.0.2/32"), net("fd00:1::2/127")]);
-        let echo = RulePlan { protocol: RuleProtocol::Icmp, remotes: vec![Remote::Group(0)], ..rule("echo", Direction::Ingress) };
-        let names = RulePlan { protocol: RuleProtocol::Udp, ports: vec![(53, 53)], remotes: vec![Remote::Group(0)], ..rule("names", Direction::Ingress) };
+        let echo = RulePlan {
+            protocol: RuleProtocol::Icmp,
+            remotes: vec![Remote::Group(0)],
+            ..rule("echo", Direction::Ingress)
+        };
+        let names = RulePlan {
+            protocol: RuleProtocol::Udp,
+            ports: vec![(53, 53)],
+            remotes: vec![Remote::Group(0)],
+            ..rule("names", Direction::Ingress)
+        };
         let site = guarded(vec![deny, early, ports, members, nets, echo, names]).await;
         for (port, by) in [
             (8000, (true, true)),
@@ -95,8 +104,13 @@ fn refusals_go_before_permissions_and_groups_are_sources() {
         }
         // Of IPv6 the network covers both.
         let [four, six] = target(23);
-        assert!(connects(&site.nic(0), &site.nic(2), four, DEADLINE) && !connects(&site.nic(1), &site.nic(2), four, BRIEFLY));
-        assert!(connects(&site.nic(0), &site.nic(2), six, DEADLINE) && connects(&site.nic(1), &site.nic(2), six, DEADLINE));
+        assert!(
+            connects(&site.nic(0), &site.nic(2), four, DEADLINE)
+                && !connects(&site.nic(1), &site.nic(2), four, BRIEFLY)
+        );
+        assert!(
+            connects(&site.nic(0), &site.nic(2), six, DEADLINE) && connects(&site.nic(1), &site.nic(2), six, DEADLINE)
+        );
         for to in [IpAddr::from(address4(1, 4)), address6(1, 4).into()] {
             assert!(pings(&site.nic(0), to) && !pings(&site.nic(1), to), "{to}");
         }
@@ -106,7 +120,10 @@ fn refusals_go_before_permissions_and_groups_are_sources() {
         assert!(site.dropped(1, "ingress_denied") > 0);
         // Ports of one protocol are not those of another.
         assert!(!hears(&site.nic(0), &site.nic(2), target(8000)[0], BRIEFLY));
-        assert!(hears(&site.nic(0), &site.nic(2), target(53)[0], DEADLINE) && !hears(&site.nic(1), &site.nic(2), target(53)[1], BRIEFLY));
+        assert!(
+            hears(&site.nic(0), &site.nic(2), target(53)[0], DEADLINE)
+                && !hears(&site.nic(1), &site.nic(2), target(53)[1], BRIEFLY)
+        );
     });
 }
 

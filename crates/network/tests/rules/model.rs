@@ -41,7 +41,16 @@ impl Dice {
 
 fn any_rule(dice: &mut Dice, n: usize, groups: usize, direction: Direction) -> RulePlan {
     let protocol = dice.one(&[RuleProtocol::Any, RuleProtocol::Tcp, RuleProtocol::Udp, RuleProtocol::Icmp]);
-    let nets = ["10.1.0.0/24", "10.1.0.2/31", "10.2.0.0/16", "fd00:1::/64", "fd00:2::/32", "203.0.113.0/24", "::/0", "0.0.0.0/0"];
+    let nets = [
+        "10.1.0.0/24",
+        "10.1.0.2/31",
+        "10.2.0.0/16",
+        "fd00:1::/64",
+        "fd00:2::/32",
+        "203.0.113.0/24",
+        "::/0",
+        "0.0.0.0/0",
+    ];
     let remotes = (0..dice.below(4)).map(|_| {
         if dice.in_ten(4) { nexus_model::plan::Remote::Group(dice.below(groups) as u32) } else { net(dice.one(&nets)) }
     });
@@ -230,7 +239,13 @@ fn any_probe(site: &Site, dice: &mut Dice, n: usize) -> Option<Probe> {
         12 | 13 => pick(address4(of, 200), address6(of, 200)),
         14 => pick(address4(of, 1), address6(of, 1)),
         15 => pick(address4(of, 99), address6(of, 99)),
-        16 | 17 => if six { OUTSIDE6 } else { OUTSIDE4 },
+        16 | 17 => {
+            if six {
+                OUTSIDE6
+            } else {
+                OUTSIDE4
+            }
+        }
         18 => "169.254.169.254".parse().unwrap(),
         _ => Ipv4Addr::new(10, 96, 0, 200 + dice.below(3) as u8).into(),
     };

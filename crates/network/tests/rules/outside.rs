@@ -20,68 +20,76 @@ pub fn beyond() {
 
 #[test]
 fn floating_addresses_lead_both_ways_and_nat_one_way_and_infrastructure_is_closed() {
-    isolated("rules::outside::floating_addresses_lead_both_ways_and_nat_one_way_and_infrastructure_is_closed", async || {
-        let mut plan = network(1);
-        plan.groups = vec![open_group(1, 0)];
-        plan.nics = vec![nic(1, 2, 0, &[0]), nic(1, 3, 1, &[0]), nic(1, 4, 0, &[0])];
-        nat(&mut plan, vec![(host_name(1), "10.96.0.210".parse().unwrap())]);
-        route(&mut plan, "0.0.0.0/0", Via::Nat(0));
-        route(&mut plan, "203.0.113.0/30", Via::Internet);
-        route(&mut plan, "203.0.113.4/30", Via::Nat(0));
-        let first = plan.nics[0].uid;
-        let floating4: IpAddr = "10.96.0.200".parse().unwrap();
-        floating(&mut plan, floating4, first);
-        let mut site = Site::new(2).await;
-        beyond();
-        firewall::run(&NetnsRef::Own, "ip addr add 203.0.113.5 dev lo");
-        for host in &site.world.hosts {
-            let own = [(host.address4.into(), 32), (host.address6.into(), 128), (ADDRESS.address4.into(), 32)];
-            site.closed.extend(own);
-        }
-        site.apply(vec![plan]).await;
-        let [a, b, c] = [0, 1, 2].map(|n| site.nic(n));
-        let (out, by_nat): (SocketAddr, SocketAddr) = ((OUTSIDE4, 7000).into(), "203.0.113.5:7000".parse().unwrap());
-        assert_eq!(serves(&a, &NetnsRef::Own, out, out, DEADLINE), Some(floating4), "out by its floating address");
-        assert_eq!(serves(&a, &NetnsRef::Own, by_nat, by_nat, DEADLINE), Some(floating4), "its own before one that is lent");
-        let own = site.world.hosts[0].address4;
-        assert_eq!(serves(&c, &NetnsRef::Own, by_nat, by_nat, DEADLINE), Some(own.into()), "by the host's own");
-        let lent: IpAddr = "10.96.0.210".parse().unwrap();
-        assert_eq!(serves(&b, &NetnsRef::Own, by_nat, by_nat, DEADLINE), Some(lent), "by what the gateway lends");
-        assert!(!connects(&b, &NetnsRef::Own, out, BRIEFLY), "without a floating address");
-        assert!(site.dropped(1, "no_floating_address") > 0);
-        // Inwards: to whom it leads, seen from where it comes.
-        let at = SocketAddr::new(address4(1, 2).into(), 7001);
-        let seen = serves(&NetnsRef::Own, &a, SocketAddr::new(floating4, 7001), at, DEADLINE);
-        assert_eq!(seen, Some(ADDRESS.address4.into()));
-        // A neighbour meets it from outside, too.
-        let seen = serves(&b, &a, SocketAddr::new(floating4, 7001), at, DEADLINE);
-        assert_eq!(seen, Some(lent));
-        let at = SocketAddr::new(address4(1, 3).into(), 7001);
-        assert_eq!(serves(&NetnsRef::Own, &b, SocketAddr::new(lent, 7001), at, BRIEFLY), None, "NAT is one way");
-        let hosts = &site.world.hosts;
-        for (what, to, address) in [
-            ("its own host", &hosts[0].netns, IpAddr::from(hosts[0].address4)),
-            ("another host", &hosts[1].netns, hosts[1].address4.into()),
-            ("the machine", &NetnsRef::Own, ADDRESS.address4.into()),
-            ("its own host's loopback", &hosts[0].netns, "169.254.1.1".parse().unwrap()),
-        ] {
-            let at = SocketAddr::new(address, 7002);
-            // Where the address is not the host's own yet, all of the host listens.
-            let everywhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 7002);
-            let listens = if what.ends_with("loopback") { everywhere } else { at };
-            for from in [&a, &b] {
-                // Bound to the NIC's address: an instance also has its infrastructure's.
-                let source = if from == &a { address4(1, 2) } else { address4(1, 3) };
-                let _listener = inside(to, move || TcpListener::bind(listens).unwrap());
-                let connected = inside(from, move || {
-                    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-                    socket.bind(&SocketAddr::new(source.into(), 0).into()).unwrap();
-                    socket.connect_timeout(&at.into(), BRIEFLY).is_ok()
-                });
-                assert!(!connected, "{what}: {address}");
+    isolated(
+        "rules::outside::floating_addresses_lead_both_ways_and_nat_one_way_and_infrastructure_is_closed",
+        async || {
+            let mut plan = network(1);
+            plan.groups = vec![open_group(1, 0)];
+            plan.nics = vec![nic(1, 2, 0, &[0]), nic(1, 3, 1, &[0]), nic(1, 4, 0, &[0])];
+            nat(&mut plan, vec![(host_name(1), "10.96.0.210".parse().unwrap())]);
+            route(&mut plan, "0.0.0.0/0", Via::Nat(0));
+            route(&mut plan, "203.0.113.0/30", Via::Internet);
+            route(&mut plan, "203.0.113.4/30", Via::Nat(0));
+            let first = plan.nics[0].uid;
+            let floating4: IpAddr = "10.96.0.200".parse().unwrap();
+            floating(&mut plan, floating4, first);
+            let mut site = Site::new(2).await;
+            beyond();
+            firewall::run(&NetnsRef::Own, "ip addr add 203.0.113.5 dev lo");
+            for host in &site.world.hosts {
+                let own = [(host.address4.into(), 32), (host.address6.into(), 128), (ADDRESS.address4.into(), 32)];
+                site.closed.extend(own);
             }
-        }
-    });
+            site.apply(vec![plan]).await;
+            let [a, b, c] = [0, 1, 2].map(|n| site.nic(n));
+            let (out, by_nat): (SocketAddr, SocketAddr) =
+                ((OUTSIDE4, 7000).into(), "203.0.113.5:7000".parse().unwrap());
+            assert_eq!(serves(&a, &NetnsRef::Own, out, out, DEADLINE), Some(floating4), "out by its floating address");
+            assert_eq!(
+                serves(&a, &NetnsRef::Own, by_nat, by_nat, DEADLINE),
+                Some(floating4),
+                "its own before one that is lent"
+            );
+            let own = site.world.hosts[0].address4;
+            assert_eq!(serves(&c, &NetnsRef::Own, by_nat, by_nat, DEADLINE), Some(own.into()), "by the host's own");
+            let lent: IpAddr = "10.96.0.210".parse().unwrap();
+            assert_eq!(serves(&b, &NetnsRef::Own, by_nat, by_nat, DEADLINE), Some(lent), "by what the gateway lends");
+            assert!(!connects(&b, &NetnsRef::Own, out, BRIEFLY), "without a floating address");
+            assert!(site.dropped(1, "no_floating_address") > 0);
+            // Inwards: to whom it leads, seen from where it comes.
+            let at = SocketAddr::new(address4(1, 2).into(), 7001);
+            let seen = serves(&NetnsRef::Own, &a, SocketAddr::new(floating4, 7001), at, DEADLINE);
+            assert_eq!(seen, Some(ADDRESS.address4.into()));
+            // A neighbour meets it from outside, too.
+            let seen = serves(&b, &a, SocketAddr::new(floating4, 7001), at, DEADLINE);
+            assert_eq!(seen, Some(lent));
+            let at = SocketAddr::new(address4(1, 3).into(), 7001);
+            assert_eq!(serves(&NetnsRef::Own, &b, SocketAddr::new(lent, 7001), at, BRIEFLY), None, "NAT is one way");
+            let hosts = &site.world.hosts;
+            for (what, to, address) in [
+                ("its own host", &hosts[0].netns, IpAddr::from(hosts[0].address4)),
+                ("another host", &hosts[1].netns, hosts[1].address4.into()),
+                ("the machine", &NetnsRef::Own, ADDRESS.address4.into()),
+                ("its own host's loopback", &hosts[0].netns, "169.254.1.1".parse().unwrap()),
+            ] {
+                let at = SocketAddr::new(address, 7002);
+                // Where the address is not the host's own yet, all of the host listens.
+                let everywhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 7002);
+                let listens = if what.ends_with("loopback") { everywhere } else { at };
+                for from in [&a, &b] {
+                    // Bound to the NIC's address: an instance also has its infrastructure's.
+                    let source = if from == &a { address4(1, 2) } else { address4(1, 3) };
+                    let _listener = inside(to, move || TcpListener::bind(listens).unwrap());
+                    let connected = inside(from, move || {
+                        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+                        socket.bind(&SocketAddr::new(source.into(), 0).into()).unwrap();
+                        socket.connect_timeout(&at.into(), BRIEFLY).is_ok()
+                    });
+                    assert!(!connected, "{what}: {address}");
+                }
+            }
+        },
+    );
 }
 
 #[test]

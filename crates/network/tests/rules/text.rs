@@ -33,7 +33,8 @@ pub fn apply(netns: &NetnsRef, text: String) {
 pub fn rich() -> Vec<Arc<NetworkPlan>> {
     let (mut a, mut b) = (network(1), network(2));
     let mut web = rule("web", Direction::Ingress);
-    (web.protocol, web.ports, web.remotes) = (RuleProtocol::Tcp, vec![(80, 80), (8000, 8010)], vec![net("10.0.0.0/8"), Remote::Group(1)]);
+    (web.protocol, web.ports, web.remotes) =
+        (RuleProtocol::Tcp, vec![(80, 80), (8000, 8010)], vec![net("10.0.0.0/8"), Remote::Group(1)]);
     let mut ping = rule("ping", Direction::Ingress);
     (ping.protocol, ping.remotes) = (RuleProtocol::Icmp, vec![net("::/0")]);
     let mut deny = rule("deny", Direction::Ingress);
@@ -55,7 +56,13 @@ pub fn rich() -> Vec<Arc<NetworkPlan>> {
     let four = |n| IpAddr::from(address4(1, n));
     balancer(&mut a, four(200), 80, false, &[(four(2), 8080, 2), (four(3), 8080, 4)]);
     balancer(&mut a, four(201), 80, true, &[(four(2), 8080, 1), (four(3), 8080, 1)]);
-    balancer(&mut a, address6(1, 200).into(), 80, false, &[(address6(1, 2).into(), 8080, 1), (address6(1, 3).into(), 1, 1)]);
+    balancer(
+        &mut a,
+        address6(1, 200).into(),
+        80,
+        false,
+        &[(address6(1, 2).into(), 8080, 1), (address6(1, 3).into(), 1, 1)],
+    );
     let two = IpAddr::from(address4(2, 200));
     balancer(&mut b, two, 443, false, &[(address4(2, 2).into(), 8443, 1)]);
     vec![Arc::new(a), Arc::new(b)]
@@ -91,7 +98,8 @@ fn a_thousand_rules_are_a_few_lookups() {
             let mut rule = rule(&format!("rule-{n}"), Direction::Ingress);
             (rule.priority, rule.protocol) = (n, if n % 2 == 0 { RuleProtocol::Tcp } else { RuleProtocol::Udp });
             rule.ports = vec![(n, n + 10)];
-            rule.remotes = vec![net(&format!("10.{}.{}.0/{}", n % 200, n / 200, 16 + n % 9)), Remote::Group(u32::from(n % 20))];
+            rule.remotes =
+                vec![net(&format!("10.{}.{}.0/{}", n % 200, n / 200, 16 + n % 9)), Remote::Group(u32::from(n % 20))];
             rule
         });
         plan.groups = vec![group(1, 0, rules.collect())];
@@ -128,7 +136,12 @@ fn received(table: &Table, from: IpAddr, to: &NicPlan, protocol: u8, port: u16) 
 }
 
 fn any_rule(groups: u32) -> impl Strategy<Value = RulePlan> {
-    let protocol = prop_oneof![Just(RuleProtocol::Any), Just(RuleProtocol::Tcp), Just(RuleProtocol::Udp), Just(RuleProtocol::Icmp)];
+    let protocol = prop_oneof![
+        Just(RuleProtocol::Any),
+        Just(RuleProtocol::Tcp),
+        Just(RuleProtocol::Udp),
+        Just(RuleProtocol::Icmp)
+    ];
     let ports = prop::collection::vec((0_u16..6, 0_u16..3).prop_map(|(a, more)| (a, a + more)), 0..3);
     let remote = prop_oneof![
         (0..groups).prop_map(Remote::Group),

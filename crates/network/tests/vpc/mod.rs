@@ -356,7 +356,7 @@ fn a_second_time_changes_nothing_and_connections_go_on() {
         assert!(cloud.apply().await > 20);
         let mut connections: Vec<Open> = [four(6), six(6)].map(|to| open(&a, &b, to)).into();
         let own = cloud.inside_network(0, 0);
-        let links = || run(&own, "ip -o link show").replace(|c: char| c == ' ', "");
+        let links = || run(&own, "ip -o link show").replace(' ', "");
         let before = links();
         assert_eq!(cloud.apply().await, 0);
         // An agent that was started anew knows nothing but what it finds.

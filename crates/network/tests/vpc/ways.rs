@@ -35,8 +35,7 @@ fn peered_networks_meet_on_whichever_hosts_they_are() {
         let uids = [one.uid, two.uid];
         for (n, plan) in [&mut one, &mut two].into_iter().enumerate() {
             let (network, cidrs) = (uids[1 - n], cidrs[1 - n].clone());
-            plan.route_tables[0].routes =
-                cidrs.iter().map(|to| RoutePlan { to: *to, via: Via::Peering(0) }).collect();
+            plan.route_tables[0].routes = cidrs.iter().map(|to| RoutePlan { to: *to, via: Via::Peering(0) }).collect();
             plan.peerings = vec![PeeringPlan { uid: uid(8, 1), name: "both".parse().unwrap(), network, cidrs }];
         }
         cloud.networks = vec![one, two];

@@ -61,9 +61,14 @@ async fn describe(cloud: &Cloud, kind: &'static KindDescriptor, object: &Value) 
     let mut status = object["status"].clone();
     if let Some(map) = status.as_object_mut() {
         map.shift_remove("conditions");
+        // Shown as a table.
+        map.shift_remove("parts");
     }
     section(&mut out, "Status", &yaml(&status)?);
     section(&mut out, "Conditions", &conditions(object, now));
+    if kind.kind == "Instance" {
+        section(&mut out, "Parts", &part_table(std::slice::from_ref(object), now));
+    }
     if kind.kind == "Cell" {
         for (title, content) in cell::sections(cloud, object).await? {
             section(&mut out, title, &content);
@@ -73,7 +78,9 @@ async fn describe(cloud: &Cloud, kind: &'static KindDescriptor, object: &Value) 
         let urls = cloud.urls(object);
         section(&mut out, "Addresses", &urls.join("\n"));
         let instances = settle::instances_of(cloud, object).await?;
+        let parts = part_table(&instances, now);
         section(&mut out, "Instances", &instance_table(instances, now));
+        section(&mut out, "Parts", &parts);
     }
     if !settle::is_settled(object) {
         let why = settle::why(cloud, kind, object).await;
@@ -160,6 +167,35 @@ fn instance_table(mut instances: Vec<Value>, now: Timestamp) -> String {
         out.push_str(&format!("\nand {} more", instances.len() - INSTANCES));
     }
     out
+}
+
+/// The init steps and sidecars of instances.
+fn part_table(instances: &[Value], now: Timestamp) -> String {
+    let mut rows = Vec::new();
+    for instance in instances.iter().take(INSTANCES) {
+        for part in instance["status"]["parts"].as_array().into_iter().flatten() {
+            let word = |key: &str| plain(text(part, key));
+            let number = |key: &str| part[key].as_i64().map_or_else(|| "-".to_owned(), |n| n.to_string());
+            let ready = if part["role"] == "Sidecar" { (part["ready"] == true).to_string() } else { "-".to_owned() };
+            let of = text(instance, "/metadata/name");
+            rows.push(vec![
+                plain(of),
+                word("/name"),
+                word("/role"),
+                word("/state"),
+                ready,
+                number("restarts"),
+                number("exitCode"),
+                age_of(&part["started"], now),
+                word("/message"),
+            ]);
+        }
+    }
+    if rows.is_empty() {
+        return String::new();
+    }
+    let titles = ["INSTANCE", "PART", "ROLE", "STATE", "READY", "RESTARTS", "EXIT", "STARTED", "WHY"];
+    Printer::new(&titles).lines(rows)
 }
 
 /// The events of one object, oldest first.

@@ -12,8 +12,8 @@ use clap::Args;
 use futures::{SinkExt as _, StreamExt as _};
 use nexus_env::Env;
 use nexus_iam::tls::{Clock, public_client_config};
-use nexus_model::kind;
 use nexus_model::plan::channel;
+use nexus_model::{Name, kind};
 use reqwest::Url;
 use reqwest::header::AUTHORIZATION;
 use rustls_pki_types::ServerName;
@@ -42,7 +42,8 @@ const SILENCE: Duration = Duration::from_secs(90);
 #[command(after_help = "Examples:\n  \
     nexus exec web-0a1b2c3d -- ls -l /\n  \
     nexus exec web -- cat /etc/hostname\n  \
-    echo hello | nexus exec -i web-0a1b2c3d -- cat\n\n\
+    echo hello | nexus exec -i web-0a1b2c3d -- cat\n  \
+    nexus exec web --part proxy -- cat /etc/hostname\n\n\
     Of an app, the first instance that is ready is taken.")]
 pub struct ExecArgs {
     /// An instance, or an app
@@ -51,6 +52,9 @@ pub struct ExecArgs {
     /// Passes our standard input on
     #[arg(short = 'i', long)]
     stdin: bool,
+    /// In a sidecar, by its name, instead of the main part
+    #[arg(long, value_name = "NAME")]
+    part: Option<Name>,
     /// The command and its arguments, after --
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<String>,
@@ -79,6 +83,9 @@ pub async fn run(args: &ExecArgs) -> anyhow::Result<i32> {
     };
     let kind = kind::find("instance").expect("a kind");
     let mut path = format!("{}:exec?stdin={}", path_of(&cloud, kind, &instance)?, args.stdin);
+    if let Some(part) = &args.part {
+        path.push_str(&format!("&part={part}"));
+    }
     for word in &args.command {
         path.push_str(&format!("&command={}", encode(word)));
     }

@@ -33,7 +33,8 @@ const MAX_LINE: usize = 1 << 20;
     nexus logs web\n  \
     nexus logs app/web -f --tail 10\n  \
     nexus logs instance/web-0a1b2c3d\n  \
-    nexus logs job/report -f    # until it has finished")]
+    nexus logs job/report -f    # until it has finished\n  \
+    nexus logs web --part migrate")]
 pub struct LogsArgs {
     /// An app, an instance or a job: NAME, app/NAME, instance/NAME or job/NAME
     #[arg(value_name = "APP|INSTANCE")]
@@ -44,8 +45,18 @@ pub struct LogsArgs {
     /// The last so many lines of each instance; without it, all that is kept
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     tail: Option<u32>,
+    /// What an init step or a sidecar wrote, by its name, instead of the main part
+    #[arg(long, value_name = "NAME")]
+    part: Option<Name>,
     #[command(flatten)]
     cloud: CloudArgs,
+}
+
+/// Which lines of an instance are wanted.
+#[derive(Debug, Clone, Copy)]
+struct Wanted<'a> {
+    tail: Option<u32>,
+    part: Option<&'a Name>,
 }
 
 /// What a word that may name an app or an instance does name.
@@ -83,16 +94,17 @@ pub async fn find(cloud: &Cloud, word: &str, apps_first: bool) -> anyhow::Result
 
 pub async fn run(args: &LogsArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?;
+    let wanted = Wanted { tail: args.tail, part: args.part.as_ref() };
     match find(&cloud, &args.what, true).await? {
         Found::Instance(instance) => {
             let name = name_of(&instance)?;
-            let mut lines = open(&cloud, &cloud.region_of(&instance), &name, args.follow, args.tail).await?;
+            let mut lines = open(&cloud, &cloud.region_of(&instance), &name, args.follow, wanted).await?;
             while let Some(piece) = lines.next().await {
                 output::bytes(&piece?)?;
             }
             Ok(())
         }
-        Found::App(app) if args.follow => follow(&cloud, app, args.tail).await,
+        Found::App(app) if args.follow => follow(&cloud, app, wanted).await,
         Found::App(app) => {
             let instances = settle::instances_of(&cloud, &app).await?;
             if instances.is_empty() {
@@ -100,7 +112,7 @@ pub async fn run(args: &LogsArgs) -> anyhow::Result<()> {
                 output::note(&format!("{kind}/{} has no instances", text(&app, "/metadata/name")));
             }
             for instance in &instances {
-                once(&cloud, &cloud.region_of(instance), &name_of(instance)?, args.tail).await?;
+                once(&cloud, &cloud.region_of(instance), &name_of(instance)?, wanted).await?;
             }
             Ok(())
         }
@@ -112,11 +124,14 @@ async fn open(
     region: &Name,
     name: &Name,
     follow: bool,
-    tail: Option<u32>,
+    wanted: Wanted<'_>,
 ) -> Result<impl Stream<Item = Result<Bytes, ClientError>> + Unpin + use<>, ClientError> {
     let mut path = format!("{}:logs?follow={follow}", cloud.object_at(kinds().1, region, &cloud.target.project, name));
-    if let Some(tail) = tail {
+    if let Some(tail) = wanted.tail {
         path.push_str(&format!("&tail={tail}"));
+    }
+    if let Some(part) = wanted.part {
+        path.push_str(&format!("&part={part}"));
     }
     cloud.client.stream(Method::GET, &path, Parts::default()).await
 }
@@ -163,8 +178,8 @@ impl Prefixer {
 }
 
 /// Prints what one of several instances has said. One that can't be read must not keep the others.
-async fn once(cloud: &Cloud, region: &Name, name: &Name, tail: Option<u32>) -> anyhow::Result<()> {
-    let mut lines = match open(cloud, region, name, false, tail).await {
+async fn once(cloud: &Cloud, region: &Name, name: &Name, wanted: Wanted<'_>) -> anyhow::Result<()> {
+    let mut lines = match open(cloud, region, name, false, wanted).await {
         Ok(lines) => lines,
         Err(e) => {
             output::note(&format!("instance/{name}: {e}"));
@@ -185,10 +200,10 @@ async fn once(cloud: &Cloud, region: &Name, name: &Name, tail: Option<u32>) -> a
 type At = (Name, Name);
 
 /// Follows one instance until its stream ends.
-async fn tail_one(cloud: &Cloud, at: At, tail: Option<u32>) -> (At, anyhow::Result<Result<(), ClientError>>) {
+async fn tail_one(cloud: &Cloud, at: At, wanted: Wanted<'_>) -> (At, anyhow::Result<Result<(), ClientError>>) {
     let told = async {
         let (region, name) = &at;
-        let mut lines = match open(cloud, region, name, true, tail).await {
+        let mut lines = match open(cloud, region, name, true, wanted).await {
             Ok(lines) => lines,
             Err(e) => return Ok(Err(e)),
         };
@@ -230,7 +245,7 @@ async fn look_around(cloud: &Cloud, app: &mut Value) -> Result<(Vec<Value>, Vec<
     Ok(settle::shares_of(cloud, app).await)
 }
 
-async fn follow(cloud: &Cloud, mut app: Value, tail: Option<u32>) -> anyhow::Result<()> {
+async fn follow(cloud: &Cloud, mut app: Value, wanted: Wanted<'_>) -> anyhow::Result<()> {
     let mut unheard: BTreeSet<Name> = BTreeSet::new();
     let mut streams = FuturesUnordered::new();
     let mut followed: BTreeSet<At> = BTreeSet::new();
@@ -283,8 +298,8 @@ async fn follow(cloud: &Cloud, mut app: Value, tail: Option<u32>) -> anyhow::Res
                         continue;
                     }
                     followed.insert(at.clone());
-                    let tail = if heard.contains(&at) { Some(0) } else { tail };
-                    streams.push(Box::pin(tail_one(cloud, at, tail)));
+                    let tail = if heard.contains(&at) { Some(0) } else { wanted.tail };
+                    streams.push(Box::pin(tail_one(cloud, at, Wanted { tail, ..wanted })));
                 }
             }
             Some((at, told)) = streams.next(), if !streams.is_empty() => {

@@ -1,5 +1,6 @@
 //! `nexus rollout`: how far an app's newest template is, and what its users order about it.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -210,7 +211,15 @@ fn changes(before: Option<&Value>, after: &Value) -> String {
     if before["spec"]["imageDigest"] != after["spec"]["imageDigest"] {
         found.push("the image's content".to_owned());
     }
-    if found.is_empty() && before["spec"]["secrets"] != after["spec"]["secrets"] {
+    let (old, new) = (&before["spec"]["partDigests"], &after["spec"]["partDigests"]);
+    for (image, digest) in new.as_object().into_iter().flatten() {
+        // One that was not named before is told of by the part that names it.
+        if old.get(image).is_some_and(|before| before != digest) {
+            found.push(format!("the content of image {image}"));
+        }
+    }
+    let secrets = |r: &Value| (r["spec"]["secrets"].clone(), r["spec"]["partSecrets"].clone());
+    if found.is_empty() && secrets(before) != secrets(after) {
         found.push("versions of secrets".to_owned());
     }
     const SHOWN: usize = 4;
@@ -224,9 +233,27 @@ fn differing(at: &str, before: &Value, after: &Value, found: &mut Vec<String>) {
     let empty = Map::new();
     match (before, after) {
         (a, b) if a == b => {}
+        // Parts are told apart by their names.
+        (Value::Array(_) | Value::Null, Value::Array(_) | Value::Null) if matches!(at, "init" | "sidecars") => {
+            let by_name = |list: &Value| -> Value {
+                let parts = list.as_array().into_iter().flatten();
+                parts.map(|part| (text(part, "/name").to_owned(), part.clone())).collect::<Map<_, _>>().into()
+            };
+            let (a, b) = (by_name(before), by_name(after));
+            let known = found.len();
+            for name in a.as_object().into_iter().chain(b.as_object()).flat_map(Map::keys).collect::<BTreeSet<_>>() {
+                match (a.get(name), b.get(name)) {
+                    (Some(a), Some(b)) => differing(&format!("{at}.{name}"), a, b, found),
+                    _ => found.push(format!("{at}.{name}")),
+                }
+            }
+            if found.len() == known {
+                found.push(format!("the order of {at}"));
+            }
+        }
         (Value::Object(_), Value::Object(_)) | (Value::Null, Value::Object(_)) | (Value::Object(_), Value::Null) => {
             let (a, b) = (before.as_object().unwrap_or(&empty), after.as_object().unwrap_or(&empty));
-            let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+            let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
             for key in keys {
                 let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
                 differing(
@@ -304,6 +331,9 @@ fn diff(before: Option<&Value>, after: &Value) -> anyhow::Result<String> {
     let shown = |r: &Value| {
         let mut part = r["spec"]["template"].clone();
         part["imageDigest"] = r["spec"]["imageDigest"].clone();
+        if r["spec"]["partDigests"].is_object() {
+            part["partDigests"] = r["spec"]["partDigests"].clone();
+        }
         serde_norway::to_string(&part)
     };
     let title = |r: &Value| format!("revision {}", r["spec"]["revision"]);
@@ -330,6 +360,22 @@ mod tests {
         assert_eq!(changes(Some(&b), &c), "the image's content");
         let text = diff(Some(&a), &b).unwrap();
         assert!(text.contains("-  COLOUR: red") && text.contains("+  COLOUR: green"), "{text}");
+        let with = |parts: Value, content: &str| {
+            let mut r = revision(4, "red", "x");
+            (r["spec"]["template"]["init"], r["spec"]["partDigests"]) = (parts, json!({"tools": content}));
+            r
+        };
+        let old = with(json!([{"name": "fetch", "image": "tools"}, {"name": "migrate"}]), "x");
+        let new = with(json!([{"name": "fetch", "image": "tools", "command": ["a"]}, {"name": "warm"}]), "y");
+        assert_eq!(
+            changes(Some(&old), &new),
+            "init.fetch.command, init.migrate, init.warm, the content of image tools"
+        );
+        let turned = with(json!([{"name": "migrate"}, {"name": "fetch", "image": "tools"}]), "x");
+        assert_eq!(changes(Some(&old), &turned), "the order of init");
+        assert_eq!(changes(Some(&a), &old), "init.fetch, init.migrate");
+        let text = diff(Some(&old), &new).unwrap();
+        assert!(text.contains("+- name: warm") && text.contains("+  tools: y"), "{text}");
         let mut none = a.clone();
         none["spec"]["template"].as_object_mut().unwrap().remove("env");
         assert_eq!(changes(Some(&none), &a), "env.COLOUR");

@@ -367,11 +367,19 @@ def repair_app(spec):
     elif "with=" in str(spec.get("constraints")):
         spec["constraints"] = "not-with=nobody"
     if spec.get("runtime") == "function":
-        for field in ("ports", "command", "args", "storageClass"):
+        for field in ("ports", "command", "args", "storageClass", "init", "sidecars", "shared"):
             spec.pop(field, None)
         for check in (spec.get("health") or {}).values():
             if isinstance(check, dict) and "exec" in (check.get("probe") or {}):
                 check["probe"] = {"tcp": {"port": 8080}}
+    # Parts have names of their own, and variables and folders that are in nobody's way.
+    for field in ("init", "sidecars"):
+        for i, part in enumerate(spec.get(field) or []):
+            part["name"] = f"{field}-{i}"
+            if part.get("secrets"):
+                part["secrets"] = [{"name": FIXTURE}]
+    if isinstance(spec.get("shared"), dict):
+        spec["shared"].pop("path", None)
     if spec.get("ports"):
         spec["ports"] = list({p["port"]: p for p in spec["ports"]}.values())
     if spec.get("replicas") is not None:
@@ -385,6 +393,7 @@ def repair_app(spec):
             spec["autoscale"]["target"].pop("cpuPercent", None)
     # Only that of a revision that is kept.
     spec.pop("imageDigest", None)
+    spec.pop("partDigests", None)
     if spec.get("image") == "busybox":
         # The only image there is: all other apps wait for theirs.
         spec["replicas"] = 0

@@ -40,7 +40,8 @@ mod tests {
 
     #[test]
     fn an_advertisement_tells_the_router_the_mtu_and_where_addresses_come_from() {
-        let mut lease = Lease { mac: Mac([6; 6]), four: None, address6: Some(Ipv6Addr::LOCALHOST), mtu: 1400, first: true };
+        let mut lease =
+            Lease { mac: Mac([6; 6]), four: None, address6: Some(Ipv6Addr::LOCALHOST), mtu: 1400, first: true };
         let found = advertisement(&lease);
         assert_eq!(found[..8], [134, 0, 0, 0, 64, 0x80, 0x23, 0x28]);
         assert_eq!(found[16..], [5, 1, 0, 0, 0, 0, 5, 120]);

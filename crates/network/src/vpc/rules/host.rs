@@ -62,9 +62,8 @@ pub fn host(hosts: &HostNetworks, closed: &[Net]) -> Table {
     }
     tunnels(&mut table, hosts);
     from_networks(&mut table);
-    let masquerade = |f: Family| {
-        Rule::new([Test::within([Field::Source(f)], format!("transits{}", f.digit()))], [Act::Masquerade])
-    };
+    let masquerade =
+        |f: Family| Rule::new([Test::within([Field::Source(f)], format!("transits{}", f.digit()))], [Act::Masquerade]);
     let base = Base { hook: Hook::Postrouting, nat: true, raw: false };
     table.base("leaving", base, Family::BOTH.map(masquerade).to_vec());
     table

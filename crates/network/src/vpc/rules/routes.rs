@@ -29,7 +29,8 @@ pub fn way(plan: &NetworkPlan, subnet: Option<u32>, to: IpAddr) -> Way<'_> {
         return Way::Gateway;
     }
     let has = |n: &&NicPlan| {
-        let own = n.address4.is_some_and(|a| to == IpAddr::from(a)) || n.address6.is_some_and(|a| to == IpAddr::from(a));
+        let own =
+            n.address4.is_some_and(|a| to == IpAddr::from(a)) || n.address6.is_some_and(|a| to == IpAddr::from(a));
         own && n.at.is_some()
     };
     if let Some(nic) = plan.nics.iter().find(has) {

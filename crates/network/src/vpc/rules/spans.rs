@@ -88,7 +88,9 @@ pub fn routes(routes: &[RoutePlan], family: Family) -> Vec<(Span, &RoutePlan)> {
         // Those of IPv4 end where their family ends.
         let last = last.min(family.last());
         match out.last_mut() {
-            Some((before, route)) if before.1.checked_add(1) == Some(first) && route.via == own[best].via => before.1 = last,
+            Some((before, route)) if before.1.checked_add(1) == Some(first) && route.via == own[best].via => {
+                before.1 = last
+            }
             _ => out.push(((first, last), own[best])),
         }
     }
@@ -114,16 +116,14 @@ mod tests {
     fn pieces_say_who_covers_them() {
         let spans = [vec![(0, 9)], vec![(5, 14), (20, u128::MAX)]];
         let found = pieces(&spans);
-        assert_eq!(
-            found,
-            [((0, 4), vec![0]), ((5, 9), vec![0, 1]), ((10, 14), vec![1]), ((20, u128::MAX), vec![1])]
-        );
+        assert_eq!(found, [((0, 4), vec![0]), ((5, 9), vec![0, 1]), ((10, 14), vec![1]), ((20, u128::MAX), vec![1])]);
     }
 
     #[test]
     fn the_longest_prefix_wins() {
         let route = |to: &str, via| RoutePlan { to: to.parse().unwrap(), via };
-        let all = [route("0.0.0.0/0", Via::Internet), route("9.0.0.0/8", Via::Blackhole), route("9.9.0.0/16", Via::Nat(0))];
+        let all =
+            [route("0.0.0.0/0", Via::Internet), route("9.0.0.0/8", Via::Blackhole), route("9.9.0.0/16", Via::Nat(0))];
         let found: Vec<(Span, Via)> = routes(&all, Family::V4).into_iter().map(|(s, r)| (s, r.via)).collect();
         let (nine, inner) = (9 << 24, (9 << 24) + (9 << 16));
         assert_eq!(

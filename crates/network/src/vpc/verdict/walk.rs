@@ -208,9 +208,7 @@ impl Walk<'_> {
                 let Some(set) = self.table.sets.get(set) else { return false };
                 fields.iter().all(|f| self.has(*f)) && set.elements.iter().any(|k| self.is_key(fields, k)) != *not
             }
-            Test::Is { field, values, not } => {
-                self.has(*field) && values.iter().any(|v| self.is(*field, v)) != *not
-            }
+            Test::Is { field, values, not } => self.has(*field) && values.iter().any(|v| self.is(*field, v)) != *not,
             Test::Family(family) => Family::of(self.packet.source) == *family,
             Test::New => true,
             Test::Translated => self.packet.translated,

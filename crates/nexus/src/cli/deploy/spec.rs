@@ -87,8 +87,9 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
     match (&wanted.image, existing) {
         (Some(image), _) => {
             spec.insert("image".into(), value(image));
-            // What an undo has pinned is of the image before.
+            // What an undo has pinned is of the images before.
             spec.shift_remove("imageDigest");
+            spec.shift_remove("partDigests");
         }
         (None, None) => drop(spec.insert("image".into(), value(name))),
         (None, Some(_)) => {}

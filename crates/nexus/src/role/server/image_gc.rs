@@ -5,7 +5,7 @@
 //! now and then, so that a blob's age is the time since it was last of use, whatever restarts lie between. Nothing goes before
 //! this server has read both logs, and what it does not understand stays.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use nexus_api::operations::{Collected, ImageGc, ImageGcDone, MAX_GRACE};
 use nexus_compute::image::Image;
 use nexus_env::Env;
 use nexus_model::plan::{BlobCollect, BlobsCollected, method};
-use nexus_model::{ApiError, Code, Digest, FieldError, Timestamp, key};
+use nexus_model::{ApiError, Code, Digest, FieldError, Name, Timestamp, key};
 use nexus_store::{Consistency, RangeRequest};
 use nexus_wire::{Refusal, ServerBuilder};
 use prometheus_client::metrics::counter::Counter;
@@ -105,8 +105,11 @@ impl Collector {
             let named: BTreeSet<Digest> =
                 images.flat_map(|i| i.spec.blobs.iter().map(|b| b.digest).chain([i.spec.digest])).collect();
             // What runs, and what an app can be taken back to.
-            let placed = world.instances.live.values().map(|i| i.spec.image_digest);
-            let kept = world.app_revisions.live.values().map(|r| r.spec.image_digest);
+            let of = |image: Digest, parts: &BTreeMap<Name, Digest>| {
+                parts.values().copied().chain([image]).collect::<Vec<_>>()
+            };
+            let placed = world.instances.live.values().flat_map(|i| of(i.spec.image_digest, &i.spec.part_digests));
+            let kept = world.app_revisions.live.values().flat_map(|r| of(r.spec.image_digest, &r.spec.part_digests));
             let placed: BTreeSet<Digest> = placed.chain(kept).collect();
             (named, placed)
         });

@@ -41,7 +41,7 @@ impl Secrets {
         let instance = placed(&self.view, &self.fleet, &request.host, request.instance)?;
         let name = &request.name;
         let names = |s: &nexus_model::kind::SecretRef| s.name == *name && s.version == request.version;
-        let project = instance.metadata.project.filter(|_| instance.spec.template.secrets.iter().any(names));
+        let project = instance.metadata.project.filter(|_| instance.spec.template.parts().all_secrets().any(names));
         let Some(project) = project else {
             let why = format!("instance {} names no such version of a secret {name}", request.instance);
             return Err(Refusal::new(code::FORBIDDEN, why));
