@@ -11,9 +11,10 @@
 //! postrouting, nat  leave      floating addresses, NAT, clients that are their own balancer's target
 //! ```
 //!
-//! An answer to what was let through passes unseen; in the other direction each packet is looked at, so that a rule that is taken
-//! away counts for open connections too. Whatever crosses a peering on its way is held to the peering's networks and not to
-//! connections, for its answers may take another way. A link that is not in the plan is silent.
+//! An answer to what was let through passes unseen. In the other direction a connection is looked at once for each generation of
+//! the rules, which marks it: a rule that is taken away counts for open connections too, and how many there are for none. Whatever
+//! crosses a peering on its way is held to the peering's networks and not to connections, for its answers may take another way. A
+//! link that is not in the plan is silent.
 
 mod groups;
 mod host;
@@ -92,6 +93,7 @@ fn nic_link(nic: &NicPlan) -> Value {
 /// All rules of one network's namespace.
 pub fn network(hosts: &HostNetworks, plan: &NetworkPlan) -> Table {
     let mut maker = Maker { hosts, plan, nics: local(hosts, plan).collect(), table: Table::new(TABLE, plan.flow_logs) };
+    maker.table.salt = crate::fnv(format!("{:?}", plan.route_tables).as_bytes());
     maker.names();
     maker.genuine();
     maker.gateway();
@@ -196,6 +198,16 @@ impl<'a> Maker<'a> {
             let outside = Test::is(Field::LinkIn, link(links::UPLINK));
             base.push(Rule::then([outside, Test::within([source], format!("cidrs{digit}"))], spoofed));
         }
+        // Nor is anybody of a peered network who was not agreed on, not even in answers. Errors come from who is on the way.
+        let not_peered = self.refuse("not_of_the_peering");
+        for (n, peering) in self.plan.peerings.iter().enumerate() {
+            let from = Test::is(Field::LinkIn, link(links::peering(peering.uid)));
+            base.extend(Family::BOTH.map(|family| {
+                let agreed = Test::outside([Field::Source(family)], format!("peer{n}_{}", family.digit()));
+                let no_error = Test::Is { field: Field::Protocol, values: vec![Value::one(family.icmp())], not: true };
+                Rule::then([from.clone(), Test::Family(family), no_error, agreed], not_peered.clone())
+            }));
+        }
         self.table.base("genuine", Base { hook: Hook::Prerouting, nat: false, raw: true }, base);
     }
 
@@ -249,6 +261,15 @@ impl<'a> Maker<'a> {
         self.table.base("answers", Base { hook: Hook::Output, nat: false, raw: false }, redirects.to_vec());
     }
 
+    /// Also: neither from nor to a NIC that forwards, by which a connection may pass here more than once, each time between others.
+    fn simple(&self, tests: &[Test]) -> Vec<Test> {
+        let mut tests = tests.to_vec();
+        if self.forwarders() {
+            tests.extend([Field::LinkIn, Field::LinkOut].map(|f| Test::outside([f], "forwarders")));
+        }
+        tests
+    }
+
     /// What has been let through.
     fn passed(&mut self) {
         let mut rules = Vec::new();
@@ -257,7 +278,10 @@ impl<'a> Maker<'a> {
             tell.tests.insert(0, Test::New);
             rules.push(tell);
         }
-        rules.push(Rule::then([], Verdict::Accept));
+        rules.push(Rule::new(self.simple(&[]), [Act::Remember, Act::Then(Verdict::Accept)]));
+        if self.forwarders() {
+            rules.push(Rule::then([], Verdict::Accept));
+        }
         self.table.chain("passed", rules);
     }
 
@@ -474,6 +498,7 @@ impl<'a> Maker<'a> {
         let no_way = self.refuse("no_way");
         let rules = vec![
             Rule::then([Test::Answer], Verdict::Accept),
+            Rule::then(self.simple(&[Test::Known]), Verdict::Accept),
             Rule::then([Test::from(links::NIC_PREFIX)], Verdict::goto("sent")),
             Rule::by_map([], [Field::LinkIn], "from"),
             Rule::then([], no_way),

@@ -12,12 +12,16 @@ use super::rules::table::{
 };
 use super::rules::{self, local};
 use crate::firewall::Net;
+use crate::fnv;
 
 /// The netfilter log group to which a network's namespace tells its flows.
 pub const FLOW_GROUP: u16 = 1;
 
 /// So many ARP questions of a NIC are answered in a second.
 const ARP_RATE: (u32, u32) = (50, 100);
+
+/// What connections are marked with that these rules let through: another, when the rules are others.
+const GENERATION: &str = "$generation";
 
 /// A target's place by its client: the same after each replacement.
 const HASH_SEED: u32 = 0x6e78;
@@ -70,6 +74,7 @@ table arp {table} {{
 pub fn text(table: &Table) -> String {
     let name = format!("inet {}", table.name);
     let mut out = format!("table {name}\ndelete table {name}\ntable {name} {{\n");
+    let mut salted = table.salt.to_be_bytes().to_vec();
     for counter in &table.counters {
         let _ = writeln!(out, " counter {counter} {{ }}");
     }
@@ -87,6 +92,12 @@ pub fn text(table: &Table) -> String {
         chain_text(&mut out, name, chain);
     }
     out.push_str("}\n");
+    if out.contains(GENERATION) {
+        salted.extend(out.as_bytes());
+        // Nought is no mark.
+        let generation = (fnv(&salted) as u32).max(1);
+        out.insert_str(0, &format!("define generation = {generation:#x}\n"));
+    }
     out
 }
 
@@ -245,6 +256,7 @@ fn test(test: &Test) -> String {
         Test::Answer => "ct direction reply ct state established,related".into(),
         Test::Related => "ct state related".into(),
         Test::Invalid => "ct state invalid".into(),
+        Test::Known => format!("ct direction original ct mark {GENERATION}"),
         Test::New => "ct state new".into(),
         Test::Translated => "ct status dnat".into(),
         Test::Flood { meter, rate, burst } => {
@@ -265,6 +277,7 @@ fn act(act: &Act) -> String {
         Act::Balance { family, by_source, shares } => balance(*family, *by_source, shares),
         Act::Masquerade => "masquerade".into(),
         Act::Mark(mark) => format!("meta mark set {mark}"),
+        Act::Remember => format!("ct mark set {GENERATION}"),
         Act::Count(name) => format!("counter name {name}"),
         Act::Tell(words) => format!("log prefix \"{words}\" group {FLOW_GROUP}"),
         Act::Untracked => "notrack".into(),

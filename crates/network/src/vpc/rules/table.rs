@@ -167,6 +167,8 @@ pub enum Test {
     Related,
     /// Fits no connection and begins none.
     Invalid,
+    /// In the direction in which its connection began, which these very rules let through before.
+    Known,
     New,
     /// Its destination was changed.
     Translated,
@@ -248,6 +250,8 @@ pub enum Act {
     /// From an address of the link that it leaves by; ends the hook.
     Masquerade,
     Mark(u32),
+    /// These rules let its connection through.
+    Remember,
     Count(String),
     /// Told to whoever follows the network's flows, with these words.
     Tell(String),
@@ -313,6 +317,8 @@ pub struct Table {
     pub chains: Vec<(String, Chain)>,
     /// Refusals and new connections are told.
     pub tells: bool,
+    /// Of what else decides which way packets go: where it differs, nothing is known from before.
+    pub salt: u64,
     shared: BTreeMap<Set, String>,
 }
 

@@ -118,7 +118,7 @@ impl Walk<'_> {
                     self.counted = name.strip_prefix("drop_").unwrap_or(name).to_owned();
                     None
                 }
-                Act::Tell(_) | Act::Untracked => None,
+                Act::Tell(_) | Act::Untracked | Act::Remember => None,
             };
             if flow.is_some() {
                 return flow;
@@ -212,7 +212,9 @@ impl Walk<'_> {
             Test::Family(family) => Family::of(self.packet.source) == *family,
             Test::New => true,
             Test::Translated => self.packet.translated,
-            Test::Answer | Test::Related | Test::Invalid | Test::Flood { .. } | Test::Seldom { .. } => false,
+            Test::Answer | Test::Known | Test::Related | Test::Invalid | Test::Flood { .. } | Test::Seldom { .. } => {
+                false
+            }
         }
     }
 }
