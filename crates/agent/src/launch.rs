@@ -122,7 +122,14 @@ impl Launcher {
             if let Some(fabric) = &shared.fabric {
                 fabric.guards(plan.uid).await?;
             }
-            shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await.map_err(|e| e.to_string())
+            let plugged = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await;
+            let netns = plugged.map_err(|e| e.to_string())?;
+            match &shared.networks {
+                Some(networks) => networks.ready(plan.uid, &plan.nics).await?,
+                None if plan.nics.is_empty() => {}
+                None => return Err("this host has no part in tenants' networks".to_owned()),
+            }
+            Ok(netns)
         };
         let (netns, ()) = tokio::join!(plug, runtime.warm(&plan.project));
         let netns = netns?;

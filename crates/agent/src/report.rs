@@ -48,6 +48,7 @@ pub(crate) async fn run(
                 instances: facts.instances.into_values().collect(),
                 images: engines.images.held(),
                 load: load.measure(&env),
+                networks: facts.networks,
                 certificate_ends: (config.certificate_ends)(),
                 usage: usage.measure(&env, &engines).await,
                 telemetry: telemetry::measure(&env, *disk.borrow()),

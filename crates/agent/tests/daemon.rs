@@ -402,6 +402,7 @@ impl Host {
         let runtimes: BTreeMap<_, Arc<dyn Runtime>> = [(kind::Runtime::Container, self.runtime.clone() as _)].into();
         let engines = Engines {
             firewall: None,
+            networks: None,
             runtimes,
             images: Arc::new(NoImages),
             net: self.net.clone(),

@@ -587,6 +587,7 @@ impl Core {
             Dirty::Cron((project, name)) => {
                 world.cron_jobs.get(project.as_ref(), name).map(|o| (project.clone(), o.owner_ref()))
             }
+            Dirty::Nic(_) | Dirty::Peering(_) => rules::network::regarding(world, &item),
             Dirty::Buried(..) | Dirty::Room | Dirty::Event(_) | Dirty::Delivery(_) => None,
         };
         let Some((project, regarding)) = regarding else { return };
@@ -624,9 +625,8 @@ impl Core {
                     let cells = world.instances_of(job.metadata.uid).filter_map(cell_of).collect();
                     (cells, format!("job {project}/{}", place.1))
                 }
-                Dirty::Cron(_) => continue,
                 Dirty::Child(_) | Dirty::Usage(_) | Dirty::Project(_) | Dirty::Buried(..) | Dirty::Room => continue,
-                Dirty::Event(_) | Dirty::Delivery(_) => continue,
+                Dirty::Cron(_) | Dirty::Nic(_) | Dirty::Peering(_) | Dirty::Event(_) | Dirty::Delivery(_) => continue,
             };
             for cell in cells {
                 let named_here = found.entry(cell).or_default();
@@ -777,6 +777,7 @@ impl Core {
         if oversold > 0 {
             differences.push(format!("{oversold} reservations did not fit when they were made"));
         }
+        differences.extend(crate::nets::differences(&self.world));
         differences
     }
 

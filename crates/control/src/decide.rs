@@ -10,6 +10,8 @@ use nexus_model::{AnyObject, ApiError, Bytes, Code, FieldError, Name, Object, ke
 use serde::Deserialize;
 use serde_json::Value;
 
+mod networks;
+
 use crate::audit::{self, Verb};
 use crate::intent::{Accepted, Change, Intent, RolloutOrder};
 use crate::rules;

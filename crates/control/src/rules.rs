@@ -13,6 +13,7 @@ pub mod history;
 pub mod host;
 pub mod instance;
 pub mod job;
+pub mod network;
 pub mod order;
 pub mod people;
 pub mod rebalance;
@@ -39,5 +40,7 @@ pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
         Dirty::Cron(place) => cron::reconcile(step, place),
         Dirty::Event(place) => delivery::fan_out(step, place),
         Dirty::Delivery(place) => delivery::reconcile(step, place),
+        Dirty::Nic(uid) => network::nic::reconcile(step, *uid),
+        Dirty::Peering(place) => network::peering::reconcile(step, place),
     }
 }

@@ -81,6 +81,10 @@ pub mod method {
     pub const EXEC: &str = "instance.exec";
     /// Server to agent: [`super::TraceRequest`] → [`super::Trace`].
     pub const TRACE: &str = "network.trace";
+    /// Server to agent, frames: see [`super::CaptureRequest`].
+    pub const CAPTURE: &str = "network.capture";
+    /// Server to agent: nothing → [`super::NetworkCheck`].
+    pub const NETWORK_CHECK: &str = "network.check";
 }
 
 /// Has a server remove blobs that nothing names.
@@ -239,6 +243,10 @@ pub struct HostReport {
     pub images: Vec<Digest>,
     /// The share of its processors in use, 0 to 1.
     pub load: f32,
+    /// The revision of the [`HostNetworks`] that has been applied, 0 before the first. An agent that knows no networks says
+    /// nothing of them, and has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub networks: Option<u64>,
     /// When the agent's certificate ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate_ends: Option<Timestamp>,

@@ -8,6 +8,8 @@
 //! …in-addr.arpa, …ip6.arpa      PTR        APP.PROJECT.internal, for the addresses of instances
 //! ```
 //!
+//! An instance with a NIC finds more, and some of it elsewhere: see [`Inside`].
+//!
 //! Who asks is known by the address that the question comes from, which the packet filter vouches for. An instance is
 //! told of its own project; another's names are not there (NXDOMAIN). An app that has nothing ready exists and has no
 //! addresses. While nothing is known of the asker's project, the answer is SERVFAIL, and resolvers ask again. Names of the
@@ -15,15 +17,19 @@
 //!
 //! Architecture invariant: nothing here waits, reads a clock or opens a socket. [`serve`] does.
 
+mod inside;
 mod message;
 pub mod serve;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use crate::firewall::Net;
+use inside::Told;
+pub use inside::{Inside, NamedNic, Zone, ZoneData};
 pub use message::Code;
-use message::{Answer, Data, IN, Question, Unreadable, bare, kind};
+use message::{Answer, Data, IN, Question, Record, Unreadable, bare, kind};
 
 /// The zone.
 const ZONE: &str = "internal";
@@ -103,6 +109,8 @@ pub struct Directory {
     pub projects: BTreeMap<String, Project>,
     /// The projects of the host's own instances, by the addresses that they ask from.
     pub askers: HashMap<Ipv4Addr, String>,
+    /// What those of them that have NICs find in their networks.
+    pub inside: HashMap<Ipv4Addr, Arc<Inside>>,
     /// Whose reverse names are answered here and never asked for outside.
     pub instances: Vec<Net>,
 }
@@ -173,6 +181,10 @@ impl Directory {
         if question.class != IN || matches!(question.kind, kind::AXFR | kind::IXFR) {
             return reply.fails(Code::Refused, Outcome::Bad);
         }
+        let networks = self.inside.get(&asker).map(Arc::as_ref);
+        if let Some(verdict) = networks.and_then(|inside| self.in_networks(inside, &reply, below)) {
+            return verdict;
+        }
         let reversed = question.reversed().filter(|a| self.instances.iter().any(|net| contains(net, *a)));
         match question.labels.last().map(String::as_str) {
             Some(ZONE) => self.inside(reply, own, below),
@@ -228,6 +240,45 @@ impl Directory {
             Found::Between | Found::Zone => reply.has(Vec::new()),
             Found::Nothing => reply.nothing(),
         }
+    }
+
+    /// What an asker's networks say, if the question is theirs.
+    fn in_networks(
+        &self,
+        inside: &Inside,
+        reply: &Reply<'_>,
+        below: &mut dyn FnMut(usize) -> usize,
+    ) -> Option<Verdict> {
+        let question = reply.question;
+        let authoritative = Reply { authoritative: true, ..*reply };
+        if let Some((depth, told)) = inside.ask(&question.labels, question.kind) {
+            return Some(match told {
+                Told::NoName => {
+                    authoritative.done(Code::NxDomain, Vec::new(), Vec::new(), Some(depth), Outcome::NoName)
+                }
+                Told::Records(records) if records.is_empty() => {
+                    authoritative.done(Code::NoError, Vec::new(), Vec::new(), Some(depth), Outcome::NoData)
+                }
+                Told::Records(records) => {
+                    authoritative.done(Code::NoError, records, Vec::new(), None, Outcome::Answered)
+                }
+            });
+        }
+        if let Some(found) = question.reversed().and_then(|address| inside.reverse(address)) {
+            return Some(match found {
+                Some(name) if question.kind == kind::PTR => authoritative.has(vec![Data::Ptr(name)]),
+                Some(_) => authoritative.has(Vec::new()),
+                None => authoritative.nothing(),
+            });
+        }
+        let nics = match &question.labels[..] {
+            [app, project, zone] if zone == ZONE => inside.app(project, app)?,
+            [app, project, region, zone] if zone == ZONE && *region == self.region => inside.app(project, app)?,
+            _ => return None,
+        };
+        let mut ready: Vec<&NamedNic> = nics.iter().filter(|n| n.ready).collect();
+        shuffle(&mut ready, below);
+        Some(authoritative.has(ready.iter().filter_map(|n| n.data(question.kind)).take(MAX_ADDRESSES).collect()))
     }
 
     /// What the labels before the zone's name; the last is the outermost.
@@ -294,11 +345,11 @@ struct Reply<'a> {
 
 impl Reply<'_> {
     fn fails(&self, code: Code, outcome: Outcome) -> Verdict {
-        self.done(code, Vec::new(), Vec::new(), false, outcome)
+        self.done(code, Vec::new(), Vec::new(), None, outcome)
     }
 
     fn nothing(&self) -> Verdict {
-        self.done(Code::NxDomain, Vec::new(), Vec::new(), true, Outcome::NoName)
+        self.done(Code::NxDomain, Vec::new(), Vec::new(), Some(1), Outcome::NoName)
     }
 
     fn has(&self, data: Vec<Data>) -> Verdict {
@@ -308,8 +359,9 @@ impl Reply<'_> {
     /// With what is told of other names beside, as far as there is room.
     fn has_with(&self, data: Vec<Data>, more: Vec<(Vec<String>, Data)>) -> Verdict {
         let outcome = if data.is_empty() { Outcome::NoData } else { Outcome::Answered };
-        let negative = data.is_empty();
-        self.done(Code::NoError, data, more, negative, outcome)
+        let negative = data.is_empty().then_some(1);
+        let answers = data.into_iter().map(|data| Record { owner: None, ttl: TTL, data }).collect();
+        self.done(Code::NoError, answers, more, negative, outcome)
     }
 
     /// As much as fits. That something is left out is told by a bit, and it can be had by TCP; whoever does not look at that has
@@ -317,9 +369,9 @@ impl Reply<'_> {
     fn done(
         &self,
         code: Code,
-        answers: Vec<Data>,
+        answers: Vec<Record>,
         more: Vec<(Vec<String>, Data)>,
-        negative: bool,
+        negative: Option<usize>,
         outcome: Outcome,
     ) -> Verdict {
         let limit = match self.carrier {

@@ -14,4 +14,22 @@
 //!
 //! This is the one place where eBPF programs could take over later: they would take the same plan and stand on the same links.
 
+mod announce;
+pub mod answer;
+pub mod capture;
+pub mod counters;
+pub mod drops;
+mod engine;
+pub mod flows;
+mod hand;
+mod inside;
 pub mod links;
+mod network;
+mod outside;
+pub mod probe;
+pub mod rules;
+pub mod text;
+pub mod verdict;
+mod want;
+
+pub use engine::{Applied, Engine};

@@ -415,6 +415,7 @@ impl Host {
             instances: instances.collect(),
             images: Vec::new(),
             load: 0.1,
+            networks: None,
             certificate_ends: None,
             usage: Vec::new(),
             telemetry: Default::default(),

@@ -9,6 +9,7 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::{AnyObject, Digest, Name, Object, Timestamp, Uid};
 
 use crate::rules::buried::Teardown;
+use crate::rules::network::nic;
 use crate::rules::rollout::{self, Goals, Member, Side};
 use crate::rules::usage::{charge_app, charge_with, recharge, surge_of};
 use crate::rules::{drain, fleet, history, instance, secret};
@@ -17,6 +18,11 @@ use crate::world::{Part, Place, World, app_uid};
 
 /// Instances made or buried in one step, so that a step fits in a transaction.
 const PER_STEP: usize = 10;
+
+/// So many instances are made or buried in one step, where each has some NICs.
+pub(super) fn per_step(most: usize, nics: usize) -> usize {
+    (most * 5 / (5 + nics)).max(1)
+}
 
 /// Ends an app: its name and quota are free at once, its instances are buried with it.
 pub fn bury(step: &mut Step<'_>, app: &Object<App>) -> AnyObject {
@@ -112,6 +118,7 @@ pub fn made_of(world: &World, app: &Object<App>) -> Result<Made, Missing> {
     let (project, spec) = (app.metadata.project.as_ref(), &app.spec);
     let content = content(world, project, spec.parts(), spec.image_digest, &spec.part_digests)?;
     let template = secret::resolve(world, app)?;
+    nic::resolve(world, project, &template.nics)?;
     Ok(Made { hash: template_hash(&template, &content), template, content })
 }
 
@@ -201,7 +208,11 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     let mut more = status != before || moves.stop.len() > PER_STEP;
     // What a drained host's instances are replaced by is the operator's doing, and not charged.
     let staying = now.iter().filter(|m| !m.drained).count();
-    let making = if made.is_ok() { (moves.make_target + moves.make_stable).min(PER_STEP) } else { 0 };
+    let making = if made.is_ok() {
+        (moves.make_target + moves.make_stable).min(per_step(PER_STEP, app.spec.nics.len()))
+    } else {
+        0
+    };
     let kept_out = charge_surge(step, &app, &mut status, staying, making);
     if status.failed && !before.failed && !before.surge_refused.is_empty() {
         status.message += &format!("; the rollout had no room for more: {}", before.surge_refused);

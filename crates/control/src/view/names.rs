@@ -71,10 +71,13 @@ impl<'a> Builder<'a> {
 
     pub fn host(&mut self, host: &Name) -> HostNames {
         let world = self.world;
-        let here: BTreeSet<&Name> = world.instances_on(host).filter_map(|i| i.metadata.project.as_ref()).collect();
+        let here = world.instances_on(host).filter_map(|i| i.metadata.project.clone());
+        // Who is in a peered network is found by name, whichever project that is of.
+        let peered = super::networks::held(world, host).into_iter().filter_map(|place| place.0);
+        let here: BTreeSet<Name> = here.chain(peered).collect();
         let projects = here.into_iter().map(|name| {
             let made = self.projects.entry(name.clone());
-            made.or_insert_with(|| Arc::new(project(world, name))).clone()
+            made.or_insert_with(|| Arc::new(project(world, &name))).clone()
         });
         HostNames { projects: projects.collect(), ..self.whole.clone() }
     }
@@ -100,6 +103,7 @@ fn project(world: &World, name: &Name) -> ProjectNames {
         .filter_map(|i| {
             let address4 = i.status.address4?;
             Some(NamedInstance {
+                uid: Some(i.metadata.uid),
                 app: i.spec.app.clone(),
                 address6: i.status.address6?,
                 address4,

@@ -14,6 +14,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{Cidr, Name, Uid};
@@ -152,14 +153,14 @@ pub struct RulePlan {
     pub remotes: Vec<Remote>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
     Ingress,
     Egress,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RuleProtocol {
     Any,
@@ -264,7 +265,7 @@ pub struct ListenerPlan {
     pub targets: Vec<TargetPlan>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum BalancedProtocol {
     Tcp,
@@ -364,6 +365,37 @@ pub enum TraceVerdict {
     Gateway,
     Dropped,
 }
+
+/// Asks the host of a NIC for the packets that pass it. The answer is frames of channel 1: a capture file as libpcap writes it,
+/// with Ethernet frames. It goes on until the caller leaves or a bound is met.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CaptureRequest {
+    pub nic: Uid,
+    /// Only packets from or to this address.
+    #[serde(default)]
+    pub address: Option<IpAddr>,
+    /// Only TCP and UDP from or to this port.
+    #[serde(default)]
+    pub port: Option<u16>,
+}
+
+/// What a host found when it compared what it should have of tenants' networks with what its kernel has.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NetworkCheck {
+    /// The revision that it was compared with; none, while nothing was told to the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<u64>,
+    pub networks: u64,
+    /// Those of instances of this host.
+    pub nics: u64,
+    /// Each in a sentence.
+    pub differences: Vec<String>,
+}
+
+/// The most differences that one answer names.
+pub const MAX_DIFFERENCES: usize = 1000;
 
 /// Why a text is no [`Mac`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

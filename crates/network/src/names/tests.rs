@@ -48,6 +48,7 @@ fn directory() -> Directory {
         region: "eu".into(),
         projects: BTreeMap::from([("shop".into(), shop), ("bank".into(), bank)]),
         askers: askers.map(|(a, p)| (a, p.to_owned())).into(),
+        inside: HashMap::new(),
         instances: vec![("10.0.0.0".parse().unwrap(), 16), ("fd00:0:0:1::".parse().unwrap(), 64)],
     }
 }
@@ -434,4 +435,97 @@ proptest! {
         }
         let _ = Directory::failed(&message, Carrier::Udp);
     }
+}
+
+/// One with a NIC in `net`: an app of its own project with two NICs there, one of a peered project, a zone.
+fn inside() -> Inside {
+    let nic = |n: u8, ready| NamedNic {
+        address4: Some(Ipv4Addr::new(10, 9, 0, n)),
+        address6: (n == 1).then(|| "fd09::1".parse().unwrap()),
+        ready,
+    };
+    let record = |name: &str, data| (name.to_owned(), 60, data);
+    let corp = [
+        record("", ZoneData::A(vec![Ipv4Addr::new(10, 9, 9, 9)])),
+        record("db", ZoneData::Cname("web.shop.internal.".into())),
+        record("loop", ZoneData::Cname("loop.corp.example".into())),
+        record("a.b", ZoneData::Txt(vec!["x".repeat(300)])),
+        record("*.wild", ZoneData::Aaaa(vec!["fd09::9".parse().unwrap()])),
+    ];
+    Inside {
+        apps: BTreeMap::from([
+            (("shop".into(), "web".into()), vec![nic(1, true), nic(2, true), nic(3, false)]),
+            (("bank".into(), "api".into()), vec![nic(7, true)]),
+        ]),
+        zones: vec![Zone::new("Corp.Example", corp)],
+        cidrs: vec![("10.9.0.0".parse().unwrap(), 16)],
+    }
+}
+
+/// Records of an answer by owner, type and data; read apart from what wrote them.
+fn records(name: &str, kind: u16) -> (u8, Vec<(String, u16, Vec<u8>)>) {
+    let mut directory = directory();
+    directory.inside.insert(ASKER, Arc::new(inside()));
+    let asked = question(name, kind);
+    let Verdict::Answer(bytes, _) = directory.decide(&asked, ASKER, Carrier::Tcp, &mut |n| n - 1) else {
+        panic!("{name}")
+    };
+    let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+    let mut at = 12;
+    name_at(&bytes, &mut at);
+    at += 4;
+    let mut out = Vec::new();
+    for _ in 0..u16_at(6) {
+        let owner = name_at(&bytes, &mut at);
+        let (kind, length) = (u16_at(at), usize::from(u16_at(at + 8)));
+        at += 10;
+        let data = match kind {
+            5 | 12 => name_at(&bytes, &mut at.clone()).into_bytes(),
+            _ => bytes[at..at + length].to_vec(),
+        };
+        at += length;
+        out.push((owner, kind, data));
+    }
+    if u16_at(8) == 1 {
+        let owner = name_at(&bytes, &mut at);
+        assert!(name.to_lowercase().ends_with(&owner), "{owner} of {name}");
+        at += 10 + usize::from(u16_at(at + 8));
+    }
+    assert_eq!(at, bytes.len());
+    out.sort();
+    (bytes[3] & 15, out)
+}
+
+#[test]
+fn who_has_a_nic_finds_apps_by_their_nics() {
+    for name in ["web.shop.internal.", "web.shop.eu.internal."] {
+        let (code, found) = records(name, A);
+        let addresses: Vec<_> = found.iter().map(|r| r.2.clone()).collect();
+        assert_eq!((code, addresses), (0, vec![vec![10, 9, 0, 1], vec![10, 9, 0, 2]]), "{name}: the ready ones");
+        assert_eq!(records(name, AAAA).1.len(), 1);
+    }
+    assert_eq!(records("api.bank.internal.", A).1[0].2, [10, 9, 0, 7], "of a peered network");
+    assert_eq!(records("old.shop.internal.", A).1[0].2, [10, 0, 0, 9], "without NICs: as ever");
+    assert_eq!(records("none.bank.internal.", A).0, 3);
+    // Others see nothing of it.
+    assert_eq!(ask("api.bank.internal.", A).code, 3);
+    assert_eq!(records("1.0.9.10.in-addr.arpa.", 12).1[0].2, b"web.shop.internal.");
+    assert_eq!(records("200.0.9.10.in-addr.arpa.", 12).0, 3, "never asked for outside");
+}
+
+#[test]
+fn a_private_zone_goes_before_everything_else() {
+    assert_eq!(records("corp.example.", A).1[0].2, [10, 9, 9, 9]);
+    assert_eq!(records("corp.example.", AAAA), (0, vec![]));
+    assert_eq!(records("none.corp.example.", A).0, 3);
+    assert_eq!(records("b.corp.example.", A), (0, vec![]), "there is something below it");
+    assert_eq!(records("any.wild.corp.example.", AAAA).1.len(), 1);
+    assert_eq!(records("wild.corp.example.", AAAA), (0, vec![]));
+    let (_, text) = records("a.b.corp.example.", 16);
+    assert_eq!((text[0].2.len(), text[0].2[0], text[0].2[256]), (302, 255, 45));
+    let (code, chain) = records("DB.corp.example.", A);
+    assert_eq!((code, chain.len()), (0, 3));
+    assert!(chain.iter().any(|r| r.1 == 5 && r.2 == b"web.shop.internal."));
+    assert!(chain.iter().any(|r| r.0 == "web.shop.internal." && r.2 == [10, 9, 0, 1]));
+    assert!(records("loop.corp.example.", A).1.len() <= 8);
 }

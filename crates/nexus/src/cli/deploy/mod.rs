@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use nexus_model::kind::{self, Constraints, Disruption, ImageFormat, Port, Runtime, SecretRef, Spread};
+use nexus_model::kind::{self, Constraints, Disruption, ImageFormat, Port, Runtime, SecretRef, Spread, TemplateNic};
 use nexus_model::{Bytes, Digest, MilliCpu, Name};
 use serde_json::{Value, json};
 
@@ -47,6 +47,7 @@ enum SpreadArg {
     nexus deploy web --env MODE=fast --memory 256Mi\n  \
     nexus deploy web --image nginx.tar --replicas auto\n  \
     nexus deploy web --secret DB_PASSWORD=db/password --secret /run/secrets/tls=tls\n  \
+    nexus deploy web --nic front:web --nic back\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
     nexus deploy model --compute-class gpu-v100 --storage-class high-iops --constraints \"latency<20ms, not-with=batch\"\n  \
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
@@ -80,6 +81,9 @@ pub struct DeployArgs {
     /// Gives a secret to each instance: a variable from a key, or a folder of files
     #[arg(long = "secret", value_name = "VARIABLE=NAME/KEY[@VERSION]|[PATH=]NAME[@VERSION]", value_parser = spec::secret)]
     secrets: Vec<SecretRef>,
+    /// Gives each instance a NIC in a subnet, with security groups; several times for several, the first is the default route's
+    #[arg(long = "nic", value_name = "SUBNET[:GROUP,…]", value_parser = spec::nic)]
+    nics: Vec<TemplateNic>,
     /// Sets a label of the app
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::label)]
     label: Vec<(String, String)>,
@@ -163,6 +167,7 @@ impl DeployArgs {
             env: self.env.clone(),
             labels: self.label.clone(),
             secrets: self.secrets.clone(),
+            nics: self.nics.clone(),
             cpu: self.cpu,
             memory: self.memory,
             scratch: self.scratch,

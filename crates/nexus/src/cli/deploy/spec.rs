@@ -2,7 +2,7 @@
 
 use indexmap::IndexMap;
 use nexus_model::kind::{
-    Constraints, Disruption, FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread,
+    Constraints, Disruption, FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread, TemplateNic,
 };
 use nexus_model::selector::{is_label_key, is_label_value};
 use nexus_model::{API_VERSION, Bytes, MilliCpu, Name};
@@ -37,6 +37,7 @@ pub struct Wanted {
     pub env: Vec<(String, String)>,
     pub labels: Vec<(String, String)>,
     pub secrets: Vec<SecretRef>,
+    pub nics: Vec<TemplateNic>,
     pub cpu: Option<MilliCpu>,
     pub memory: Option<Bytes>,
     pub scratch: Option<Bytes>,
@@ -150,6 +151,9 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
         let before = spec.get("secrets").and_then(|s| serde_json::from_value(s.clone()).ok()).unwrap_or_default();
         spec.insert("secrets".into(), value(&with_secrets(before, &wanted.secrets)));
     }
+    if !wanted.nics.is_empty() {
+        spec.insert("nics".into(), value(&wanted.nics));
+    }
     if !wanted.classes.is_empty() {
         let classes: IndexMap<_, _> = wanted.classes.iter().cloned().collect();
         spec.insert("classes".into(), value(&classes));
@@ -228,6 +232,14 @@ fn with_secrets(mut refs: Vec<SecretRef>, wanted: &[SecretRef]) -> Vec<SecretRef
         }
     }
     refs
+}
+
+/// A NIC in a subnet, with security groups: `SUBNET[:GROUP,…]`.
+pub fn nic(text: &str) -> Result<TemplateNic, String> {
+    let (subnet, groups) = text.split_once(':').unwrap_or((text, ""));
+    let name = |text: &str| text.parse::<Name>().map_err(|e| format!("{text:?}: {e}"));
+    let groups = groups.split(',').filter(|g| !g.is_empty()).map(name).collect::<Result<_, _>>()?;
+    Ok(TemplateNic { subnet: name(subnet)?, security_groups: groups, rate: None, forwards: false })
 }
 
 /// `VARIABLE=NAME/KEY`, `PATH=NAME` or `NAME`, with `@VERSION` for one that is not the newest.
@@ -341,6 +353,7 @@ mod tests {
             env: vec![("A".into(), "b".into())],
             labels: vec![("tier".into(), "front".into())],
             secrets: vec![secret("A_KEY=db/key").unwrap(), secret("tls").unwrap()],
+            nics: vec![nic("front").unwrap(), nic("back:db,admin").unwrap()],
             cpu: Some("250m".parse().unwrap()),
             memory: Some("128Mi".parse().unwrap()),
             scratch: Some("1Gi".parse().unwrap()),
