@@ -34,13 +34,14 @@ pub fn host_text(hosts: &HostNetworks, closed: &[Net]) -> String {
     text(&rules::host(hosts, closed))
 }
 
-/// Nobody says that another's address is theirs. It would change nothing, for neighbours are as planned; but it is counted, and
-/// a flood of questions ends here.
+/// Nobody says that another's address is theirs, but for NICs that forward, which ask by the addresses for which they do. It
+/// would change nothing, for neighbours are as planned; but it is counted, and a flood of questions ends here.
 fn arp(out: &mut String, hosts: &HostNetworks, plan: &NetworkPlan) {
     let own = local(hosts, plan)
         .filter_map(|n| Some(format!("\"{}\" . {} . {}", links::nic(n.uid), n.mac, n.address4?)))
         .collect::<Vec<_>>();
     let probes = local(hosts, plan).map(|n| format!("\"{}\" . {} . 0.0.0.0", links::nic(n.uid), n.mac));
+    let forwarders = local(hosts, plan).filter(|n| n.forwards).map(|n| format!("\"{}\"", links::nic(n.uid)));
     let own = own.into_iter().chain(probes).collect::<BTreeSet<_>>();
     let (nics, table, (rate, burst)) = (links::NIC_PREFIX, rules::TABLE, ARP_RATE);
     let _ = write!(
@@ -51,14 +52,16 @@ table arp {table} {{
  counter drop_arp_flood {{ }}
  counter drop_arp_spoofed {{ }}
  set asks {{ type ifname; size 65535; flags dynamic; timeout 1m; }}
+ set forwarders {{ type ifname;{} }}
  set own {{ type ifname . ether_addr . ipv4_addr;{} }}
  chain input {{
   type filter hook input priority filter; policy accept;
   iifname \"{nics}*\" update @asks {{ iifname limit rate over {rate}/second burst {burst} packets }} counter name drop_arp_flood drop
-  iifname \"{nics}*\" iifname . arp saddr ether . arp saddr ip != @own counter name drop_arp_spoofed drop
+  iifname \"{nics}*\" iifname . arp saddr ether . arp saddr ip != @own iifname != @forwarders counter name drop_arp_spoofed drop
  }}
 }}
 ",
+        elements(forwarders),
         elements(own)
     );
 }

@@ -262,6 +262,10 @@ fn any_probe(site: &Site, dice: &mut Dice, n: usize) -> Option<Probe> {
     let packet = TracedPacket { to, protocol, port };
     let host = site.world.hosts.iter().position(|h| from.at.as_ref().unwrap().host == h.host.as_str()).unwrap();
     let traced = trace(&site.told(host), from.uid, packet);
+    // Outside there is nobody but these.
+    if traced.verdict == TraceVerdict::Outside && to != OUTSIDE4 && to != OUTSIDE6 {
+        return None;
+    }
     let arrives = traced.verdict != TraceVerdict::Dropped;
     let hops: Vec<String> = traced.hops.iter().map(|h| format!("  {} {}: {}", h.host, h.at, h.what)).collect();
     let what = format!("{} → {to} {protocol:?} {port}: {:?}\n{}", from.name, traced.verdict, hops.join("\n"));
