@@ -35,7 +35,9 @@ fn isolated(test: &str, body: impl AsyncFnOnce()) {
     }
     use std::os::unix::process::CommandExt;
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env("NEXUS_NETWORK_CHILD", test);
+    command
+        .args(["--exact", test, "--nocapture", "--test-threads=1", "--include-ignored"])
+        .env("NEXUS_NETWORK_CHILD", test);
     // SAFETY: only system calls between fork and exec.
     unsafe {
         command.pre_exec(|| {

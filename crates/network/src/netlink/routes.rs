@@ -54,6 +54,8 @@ impl Netlink {
             for answer in answers {
                 if let RouteNetlinkMessage::NewRoute(route) = answer
                     && !matches!(route.header.protocol, RouteProtocol::Kernel)
+                    // What the kernel has learnt of a route, such as a smaller MTU on the way.
+                    && !route.header.flags.contains(RouteFlags::Cloned)
                 {
                     all.push((state_of(&route), u8::from(route.header.protocol) == PROTOCOL));
                 }

@@ -123,7 +123,7 @@ impl Own {
         let site = Site { mode, faults: &self.faults, dir: &self.dir, instance: &instance };
 
         let mut host = Hand::open(mode, &self.faults, "the host".into())?;
-        host.filter(HOST_TABLE, &rules::host_text(wanted, closed))?;
+        host.filter(&rules::host_text(wanted, closed))?;
 
         let wants: Vec<NetworkWant> = wanted.networks.iter().map(|n| NetworkWant::of(wanted, n)).collect();
         let there = networks(&self.dir)?;

@@ -126,17 +126,22 @@ impl<'a> Hand<'a> {
         }
     }
 
-    /// A packet filter: these tables, all in one transaction. An empty chain in `table`, named after the text, tells later
+    /// A packet filter: these tables, all in one transaction. An empty chain in each, named after the text, tells later
     /// which text stands; the same is not loaded again, so that counters go on.
-    pub fn filter(&mut self, table: &str, text: &str) -> Result<(), NetError> {
+    pub fn filter(&mut self, text: &str) -> Result<(), NetError> {
         let mark = format!("of_{:016x}", fnv(text.as_bytes()));
-        let (family, name) = table.split_once(' ').unwrap_or(("inet", table));
-        if nft("looking at a network's packet filter", &["list", "chain", family, name, &mark], "").is_ok() {
+        let tables: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("table ")?.strip_suffix(" {")).collect();
+        let there = nft("looking at a network's packet filter", &["list", "chains"], "")?;
+        let opens = format!("chain {mark} {{");
+        if there.lines().filter(|l| l.trim() == opens).count() == tables.len() {
             return Ok(());
         }
-        let script = format!("{text}\ntable {table} {{\n chain {mark} {{ }}\n}}\n");
+        let mut script = text.to_owned();
+        for table in tables {
+            script += &format!("table {table} {{\n chain {mark} {{ }}\n}}\n");
+        }
         let load = |_: &mut Netlink| nft("setting a network's packet filter", &["-f", "-"], &script).map(drop);
-        self.must(|| format!("the packet filter {table} is not the one that is to be"), load).map(drop)
+        self.must(|| "the packet filter is not the one that is to be".into(), load).map(drop)
     }
 
     fn removable(&self, troubles: usize) -> bool {

@@ -12,10 +12,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::hand::{Hand, Others};
+use super::links::GATEWAY_MAC;
 use super::want::NicWant;
 use crate::NetError;
 use crate::instance::{GATEWAY4, GATEWAY6, INSIDE, NAMESERVER};
-use crate::netlink::{Limit, LinkAddress, LinkState, MAIN, Policy, Route, RouteKind, RouteState, Then, everything};
+use crate::netlink::{
+    Limit, LinkAddress, LinkState, MAIN, Neighbour, Policy, Route, RouteKind, RouteState, Then, everything,
+};
 
 /// The table of the infrastructure's link; NICs' follow.
 const TABLE: u32 = 100;
@@ -63,6 +66,12 @@ pub(super) fn settle(hand: &mut Hand<'_>, nics: &[&NicWant]) -> Result<Vec<nexus
         nic.addresses().map(|address| LinkAddress { link: *link, address, length: whole(address) })
     });
     hand.addresses(&addresses.collect())?;
+    // Nobody has to be asked for the gateway, and nobody can say to be it.
+    let gateways = plugged.iter().flat_map(|(nic, link)| {
+        let both = nic.gateway4.map(IpAddr::V4).into_iter().chain(nic.gateway6.map(IpAddr::V6));
+        both.map(|address| Neighbour { link: *link, address, mac: GATEWAY_MAC })
+    });
+    hand.neighbours(&gateways.collect())?;
 
     let eth0 = links.get(INSIDE).map(|l| l.index);
     let infrastructure: Vec<IpAddr> = match eth0 {

@@ -22,8 +22,6 @@ use crate::{Attempt, NetError};
 const NICS: u32 = 0x6e78;
 /// A tunnel whose namespace has just ended is in the way for as long as the kernel needs to clear it.
 const CLEARED_WITHIN: Duration = Duration::from_secs(5);
-/// The table of the packet filter in a network's namespace.
-pub(super) const TABLE: &str = "inet nexus";
 
 /// What became of a network.
 #[derive(Default)]
@@ -93,7 +91,7 @@ pub(super) fn prepare(site: &Site<'_>, want: &NetworkWant, text: &str, out: &mut
     for (key, value) in SETTINGS {
         hand.sysctl(key, value)?;
     }
-    hand.filter(TABLE, text)?;
+    hand.filter(text)?;
     let there = hand.links.link_states()?;
     for link in there.iter().filter(|l| stale(want, l)) {
         hand.step(|| format!("the link {} is there unasked", link.name), |l| l.delete_index(link.index));
@@ -144,7 +142,8 @@ pub(super) fn join(site: &Site<'_>, want: &NetworkWant, out: &mut Outcome) -> Re
         if leads_into(&mut hand.links, there.as_ref(), &other)? {
             continue;
         }
-        let end = |mac| VethEnd { name: &peering.link, mac, mtu: WIDE_MTU, group: 0, up: true };
+        // A pair's other end can't be up before it is one; its own network sees to it.
+        let end = |mac, up| VethEnd { name: &peering.link, mac, mtu: WIDE_MTU, group: 0, up };
         let make = |l: &mut Netlink| {
             l.delete_link(&peering.link)?;
             // The other network's end of a link to a namespace that is lost.
@@ -152,8 +151,7 @@ pub(super) fn join(site: &Site<'_>, want: &NetworkWant, out: &mut Outcome) -> Re
             let cleared = Netlink::open().and_then(|mut l| l.delete_link(&peering.link));
             enter(&own)?;
             cleared?;
-            // The kernel refuses to set up an end before the pair is whole; the other network does it.
-            l.add_veth(&end(FIRST_END.0), &VethEnd { up: false, ..end(SECOND_END.0) }, other.as_fd())
+            l.add_veth(&end(FIRST_END.0, true), &end(SECOND_END.0, false), other.as_fd())
         };
         hand.step(|| format!("the link {} to a peered network is missing", peering.link), make);
     }

@@ -62,7 +62,12 @@ fn peered_networks_meet_on_whichever_hosts_they_are() {
             // What fits the first network and not the second is told.
             open(&a, to, address).carries(1 << 20);
         }
-        assert_eq!(cloud.apply().await, 2, "the MTUs");
+        for host in 0..2 {
+            let differences = cloud.differences(host).await;
+            assert!(differences.len() == 1 && differences[0].contains("MTU"), "{differences:?}");
+        }
+        cloud.apply().await;
+        assert_eq!(cloud.apply().await, 0);
         cloud.all_right().await;
         // Without the agreement there is no way.
         for plan in &mut cloud.networks {
@@ -81,14 +86,28 @@ fn floating_addresses_lead_in_and_out_and_follow_their_nic() {
         outside_is_there();
         let mut plan = network(1);
         plan.nats = vec![NatPlan { uid: uid(6, 1), name: "nat".parse().unwrap(), addresses: Vec::new() }];
-        plan.route_tables[0].routes =
-            ["0.0.0.0/0", "::/0"].map(|to| RoutePlan { to: cidr(to), via: Via::Nat(0) }).into();
+        let outside = |via| ["0.0.0.0/0", "::/0"].map(|to| RoutePlan { to: cidr(to), via }).into();
+        plan.route_tables[0].routes = outside(Via::Internet);
+        plan.route_tables.push(RouteTablePlan { name: "private".parse().unwrap(), routes: outside(Via::Nat(0)) });
+        plan.subnets.push(SubnetPlan {
+            uid: uid(5, 2),
+            name: "private".parse().unwrap(),
+            cidr4: Some(cidr("10.0.16.0/24")),
+            cidr6: Some(cidr("fd12:0:0:1::/64")),
+            gateway4: Some("10.0.16.1".parse().unwrap()),
+            gateway6: Some("fd12:0:0:1::1".parse().unwrap()),
+            route_table: 1,
+        });
         cloud.networks = vec![plan];
         let a = cloud.instance(0, 10).await;
         let b = cloud.instance(0, 11).await;
         let c = cloud.instance(1, 12).await;
         let nic = cloud.nic(0, 5, 0, 10, 0);
-        cloud.nic(0, 6, 0, 11, 0);
+        let private = cloud.nic(0, 6, 0, 11, 0);
+        let private = cloud.nic_mut(private);
+        private.subnet = 1;
+        private.address4 = Some(Ipv4Addr::new(10, 0, 16, 6));
+        private.address6 = Some("fd12:0:0:1::6".parse().unwrap());
         let other = cloud.nic(0, 7, 1, 12, 0);
         let floating: [IpAddr; 2] = ["10.96.0.200".parse().unwrap(), "fd00:ff::200".parse().unwrap()];
         let doors = |nic| {
@@ -152,7 +171,7 @@ fn what_is_for_others_goes_to_the_nic_that_forwards_it_on_any_host() {
         cloud.nic_mut(router).forwards = true;
         cloud.apply().await;
         for address in ["192.168.9.1", "2001:db8:9::1"] {
-            run(&r, &format!("ip addr add {address} dev lo"));
+            run(&r, &format!("ip addr add {address} dev lo nodad"));
             for from in [&a, &b] {
                 assert!(reaches(from, &r, address.parse().unwrap(), DEADLINE), "{address}");
             }
@@ -181,8 +200,9 @@ fn what_is_too_big_is_told_so_and_what_fits_passes() {
         }
         for (to, address) in [(&b, four(6)), (&b, six(6)), (&c, four(7)), (&c, six(7))] {
             open(&a, to, address).carries(1 << 20);
-            open(to, &a, if address.is_ipv6() { six(5) } else { four(5) }).carries(1 << 20);
-            let told = run(&a, &format!("ip route get {address}"));
+            let own = if address.is_ipv6() { six(5) } else { four(5) };
+            open(to, &a, own).carries(1 << 20);
+            let told = run(&a, &format!("ip route get {address} from {own}"));
             assert!(told.contains("mtu 1400"), "{told}");
         }
         // The next time puts it right.
