@@ -56,7 +56,10 @@ pub(crate) fn part_plan(plan: &InstancePlan, part: &Part) -> Result<InstancePlan
 }
 
 /// The folder that an instance's parts share, if there is one.
-pub(crate) async fn folder(runtime: &dyn Runtime, plan: &InstancePlan) -> Result<Option<(Folder, SharedFolder)>, String> {
+pub(crate) async fn folder(
+    runtime: &dyn Runtime,
+    plan: &InstancePlan,
+) -> Result<Option<(Folder, SharedFolder)>, String> {
     let Some(wanted) = plan.template.parts().folder() else { return Ok(None) };
     let made = runtime.share(plan.uid, wanted.size, plan.template.storage_class.as_ref()).await;
     Ok(Some((made.map_err(|e| e.to_string())?, wanted)))

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use nexus_compute::Observed;
 use nexus_compute::keep::Keep;
-use nexus_model::{Name, Uid};
 use nexus_model::kind::Runtime;
+use nexus_model::{Name, Uid};
 use tokio::sync::{Notify, watch};
 
 /// Even if nobody says so, something may have changed.

@@ -222,7 +222,9 @@ impl Parts {
                 Progress { why, .. } if why.is_empty() => {
                     return Ok(Next::Wait(format!("sidecar {} is being started", part.name)));
                 }
-                Progress { why, .. } => return Ok(Next::Wait(format!("sidecar {} {why}; it is tried again", part.name))),
+                Progress { why, .. } => {
+                    return Ok(Next::Wait(format!("sidecar {} {why}; it is tried again", part.name)));
+                }
             }
         }
         Ok(Next::Main)
@@ -251,7 +253,8 @@ impl Parts {
             }
         };
         let made = folder(runtime, plan).await?;
-        let id = |made: &Option<(nexus_compute::Shared, _)>| made.as_ref().map(|(f, _)| f.id.clone()).unwrap_or_default();
+        let id =
+            |made: &Option<(nexus_compute::Shared, _)>| made.as_ref().map(|(f, _)| f.id.clone()).unwrap_or_default();
         if known.epoch == plan.epoch && known.folder == id(&made) {
             self.notes = Some(known.clone());
             return Ok(known);

@@ -110,7 +110,21 @@ impl Worker {
         let parts = Parts::new(uid, launcher.clone(), board.clone(), orders.clone(), views.clone());
         let (memory, identity, follower, outcome) = Default::default();
         let remembered = false;
-        Self { shared, uid, orders, views, memory, report, board, launcher, parts, identity, follower, outcome, remembered }
+        Self {
+            shared,
+            uid,
+            orders,
+            views,
+            memory,
+            report,
+            board,
+            launcher,
+            parts,
+            identity,
+            follower,
+            outcome,
+            remembered,
+        }
     }
 
     /// Works until the instance is gone and nothing of it is left.

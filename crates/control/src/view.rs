@@ -252,7 +252,8 @@ impl View {
             let app = app_of_key(&key);
             let image = |world: &World| {
                 let app = app.as_ref().and_then(|(project, name)| world.apps.get(Some(project), name));
-                let others = |app: &Object<App>| app.spec.parts().other_images().into_iter().cloned().collect::<Vec<_>>();
+                let others =
+                    |app: &Object<App>| app.spec.parts().other_images().into_iter().cloned().collect::<Vec<_>>();
                 app.map(|app| (app.spec.image.clone(), app.spec.runtime, others(app)))
             };
             let before = image(&state.world);

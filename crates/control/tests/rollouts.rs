@@ -668,10 +668,10 @@ fn quotas_and_hosts_count_all_parts_and_statuses_tell_of_those_that_there_are() 
     let mut lab = Lab::new(2, json!({}));
     with_parts(&mut lab);
     // Two sums: of memory the containers that run together, of processors what the init step takes.
-    let used = lab.core.world.usage(&name("default")).unwrap().status.used.clone();
+    let used = lab.core.world.usage(&name("default")).unwrap().status.used;
     assert_eq!((used.cpu, used.memory), (MilliCpu(1400), Bytes(512 << 20)));
     let host = lab.instances()[0].status.host.clone().unwrap();
-    let reserved = lab.core.world.host(&host).unwrap().status.reserved.clone();
+    let reserved = lab.core.world.host(&host).unwrap().status.reserved;
     assert_eq!((reserved.cpu, reserved.memory, reserved.scratch), (MilliCpu(700), Bytes(256 << 20), Bytes(64 << 20)));
 
     let instance = lab.instances()[0].clone();

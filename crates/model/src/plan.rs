@@ -9,8 +9,8 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::kind::{
-    HeaderMatch, HostSpec, ImageFormat, InstancePhase, PartStatus, Protocol, QuotaUse, RegionServer, RolloutPhase, Runtime,
-    Template, Tier,
+    HeaderMatch, HostSpec, ImageFormat, InstancePhase, PartStatus, Protocol, QuotaUse, RegionServer, RolloutPhase,
+    Runtime, Template, Tier,
 };
 use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 

@@ -60,7 +60,9 @@ fn left(cloud: &Cloud) -> Vec<String> {
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
             let path = entry.path();
-            if path.is_dir() && ["instances", "shared"].iter().any(|name| path.ends_with(Path::new("containers").join(name))) {
+            if path.is_dir()
+                && ["instances", "shared"].iter().any(|name| path.ends_with(Path::new("containers").join(name)))
+            {
                 found.extend(std::fs::read_dir(&path).unwrap().flatten().map(|e| e.path().display().to_string()));
             } else if entry.file_type().is_ok_and(|t| t.is_dir()) && !path.ends_with("layers") {
                 folders.push(path);
@@ -104,7 +106,10 @@ fn parts_of_an_instance_live_and_end_together() {
 
 fn what_an_init_step_leaves_is_served(cloud: &Cloud) {
     let init = json!([
-        part("fetch", "echo fetching; echo '<p>made before</p>' > /run/shared/index.html; /bin/busybox hostname > /run/shared/name"),
+        part(
+            "fetch",
+            "echo fetching; echo '<p>made before</p>' > /run/shared/index.html; /bin/busybox hostname > /run/shared/name"
+        ),
         part("check", "/bin/busybox grep made /run/shared/index.html && echo twice >> /run/shared/checked"),
     ]);
     let mut spec = app(SERVE, init, json!([part("beside", BESIDE)]));
@@ -117,7 +122,10 @@ fn what_an_init_step_leaves_is_served(cloud: &Cloud) {
     for step in ["fetch", "check"] {
         assert_eq!((&of(&instance, step)["state"], &of(&instance, step)["exitCode"]), (&json!("Done"), &json!(0)));
     }
-    assert_eq!((&of(&instance, "beside")["state"], &of(&instance, "beside")["ready"]), (&json!("Running"), &json!(true)));
+    assert_eq!(
+        (&of(&instance, "beside")["state"], &of(&instance, "beside")["ready"]),
+        (&json!("Running"), &json!(true))
+    );
     // Main and sidecar are of one network and one folder; each has files of its own beside that.
     let name = instance["metadata"]["name"].as_str().unwrap();
     let page = ["/bin/busybox", "wget", "-qO-", "http://localhost/index.html"];
@@ -143,7 +151,10 @@ fn what_an_init_step_leaves_is_served(cloud: &Cloud) {
 
     // Main and one sidecar; 4 Mi of scratch each, and the folder's 4 Mi.
     let reserved = cloud.json(&["get", "host", HOST])["status"]["reserved"].clone();
-    assert_eq!((&reserved["cpu"], &reserved["memory"], &reserved["scratch"]), (&json!("40m"), &json!("64Mi"), &json!("12Mi")));
+    assert_eq!(
+        (&reserved["cpu"], &reserved["memory"], &reserved["scratch"]),
+        (&json!("40m"), &json!("64Mi"), &json!("12Mi"))
+    );
     assert_eq!(cloud.json(&["get", "usage", "default"])["status"]["used"]["memory"], "64Mi");
 }
 
@@ -206,7 +217,10 @@ fn a_failing_init_step_is_named_and_tried_again(cloud: &Cloud) {
     });
     cloud.wait_ready("late", 1);
     let instance = only(cloud, "late");
-    assert_eq!((&of(&instance, "migrate")["restarts"], &of(&instance, "migrate")["state"]), (&json!(2), &json!("Done")));
+    assert_eq!(
+        (&of(&instance, "migrate")["restarts"], &of(&instance, "migrate")["state"]),
+        (&json!(2), &json!("Done"))
+    );
     // An agent that is killed while a step runs doesn't begin it again.
     let long = "echo begun; /bin/busybox sleep 8; echo over";
     apply(cloud, "App", "long", app("exec /bin/busybox sleep 600", json!([part("slow", long)]), json!([])));
@@ -237,7 +251,10 @@ fn a_job_ends_with_its_main_part(cloud: &Cloud) {
     template["init"] = json!([part("prepare", "exit 4")]);
     apply(cloud, "Job", "bad", json!({"template": template, "backoffLimit": 0}));
     let bad = phase("bad", "Failed");
-    assert!(bad["status"]["conditions"][0]["message"].as_str().unwrap().contains("init step prepare exited with 4"), "{bad}");
+    assert!(
+        bad["status"]["conditions"][0]["message"].as_str().unwrap().contains("init step prepare exited with 4"),
+        "{bad}"
+    );
     cloud.ok(&["delete", "job", "work", "bad", "--wait"]);
 }
 

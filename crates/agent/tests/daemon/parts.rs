@@ -49,7 +49,10 @@ async fn parts_start_in_their_order_and_a_new_life_of_the_daemon_repeats_nothing
     plane.instance(uid(1), "waits again", |i| i.message == "init step b runs, 2 of 2").await;
     runtime.exit(of(1, "b"), 0);
     let ready = plane.instance(uid(1), "is ready", |i| i.ready).await;
-    assert_eq!((state(&ready, "a").0, state(&ready, "b").0, state(&ready, "d").0), (PartState::Done, PartState::Done, PartState::Running));
+    assert_eq!(
+        (state(&ready, "a").0, state(&ready, "b").0, state(&ready, "d").0),
+        (PartState::Done, PartState::Done, PartState::Running)
+    );
     let order: Vec<Uid> = runtime.starts.lock().unwrap().iter().map(|s| s.0).collect();
     assert_eq!(order, [of(1, "a"), of(1, "b"), of(1, "b"), of(1, "c"), of(1, "d"), uid(1)]);
 
@@ -61,7 +64,9 @@ async fn parts_start_in_their_order_and_a_new_life_of_the_daemon_repeats_nothing
     daemon.stop().await;
     let daemon = host.start(std::slice::from_ref(&plane.at));
     plane.report.borrow_and_update();
-    plane.instance(uid(1), "is known again", |i| i.ready && i.restarts == 0 && state(i, "c") == (PartState::Running, 0)).await;
+    plane
+        .instance(uid(1), "is known again", |i| i.ready && i.restarts == 0 && state(i, "c") == (PartState::Running, 0))
+        .await;
     let count = |part: &str| runtime.starts_of(of(1, part)).len();
     assert_eq!((count("a"), count("b"), count("c"), count("d"), runtime.starts_of(uid(1)).len()), (1, 2, 2, 1, 2));
 

@@ -11,7 +11,9 @@ use std::time::Duration;
 use nexus_compute::container::{ContainerConfig, ContainerRuntime};
 use nexus_compute::image::{BlobStore, UnpackLimits};
 use nexus_compute::keep::{Keep, KeepError, LogFiles};
-use nexus_compute::{ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, PartOf, Runtime, RuntimeError, Sandbox, SharedMount, State};
+use nexus_compute::{
+    ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, PartOf, Runtime, RuntimeError, Sandbox, SharedMount, State,
+};
 use nexus_env::RealClock;
 use nexus_model::kind::Template;
 use nexus_model::{Bytes, Digest, Uid};
@@ -611,10 +613,8 @@ async fn parts_share_a_bounded_folder_that_outlasts_each_of_them() {
     let w = World::new();
     let fast: nexus_model::Name = "fast".parse().unwrap();
     let folder = w.dir.path().join("fast-disk");
-    let config = || ContainerConfig {
-        storage: [(fast.clone(), folder.clone())].into(),
-        ..config(w.dir.path(), &w.cgroup)
-    };
+    let config =
+        || ContainerConfig { storage: [(fast.clone(), folder.clone())].into(), ..config(w.dir.path(), &w.cgroup) };
     let open = || ContainerRuntime::new(config(), w.keep.clone(), w.blobs.clone(), Arc::new(RealClock::new())).unwrap();
     let instance = Uid::from_random([200; 16]);
     for class in [None, Some(&fast)] {
@@ -626,7 +626,8 @@ async fn parts_share_a_bounded_folder_that_outlasts_each_of_them() {
             shared: Some(SharedMount { source: made.path.clone(), destination: "/srv/both".into() }),
             ..w.shell(script)
         };
-        let (code, _, out) = w.output(&part("a", "echo left > /srv/both/note; ls /srv/both; stat -c %a /srv/both")).await;
+        let (code, _, out) =
+            w.output(&part("a", "echo left > /srv/both/note; ls /srv/both; stat -c %a /srv/both")).await;
         assert_eq!((code, out.as_str()), (Some(0), "note\n1777\n"));
         let lasting = part("b", LASTING);
         runtime.start(&lasting).await.unwrap();
@@ -638,9 +639,11 @@ async fn parts_share_a_bounded_folder_that_outlasts_each_of_them() {
         let again = open();
         assert_eq!(again.share(instance, Bytes(1 << 20), class).await.unwrap(), made);
         assert_eq!(again.shared().await.unwrap(), [instance]);
-        let (code, _, out) = w.output(&part("c", "cat /srv/both/note; dd if=/dev/zero of=/srv/both/big bs=64k count=64")).await;
+        let (code, _, out) =
+            w.output(&part("c", "cat /srv/both/note; dd if=/dev/zero of=/srv/both/big bs=64k count=64")).await;
         assert!(code != Some(0) && out.contains("left"), "{out}");
-        let (status, printed, _) = w.exec(lasting.uid, &["sh", "-c", "echo more >> /srv/both/big; cat /srv/both/note"], "").await;
+        let (status, printed, _) =
+            w.exec(lasting.uid, &["sh", "-c", "echo more >> /srv/both/big; cat /srv/both/note"], "").await;
         assert_eq!((status.unwrap(), printed.as_str()), (0, "left\n"));
 
         // What is mounted no more, as after the host's boot, was lost: another is made.

@@ -31,7 +31,11 @@ const PER_PROJECT: usize = 10_000;
 
 /// What a job takes of its project's quota: what may run at once, until it has finished.
 pub fn charge(job: &Object<Job>) -> [u64; 3] {
-    if job.status.finished.is_some() { [0; 3] } else { charge_of(job.spec.at_once(), &job.spec.template.parts().reserved()) }
+    if job.status.finished.is_some() {
+        [0; 3]
+    } else {
+        charge_of(job.spec.at_once(), &job.spec.template.parts().reserved())
+    }
 }
 
 /// When a job is to be looked at although nothing happens to it.

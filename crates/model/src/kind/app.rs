@@ -571,12 +571,7 @@ pub(super) fn check_resources(check: &mut Check<'_>, r: &Resources) {
     check(r.scratch.0 >= 64 << 10, "resources.scratch", "at least 64Ki");
 }
 
-pub(super) fn check_words(
-    check: &mut Check<'_>,
-    command: &[String],
-    args: &[String],
-    env: &IndexMap<String, String>,
-) {
+pub(super) fn check_words(check: &mut Check<'_>, command: &[String], args: &[String], env: &IndexMap<String, String>) {
     check(env.len() <= 256, "env", "at most 256 variables");
     for (key, value) in env {
         let field = format!("env.{}", key.chars().take(64).collect::<String>());

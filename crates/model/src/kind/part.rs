@@ -320,7 +320,8 @@ mod tests {
         assert_eq!(faults(&same), ["spec.sidecars[0].name"]);
         let many: Vec<Value> = (0..9).map(|i| json!({"name": format!("p{i}")})).collect();
         assert_eq!(faults(&json!({"image": "web", "init": many})), ["spec.init"]);
-        let function = json!({"image": "f", "runtime": "function", "init": [{"name": "a"}], "sidecars": [{"name": "b"}]});
+        let function =
+            json!({"image": "f", "runtime": "function", "init": [{"name": "a"}], "sidecars": [{"name": "b"}]});
         assert_eq!(faults(&function), ["spec.init", "spec.sidecars"]);
         let shared = |path: &str| json!({"image": "web", "shared": {"path": path}});
         assert_eq!(faults(&shared("/srv/www")), [""; 0]);

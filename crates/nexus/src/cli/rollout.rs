@@ -363,7 +363,10 @@ mod tests {
         };
         let old = with(json!([{"name": "fetch", "image": "tools"}, {"name": "migrate"}]), "x");
         let new = with(json!([{"name": "fetch", "image": "tools", "command": ["a"]}, {"name": "warm"}]), "y");
-        assert_eq!(changes(Some(&old), &new), "init.fetch.command, init.migrate, init.warm, the content of image tools");
+        assert_eq!(
+            changes(Some(&old), &new),
+            "init.fetch.command, init.migrate, init.warm, the content of image tools"
+        );
         let turned = with(json!([{"name": "migrate"}, {"name": "fetch", "image": "tools"}]), "x");
         assert_eq!(changes(Some(&old), &turned), "the order of init");
         assert_eq!(changes(Some(&a), &old), "init.fetch, init.migrate");
