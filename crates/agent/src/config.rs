@@ -1,18 +1,20 @@
 //! What a daemon is made from: who it is, where the servers are, and the engines that it plugs together.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use nexus_compute::keep::Keep;
 use nexus_model::kind::{HostSpec, Runtime};
-use nexus_model::plan::ImagePlan;
+use nexus_model::plan::{CaptureRequest, HostNetworks, ImagePlan, Trace, TracedPacket};
 use nexus_model::{Digest, Name, Timestamp, Uid};
-use nexus_network::firewall::Firewall;
+use nexus_network::firewall::{Firewall, Net};
+use nexus_network::vpc::capture::Capture;
 use nexus_wire::ServerBook;
 use rustls::pki_types::CertificateDer;
+use tokio::sync::watch;
 
 use crate::AgentHandle;
 
@@ -66,6 +68,8 @@ pub struct Engines {
     pub net: Arc<dyn InstancePlug>,
     /// What instances' packets pass by, and the host on which names are answered; without it, neither.
     pub firewall: Option<Firewall>,
+    /// Tenants' networks; without it, no instance that has a NIC starts.
+    pub networks: Option<Arc<dyn NetworkEngine>>,
     /// Tells when some process may have ended.
     pub keep: Arc<dyn Keep>,
 }
@@ -108,6 +112,59 @@ pub trait InstancePlug: Send + Sync {
     async fn unplug(&self, uid: Uid) -> Result<(), PlugError>;
     /// The instances that have a network here, whole or not.
     async fn plugged(&self) -> Result<Vec<Uid>, PlugError>;
+}
+
+/// A NIC, and the instance that has it.
+pub type NicAt = (Uid, Uid);
+
+/// What an engine of networks has done.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plugged {
+    /// Those that are in their instances, and whose packets are filtered.
+    pub plugged: BTreeSet<NicAt>,
+    /// Why others are not, by NIC. One whose instance is not there yet is no trouble.
+    pub troubles: BTreeMap<Uid, String>,
+    /// What of a network can't be set, by network.
+    pub networks: BTreeMap<Uid, String>,
+}
+
+/// A packet to send from an instance's NIC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProbeOf {
+    pub instance: Uid,
+    /// Which of its NICs.
+    pub index: u8,
+    pub from: IpAddr,
+    pub packet: TracedPacket,
+}
+
+/// Packets that were dropped: of which network, why, how many.
+pub type Drops = Vec<(Uid, String, u64)>;
+
+/// Tenants' networks on this host. Every call is idempotent.
+#[async_trait]
+pub trait NetworkEngine: Send + Sync {
+    /// Brings the host to what is wanted, and plugs the NICs of those instances whose namespaces are there. Fails only if nothing
+    /// could be done; what was there before stays then. What is `closed` no network leads to.
+    async fn apply(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Plugged, PlugError>;
+    /// In which ways the host is not as it is wanted. Changes nothing.
+    async fn check(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Vec<String>, PlugError>;
+    /// Removes everything of tenants' networks.
+    async fn remove(&self) -> Result<(), PlugError>;
+    async fn drops(&self, wanted: Arc<HostNetworks>) -> Result<Drops, PlugError>;
+    /// What becomes of a packet, by the rules that are programmed.
+    async fn trace(
+        &self,
+        by: Arc<HostNetworks>,
+        closed: Arc<Vec<Net>>,
+        nic: Uid,
+        packet: TracedPacket,
+    ) -> Result<Trace, PlugError>;
+    /// Answers what instances ask of their gateways, such as DHCP, by what the host has been brought to. Runs until it is dropped.
+    async fn serve(&self, by: watch::Receiver<Option<Arc<HostNetworks>>>);
+    /// Sends a packet; whether it came through, as far as that can be known.
+    async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError>;
+    async fn capture(&self, network: Uid, request: &CaptureRequest) -> Result<Capture, PlugError>;
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -17,12 +17,13 @@ use crate::config::{AgentConfig, AgentError, Engines, IdentityConfig};
 use crate::fabric::Fabric;
 use crate::identity::issuer::WireIssuer;
 use crate::identity::{Identities, keys};
+use crate::networks::Networks;
 use crate::observer::{Observer, View};
 use crate::parts::parts_of;
 use crate::secrets::{Secrets, mount_memory};
 use crate::servers::Servers;
 use crate::worker::{Order, Shared, Worker};
-use crate::{ahead, plans, report, room, serve, telemetry};
+use crate::{ahead, plans, report, room, serve, telemetry, told};
 
 /// Instances that are started at once; more would only slow each other down.
 const STARTS_AT_ONCE: usize = 8;
@@ -74,12 +75,21 @@ pub async fn run(
         }
         None => None,
     };
-    let fabric = match engines.firewall.clone() {
-        Some(firewall) => {
-            Some(Fabric::start(firewall, &env, &config, servers.clone(), planned.clone(), &mut tasks).await)
+    let names = match engines.firewall.is_some() || engines.networks.is_some() {
+        true => told::keep(&env, &config, "names.json", servers.clone(), &mut tasks).await,
+        false => watch::channel(None).1,
+    };
+    let networks = match engines.networks.clone() {
+        Some(engine) => {
+            let told = told::keep(&env, &config, "networks.json", servers.clone(), &mut tasks).await;
+            Some(Networks::start(engine, told, names.clone(), &config.handle, &mut tasks))
         }
         None => None,
     };
+    let fabric = engines.firewall.clone().map(|firewall| {
+        let told = networks.as_ref().map(Networks::told);
+        Fabric::start(firewall, &env, &config, planned.clone(), names, told, &mut tasks)
+    });
     let shared = Arc::new(Shared {
         env: env.clone(),
         observer: Observer::new(engines.runtimes.clone(), engines.keep.clone()),
@@ -87,6 +97,7 @@ pub async fn run(
         identities,
         secrets,
         fabric,
+        networks,
         handle: config.handle.clone(),
         logs_dir,
         starts: Semaphore::new(STARTS_AT_ONCE),

@@ -12,13 +12,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nexus_env::{Disk, Env, RngExt as _, on_disk, write_atomic};
+use nexus_env::{Env, RngExt as _};
 use nexus_model::kind::EgressMode;
-use nexus_model::plan::{HostNames, HostPlan, InstancePlan, PLAN_VERSION, PlanRequest, method};
+use nexus_model::plan::{HostNames, HostNetworks, HostPlan, InstancePlan};
 use nexus_model::{Cidr, Name, Uid};
 use nexus_network::firewall::{Firewall, Guest, Net, Rules, Tenant};
 use nexus_network::names::serve::Resolver;
@@ -28,10 +27,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::AgentConfig;
-use crate::servers::Servers;
+use crate::inside::inside;
 
-const RETRY_FIRST: Duration = Duration::from_millis(200);
-const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Between looks whether somebody has flushed our rules with all others.
 const LOOK: Duration = Duration::from_secs(15);
 /// Names change in bursts, as apps roll: one replacement serves many changes.
@@ -42,7 +39,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 type Plans = watch::Receiver<Option<Arc<HostPlan>>>;
-type Names = watch::Receiver<Option<Arc<HostNames>>>;
+pub(crate) type Names = watch::Receiver<Option<Arc<HostNames>>>;
+pub(crate) type Networks = watch::Receiver<Option<Arc<HostNetworks>>>;
 
 /// Which instances the packet filter knows, or why it can't be set.
 #[derive(Debug, Clone, Default)]
@@ -59,17 +57,15 @@ pub(crate) struct Fabric {
 
 impl Fabric {
     /// Begins to keep the host's packet filter and to answer names.
-    pub async fn start(
+    pub fn start(
         firewall: Firewall,
         env: &Env,
         config: &AgentConfig,
-        servers: Arc<Servers>,
         plans: Plans,
+        names: Names,
+        networks: Option<Networks>,
         tasks: &mut JoinSet<()>,
     ) -> Self {
-        let host = config.name.clone();
-        let cache = Cache { disk: env.disk.clone(), path: config.data_dir.join("names.json") };
-        let names = watch::Sender::new(cache.load(&host).await.map(Arc::new));
         let directory = watch::Sender::default();
         let rng = env.rng.clone();
         let below = Arc::new(move |n: usize| rng.below(n.max(1) as u64) as usize);
@@ -77,9 +73,10 @@ impl Fabric {
         config.handle.answers_names(resolver.counts.clone());
         let applied = watch::Sender::default();
         let fabric = Self { applied: applied.subscribe() };
-        tasks.spawn(reconcile(firewall, plans, names.subscribe(), directory, applied));
+        // Without a part in tenants' networks nothing is ever told of them.
+        let networks = networks.unwrap_or_else(|| watch::channel(None).1);
+        tasks.spawn(reconcile(firewall, plans, names, networks, directory, applied));
         tasks.spawn(resolver.run());
-        tasks.spawn(pull(host, servers, cache, names));
         fabric
     }
 
@@ -97,105 +94,23 @@ impl Fabric {
     }
 }
 
-/// What servers told, on disk.
-#[derive(Clone)]
-struct Cache {
-    disk: Arc<dyn Disk>,
-    path: PathBuf,
-}
-
-impl Cache {
-    /// What was kept; nothing, if there is none or it can't be used: the servers have it.
-    async fn load(&self, host: &Name) -> Option<HostNames> {
-        let cache = self.clone();
-        let read = on_disk(&self.disk, move || {
-            if cache.disk.exists(&cache.path)? { cache.disk.read(&cache.path) } else { Ok(Vec::new()) }
-        });
-        let text = match read.await.and_then(|r| r) {
-            Ok(text) if text.is_empty() => return None,
-            Ok(text) => text,
-            Err(error) => {
-                tracing::warn!(%host, %error, "the kept names can't be read");
-                return None;
-            }
-        };
-        match serde_json::from_slice::<HostNames>(&text) {
-            Ok(names) if names.version <= PLAN_VERSION => Some(names),
-            Ok(names) => {
-                tracing::warn!(%host, version = names.version, "the kept names are a newer agent's");
-                None
-            }
-            Err(error) => {
-                tracing::warn!(%host, %error, "the kept names are damaged");
-                None
-            }
-        }
-    }
-
-    async fn save(&self, names: &HostNames) {
-        let saved = async {
-            let (cache, text) = (self.clone(), serde_json::to_vec(names)?);
-            on_disk(&self.disk, move || write_atomic(&*cache.disk, &cache.path, &text)).await?
-        };
-        if let Err(error) = saved.await {
-            tracing::warn!(%error, "names can't be kept on disk: a restart without servers would answer older ones");
-        }
-    }
-}
-
-/// Follows what is told of this host's projects, from server to server. Runs until it is dropped.
-async fn pull(host: Name, servers: Arc<Servers>, cache: Cache, names: watch::Sender<Option<Arc<HostNames>>>) {
-    let mut turn = servers.start();
-    let mut failures = 0;
-    loop {
-        if let Some(endpoint) = servers.nth(turn) {
-            let known = names.borrow().as_ref().map(|n| n.revision);
-            let request = PlanRequest { host: host.clone(), known };
-            match servers.client(&endpoint).stream::<_, HostNames>(method::NAMES, &request).await {
-                Ok(mut stream) => {
-                    while let Some(Ok(told)) = stream.next().await {
-                        failures = 0;
-                        take(told, &cache, &names).await;
-                    }
-                }
-                Err(error) => tracing::debug!(server = %endpoint, %error, "no names from this server"),
-            }
-        }
-        turn = turn.wrapping_add(1);
-        servers.pause(failures, RETRY_FIRST, RETRY_MAX).await;
-        failures = failures.saturating_add(1);
-    }
-}
-
-async fn take(told: HostNames, cache: &Cache, names: &watch::Sender<Option<Arc<HostNames>>>) {
-    if told.version > PLAN_VERSION {
-        tracing::error!(version = told.version, "names of this version need a newer agent");
-        return;
-    }
-    if names.borrow().as_ref().is_some_and(|held| told.revision <= held.revision) {
-        return;
-    }
-    // Answered first: a name that is on disk only is of no use to anybody.
-    let told = Arc::new(told);
-    names.send_replace(Some(told.clone()));
-    cache.save(&told).await;
-}
-
 /// Keeps the packet filter and the directory at what plan and names say. Runs until it is dropped.
 async fn reconcile(
     firewall: Firewall,
     mut plans: Plans,
     mut names: Names,
+    mut networks: Networks,
     directory: watch::Sender<Arc<Directory>>,
     applied: watch::Sender<Applied>,
 ) {
     let mut last: Option<Rules> = None;
     loop {
         let (plan, told) = (plans.borrow_and_update().clone(), names.borrow_and_update().clone());
+        let nets = networks.borrow_and_update().clone();
         let mut wait = LOOK;
         // Without a plan, what an agent before this one has set stays.
         if let Some(plan) = plan {
-            directory.send_replace(Arc::new(entries(&plan, told.as_deref())));
+            directory.send_replace(Arc::new(entries(&plan, told.as_deref(), nets.as_deref())));
             let wanted = rules(&plan, told.as_deref());
             let done = if last.as_ref() == Some(&wanted) {
                 Ok(())
@@ -226,6 +141,7 @@ async fn reconcile(
                 Ok(()) => tokio::time::sleep(GATHER).await,
                 Err(_) => return,
             },
+            () = changed(&mut networks) => {}
             () = tokio::time::sleep(wait) => {
                 if last.as_ref().is_some_and(|rules| !rules.guests.is_empty()) && matches!(firewall.stands().await, Ok(false)) {
                     tracing::warn!("somebody has removed the packet filter of this host's instances; it is set again");
@@ -236,7 +152,14 @@ async fn reconcile(
     }
 }
 
-fn net(cidr: &Cidr) -> Net {
+/// Resolves when there is news; never, when nothing more will be told.
+pub(crate) async fn changed<T>(news: &mut watch::Receiver<T>) {
+    if news.changed().await.is_err() {
+        std::future::pending().await
+    }
+}
+
+pub(crate) fn net(cidr: &Cidr) -> Net {
     (cidr.address, cidr.length)
 }
 
@@ -278,13 +201,19 @@ fn rules(plan: &HostPlan, names: Option<&HostNames>) -> Rules {
 }
 
 /// The names for a plan.
-fn entries(plan: &HostPlan, names: Option<&HostNames>) -> Directory {
+fn entries(plan: &HostPlan, names: Option<&HostNames>, networks: Option<&HostNetworks>) -> Directory {
     let askers: HashMap<_, _> = present(plan).map(|i| (i.address4, i.project.to_string())).collect();
     let Some(names) = names else { return Directory { askers, ..Directory::default() } };
     let project = |told: &nexus_model::plan::ProjectNames| {
         let mut apps: BTreeMap<String, Vec<Named>> = told.apps.iter().map(|a| (a.to_string(), Vec::new())).collect();
         for i in &told.instances {
-            let named = Named { address6: i.address6, address4: i.address4, ready: i.ready, only4: i.only4 };
+            let named = Named {
+                address6: i.address6,
+                address4: i.address4,
+                ready: i.ready,
+                only4: i.only4,
+                ports: i.ports.iter().map(|p| (p.name.to_string(), p.port)).collect(),
+            };
             apps.entry(i.app.to_string()).or_default().push(named);
         }
         (told.project.to_string(), Project { apps, outside: told.egress.is_open() })
@@ -293,6 +222,7 @@ fn entries(plan: &HostPlan, names: Option<&HostNames>) -> Directory {
         region: names.region.to_string(),
         projects: names.projects.iter().map(|told| project(told)).collect(),
         askers,
+        inside: inside(plan, names, networks),
         instances: names.instances.iter().map(net).collect(),
     }
 }

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
-use nexus_env::MemDisk;
+use nexus_env::{Disk, MemDisk, write_atomic};
 use nexus_model::Digest;
 use nexus_model::kind::{Egress, ImageFormat, Template};
-use nexus_model::plan::{Desired, ImagePlan, InstancePlan, NamedInstance, ProjectNames};
+use nexus_model::plan::{Desired, ImagePlan, InstancePlan, NamedInstance, NamedPort, PLAN_VERSION, ProjectNames};
 
 use super::*;
+use crate::told::{self, Cache};
 
 fn instance(n: u8, project: &str) -> InstancePlan {
     InstancePlan {
@@ -24,6 +25,7 @@ fn instance(n: u8, project: &str) -> InstancePlan {
         image: ImagePlan { format: ImageFormat::Oci, digest: Digest::of(b"i") },
         address6: [0xfd00, 0, 0, 1, 0, 0, 0, n.into()].into(),
         address4: [10, 0, 1, n].into(),
+        nics: Vec::new(),
         secrets: BTreeMap::new(),
         request_id: None,
     }
@@ -41,11 +43,13 @@ fn plan() -> HostPlan {
 
 fn told(revision: u64) -> HostNames {
     let far = NamedInstance {
+        uid: None,
         app: "db".parse().unwrap(),
         address6: "fd00:0:0:2::9".parse().unwrap(),
         address4: [10, 0, 2, 9].into(),
         ready: true,
         only4: false,
+        ports: vec![NamedPort { name: "pg".parse().unwrap(), port: 5432 }],
     };
     let egress = Egress { mode: EgressMode::Deny, networks: vec!["203.0.113.0/24".parse().unwrap()] };
     let shop = ProjectNames {
@@ -82,7 +86,7 @@ fn a_project_that_is_not_told_of_yet_is_closed_and_its_instances_know_each_other
         let own = BTreeSet::from([guest.address.address6.into(), guest.address.address4.into()]);
         assert!(tenant.members == own && !tenant.everything && tenant.networks.is_empty());
     }
-    let names = entries(&plan(), None);
+    let names = entries(&plan(), None, None);
     assert!(names.projects.is_empty() && names.askers.len() == 2);
 }
 
@@ -95,7 +99,7 @@ fn an_address_that_an_ended_job_had_is_whose_it_is_now() {
     assert_eq!(rules.guests.len(), 2);
     let shop = &rules.tenants[rules.guests[0].tenant];
     assert_eq!(shop.members.len(), 2, "nothing of the bank's: {:?}", shop.members);
-    assert_eq!(entries(&plan, None).askers[&[10, 0, 1, 2].into()], "bank");
+    assert_eq!(entries(&plan, None, None).askers[&[10, 0, 1, 2].into()], "bank");
 }
 
 #[test]
@@ -108,7 +112,7 @@ fn members_elsewhere_and_egress_come_from_what_servers_tell() {
     let bank = &rules.tenants[rules.guests[1].tenant];
     assert!(bank.members.len() == 2 && bank.networks.is_empty());
     assert_eq!(rules.infrastructure, [("10.0.0.1".parse().unwrap(), 32)]);
-    let names = entries(&plan(), Some(&told(1)));
+    let names = entries(&plan(), Some(&told(1)), None);
     let shop = &names.projects["shop"];
     assert_eq!((shop.outside, shop.apps["db"].len(), shop.apps["idle"].len()), (true, 1, 0));
     assert_eq!(names.askers[&[10, 0, 1, 2].into()], "bank");
@@ -119,14 +123,14 @@ fn members_elsewhere_and_egress_come_from_what_servers_tell() {
 async fn what_was_told_last_is_kept_and_nothing_older_takes_its_place() {
     let disk: Arc<dyn Disk> = Arc::new(MemDisk::new(1));
     disk.create_dir_all(Path::new("/data")).unwrap();
-    let cache = Cache { disk: disk.clone(), path: "/data/names.json".into() };
+    let cache = Cache::new(disk.clone(), "/data/names.json".into());
     let host: Name = "h1".parse().unwrap();
     assert_eq!(cache.load(&host).await, None);
     let names = watch::Sender::default();
     for revision in [5, 4, 7] {
-        take(told(revision), &cache, &names).await;
+        told::take(told(revision), &cache, &names).await;
     }
-    take(HostNames { version: PLAN_VERSION + 1, ..told(9) }, &cache, &names).await;
+    told::take(HostNames { version: PLAN_VERSION + 1, ..told(9) }, &cache, &names).await;
     assert_eq!(names.borrow().as_ref().map(|n| n.revision), Some(7));
     assert_eq!(cache.load(&host).await, Some(told(7)));
     write_atomic(&*disk, &cache.path, b"{torn").unwrap();

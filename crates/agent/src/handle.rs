@@ -22,6 +22,16 @@ struct Inner {
     facts: Mutex<AgentSnapshot>,
     changed: Notify,
     names: OnceLock<Arc<Counts>>,
+    networks: Mutex<NetworkFacts>,
+}
+
+/// Packets that were dropped, by project, network and reason.
+pub(crate) type DropCounts = BTreeMap<(String, String, String), u64>;
+
+#[derive(Default)]
+struct NetworkFacts {
+    nics: usize,
+    drops: DropCounts,
 }
 
 /// What is true of the daemon at one moment.
@@ -42,6 +52,8 @@ pub struct AgentSnapshot {
     /// Certificates that instances got, and tries that failed.
     pub certificates_issued: u64,
     pub certificates_failed: u64,
+    /// The revision of tenants' networks that has been applied, 0 before the first; none, where the host has no part in them.
+    pub networks: Option<u64>,
     /// Why the newest plan was not taken, or empty.
     pub plan_refused: String,
 }
@@ -108,7 +120,38 @@ impl AgentHandle {
                 let _ = writeln!(out, "{name}{{end=\"{end}\"}} {count}");
             }
         }
+        let networks = self.inner.networks.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = "nexus_agent_network_nics";
+        let _ = writeln!(
+            out,
+            "# HELP {name} NICs of this host's instances.\n# TYPE {name} gauge\n{name} {}",
+            networks.nics
+        );
+        let name = "nexus_agent_network_dropped_packets_total";
+        let _ = writeln!(out, "# HELP {name} Packets of tenants' networks that were dropped.\n# TYPE {name} counter");
+        for ((project, network, reason), count) in &networks.drops {
+            let labels = format!("project=\"{project}\",network=\"{network}\",reason=\"{reason}\"");
+            let _ = writeln!(out, "{name}{{{labels}}} {count}");
+        }
         out
+    }
+
+    /// Takes over how many NICs are here, and what was dropped of their networks' packets.
+    pub(crate) fn drops_packets(&self, nics: usize, drops: DropCounts) {
+        *self.inner.networks.lock().unwrap_or_else(PoisonError::into_inner) = NetworkFacts { nics, drops };
+    }
+
+    pub(crate) fn has_networks(&self) {
+        self.update(|facts| facts.networks = facts.networks.or(Some(0)));
+    }
+
+    /// Says that nothing is left of tenants' networks but what this revision wants.
+    pub(crate) fn networks_applied(&self, revision: u64) {
+        let mut news = false;
+        self.update(|facts| news = facts.networks.replace(revision) != Some(revision));
+        if news {
+            self.wake_reporter();
+        }
     }
 
     /// Says where the questions of instances for names are counted. Once.

@@ -117,14 +117,22 @@ impl Launcher {
         shared.engines.images.ensure(&own.image).await.map_err(|e| e.to_string())?;
         let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
         runtime.prepare(own.image.digest).await.map_err(|e| e.to_string())?;
-        let netns = {
+        let plug = async {
             let _plugging = self.plugging.lock().await;
             if let Some(fabric) = &shared.fabric {
                 fabric.guards(plan.uid).await?;
             }
             let plugged = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await;
-            plugged.map_err(|e| e.to_string())?
+            let netns = plugged.map_err(|e| e.to_string())?;
+            match &shared.networks {
+                Some(networks) => networks.ready(plan.uid, &plan.nics).await?,
+                None if plan.nics.is_empty() => {}
+                None => return Err("this host has no part in tenants' networks".to_owned()),
+            }
+            Ok(netns)
         };
+        let (netns, ()) = tokio::join!(plug, runtime.warm(&plan.project));
+        let netns = netns?;
         let folder = folder(&**runtime, plan).await?;
         let sandbox = Sandbox {
             uid: own.uid,

@@ -18,8 +18,10 @@ mod handle;
 mod health;
 mod identity;
 pub mod images;
+mod inside;
 pub mod keeper;
 mod launch;
+mod networks;
 mod observer;
 mod outcome;
 mod parts;
@@ -32,11 +34,13 @@ mod serve;
 mod servers;
 pub mod step;
 mod telemetry;
+mod told;
 mod worker;
 
 pub use config::{
-    AgentConfig, AgentError, Authorize, Engines, FetchError, Identify, IdentityConfig, ImageFetcher, InstancePlug,
-    PlugError,
+    AgentConfig, AgentError, Authorize, Drops, Engines, FetchError, Identify, IdentityConfig, ImageFetcher,
+    InstancePlug, NetworkEngine, NicAt, PlugError, Plugged, ProbeOf,
 };
 pub use daemon::run;
 pub use handle::{AgentHandle, AgentSnapshot};
+pub use plug::HostNetworksEngine;

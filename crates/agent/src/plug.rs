@@ -1,13 +1,19 @@
-//! Instances' networks by `nexus-network`.
+//! Instances' networks and tenants' by `nexus-network`.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use nexus_model::Uid;
-use nexus_network::{InstanceAddress, InstanceNet};
+use nexus_model::plan::{CaptureRequest, HostNetworks, Trace, TracedPacket};
+use nexus_network::firewall::{Firewall, Net};
+use nexus_network::vpc::capture::{Capture, Filter};
+use nexus_network::vpc::{Engine, answer, drops, links, probe, verdict};
+use nexus_network::{InstanceAddress, InstanceNet, NetnsRef};
+use tokio::sync::watch;
 
-use crate::config::{InstancePlug, PlugError};
+use crate::config::{Drops, InstancePlug, NetworkEngine, PlugError, Plugged, ProbeOf};
 
 #[async_trait]
 impl InstancePlug for InstanceNet {
@@ -23,5 +29,93 @@ impl InstancePlug for InstanceNet {
     async fn plugged(&self) -> Result<Vec<Uid>, PlugError> {
         let names = self.list().await.map_err(|e| PlugError(e.to_string()))?;
         Ok(names.iter().filter_map(|n| n.parse().ok()).collect())
+    }
+}
+
+/// Tenants' networks of the host that this process runs on.
+pub struct HostNetworksEngine {
+    engine: Engine,
+    instances: InstanceNet,
+}
+
+impl HostNetworksEngine {
+    /// The files of networks' namespaces go into `dir`.
+    pub fn new(dir: PathBuf, instances: InstanceNet) -> Self {
+        Self { engine: Engine::new(dir, instances.clone(), NetnsRef::Own), instances }
+    }
+
+    /// All that is closed, with what the host itself is on.
+    async fn closed(&self, told: &[Net]) -> Result<Vec<Net>, PlugError> {
+        Firewall::own().closed(told.to_vec()).await.map_err(failed)
+    }
+}
+
+fn failed(error: nexus_network::NetError) -> PlugError {
+    PlugError(error.to_string())
+}
+
+#[async_trait]
+impl NetworkEngine for HostNetworksEngine {
+    async fn apply(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Plugged, PlugError> {
+        let done = self.engine.apply(wanted, self.closed(&closed).await?).await.map_err(failed)?;
+        Ok(Plugged { plugged: done.plugged, troubles: done.troubles, networks: done.networks })
+    }
+
+    async fn check(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Vec<String>, PlugError> {
+        self.engine.check(wanted, self.closed(&closed).await?).await.map_err(failed)
+    }
+
+    async fn remove(&self) -> Result<(), PlugError> {
+        self.engine.remove().await.map_err(failed)
+    }
+
+    async fn drops(&self, wanted: Arc<HostNetworks>) -> Result<Drops, PlugError> {
+        let mut out = Vec::new();
+        for network in &wanted.networks {
+            let netns = NetnsRef::Path(self.engine.namespace(network.uid));
+            let counted = drops::drops(netns).await.map_err(failed)?;
+            out.extend(counted.into_iter().map(|c| (network.uid, c.reason, c.packets)));
+        }
+        Ok(out)
+    }
+
+    async fn trace(
+        &self,
+        by: Arc<HostNetworks>,
+        closed: Arc<Vec<Net>>,
+        nic: Uid,
+        packet: TracedPacket,
+    ) -> Result<Trace, PlugError> {
+        Ok(verdict::trace_beyond(&by, &self.closed(&closed).await?, nic, packet))
+    }
+
+    async fn serve(&self, mut by: watch::Receiver<Option<Arc<HostNetworks>>>) {
+        let Some(first) = by.wait_for(Option::is_some).await.ok().and_then(|by| by.clone()) else { return };
+        let (sender, networks) = watch::channel(first);
+        let engine = self.engine.clone();
+        let follow = async {
+            while by.changed().await.is_ok() {
+                if let Some(newer) = by.borrow_and_update().clone() {
+                    sender.send_replace(newer);
+                }
+            }
+        };
+        let answering = answer::run(networks, move |network| NetnsRef::Path(engine.namespace(network)));
+        tokio::select! {
+            biased;
+            () = follow => {}
+            () = answering => {}
+        }
+    }
+
+    async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError> {
+        let netns = NetnsRef::Path(self.instances.path(&probe.instance.to_string()));
+        probe::probe(netns, links::inside(probe.index), probe.from, probe.packet).await.map_err(failed)
+    }
+
+    async fn capture(&self, network: Uid, request: &CaptureRequest) -> Result<Capture, PlugError> {
+        let netns = NetnsRef::Path(self.engine.namespace(network));
+        let filter = Filter { address: request.address, port: request.port };
+        Capture::open(netns, &links::nic(request.nic), filter).await.map_err(failed)
     }
 }

@@ -17,7 +17,7 @@ use crate::servers::Servers;
 use crate::telemetry;
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Changes come in flocks: they travel together.
+/// Changes come in flocks: those that follow a report so closely travel together.
 const COALESCE: Duration = Duration::from_millis(20);
 const DEADLINE: Duration = Duration::from_secs(2);
 /// How many servers may point to another one before the reporter stops believing them.
@@ -48,6 +48,7 @@ pub(crate) async fn run(
                 instances: facts.instances.into_values().collect(),
                 images: engines.images.held(),
                 load: load.measure(&env),
+                networks: facts.networks,
                 certificate_ends: (config.certificate_ends)(),
                 usage: usage.measure(&env, &engines).await,
                 telemetry: telemetry::measure(&env, *disk.borrow()),
@@ -71,9 +72,10 @@ pub(crate) async fn run(
                 }
             }
         }
+        let earliest = tokio::time::Instant::now() + COALESCE;
         let changed = async {
             config.handle.changed().await;
-            tokio::time::sleep(COALESCE).await;
+            tokio::time::sleep_until(earliest).await;
         };
         let _ = tokio::time::timeout(INTERVAL, changed).await;
     }

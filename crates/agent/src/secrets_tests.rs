@@ -46,6 +46,7 @@ fn plan(refs: serde_json::Value, newest: &[(&str, u64)]) -> Arc<InstancePlan> {
         image: ImagePlan { format: ImageFormat::Oci, digest: nexus_model::Digest::of(b"i") },
         address6: std::net::Ipv6Addr::LOCALHOST,
         address4: std::net::Ipv4Addr::LOCALHOST,
+        nics: Vec::new(),
         secrets: newest.iter().map(|(name, version)| (name.parse().unwrap(), *version)).collect(),
         request_id: None,
         once: false,

@@ -11,7 +11,8 @@ use bytes::Bytes;
 use nexus_compute::ExecIo;
 use nexus_env::{Disk, Endpoint, Env, File};
 use nexus_model::kind::Runtime;
-use nexus_model::plan::{ExecRequest, LogsRequest, channel, method};
+use nexus_model::plan::{CaptureRequest, ExecRequest, LogsRequest, TraceRequest, channel, method};
+use nexus_network::vpc::capture::Capture;
 use nexus_wire::{FrameSink, FrameStream, Refusal, Server, ServerBuilder, WireError, code};
 use nix::fcntl::OFlag;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -19,6 +20,7 @@ use tokio::net::unix::pipe;
 
 use crate::config::AgentConfig;
 use crate::launch::log_dir;
+use crate::networks::Networks;
 use crate::outcome;
 use crate::worker::Shared;
 
@@ -31,10 +33,15 @@ const EXEC_DEADLINE: Duration = Duration::from_secs(4 * 3600);
 /// What a command's orphans still say is not waited for longer.
 const EXEC_TAIL: Duration = Duration::from_secs(2);
 
+/// What one capture sends at most, and how long it goes on.
+const CAPTURE_BYTES: usize = 256 << 20;
+const CAPTURE_DEADLINE: Duration = Duration::from_secs(3600);
+
 /// The host's own server. Who may call is the configuration's matter.
 pub(crate) fn server(config: &AgentConfig, env: &Env, shared: Arc<Shared>, at: Endpoint) -> ServerBuilder {
     let (identify, authorize) = (config.identify.clone(), config.authorize.clone());
     let for_exec = shared.clone();
+    let (for_trace, for_check, for_capture) = (shared.clone(), shared.clone(), shared.clone());
     Server::builder(env, at, config.server_tls.clone())
         .identify(move |chain| identify(chain))
         .authorize(move |caller, method| authorize(caller, method))
@@ -46,6 +53,54 @@ pub(crate) fn server(config: &AgentConfig, env: &Env, shared: Arc<Shared>, at: E
             let shared = for_exec.clone();
             async move { exec(&shared, request, sink, frames).await }
         })
+        .unary(method::TRACE, move |_, request: TraceRequest| {
+            let shared = for_trace.clone();
+            async move { networks(&shared)?.trace(&request).await.map_err(|e| Refusal::new(code::BAD_REQUEST, e)) }
+        })
+        .unary(method::NETWORK_CHECK, move |_, (): ()| {
+            let shared = for_check.clone();
+            async move { networks(&shared)?.check().await.map_err(Refusal::internal) }
+        })
+        .duplex(method::CAPTURE, move |_, request: CaptureRequest, sink, frames| {
+            let shared = for_capture.clone();
+            async move { capture(networks(&shared)?, request, sink, frames).await }
+        })
+}
+
+fn networks(shared: &Shared) -> Result<&Networks, Refusal> {
+    let none = || Refusal::new(code::BAD_REQUEST, "this host has no part in tenants' networks");
+    shared.networks.as_ref().ok_or_else(none)
+}
+
+/// Sends what passes a NIC until the caller leaves, or a bound is met.
+async fn capture(
+    networks: &Networks,
+    request: CaptureRequest,
+    mut sink: FrameSink,
+    mut frames: FrameStream,
+) -> Result<(), Refusal> {
+    let mut capture = networks.capture(&request).await.map_err(|e| Refusal::new(code::BAD_REQUEST, e))?;
+    sink.send(channel::STDOUT, Bytes::from(Capture::header())).await.map_err(gone)?;
+    let (mut room, mut listening) = (CAPTURE_BYTES, true);
+    let end = tokio::time::sleep(CAPTURE_DEADLINE);
+    let mut end = std::pin::pin!(end);
+    loop {
+        let record = tokio::select! {
+            biased;
+            frame = frames.next(), if listening => match frame {
+                None => { listening = false; continue }
+                Some(Ok(_)) => return Ok(()),
+                Some(Err(e)) => return Err(gone(e)),
+            },
+            () = &mut end => return Ok(()),
+            record = capture.next() => record.map_err(|e| Refusal::internal(format!("nothing more is heard: {e}")))?,
+        };
+        room = room.saturating_sub(record.len());
+        if room == 0 {
+            return Ok(());
+        }
+        sink.send(channel::STDOUT, Bytes::from(record)).await.map_err(gone)?;
+    }
 }
 
 fn gone(e: WireError) -> Refusal {

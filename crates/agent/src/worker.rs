@@ -17,10 +17,11 @@ use tokio::sync::{Semaphore, watch};
 use crate::AgentHandle;
 use crate::board::Board;
 use crate::config::Engines;
-use crate::fabric::Fabric;
+use crate::fabric::{self, Fabric};
 use crate::health;
 use crate::identity::{Identities, Identity};
 use crate::launch::{Launcher, log_dir};
+use crate::networks::Networks;
 use crate::observer::{Observer, View};
 use crate::outcome::{self, Outcome};
 use crate::parts::{Next, Parts};
@@ -46,6 +47,7 @@ pub(crate) struct Shared {
     pub identities: Option<Arc<Identities>>,
     pub secrets: Option<Arc<Secrets>>,
     pub fabric: Option<Fabric>,
+    pub networks: Option<Networks>,
     pub handle: AgentHandle,
     pub logs_dir: PathBuf,
     /// Starts at once.
@@ -208,10 +210,20 @@ impl Worker {
     fn tell(&mut self, phase: InstancePhase, message: impl Into<String>) {
         self.report.phase = phase;
         self.report.message = message.into();
+        if phase == InstancePhase::Running && self.report.message.is_empty() {
+            self.report.message = self.unplugged().unwrap_or_default();
+        }
         if phase != InstancePhase::Running {
             self.report.ready = false;
         }
         self.board.main(&self.report);
+    }
+
+    /// Which NIC a running instance is without, and why.
+    fn unplugged(&self) -> Option<String> {
+        let order = self.orders.borrow();
+        let plan = order.plan.as_ref()?;
+        self.shared.networks.as_ref()?.trouble(self.uid, &plan.nics)
     }
 
     /// Waits for a moment, a new order or a new view.
@@ -486,6 +498,7 @@ impl Worker {
         };
         let (mut next_ready, mut next_live) = (start, start + every(&live));
         let (mut eager, mut unready, mut dead) = (FIRST_PROBE, 0, 0);
+        let mut nics = self.shared.networks.as_ref().map(Networks::news);
         loop {
             let mut due = Duration::MAX;
             if !constant {
@@ -505,6 +518,12 @@ impl Worker {
                     if !running(&self.views.borrow_and_update()) {
                         // Seen by `look` in the next turn.
                         return;
+                    }
+                    continue;
+                }
+                () = changed(&mut nics) => {
+                    if self.report.ready {
+                        self.tell(InstancePhase::Running, "");
                     }
                     continue;
                 }
@@ -559,6 +578,14 @@ impl Worker {
                 next_live = self.shared.env.monotonic() + every(&live);
             }
         }
+    }
+}
+
+/// Resolves when there is news of NICs; never, where there are none.
+async fn changed<T>(news: &mut Option<watch::Receiver<T>>) {
+    match news {
+        Some(news) => fabric::changed(news).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -338,6 +338,7 @@ fn instance(n: u8, epoch: u64) -> InstancePlan {
         image: ImagePlan { format: kind::ImageFormat::Oci, digest: Digest::of(b"image") },
         address6: Ipv6Addr::LOCALHOST,
         address4: Ipv4Addr::LOCALHOST,
+        nics: Vec::new(),
         secrets: Default::default(),
         request_id: None,
         once: false,
@@ -401,6 +402,7 @@ impl Host {
         let runtimes: BTreeMap<_, Arc<dyn Runtime>> = [(kind::Runtime::Container, self.runtime.clone() as _)].into();
         let engines = Engines {
             firewall: None,
+            networks: None,
             runtimes,
             images: Arc::new(NoImages),
             net: self.net.clone(),

@@ -7,7 +7,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use nexus_iam::TokenHash;
-use nexus_model::plan::{ExecRequest, LogsRequest};
+use nexus_model::plan::{CaptureRequest, ExecRequest, LogsRequest, NetworkCheck, Trace, TraceRequest};
 use nexus_model::{ApiError, Digest, Name, SecretData, Timestamp};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -103,6 +103,15 @@ pub trait HostDoor: Send + Sync {
     /// Starts a command. Input goes as frames of channel 0 into the bounded sender, an empty one ends it, and dropping the
     /// sender says that the client has gone. The last frame that comes back is of channel 3.
     async fn exec(&self, host: &Name, request: ExecRequest) -> Result<(mpsc::Sender<Frame>, FrameStream), ApiError>;
+
+    /// What becomes of a packet that a NIC of the host sends.
+    async fn trace(&self, host: &Name, request: TraceRequest) -> Result<Trace, ApiError>;
+
+    /// In which ways the host's part of tenants' networks is not as it should be.
+    async fn check(&self, host: &Name) -> Result<NetworkCheck, ApiError>;
+
+    /// What passes a NIC of the host: a capture file in pieces, on channel 1.
+    async fn capture(&self, host: &Name, request: CaptureRequest) -> Result<FrameStream, ApiError>;
 }
 
 /// What operators do to the fleet itself; see [`OPERATIONS`](crate::operations::OPERATIONS).

@@ -26,6 +26,7 @@ mod headers;
 mod input;
 mod list;
 mod metrics;
+mod networks;
 mod openapi;
 pub mod operations;
 mod problem;

@@ -45,10 +45,13 @@ pub(crate) enum Verb {
     Resume,
     Promote,
     Undo,
+    Trace,
+    Capture,
+    Check,
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 14] = [
+pub(crate) const VERBS: [(&str, &str, Verb); 17] = [
     ("instances", "logs", Verb::Logs),
     ("instances", "exec", Verb::Exec),
     ("secrets", "reveal", Verb::Reveal),
@@ -63,6 +66,9 @@ pub(crate) const VERBS: [(&str, &str, Verb); 14] = [
     ("apps", "undo", Verb::Undo),
     ("webhooks", "test", Verb::Test),
     ("deliveries", "resend", Verb::Resend),
+    ("nics", "trace", Verb::Trace),
+    ("nics", "capture", Verb::Capture),
+    ("hosts", "check", Verb::Check),
 ];
 
 impl Verb {
@@ -73,7 +79,7 @@ impl Verb {
     fn methods(self) -> &'static [Method] {
         match self {
             Self::Logs | Self::Exec => READ,
-            Self::Reveal | Self::Load => &[Method::GET],
+            Self::Reveal | Self::Load | Self::Trace | Self::Capture | Self::Check => &[Method::GET],
             Self::Test | Self::Resend => &[Method::POST],
             Self::SetPassword | Self::Invite | Self::EnrollTotp | Self::ConfirmTotp => &[Method::POST],
             Self::Pause | Self::Resume | Self::Promote | Self::Undo => &[Method::POST],

@@ -35,8 +35,8 @@ use crate::rates::Rates;
 use crate::route::{self, Place, Target, Verb};
 use crate::tries::SignIns;
 use crate::{
-    Api, audit, blobs, credentials, elsewhere, federation, list, operations, pull, rollouts, scaling, secrets, settle,
-    signature, signin, streams, watch, webhooks, whoami, write,
+    Api, audit, blobs, credentials, elsewhere, federation, list, networks, operations, pull, rollouts, scaling,
+    secrets, settle, signature, signin, streams, watch, webhooks, whoami, write,
 };
 
 /// Unknown credentials for which the global group is asked at once whether another server has just given them.
@@ -374,12 +374,21 @@ async fn answer(
             let _permit = server.admission.admit(class, &server.api.env).await?;
             Ok(server.deadline(scaling::load(&server, &place, &name, &parts)).await?)
         }
+        Target::Custom(place, name, Verb::Trace) => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            server.deadline(networks::trace(&server, &place, &name, &parts)).await
+        }
+        Target::Custom(place, name, Verb::Check) => {
+            let _permit = server.admission.admit(class, &server.api.env).await?;
+            server.deadline(networks::check(&server, &place, &name, &parts)).await
+        }
         Target::Custom(place, name, verb) => {
             let done = streams::handle(&server, &place, &name, verb, &mut parts, &context).await;
-            if verb == Verb::Exec {
+            if matches!(verb, Verb::Exec | Verb::Capture) {
                 let answer = done.as_ref().map(drop).map_err(|refusal| refusal.error.code);
                 let of = Some(audit::target(&place, name.as_str()));
-                audit::note(&server, Some(&context), &context.request_id, "instances:exec".to_owned(), of, answer);
+                let action = format!("{}:{}", place.kind.plural, verb.word());
+                audit::note(&server, Some(&context), &context.request_id, action, of, answer);
             }
             done
         }

@@ -24,6 +24,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::doors::{Frame, FrameStream};
 use crate::list::{find, unreadable};
+use crate::networks;
 use crate::problem::Refusal;
 use crate::query::Query;
 use crate::render::Stored;
@@ -54,6 +55,7 @@ pub(crate) async fn handle(
     match verb {
         Verb::Logs => logs(server, place, name, parts, ended).await,
         Verb::Exec => exec(server, place, name, parts, ended).await,
+        Verb::Capture => networks::capture(server, place, name, parts, ended).await,
         // Answered elsewhere.
         _ => Err(Refusal::new(Code::NotFound, "only instances have streams")),
     }
@@ -65,8 +67,13 @@ fn part_of(query: &Query) -> Result<Option<Name>, ApiError> {
     query.get("part").map(|text| text.parse().map_err(|_| wrong())).transpose()
 }
 
-/// The instance and the host that runs it. It must have the part that is asked for.
-async fn locate(server: &Server, place: &Place, name: &Name, part: Option<&Name>) -> Result<(Uid, Name), ApiError> {
+/// An instance or a NIC, and the host that has it. An instance must have the part that is asked for.
+pub(crate) async fn locate(
+    server: &Server,
+    place: &Place,
+    name: &Name,
+    part: Option<&Name>,
+) -> Result<(Uid, Name), ApiError> {
     let kv = find(server, place, name, Consistency::Stale).await?;
     let kv = match kv {
         Some(kv) => Some(kv),

@@ -148,6 +148,22 @@ impl Cloud {
         expect_success("DELETE", &path, &answer)
     }
 
+    /// An object of the default project.
+    pub fn object(&self, plural: &str, name: &str) -> anyhow::Result<Value> {
+        let answer = self.api(0)?.get(&format!("{PROJECT}/{plural}/{name}"))?;
+        expect_success("GET", name, &answer)?;
+        Ok(serde_json::from_slice(&answer.body)?)
+    }
+
+    /// The instances of an app that are not on their way out.
+    pub fn instances(&self, app: &str) -> anyhow::Result<Vec<Value>> {
+        let answer = self.api(0)?.get(&format!("{PROJECT}/instances"))?;
+        expect_success("GET", "instances", &answer)?;
+        let list: Value = serde_json::from_slice(&answer.body)?;
+        let items = list["items"].as_array().cloned().unwrap_or_default();
+        Ok(items.into_iter().filter(|i| i["spec"]["app"] == app).collect())
+    }
+
     /// Waits until an app has so many ready replicas.
     pub fn wait_ready(&self, app: &str, replicas: u64) -> anyhow::Result<()> {
         let path = format!("{PROJECT}/apps/{app}");

@@ -114,7 +114,7 @@ fn different(component: &Path, to: &Path, round: usize) -> anyhow::Result<()> {
 }
 
 /// Builds the example for wasm32-wasip2.
-fn build() -> anyhow::Result<PathBuf> {
+pub fn build() -> anyhow::Result<PathBuf> {
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/hello-function");
     let nexus = process::nexus()?;
     let target = nexus.parent().and_then(Path::parent).context("a target folder")?.join("bench-function");

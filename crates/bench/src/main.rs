@@ -14,10 +14,12 @@ mod placement;
 mod policy;
 mod process;
 mod regions;
+mod replay;
 mod report;
 mod rollout;
 mod scale;
 mod store;
+mod wake;
 mod watch;
 
 use report::Row;
@@ -34,7 +36,11 @@ struct Bench {
 }
 
 const BENCHES: &[Bench] = &[
-    Bench { name: "placement", about: "decisions of one cell with 50,000 hosts, on one core", run: placement::run },
+    Bench {
+        name: "placement",
+        about: "decisions of one cell with 50,000 hosts, on one core; or recorded requests: see `placement --help`",
+        run: placement::run,
+    },
     Bench { name: "policy", about: "who may do what: decisions with 100 policies, 10,000 entities", run: policy::run },
     Bench { name: "access", about: "reads by access token, with 100 policies, 10,000 entities", run: access::run },
     Bench {
@@ -42,6 +48,7 @@ const BENCHES: &[Bench] = &[
         about: "components: deployed to first answer, a fresh instance per request",
         run: function::run,
     },
+    Bench { name: "wake", about: "a function from zero instances to its first answer", run: wake::run },
     Bench { name: "container", about: "containers: deployed to first answer, start to exit", run: container::run },
     Bench { name: "failover", about: "a host with 100 containers dies", run: failover::run },
     Bench {
@@ -75,8 +82,20 @@ fn run(arguments: &[String]) -> anyhow::Result<()> {
     if let Some((_, rest)) = arguments.split_first().filter(|(first, _)| *first == "store-server") {
         return store::server::run(rest);
     }
+    // What a sleeping function's first answer is compared with, likewise.
+    if let Some((_, rest)) = arguments.split_first().filter(|(first, _)| *first == "load-and-run") {
+        return wake::bare(rest);
+    }
     let json = arguments.iter().any(|a| a == "--json");
     let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|a| *a != "--json").collect();
+    // Only one bench has options.
+    if let ["placement", options @ ..] = &names[..]
+        && !options.is_empty()
+    {
+        warn_of_debug();
+        let rows = replay::run(options)?;
+        return tell(&rows, json);
+    }
     let [name] = names[..] else {
         println!("cargo xtask bench NAME [--json]; NAME is one of");
         for bench in BENCHES {
@@ -88,9 +107,20 @@ fn run(arguments: &[String]) -> anyhow::Result<()> {
         let known: Vec<&str> = BENCHES.iter().map(|b| b.name).collect();
         anyhow::bail!("there is no bench `{name}`; there are {}", known.join(", "));
     };
+    warn_of_debug();
+    tell(&(bench.run)()?, json)
+}
+
+fn warn_of_debug() {
     if cfg!(debug_assertions) {
         eprintln!("warning: this is a debug build; its figures mean nothing");
     }
-    let rows = (bench.run)()?;
-    if json { report::print_json(&rows) } else { report::print_table(&rows) }
+}
+
+fn tell(rows: &[Row], json: bool) -> anyhow::Result<()> {
+    match (json, rows) {
+        (_, []) => Ok(()),
+        (true, _) => report::print_json(rows),
+        (false, _) => report::print_table(rows),
+    }
 }

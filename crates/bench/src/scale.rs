@@ -282,6 +282,7 @@ impl Agent {
             instances: known.values().cloned().collect(),
             images: vec![Digest::of(b"image")],
             load: 0.3,
+            networks: None,
             certificate_ends: None,
             usage: Vec::new(),
             telemetry: Default::default(),

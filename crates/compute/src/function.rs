@@ -22,5 +22,5 @@ mod serve;
 mod ticker;
 
 pub use agent::{DEFAULT_PORT, FunctionConfig, FunctionRuntime};
-pub use bench::{BenchError, BenchOutcome, bench_in_process};
+pub use bench::{BenchError, BenchOutcome, bench_compile, bench_in_process, bench_load_and_run};
 pub use executor::executor_main;

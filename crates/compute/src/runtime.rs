@@ -163,6 +163,10 @@ pub trait Runtime: Send + Sync {
     /// Makes an image whose blobs are all in the host's blob store ready to start from: unpacks, compiles. Cached.
     async fn prepare(&self, image: Digest) -> Result<(), RuntimeError>;
 
+    /// Begins what any start in a project needs, so that it goes on while an instance's network is made. Whatever comes of it,
+    /// [`Runtime::start`] is right without it.
+    async fn warm(&self, _project: &Name) {}
+
     /// Starts the instance. Starting what runs is harmless.
     async fn start(&self, sandbox: &Sandbox) -> Result<(), RuntimeError>;
 

@@ -21,7 +21,7 @@ use nexus_model::plan::{HostReport, InstanceReport, RoundTripReport};
 use nexus_placement::{Telemetry, telemetry};
 
 use crate::latency::{self, Latencies, differs};
-use crate::rules::{host, instance};
+use crate::rules::{host, instance, network};
 use crate::step::{Dirty, Step};
 use crate::surroundings::waits_for_latency;
 
@@ -154,6 +154,7 @@ impl Cells {
         tell_load(step, &report.host, heard, Duration::ZERO);
         host::set_state(step, &report.host, HostState::Ready, "its agent reports");
         let epoch = step.world.host(&report.host).map_or(0, |h| h.status.epoch);
+        network::nic::confirm(step, &report.host, report.networks);
         // Hosts say the same every second. Comparing it with ten or a hundred rows each time would be most of the work of
         // a large region's writer.
         let fingerprint = BuildHasherDefault::<DefaultHasher>::new().hash_one((report.applied, &report.instances));
@@ -372,4 +373,8 @@ pub fn everything(step: &mut Step<'_>) {
     let jobs: Vec<_> = step.world.jobs.live.keys().cloned().map(Dirty::Job).collect();
     let crons: Vec<_> = step.world.cron_jobs.live.keys().cloned().map(Dirty::Cron).collect();
     step.dirty.extend(jobs.into_iter().chain(crons));
+    let nics: Vec<_> = step.world.nics.all().map(|nic| Dirty::Nic(nic.metadata.uid)).collect();
+    step.dirty.extend(nics);
+    let peerings: Vec<_> = step.world.peerings.live.keys().cloned().map(Dirty::Peering).collect();
+    step.dirty.extend(peerings);
 }

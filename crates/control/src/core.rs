@@ -19,7 +19,7 @@ use crate::decide::decide;
 use crate::intent::{Accepted, Change, Intent};
 use crate::rules;
 use crate::rules::job;
-use crate::rules::usage::{amounts, charge};
+use crate::rules::usage::{amounts, charge_app};
 use crate::scheduler::Scheduler;
 use crate::step::{Dirty, Ops, Step, any_key};
 use crate::world::{Part, Stored, World};
@@ -34,6 +34,9 @@ const REMEMBER_AT_MOST: usize = 20_000;
 
 /// Reconcile steps after one round of inputs; what remains waits for the next round, so that inputs are not starved.
 const STEPS_PER_ROUND: usize = 2_000;
+
+/// Between two looks at drains to which nothing happens.
+const DRAINS_SEEN_EVERY: Duration = Duration::from_secs(5);
 
 /// Calls of [`Core::check_on`] for one whole recount.
 const SLICES: usize = 60;
@@ -156,6 +159,8 @@ pub struct Core {
     /// When this leader began to listen to regions, or was last held up itself.
     pub(crate) listening: Duration,
     pub(crate) ticked: Option<Duration>,
+    /// When drains were last looked at although nothing happened.
+    drains_seen: Duration,
     /// Differences that the invariant checker found since this leader began.
     pub violations: u64,
     /// The host that [`Core::check_on`] looked at last.
@@ -234,6 +239,7 @@ impl Core {
             packs: Vec::new(),
             listening: Duration::ZERO,
             ticked: None,
+            drains_seen: Duration::ZERO,
             violations: 0,
             checked: None,
         }
@@ -444,6 +450,27 @@ impl Core {
             self.autoscale(at);
         }
         self.look_at_rollouts(at);
+        self.look_at_drains(at);
+    }
+
+    /// Marks the drained hosts' apps now and then: an instance that does not become ready is no successor after some time.
+    fn look_at_drains(&mut self, at: Moment<'_>) {
+        if at.monotonic.saturating_sub(self.drains_seen) < DRAINS_SEEN_EVERY {
+            return;
+        }
+        self.drains_seen = at.monotonic;
+        let drained = self.world.hosts.live.values().filter(|host| host.spec.draining);
+        let on = drained.flat_map(|host| self.world.instances_on(&host.metadata.name));
+        let owners: BTreeSet<Dirty> =
+            on.filter(|i| i.metadata.deleting.is_none()).map(rules::instance::owner).collect();
+        self.dirty.extend(owners);
+    }
+
+    /// Requests wait for an app: one that sleeps is not to wait for the next tick.
+    pub fn wake(&mut self, at: Moment<'_>) {
+        if self.world.part != Part::Global {
+            self.autoscale(at);
+        }
     }
 
     /// Decides how many instances apps have, where that is the cloud's to decide.
@@ -466,13 +493,14 @@ impl Core {
         self.absorb(ops);
     }
 
-    /// Marks the apps whose rollouts have waited long enough for something, or answer too badly.
+    /// Marks the apps whose rollouts have waited long enough for something, lack room in a quota, or answer too badly.
     fn look_at_rollouts(&mut self, at: Moment<'_>) {
         let world = &self.world;
         let due = world.rolling.iter().filter(|place| {
             let Some(app) = world.apps.live.get(*place) else { return false };
             let Some(status) = &app.status.rollout else { return false };
             rules::rollout::is_due(&app.spec.rollout, status, at.now)
+                || !status.surge_refused.is_empty()
                 || rules::app::errors(world, app, status).is_some()
         });
         self.dirty.extend(due.cloned().map(Dirty::App));
@@ -559,6 +587,7 @@ impl Core {
             Dirty::Cron((project, name)) => {
                 world.cron_jobs.get(project.as_ref(), name).map(|o| (project.clone(), o.owner_ref()))
             }
+            Dirty::Nic(_) | Dirty::Peering(_) => rules::network::regarding(world, &item),
             Dirty::Buried(..) | Dirty::Room | Dirty::Event(_) | Dirty::Delivery(_) => None,
         };
         let Some((project, regarding)) = regarding else { return };
@@ -596,9 +625,8 @@ impl Core {
                     let cells = world.instances_of(job.metadata.uid).filter_map(cell_of).collect();
                     (cells, format!("job {project}/{}", place.1))
                 }
-                Dirty::Cron(_) => continue,
                 Dirty::Child(_) | Dirty::Usage(_) | Dirty::Project(_) | Dirty::Buried(..) | Dirty::Room => continue,
-                Dirty::Event(_) | Dirty::Delivery(_) => continue,
+                Dirty::Cron(_) | Dirty::Nic(_) | Dirty::Peering(_) | Dirty::Event(_) | Dirty::Delivery(_) => continue,
             };
             for cell in cells {
                 let named_here = found.entry(cell).or_default();
@@ -728,7 +756,7 @@ impl Core {
         let mut differences = Vec::new();
         let mut uses: BTreeMap<&Name, [u64; 3]> = BTreeMap::new();
         let charged = self.world.part != Part::Global;
-        let apps = self.world.apps.live.values().map(|a| (a.metadata.project.as_ref(), charge(&a.spec)));
+        let apps = self.world.apps.live.values().map(|a| (a.metadata.project.as_ref(), charge_app(a)));
         let jobs = self.world.jobs.live.values().map(|j| (j.metadata.project.as_ref(), job::charge(j)));
         for (project, charge) in apps.chain(jobs).filter(|_| charged) {
             let sum = uses.entry(project.expect("apps and jobs have a project")).or_default();
@@ -749,6 +777,7 @@ impl Core {
         if oversold > 0 {
             differences.push(format!("{oversold} reservations did not fit when they were made"));
         }
+        differences.extend(crate::nets::differences(&self.world));
         differences
     }
 

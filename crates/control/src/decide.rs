@@ -10,10 +10,12 @@ use nexus_model::{AnyObject, ApiError, Bytes, Code, FieldError, Name, Object, ke
 use serde::Deserialize;
 use serde_json::Value;
 
+mod networks;
+
 use crate::audit::{self, Verb};
 use crate::intent::{Accepted, Change, Intent, RolloutOrder};
 use crate::rules;
-use crate::rules::usage::{self, charge, recharge};
+use crate::rules::usage::{self, charge_app, recharge};
 use crate::step::{Dirty, Step};
 use crate::world::{Part, Remembered, Stored, for_kind};
 
@@ -670,8 +672,7 @@ impl Admit for App {
             return Err(ApiError::invalid(vec![FieldError::new("spec.constraints", message)]));
         }
         let project = new.metadata.project.clone().expect("apps have a project");
-        let before = old.map_or([0; 3], |old| charge(&old.spec));
-        recharge(step, &project, before, charge(&new.spec))
+        recharge(step, &project, old.map_or([0; 3], charge_app), charge_app(new))
     }
 
     fn changed(step: &mut Step<'_>, new: &Object<Self>) {
@@ -698,6 +699,7 @@ impl Admit for Job {
         let project = new.metadata.project.clone().expect("jobs have a project");
         if old.is_none() {
             rules::job::refuse_more(step.world, &project)?;
+            rules::cron::claim(step, new);
         }
         recharge(step, &project, old.map_or([0; 3], rules::job::charge), rules::job::charge(new))
     }

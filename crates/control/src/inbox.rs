@@ -171,6 +171,7 @@ mod tests {
             instances: Vec::new(),
             images: Vec::new(),
             load,
+            networks: None,
             certificate_ends: None,
             usage: Vec::new(),
             telemetry: Default::default(),

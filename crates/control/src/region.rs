@@ -402,6 +402,9 @@ impl Region {
                     self.tick(&mut core);
                     self.report_up(&mut link, &core);
                 }
+                if self.traffic.rung().now_or_never().is_some() {
+                    core.wake(self.moment());
+                }
             } else {
                 tokio::select! {
                     biased;
@@ -422,6 +425,7 @@ impl Region {
                         }
                     }
                     _ = housekeeping.tick() => self.keep_house(&mut core),
+                    () = self.traffic.rung() => core.wake(self.moment()),
                     () = self.inbox.filled() => {}
                 }
             }

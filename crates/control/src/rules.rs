@@ -6,12 +6,14 @@ pub mod buried;
 pub mod child;
 pub mod cron;
 pub mod delivery;
+pub mod drain;
 pub mod federation;
 pub mod fleet;
 pub mod history;
 pub mod host;
 pub mod instance;
 pub mod job;
+pub mod network;
 pub mod order;
 pub mod people;
 pub mod rebalance;
@@ -38,5 +40,7 @@ pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
         Dirty::Cron(place) => cron::reconcile(step, place),
         Dirty::Event(place) => delivery::fan_out(step, place),
         Dirty::Delivery(place) => delivery::reconcile(step, place),
+        Dirty::Nic(uid) => network::nic::reconcile(step, *uid),
+        Dirty::Peering(place) => network::peering::reconcile(step, place),
     }
 }

@@ -206,6 +206,7 @@ impl Scheduler {
                 load: None,
                 storage: Some(storage),
                 labels: Some(labels),
+                nodes: None,
             };
             let cell = self.cells.get_mut(cell).expect("a host's cell is known");
             cell.update_host(*id, update).expect("the handle came from this cell");
@@ -224,6 +225,7 @@ impl Scheduler {
             storage,
             labels,
             rtt: None,
+            nodes: Vec::new(),
         };
         let cell = host.spec.cell.clone();
         if !self.cells.contains_key(&cell) {

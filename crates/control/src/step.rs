@@ -39,6 +39,10 @@ pub enum Dirty {
     Event(Place),
     /// A callback that waits for the end of a change.
     Delivery(Place),
+    /// A NIC whose instance has come, moved or gone.
+    Nic(Uid),
+    /// A peering of which one side has changed.
+    Peering(Place),
 }
 
 /// Store operations by key: `None` deletes.
@@ -223,6 +227,16 @@ impl<'a> Step<'a> {
     pub fn committed_revision<K: Stored>(&self, object: &Object<K>) -> Option<u64> {
         let key = key_of(object);
         if self.ops.contains_key(&key) { None } else { self.world.revisions.get(&key).copied() }
+    }
+
+    /// Forgets at which revision a row was committed last: what hosts say of that one is no news of what it is now.
+    pub(crate) fn unsettle<K: Stored>(&mut self, object: &Object<K>) {
+        let key = key_of(object);
+        if let Some(revision) = self.world.revisions.remove(&key) {
+            self.undo.push(Box::new(move |world| {
+                world.revisions.insert(key, revision);
+            }));
+        }
     }
 
     /// Notes that this region can't make its share of the global app at a place, or that nothing is in its way.

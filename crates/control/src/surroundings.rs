@@ -5,6 +5,7 @@
 use nexus_model::kind::{Constraint, Instance, Spread};
 use nexus_model::{Name, Object, Uid};
 
+use crate::rules::network::nic;
 use crate::world::{World, app_uid};
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -44,6 +45,12 @@ impl Surroundings {
                 Constraint::Spread(spread) => (here.spread, here.even) = (*spread, true),
                 Constraint::With(name) => here.with.push((name.clone(), app(name))),
                 Constraint::NotWith(name) => here.without.extend(app(name).map(|uid| (name.clone(), uid))),
+            }
+        }
+        for zone in nic::zones(world, project, &instance.spec.template.nics) {
+            match &mut here.zones {
+                Some(both) => both.retain(|other| other == zone),
+                none => *none = Some(vec![zone.clone()]),
             }
         }
         for other in project.into_iter().flat_map(|project| world.apps.within(project)) {

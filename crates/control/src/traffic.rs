@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use nexus_model::plan::{InstanceUsage, TrafficReport};
 use nexus_model::{Name, Uid};
+use tokio::sync::Notify;
 
 /// How long counts are kept: the longest window that can be asked for.
 pub const KEPT: Duration = Duration::from_secs(300);
@@ -130,11 +131,20 @@ impl Inner {
 
 /// What is known of the traffic in this server's region while it leads.
 #[derive(Debug, Default)]
-pub struct Traffic(Mutex<Inner>);
+pub struct Traffic {
+    inner: Mutex<Inner>,
+    /// Rings when requests begin to wait for an app.
+    bell: Notify,
+}
 
 impl Traffic {
     fn hold(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when requests have begun to wait for an app since the last call. For the writer alone; cancel safe.
+    pub async fn rung(&self) {
+        self.bell.notified().await;
     }
 
     /// Takes in a gateway's report that came at `now`.
@@ -167,7 +177,12 @@ impl Traffic {
                 .collect(),
         };
         if inner.gateways.len() < GATEWAYS || inner.gateways.contains_key(&report.gateway) {
-            inner.gateways.insert(report.gateway.clone(), heard);
+            let places: Vec<_> = heard.waiting.keys().cloned().collect();
+            let before = inner.gateways.insert(report.gateway.clone(), heard);
+            // Once for each wait, however often it is told: the writer looks by itself, too.
+            if places.iter().any(|place| before.as_ref().is_none_or(|b| !b.waiting.contains_key(place))) {
+                self.bell.notify_one();
+            }
         }
     }
 

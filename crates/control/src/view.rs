@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use nexus_model::kind::*;
 use nexus_model::plan::{
-    Backend, Desired, HostNames, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RemoteRegion, RoutingTable, Service,
-    Split, TableRoute,
+    Backend, Desired, HostNames, HostNetworks, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RemoteRegion,
+    RoutingTable, Service, Split, TableRoute,
 };
 use nexus_model::{Name, Object, Uid, key};
 use nexus_store::{RangeRequest, Revision, Store, StoreError, WatchEvent};
@@ -20,13 +20,15 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 mod names;
+mod networks;
 
 use crate::ahead;
 use crate::rules::app::hostnames;
 use crate::rules::child::{is_child, shares};
+use crate::rules::network::nic::owner;
 use crate::world::{Place, World};
 
-/// Changes of the routing table are gathered for so long, so that a burst makes one table.
+/// A routing table is made at once after a rest of so long; the changes of a burst are gathered meanwhile.
 const GATHER: Duration = Duration::from_millis(20);
 /// A large table takes long to make: it is made less often, so that making it takes a tenth of one core at most …
 const REST: u32 = 9;
@@ -44,6 +46,8 @@ struct State {
     world: World,
     plans: BTreeMap<Name, watch::Sender<Arc<HostPlan>>>,
     names: BTreeMap<Name, watch::Sender<Arc<HostNames>>>,
+    networks: BTreeMap<Name, watch::Sender<Arc<HostNetworks>>>,
+    plans_of_networks: networks::Plans,
 }
 
 /// A server's view of the committed state. Cheap to clone.
@@ -129,6 +133,22 @@ impl View {
         receiver
     }
 
+    /// What one host is told of tenants' networks, now and whenever it changes.
+    pub fn networks(&self, host: &Name) -> watch::Receiver<Arc<HostNetworks>> {
+        let revision = *self.revision.borrow();
+        let mut state = self.state();
+        if let Some(sender) = state.networks.get(host) {
+            return sender.subscribe();
+        }
+        // What is made for it must not be older than what else is made already.
+        networks::publish(&mut state, revision);
+        let State { world, plans_of_networks, .. } = &mut *state;
+        let message = plans_of_networks.host(world, host, revision);
+        let (sender, receiver) = watch::channel(Arc::new(message));
+        state.networks.insert(host.clone(), sender);
+        receiver
+    }
+
     /// Follows the region's store until it is closed or `stop` is cancelled.
     pub async fn follow(&self, store: Arc<dyn Store>, stop: CancellationToken) {
         self.follow_log(Log::Region, store, stop).await;
@@ -162,6 +182,7 @@ impl View {
         let mut watch = store.watch("o/".into(), key::prefix_end("t/").into(), revision).await?;
         let mut table_due: Option<tokio::time::Instant> = None;
         let mut gather = GATHER;
+        let mut made = tokio::time::Instant::now();
         loop {
             let batch = tokio::select! {
                 biased;
@@ -169,14 +190,15 @@ impl View {
                     table_due = None;
                     let begun = tokio::time::Instant::now();
                     self.publish_table();
-                    gather = (begun.elapsed() * REST).clamp(GATHER, LONGEST);
+                    made = tokio::time::Instant::now();
+                    gather = (made.duration_since(begun) * REST).clamp(GATHER, LONGEST);
                     continue;
                 }
                 batch = watch.next() => batch,
             };
             let Some(Ok(batch)) = batch else { return Ok(()) };
             if self.apply(log, &batch.events, batch.revision.0) && table_due.is_none() {
-                table_due = Some(tokio::time::Instant::now() + gather);
+                table_due = Some(tokio::time::Instant::now().max(made + gather));
             }
         }
     }
@@ -198,6 +220,9 @@ impl View {
         let hosts: Vec<Name> = state.plans.keys().cloned().collect();
         for host in hosts {
             publish_plan(&state, &host, *self.revision.borrow());
+        }
+        if log == Log::Region {
+            networks::publish_all(&mut state, *self.revision.borrow());
         }
         drop(state);
         self.publish_table();
@@ -281,6 +306,7 @@ impl View {
             hosts.extend(state.plans.keys().cloned());
         }
         hosts.extend(ahead);
+        routing |= state.world.nets.changed.as_ref().is_some_and(|changed| !changed.is_empty());
         for host in hosts {
             publish_plan(&state, &host, revision);
         }
@@ -290,7 +316,8 @@ impl View {
 
     fn publish_table(&self) {
         let table = {
-            let state = self.state();
+            let mut state = self.state();
+            networks::publish(&mut state, *self.revision.borrow());
             let revision = *self.revision.borrow() + *self.global_revision.borrow();
             names::publish(&state, revision);
             build_table(&state.world, state.region.as_ref(), revision)
@@ -304,6 +331,11 @@ impl View {
             !same
         });
     }
+}
+
+/// What one host is to have of tenants' networks, by what a world says.
+pub fn host_networks(world: &World, host: &Name, revision: u64) -> HostNetworks {
+    networks::Plans::default().host(world, host, revision)
 }
 
 /// Whose row a key is, if it is an app's.
@@ -390,6 +422,12 @@ fn instance_plan(world: &World, i: &Object<Instance>) -> Option<InstancePlan> {
         image: ImagePlan { format, digest: i.spec.image_digest },
         address6: i.status.address6?,
         address4: i.status.address4?,
+        nics: world
+            .nics_of(i.metadata.uid)
+            .into_iter()
+            .filter(|n| owner(n).is_some())
+            .map(|n| n.metadata.uid)
+            .collect(),
         secrets: followed.filter_map(|s| newest(&s.name)).collect(),
         request_id: i.metadata.request_id.clone(),
         once: i.spec.job.is_some(),

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Trail;
 use crate::intent::Accepted;
+use crate::nets::{self, Nets};
 use crate::outbox::Outbox;
 use crate::rules::{cron, job};
 use crate::scheduler::Scheduler;
@@ -135,6 +136,21 @@ pub struct World {
     pub usages: Table<Usage>,
     pub webhooks: Table<Webhook>,
     pub deliveries: Table<Delivery>,
+    pub networks: Table<Network>,
+    pub subnets: Table<Subnet>,
+    pub security_groups: Table<SecurityGroup>,
+    pub nics: Table<Nic>,
+    pub prefix_lists: Table<PrefixList>,
+    pub route_tables: Table<RouteTable>,
+    pub peerings: Table<Peering>,
+    pub internet_gateways: Table<InternetGateway>,
+    pub nat_gateways: Table<NatGateway>,
+    pub address_pools: Table<AddressPool>,
+    pub floating_ips: Table<FloatingIp>,
+    pub load_balancers: Table<LoadBalancer>,
+    pub dns_zones: Table<DnsZone>,
+    /// What of networks is given out, and to whom.
+    pub nets: Nets,
     /// What is to be told to others' servers.
     pub outbox: Outbox,
     /// Events of which webhooks are yet to be told.
@@ -216,7 +232,8 @@ macro_rules! for_kind {
         for_kind!(@ $plural, $K, $body,
             Organization Project User Group ServiceAccount RoleBinding Policy Token AccessKey Session Credential
             IdentityProvider Departure SigningKey Region Zone Cell Host Image Secret App AppRevision Job CronJob Instance
-            Route Event Usage Webhook Delivery)
+            Route Event Usage Webhook Delivery Network Subnet SecurityGroup Nic
+            PrefixList RouteTable Peering InternetGateway NatGateway AddressPool FloatingIp LoadBalancer DnsZone)
     };
     (@ $plural:expr, $K:ident, $body:expr, $($kind:ident)*) => {{
         let plural: &str = $plural;
@@ -262,6 +279,19 @@ stored! {
     Usage => usages;
     Webhook => webhooks;
     Delivery => deliveries, index_delivery;
+    Network => networks, nets::index_network;
+    Subnet => subnets, nets::index_subnet;
+    SecurityGroup => security_groups, nets::index_group;
+    Nic => nics, nets::index_nic;
+    PrefixList => prefix_lists, nets::index_prefix_list;
+    RouteTable => route_tables, nets::index_route_table;
+    Peering => peerings, nets::index_peering;
+    InternetGateway => internet_gateways, nets::index_internet_gateway;
+    NatGateway => nat_gateways, nets::index_nat_gateway;
+    AddressPool => address_pools;
+    FloatingIp => floating_ips, nets::index_floating;
+    LoadBalancer => load_balancers, nets::index_balancer;
+    DnsZone => dns_zones, nets::index_zone;
 }
 
 /// What no two hosts may share: their address, and both prefixes as addresses with port 0.
@@ -324,6 +354,7 @@ fn index_host(world: &mut World, old: Option<&Object<Host>>, new: Option<&Object
             world.host_addresses.extend(addresses_of(&new.spec).map(|address| (address, name.clone())));
         }
     }
+    nets::index_host(world, old, new);
     if let (Some(scheduler), Some(new)) = (&mut world.scheduler, new) {
         scheduler.set_host(new);
     }
@@ -364,6 +395,7 @@ fn index_instance(world: &mut World, old: Option<&Object<Instance>>, new: Option
     {
         hosts.extend(host(old).into_iter().chain(host(new)).cloned());
     }
+    nets::index_instance(world, old, new);
     if let Some(scheduler) = &mut world.scheduler {
         scheduler.set_instance(old, new);
     }

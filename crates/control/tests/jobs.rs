@@ -478,6 +478,49 @@ fn runs_that_overlap_are_allowed_forbidden_or_replaced() {
 }
 
 #[test]
+fn a_run_by_hand_is_in_the_history_and_in_the_way_of_none_by_the_clock() {
+    let mut lab = Lab::new();
+    lab.work = Box::new(|job, _, _| (if job == "by-hand" { 150 * S } else { S }, 0));
+    let spec = CronJobSpec { concurrency: Concurrency::Forbid, successful_history: 2, ..cron("* * * * *") };
+    lab.create::<CronJob>("often", spec).unwrap();
+    let run = |lab: &mut Lab, job_name: &str, of: &str| {
+        let mut intent = create::<Job>(Some("default"), job_name, job());
+        let Change::Create { object } = &mut intent.change else { panic!("a create") };
+        object.metadata.annotations.insert("run-of".into(), of.into());
+        lab.submit(&intent).unwrap();
+    };
+    run(&mut lab, "by-hand", "often");
+    run(&mut lab, "strange", "no-such-cron-job");
+    lab.pass(5 * S);
+    let owner = lab.job("by-hand").metadata.owner.clone().unwrap();
+    assert_eq!((owner.kind.as_str(), &owner.name), ("CronJob", &name("often")));
+    assert!(lab.job("strange").metadata.owner.is_none());
+    assert_eq!(lab.cron("often").status.active, [name("by-hand")]);
+
+    // It runs over two minutes, which forbids nothing: both runs by the clock are begun.
+    lab.steps(Duration::from_secs(130), S);
+    assert_eq!(lab.due(), ["01-01T00:01", "01-01T00:02"]);
+    assert_eq!((lab.cron("often").status.missed, lab.cron("often").status.active.len()), (0, 1));
+
+    // The history keeps two, whoever asked for them.
+    lab.steps(Duration::from_secs(30), S);
+    assert_eq!((lab.due(), lab.cron("often").status.active.len()), (vec!["01-01T00:02".to_owned()], 0));
+    assert_eq!(lab.job("by-hand").status.phase, JobPhase::Complete);
+    lab.steps(Duration::from_secs(180), S);
+    assert!(lab.core.world.jobs.get(Some(&name("default")), &name("by-hand")).is_none());
+    assert!(lab.core.world.jobs.get(Some(&name("default")), &name("strange")).is_some(), "it has a TTL of its own");
+
+    // A run by hand is not replaced, either.
+    lab.patch::<CronJob>("often", json!({"concurrency": "replace"}));
+    run(&mut lab, "by-hand", "often");
+    lab.steps(Duration::from_secs(70), S);
+    assert_eq!(lab.job("by-hand").status.phase, JobPhase::Active);
+    lab.change::<CronJob>("often", Change::Delete).unwrap();
+    lab.pass(3 * S);
+    assert!(lab.core.world.jobs.get(Some(&name("default")), &name("by-hand")).is_none(), "it goes with its owner");
+}
+
+#[test]
 fn a_suspended_cron_job_rests_and_makes_up_for_nothing() {
     let mut lab = Lab::new();
     lab.create::<CronJob>("often", CronJobSpec { missed: Missed::All, ..cron("* * * * *") }).unwrap();

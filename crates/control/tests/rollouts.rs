@@ -185,6 +185,92 @@ fn max_unavailable_lets_instances_go_before_others_come() {
     assert_eq!((lab.fewest, lab.most), (6, 8));
 }
 
+fn used(lab: &Lab) -> u32 {
+    lab.core.world.usage(&name("default")).unwrap().status.used.instances
+}
+
+fn set_quota(lab: &mut Lab, instances: u32) {
+    let patch = json!({"spec": {"quota": {"instances": instances}}});
+    lab.submit(&intent("projects", None, "default", Change::Patch { patch })).unwrap();
+}
+
+#[test]
+fn a_surge_is_charged_to_the_quota_as_long_as_it_is_there() {
+    let mut lab = Lab::new(8, json!({"maxSurge": "25%"}));
+    assert_eq!(used(&lab), 8);
+    lab.deploy("slow", 2);
+    lab.pass(1);
+    assert_eq!((used(&lab), lab.rollout().surge), (10, 2));
+    set_quota(&mut lab, 10);
+    let other = |replicas: u32| {
+        let mut spec = web(replicas);
+        spec.env.insert("DOES".into(), "well".into());
+        create::<App>(Some("default"), "other", spec)
+    };
+    let refused = lab.submit(&other(1)).unwrap_err();
+    assert_eq!(refused.code, Code::QuotaExceeded);
+    lab.until(RolloutPhase::Complete);
+    lab.pass(2);
+    assert_eq!((used(&lab), lab.rollout().surge, lab.instances().len()), (8, 0, 8));
+    lab.submit(&other(2)).unwrap();
+
+    // The green set beside the blue one is as many instances again.
+    set_quota(&mut lab, 100);
+    lab.patch(json!({"spec": {"rollout": {"strategy": "blue-green", "maxSurge": 0}}}));
+    lab.deploy("well", 3);
+    lab.pass(4);
+    assert!(used(&lab) > 2 + 8 + 6, "{} {:?}", used(&lab), lab.rollout());
+    lab.submit(&intent("apps", Some("default"), "shop", Change::Delete)).unwrap();
+    assert_eq!(used(&lab), 2, "all of it is given back at once");
+}
+
+#[test]
+fn a_rollout_that_the_quota_gives_no_surge_says_so_and_goes_on_as_far_as_it_may() {
+    let mut lab = Lab::new(8, json!({"maxSurge": "50%", "maxUnavailable": 2}));
+    set_quota(&mut lab, 9);
+    lab.deploy("slow", 2);
+    lab.pass(1);
+    let said = lab.rollout().surge_refused.clone();
+    assert!(said.contains("instances quota of project default is 9"), "{said}");
+    assert_eq!((used(&lab), lab.rollout().surge), (9, 1), "what there is room for is taken");
+    lab.until(RolloutPhase::Complete);
+    lab.pass(2);
+    assert_eq!((lab.fewest, lab.most, used(&lab)), (6, 9, 8));
+    assert_eq!((lab.ready(Some("2")), lab.rollout().surge_refused.as_str()), (8, ""));
+
+    // Without a word about fewer it waits, and goes on when there is room.
+    set_quota(&mut lab, 8);
+    lab.patch(json!({"spec": {"rollout": {"maxUnavailable": 0}}}));
+    (lab.fewest, lab.most) = (usize::MAX, 0);
+    lab.deploy("well", 3);
+    lab.pass(20);
+    assert_eq!((lab.ready(Some("3")), lab.ready(Some("2")), lab.rollout().phase), (0, 8, RolloutPhase::Progressing));
+    assert!(!lab.rollout().surge_refused.is_empty());
+    set_quota(&mut lab, 10);
+    lab.until(RolloutPhase::Complete);
+    assert_eq!((lab.fewest, lab.most, lab.ready(Some("3"))), (8, 10, 8));
+
+    // What never gets room is taken back, and why is told.
+    set_quota(&mut lab, 8);
+    lab.patch(json!({"spec": {"rollout": {"progressDeadlineSeconds": 10}}}));
+    lab.deploy("well", 4);
+    lab.until(RolloutPhase::RolledBack);
+    assert!(lab.rollout().message.contains("instances quota of project default"), "{}", lab.rollout().message);
+    assert_eq!((lab.ready(Some("3")), used(&lab)), (8, 8));
+}
+
+#[test]
+fn a_drained_hosts_instances_are_replaced_whatever_the_quota() {
+    let mut lab = Lab::new(6, json!({}));
+    set_quota(&mut lab, 6);
+    let host = lab.instances()[0].status.host.clone().unwrap();
+    lab.submit(&intent("hosts", None, host.as_str(), Change::Patch { patch: json!({"spec": {"draining": true}}) }))
+        .unwrap();
+    lab.pass(20);
+    assert!(lab.instances().iter().all(|i| i.status.ready && i.status.host.as_ref() != Some(&host)));
+    assert_eq!((lab.fewest, lab.instances().len(), used(&lab)), (6, 6, 6));
+}
+
 #[test]
 fn a_broken_template_is_taken_back_when_its_deadline_is_over_and_tried_again_when_resumed() {
     let mut lab = Lab::new(4, json!({"progressDeadlineSeconds": 20}));
@@ -481,6 +567,7 @@ struct Chance {
     rng: SeededRng,
     spec: Rollout,
     status: RolloutStatus,
+    disruption: Disruption,
     wanted: usize,
     hash: u32,
     next: u64,
@@ -512,7 +599,12 @@ impl Chance {
         };
         let wanted = rng.below(12) as usize;
         let (status, all) = (RolloutStatus::default(), BTreeMap::new());
-        Self { rng, spec, status, wanted, hash: 1, next: 0, now: 0, all }
+        let disruption = match rng.below(3) {
+            0 => Disruption::default(),
+            1 => Disruption::MaxUnavailable(amount(&rng)),
+            _ => Disruption::MinAvailable(amount(&rng)),
+        };
+        Self { rng, spec, status, disruption, wanted, hash: 1, next: 0, now: 0, all }
     }
 
     fn members(&self, side: impl Fn(&str) -> Side) -> Vec<Member> {
@@ -522,6 +614,8 @@ impl Chance {
             ready: *ready,
             placed: true,
             drained: *drained,
+            silent: false,
+            failing: false,
             zone: None,
             created: Timestamp::from_millis(0),
         };
@@ -553,7 +647,8 @@ impl Chance {
         let now = Timestamp::from_millis(self.now);
         self.status = rollout::advance(&self.spec, &self.status, &seen, now).0;
         let members = self.members(|h| rollout::side(&self.status, h));
-        let goals = rollout::goals(&self.spec, &self.status, self.wanted);
+        let goals = rollout::goals(&self.spec, &self.status, self.wanted).allowing(self.disruption);
+        let drains = members.iter().any(|m| m.drained);
         let moves = rollout::moves(&members, goals);
         let ready = |all: &BTreeMap<Uid, (String, bool, bool)>| all.values().filter(|i| i.1).count();
         let (before, total) = (ready(&self.all), self.all.len());
@@ -564,9 +659,20 @@ impl Chance {
         (0..moves.make_target).for_each(|_| self.make(&target));
         (0..moves.make_stable).for_each(|_| self.make(&stable));
         let after = ready(&self.all);
-        assert!(after >= before.min(goals.least_ready), "{before} were ready, {after} are, {goals:?} {:?}", self.spec);
+        let least = if drains { goals.least_ready.min(goals.budget(None)) } else { goals.least_ready };
+        assert!(after >= before.min(least), "{before} were ready, {after} are, {goals:?} {:?}", self.spec);
+        let is_drained =
+            |uid: &Uid| members.iter().any(|m| m.uid == *uid && m.ready && m.drained && m.side != Side::Other);
+        if moves.stop.iter().any(|(uid, _)| is_drained(uid)) {
+            let least = self.disruption.least(self.wanted);
+            assert!(after >= least, "{after} are ready after a drain took some: the budget is {least}");
+            assert!(after >= self.wanted, "{after} are ready after a drain took some, {} are wanted", self.wanted);
+        }
         let made = moves.make_target + moves.make_stable;
-        assert!(made == 0 || total + made <= goals.most.max(self.wanted), "{total} and {made} are too many: {goals:?}");
+        assert!(
+            made == 0 || total + made <= goals.most.max(self.wanted) + usize::from(drains),
+            "{total} and {made} are too many: {goals:?}"
+        );
         goals
     }
 
@@ -672,7 +778,7 @@ fn quotas_and_hosts_count_all_parts_and_statuses_tell_of_those_that_there_are() 
     assert_eq!((used.cpu, used.memory), (MilliCpu(1400), Bytes(512 << 20)));
     let host = lab.instances()[0].status.host.clone().unwrap();
     let reserved = lab.core.world.host(&host).unwrap().status.reserved;
-    assert_eq!((reserved.cpu, reserved.memory, reserved.scratch), (MilliCpu(700), Bytes(256 << 20), Bytes(64 << 20)));
+    assert_eq!((reserved.cpu, reserved.memory, reserved.scratch), (MilliCpu(700), Bytes(256 << 20), Bytes(72 << 20)));
 
     let instance = lab.instances()[0].clone();
     let (index, capacity) = (1, Capacity::default());

@@ -29,6 +29,7 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use nexus_env::{Endpoint, RngExt};
 use nexus_model::{Name, RequestId, Uid};
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tracing::{debug, info, warn};
 
@@ -292,11 +293,9 @@ impl Attempts<'_> {
                         (_, true) => self.until.min(self.began + options.patience),
                         _ => self.until,
                     };
-                    if none {
-                        self.core.bell.notify_one();
-                    }
                     let for_table = none && service.regions.as_ref().is_none_or(Vec::is_empty);
-                    let waited = wait(&service, options.max_waiting, until, for_table, tables.changed()).await;
+                    let bell = none.then_some(&self.core.bell);
+                    let waited = wait(&service, options.max_waiting, until, for_table, bell, tables.changed()).await;
                     tried = Tried::default();
                     if asleep {
                         // Its tries begin when there is somebody to try.
@@ -582,6 +581,7 @@ async fn wait(
     max_waiting: usize,
     until: Instant,
     for_table: bool,
+    bell: Option<&Notify>,
     changed: impl Future<Output = Result<(), tokio::sync::watch::error::RecvError>>,
 ) -> Result<(), ()> {
     struct Waiting<'a>(&'a Service);
@@ -592,6 +592,10 @@ async fn wait(
     }
     let before = usize::try_from(service.metrics.waiting.inc()).unwrap_or(0);
     let _waiting = Waiting(service);
+    // Not before it is counted: the report that this brings is to tell of it.
+    if let Some(bell) = bell {
+        bell.notify_one();
+    }
     let now = Instant::now();
     if before >= max_waiting || now >= until {
         return Err(());

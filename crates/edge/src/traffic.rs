@@ -19,7 +19,7 @@ use crate::backend::Backend;
 use crate::gateway::{Core, Gateway};
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// However often the bell rings, reports keep this distance.
+/// However often the bell rings, so long passes after a report that it brought.
 const SHORTEST: Duration = Duration::from_millis(100);
 const DEADLINE: Duration = Duration::from_secs(2);
 /// How many servers may point to another one before the reporter stops believing them.
@@ -31,12 +31,16 @@ pub(crate) async fn report(gateway: Gateway, name: Name, book: Arc<ServerBook>, 
     let mut meter = Meter { held: Vec::new(), since: Instant::now() };
     let mut turn = env.rng.below(1024) as usize;
     let mut leader: Option<Endpoint> = None;
+    let mut pause = INTERVAL;
     loop {
-        sleep(SHORTEST).await;
-        let rung = core.bell.notified();
-        let _ = timeout(INTERVAL.saturating_sub(SHORTEST), rung).await;
+        let rung = timeout(pause, core.bell.notified()).await.is_ok();
         let report = meter.take(&core, name.clone());
         send(&book, &pool, &mut leader, &mut turn, &report).await;
+        // Whoever rings first is heard at once; those after it share a report.
+        if rung {
+            sleep(SHORTEST).await;
+        }
+        pause = if rung { INTERVAL - SHORTEST } else { INTERVAL };
     }
 }
 

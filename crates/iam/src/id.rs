@@ -161,12 +161,14 @@ impl SpiffeId {
         (segments.count() == 1).then_some(role)
     }
 
-    /// Project and app, if this is a workload's.
-    pub fn as_workload(&self) -> Option<(&str, &str)> {
+    /// Whose it is, if it is a workload's.
+    pub fn as_workload(&self) -> Option<Workload<'_>> {
         let mut segments = self.segments();
         let parts: [Option<&str>; 5] = std::array::from_fn(|_| segments.next());
-        match parts {
-            [Some("project"), Some(project), Some("app"), Some(app), None] => Some((project, app)),
+        let [Some("project"), Some(project), Some(what), Some(name), None] = parts else { return None };
+        match what {
+            "app" => Some(Workload::App { project, app: name }),
+            "job" => Some(Workload::Job { project, job: name }),
             _ => None,
         }
     }
@@ -174,6 +176,22 @@ impl SpiffeId {
     /// The last segment: the name of the server, host, gateway or operator.
     pub fn name(&self) -> &str {
         self.segments().last().expect("an id has at least one segment")
+    }
+}
+
+/// Whose instances a workload's id speaks of. An app and a job of one name are two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Workload<'a> {
+    App { project: &'a str, app: &'a str },
+    Job { project: &'a str, job: &'a str },
+}
+
+impl Workload<'_> {
+    /// The project, whatever it is in it.
+    pub fn project(&self) -> &str {
+        match self {
+            Self::App { project, .. } | Self::Job { project, .. } => project,
+        }
     }
 }
 
@@ -261,9 +279,20 @@ mod tests {
     fn a_workload_is_its_app_and_has_no_role() {
         let id = SpiffeId::workload("home", "shop", "web").unwrap();
         assert_eq!(id.to_string(), "spiffe://home/project/shop/app/web");
-        assert_eq!((id.as_workload(), id.role()), (Some(("shop", "web")), None));
+        assert_eq!((id.as_workload(), id.role()), (Some(Workload::App { project: "shop", app: "web" }), None));
+        let job = SpiffeId::job("home", "shop", "web").unwrap();
+        assert_eq!(job.to_string(), "spiffe://home/project/shop/job/web");
+        assert_eq!((job.as_workload(), job.role()), (Some(Workload::Job { project: "shop", job: "web" }), None));
+        assert_ne!(id, job);
+        assert_eq!(job.as_workload().map(|w| w.project().to_owned()).as_deref(), Some("shop"));
         let of = |text: &str| text.parse::<SpiffeId>().unwrap();
-        for other in ["agent/h1", "project/shop/app", "project/shop/app/web/x", "project/shop/host/web"] {
+        for other in [
+            "agent/h1",
+            "project/shop/app",
+            "project/shop/app/web/x",
+            "project/shop/host/web",
+            "project/shop/job/web/1",
+        ] {
             assert_eq!(of(&format!("spiffe://home/{other}")).as_workload(), None, "{other}");
         }
         assert!(SpiffeId::workload("home", "shop/app/web", "x").is_err());

@@ -30,7 +30,7 @@ pub mod totp;
 pub mod webhook;
 
 pub use ca::{CaError, CertificateAuthority, Issued, Signed};
-pub use id::{IdError, Role, SpiffeId};
+pub use id::{IdError, Role, SpiffeId, Workload};
 pub use request::{CertRequest, RequestError, RequestKey, pin_of};
 pub use tls::{ExpiryPolicy, Identity, Policy, Roots, TlsError, client_config, peer_id, server_config};
 pub use token::{TokenError, TokenHash, TokenSecret};

@@ -49,6 +49,44 @@ impl Cidr {
             }
         }
     }
+
+    /// The network's last address.
+    pub fn last(&self) -> IpAddr {
+        match self.first() {
+            IpAddr::V4(a) => {
+                let behind = u32::MAX.checked_shr(u32::from(self.length)).unwrap_or(0);
+                IpAddr::V4((a.to_bits() | behind).into())
+            }
+            IpAddr::V6(a) => {
+                let behind = u128::MAX.checked_shr(u32::from(self.length)).unwrap_or(0);
+                IpAddr::V6((a.to_bits() | behind).into())
+            }
+        }
+    }
+
+    pub fn is_ipv4(&self) -> bool {
+        self.address.is_ipv4()
+    }
+
+    /// Whether an address is in it.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        address.is_ipv4() == self.is_ipv4() && Self { address, length: self.length }.first() == self.first()
+    }
+
+    /// Whether all of another network is in it.
+    pub fn covers(&self, other: &Self) -> bool {
+        self.length <= other.length && self.contains(other.address)
+    }
+
+    /// Whether any address is in both.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.covers(other) || other.covers(self)
+    }
+
+    /// Whether nothing is written behind the prefix.
+    pub fn is_trimmed(&self) -> bool {
+        self.first() == self.address
+    }
 }
 
 impl fmt::Display for Cidr {
@@ -104,6 +142,27 @@ impl JsonSchema for Cidr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn networks_know_what_is_in_them() {
+        let net = |text: &str| text.parse::<Cidr>().unwrap();
+        for (a, b, covers, overlaps) in [
+            ("10.0.0.0/8", "10.1.0.0/16", true, true),
+            ("10.1.0.0/16", "10.0.0.0/8", false, true),
+            ("10.0.0.0/8", "11.0.0.0/8", false, false),
+            ("0.0.0.0/0", "255.255.255.255/32", true, true),
+            ("0.0.0.0/0", "::/0", false, false),
+            ("fd00::/8", "fd12::/64", true, true),
+        ] {
+            assert_eq!((net(a).covers(&net(b)), net(a).overlaps(&net(b))), (covers, overlaps), "{a} {b}");
+        }
+        for (a, last) in [("10.0.0.0/30", "10.0.0.3"), ("0.0.0.0/0", "255.255.255.255"), ("fd00::/127", "fd00::1")] {
+            assert_eq!(net(a).last(), last.parse::<IpAddr>().unwrap(), "{a}");
+        }
+        assert!(net("10.1.0.0/16").contains("10.1.255.255".parse().unwrap()));
+        assert!(!net("10.1.0.0/16").contains("10.2.0.0".parse().unwrap()));
+        assert!(net("10.1.0.0/16").is_trimmed() && !net("10.1.0.1/16").is_trimmed());
+    }
 
     #[test]
     fn networks_are_read_and_what_is_none_is_refused() {

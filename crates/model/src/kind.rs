@@ -8,6 +8,7 @@ mod app;
 mod autoscale;
 mod constraint;
 mod cron;
+mod disruption;
 mod event;
 mod federation;
 mod fleet;
@@ -15,6 +16,7 @@ mod identity;
 mod image;
 mod instance;
 mod job;
+mod network;
 mod part;
 mod rollout;
 mod route;
@@ -28,6 +30,7 @@ pub use app::*;
 pub use autoscale::*;
 pub use constraint::*;
 pub use cron::*;
+pub use disruption::*;
 pub use event::*;
 pub use federation::*;
 pub use fleet::*;
@@ -35,6 +38,7 @@ pub use identity::*;
 pub use image::*;
 pub use instance::*;
 pub use job::*;
+pub use network::*;
 pub use part::*;
 pub use rollout::*;
 pub use route::*;
@@ -291,7 +295,7 @@ impl KindDescriptor {
     }
 }
 
-static ALL: [KindDescriptor; 27] = [
+static ALL: [KindDescriptor; 40] = [
     KindDescriptor::of::<Organization>(),
     KindDescriptor::of::<Project>(),
     KindDescriptor::of::<User>(),
@@ -310,11 +314,24 @@ static ALL: [KindDescriptor; 27] = [
     KindDescriptor::of::<Image>(),
     // Before those who name them, so that a folder of manifests is applied in an order that works at once.
     KindDescriptor::of::<Secret>(),
+    KindDescriptor::of::<AddressPool>(),
+    KindDescriptor::of::<PrefixList>(),
+    KindDescriptor::of::<Network>(),
+    KindDescriptor::of::<InternetGateway>(),
+    KindDescriptor::of::<NatGateway>(),
+    KindDescriptor::of::<Peering>(),
+    KindDescriptor::of::<RouteTable>(),
+    KindDescriptor::of::<Subnet>(),
+    KindDescriptor::of::<SecurityGroup>(),
     KindDescriptor::of::<App>(),
     KindDescriptor::of::<AppRevision>(),
     KindDescriptor::of::<Job>(),
     KindDescriptor::of::<CronJob>(),
     KindDescriptor::of::<Instance>(),
+    KindDescriptor::of::<Nic>(),
+    KindDescriptor::of::<FloatingIp>(),
+    KindDescriptor::of::<LoadBalancer>(),
+    KindDescriptor::of::<DnsZone>(),
     KindDescriptor::of::<Route>(),
     KindDescriptor::of::<Event>(),
     KindDescriptor::of::<Usage>(),

@@ -136,7 +136,7 @@ pub fn set_condition(
 /// phase have nothing to wait for.
 pub fn is_settled(status: &Value, generation: u64) -> bool {
     let Some(phase) = status["phase"].as_str() else { return true };
-    let good = matches!(phase, "Ready" | "Running" | "Stopped" | "Complete" | "Failed");
+    let good = matches!(phase, "Ready" | "Running" | "Stopped" | "Complete" | "Failed" | "Available" | "Attached");
     good && status["observedGeneration"].as_u64().is_none_or(|seen| seen >= generation)
 }
 

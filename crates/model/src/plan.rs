@@ -15,8 +15,10 @@ use crate::kind::{
 use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 
 mod names;
+mod networks;
 
-pub use names::{HostNames, INTERNAL_DOMAIN, NamedInstance, ProjectNames};
+pub use names::{HostNames, INTERNAL_DOMAIN, NamedInstance, NamedPort, ProjectNames};
+pub use networks::*;
 
 /// Names of the southbound calls.
 pub mod method {
@@ -28,6 +30,8 @@ pub mod method {
     pub const PLAN: &str = "host.plan";
     /// Agent to server, stream of [`super::HostNames`] for a [`super::PlanRequest`].
     pub const NAMES: &str = "host.names";
+    /// Agent to server, stream of [`super::HostNetworks`] for a [`super::PlanRequest`].
+    pub const NETWORKS: &str = "host.networks";
     /// Gateway to server, stream of [`super::RoutingTable`] for a [`super::TableRequest`].
     pub const TABLE: &str = "gateway.table";
     /// Gateway to every server of its region, now and then: [`super::GatewayNote`].
@@ -75,6 +79,12 @@ pub mod method {
     pub const LOGS: &str = "instance.logs";
     /// Server to agent, frames: see [`super::ExecRequest`].
     pub const EXEC: &str = "instance.exec";
+    /// Server to agent: [`super::TraceRequest`] → [`super::Trace`].
+    pub const TRACE: &str = "network.trace";
+    /// Server to agent, frames: see [`super::CaptureRequest`].
+    pub const CAPTURE: &str = "network.capture";
+    /// Server to agent: nothing → [`super::NetworkCheck`].
+    pub const NETWORK_CHECK: &str = "network.check";
 }
 
 /// Has a server remove blobs that nothing names.
@@ -134,6 +144,9 @@ pub struct InstancePlan {
     pub image: ImagePlan,
     pub address6: Ipv6Addr,
     pub address4: Ipv4Addr,
+    /// Its NICs, which it does not start without. See [`HostNetworks`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<Uid>,
     /// The newest versions of the secrets whose files follow them. Never a value: a plan is kept on disk.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub secrets: BTreeMap<Name, u64>,
@@ -230,6 +243,10 @@ pub struct HostReport {
     pub images: Vec<Digest>,
     /// The share of its processors in use, 0 to 1.
     pub load: f32,
+    /// The revision of the [`HostNetworks`] that has been applied, 0 before the first. An agent that knows no networks says
+    /// nothing of them, and has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub networks: Option<u64>,
     /// When the agent's certificate ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate_ends: Option<Timestamp>,

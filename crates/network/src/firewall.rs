@@ -47,6 +47,11 @@ const NEVER: &[(&str, u8)] = &[
 /// A network: its first address and how many bits count.
 pub type Net = (IpAddr, u8);
 
+/// What no tenant reaches outside, whichever host it is on: links, groups, metadata services and the addresses of instances.
+pub fn never() -> Vec<Net> {
+    NEVER.iter().map(|(address, length)| (address.parse().expect("a well-formed address"), *length)).collect()
+}
+
 /// One instance of this host.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Guest {
@@ -114,6 +119,15 @@ impl Firewall {
         .await
     }
 
+    /// What no tenant reaches outside, by whichever way: this, [`never`], and the networks that the host is on. Sorted.
+    pub async fn closed(&self, told: Vec<Net>) -> Result<Vec<Net>, NetError> {
+        aside(self.host.clone(), "the host's addresses", move || {
+            let all: BTreeSet<Net> = never().into_iter().chain(told).chain(attached()?).collect();
+            Ok(all.into_iter().collect())
+        })
+        .await
+    }
+
     /// Whether there are rules of ours, which somebody may have flushed with all others.
     pub async fn stands(&self) -> Result<bool, NetError> {
         aside(self.host.clone(), "the packet filter", || {
@@ -125,7 +139,7 @@ impl Firewall {
 }
 
 /// Runs `nft` on the calling thread, in its namespace.
-fn nft(attempt: &'static str, arguments: &[&str], input: &str) -> Result<String, NetError> {
+pub(crate) fn nft(attempt: &'static str, arguments: &[&str], input: &str) -> Result<String, NetError> {
     let what = || format!("{attempt} with the program nft (Debian: nftables)");
     // Found also where nobody set a path for a daemon.
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin:/usr/bin:/bin";
@@ -224,8 +238,8 @@ fn text(rules: &Rules, attached: &[Net]) -> String {
     let mut out = format!("table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
     let link = |g: &Guest| link_name(LINK_PREFIX, &g.name);
     let guests = &rules.guests;
-    let never = NEVER.iter().map(|(a, l)| (a.parse().expect("a well-formed address"), *l));
-    let closed: Vec<Net> = never
+    let closed: Vec<Net> = never()
+        .into_iter()
         .chain(rules.instances.iter().copied())
         .chain(rules.infrastructure.iter().copied())
         .chain(attached.iter().copied())

@@ -20,9 +20,9 @@ use crate::netns::{NetnsRef, aside, create_at, delete_at, enter, is_netns, sysct
 use crate::{Attempt, NetError, check_name, link_name};
 
 pub(crate) const LINK_PREFIX: &str = "nxi";
-const INSIDE: &str = "eth0";
-const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
-const GATEWAY4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+pub(crate) const INSIDE: &str = "eth0";
+pub(crate) const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+pub(crate) const GATEWAY4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 
 /// Where an instance asks for names: its host, whichever that is.
 pub const NAMESERVER: Ipv4Addr = GATEWAY4;
@@ -133,9 +133,14 @@ fn create(name: &str, path: &Path, address: InstanceAddress) -> Result<(), NetEr
 
     let eth0 = instance_links.expect_link(INSIDE)?;
     instance_links.set_up(eth0.index, true)?;
+    // With a NIC of a tenant's network, the default route leads there: see `vpc::inside`.
+    let tenants = instance_links.policies()?;
     for (own, gateway) in address.pairs() {
         instance_links.ensure_address(eth0.index, own, whole(own))?;
         let to = everything(gateway);
+        if tenants.iter().any(|p| p.six == own.is_ipv6()) {
+            continue;
+        }
         instance_links.ensure_route(Route { to, length: 0, gateway: Some(gateway), link: eth0.index })?;
     }
     for (own, _) in address.pairs() {

@@ -19,6 +19,7 @@ pub mod names;
 mod netlink;
 mod netns;
 mod underlay;
+pub mod vpc;
 
 use std::io;
 

@@ -1,7 +1,16 @@
 //! A small, blocking rtnetlink client: one socket, one request at a time, each answered or timed out.
 //!
 //! The socket belongs to the network namespace in which its thread was when it was opened, wherever the thread goes
-//! later. Messages are encoded by `netlink-packet-route`; this file decides only which ones are sent.
+//! later. Messages are encoded by `netlink-packet-route`; this file and those beneath it decide only which ones are sent:
+//! `links`, `routes`, `neighbours`, `policy` (rules that choose a routing table) and `shape` (rate limits).
+//!
+//! What tenants' networks put into a namespace that is not theirs alone bears [`PROTOCOL`], so that it is told from others'.
+
+mod links;
+mod neighbours;
+mod policy;
+mod routes;
+mod shape;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -27,6 +36,16 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::{Attempt, NetError};
 
+pub(crate) use links::{LinkKind, LinkState, VethEnd, Vxlan};
+pub(crate) use neighbours::{Forward, LinkAddress, Neighbour};
+pub(crate) use policy::{Policy, Then};
+pub(crate) use routes::{MAIN, RouteKind, RouteState};
+pub(crate) use shape::Limit;
+
+/// Who made a route, a rule, an address or a neighbour entry (`RTA_PROTOCOL` and its likes): a number of rtnetlink(7) that
+/// no routing daemon uses.
+pub(crate) const PROTOCOL: u8 = 156;
+
 /// The kernel answers in microseconds; this only keeps a broken one from holding a thread for ever.
 const ANSWER_SECONDS: i64 = 10;
 
@@ -51,6 +70,7 @@ pub(crate) struct Route {
 pub(crate) struct Netlink {
     socket: OwnedFd,
     sequence: u32,
+    buffer: Vec<u8>,
 }
 
 impl Netlink {
@@ -61,7 +81,8 @@ impl Netlink {
             setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_SECONDS))?;
             Ok(fd)
         };
-        Ok(Self { socket: make().attempt(|| "opening a netlink socket".into())?, sequence: 0 })
+        let socket = make().attempt(|| "opening a netlink socket".into())?;
+        Ok(Self { socket, sequence: 0, buffer: vec![0; 64 << 10] })
     }
 
     /// Sends one request and collects what is answered until its end.
@@ -77,14 +98,13 @@ impl Netlink {
         send(self.socket.as_raw_fd(), &bytes, MsgFlags::empty())?;
 
         let mut answers = Vec::new();
-        let mut buffer = vec![0; 64 << 10];
         loop {
-            let length = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            let length = match recv(self.socket.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
                 other => other?,
             };
-            let mut rest = &buffer[..length];
+            let mut rest = &self.buffer[..length];
             while rest.len() >= 16 {
                 let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
                     .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e.to_string()))?;

@@ -16,6 +16,10 @@ use nix::sched::{CloneFlags, unshare};
 
 #[path = "firewall/mod.rs"]
 mod firewall;
+#[path = "rules/mod.rs"]
+mod rules;
+#[path = "vpc/mod.rs"]
+mod vpc;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 

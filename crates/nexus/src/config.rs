@@ -151,6 +151,9 @@ pub struct ServerConfig {
     /// Where registries of images may be beside the public internet, likewise.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub registry_networks: Vec<String>,
+    /// Certificates (PEM) of authorities that registries may have theirs from, beside those that the machine trusts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub registry_ca_file: Option<PathBuf>,
     /// How long blobs are kept that no image names any more, in hours
     #[serde(default = "default_grace")]
     pub blob_grace_hours: u32,
@@ -502,8 +505,8 @@ impl Config for ServerConfig {
         }
         self.tls.resolve(base);
         self.api_tls.resolve(base);
-        if let Some(backups) = &mut self.backup_dir {
-            resolve(base, &mut [backups]);
+        for path in [&mut self.backup_dir, &mut self.registry_ca_file].into_iter().flatten() {
+            resolve(base, &mut [path]);
         }
         if let Some(webhook) = &mut self.audit_webhook {
             resolve(base, &mut [&mut webhook.secret_file]);

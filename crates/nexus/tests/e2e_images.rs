@@ -39,14 +39,22 @@ struct Registry {
 
 impl Registry {
     fn start(dir: &Path, guarded: bool) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let address = format!("127.0.0.1:{port}");
+        Self::at(dir, "127.0.0.1", guarded, None)
+    }
+
+    /// By TLS with a certificate and its key.
+    fn at(dir: &Path, ip: &str, guarded: bool, tls: Option<(&Path, &Path)>) -> Self {
+        let port = TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap().port();
+        let address = format!("{ip}:{port}");
         let home = dir.join(format!("registry-{port}"));
         std::fs::create_dir_all(home.join("blobs")).unwrap();
         let mut config = format!(
-            "version: 0.1\nlog: {{level: info}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp: {{addr: \"{address}\"}}\n",
+            "version: 0.1\nlog: {{level: info}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp:\n  addr: \"{address}\"\n",
             home.join("blobs").display()
         );
+        if let Some((certificate, key)) = tls {
+            config += &format!("  tls: {{certificate: {}, key: {}}}\n", certificate.display(), key.display());
+        }
         if guarded {
             let people = home.join("htpasswd");
             std::fs::write(&people, format!("alice:{HASH}\n")).unwrap();
@@ -436,5 +444,94 @@ fn a_function_in_python_is_built_and_answers() {
         let all = ["a line for standard output", "a line for standard error", "RuntimeError: asked to"];
         if all.iter().all(|line| said.contains(line)) { Ok(()) } else { Err(said) }
     });
+    cloud.down();
+}
+
+/// An address of this machine that is no loopback address, until it is dropped.
+struct OwnAddress(String);
+
+impl OwnAddress {
+    fn new() -> Self {
+        // Of the networks that are for benchmarks (RFC 2544): nobody's.
+        let pid = std::process::id();
+        let own = Self(format!("198.18.{}.{}", (pid >> 8) & 0xff, pid & 0xff));
+        run(Command::new("ip").args(["address", "add", &format!("{}/32", own.0), "dev", "lo"]));
+        own
+    }
+}
+
+impl Drop for OwnAddress {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["address", "del", &format!("{}/32", self.0), "dev", "lo"]).status();
+    }
+}
+
+/// An authority of our own, and a certificate of it for an address: files of the authority's certificate, the certificate, its key.
+fn authority(dir: &Path, name: &str, address: &str) -> [PathBuf; 3] {
+    let files = ["ca", "cert", "key"].map(|what| dir.join(format!("{name}-{what}.pem")));
+    let (ca_key, own_key) = (rcgen::KeyPair::generate().unwrap(), rcgen::KeyPair::generate().unwrap());
+    let mut of_ca = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    of_ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    of_ca.distinguished_name.push(rcgen::DnType::CommonName, name);
+    let ca = of_ca.self_signed(&ca_key).unwrap();
+    let issuer = rcgen::Issuer::new(of_ca, ca_key);
+    let own = rcgen::CertificateParams::new([address.to_owned()]).unwrap().signed_by(&own_key, &issuer).unwrap();
+    for (file, text) in files.iter().zip([ca.pem(), own.pem(), own_key.serialize_pem()]) {
+        std::fs::write(file, text).unwrap();
+    }
+    files
+}
+
+#[test]
+fn a_registrys_certificate_is_believed_if_the_operator_names_its_authority() {
+    let files = tempfile::tempdir().unwrap();
+    let own = OwnAddress::new();
+    let known = authority(files.path(), "known", &own.0);
+    let strange = authority(files.path(), "strange", &own.0);
+    let other = authority(files.path(), "other", "198.18.255.255");
+    let start =
+        |[_, certificate, key]: &[PathBuf; 3]| Registry::at(files.path(), &own.0, true, Some((certificate, key)));
+    let (good, bad) = (start(&known), start(&strange));
+    let layout = site(files.path(), "first");
+    let digest = good.push(&layout, "shop/web:1", &[]);
+    bad.push(&layout, "shop/web:1", &[]);
+    let cloud = Cloud::up(&["--zones", "1", "--hosts-per-zone", "1"]);
+    secret(&cloud, "registry", &["username=alice", &format!("password={PASSWORD}")]);
+
+    // The operator names two of the authorities, in one file.
+    let bundle = files.path().join("authorities.pem");
+    let text = [&known[0], &other[0]].map(|file| std::fs::read_to_string(file).unwrap()).concat();
+    std::fs::write(&bundle, text).unwrap();
+    for server in members(&cloud, "server-") {
+        let path = cloud.data_dir().join("config").join(format!("{server}.toml"));
+        let mut config: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
+        config.insert("registry_ca_file".into(), bundle.to_str().unwrap().into());
+        config.insert("registry_networks".into(), vec!["198.18.0.0/15".to_owned()].into());
+        std::fs::write(&path, toml::to_string(&config).unwrap()).unwrap();
+        cloud.ok(&["local", "restart", &server]);
+    }
+    let pull = |registry: &Registry, name: &str| {
+        let reference = format!("{}/shop/web:1", registry.address);
+        cloud.run(&["image", "pull", &reference, "--name", name, "--secret", "registry"])
+    };
+    cloud.wait("the pull", || {
+        let pulled = pull(&good, "web");
+        if pulled.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&pulled.stderr).into_owned()) }
+    });
+    assert_eq!(image(&cloud, "web")["digest"], digest.as_str());
+    cloud.ok(&["deploy", "web", "--image", "web", "--port", "80"]);
+    until_page(&cloud, "web", "/", "first");
+
+    let refused = |registry: &Registry, wanted: &str| {
+        let output = pull(registry, "none");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(wanted), "{said}");
+        said
+    };
+    let said = refused(&bad, "an authority that is not trusted here");
+    assert!(said.contains("registry_ca_file"), "it says what to do: {said}");
+    // An authority that is known, and a certificate that is somebody else's.
+    let misnamed = start(&other);
+    refused(&misnamed, "its certificate is not valid");
     cloud.down();
 }

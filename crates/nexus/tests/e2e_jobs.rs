@@ -12,9 +12,6 @@ mod images;
 #[path = "e2e/guide.rs"]
 mod guide;
 
-use std::path::Path;
-use std::process::{Command, Stdio};
-
 use cloud::Cloud;
 use serde_json::{Value, json};
 

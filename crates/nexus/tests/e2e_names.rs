@@ -16,7 +16,7 @@ mod process;
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
@@ -42,30 +42,6 @@ fn client(cloud: &Cloud, project: &str, words: &[&str]) -> Result<String, String
     let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     // The command line notes which instance it was.
     if output.status.success() { Ok(said.into_owned()) } else { Err(format!("{said}{error}")) }
-}
-
-/// Busybox's server, and this Debian's own curl and getent, which ask for names as nearly all programs do: by glibc.
-fn image(dir: &Path) -> PathBuf {
-    let layout = images::busybox(dir);
-    let (image, bundle) = (format!("{}:latest", layout.display()), dir.join("bundle"));
-    let umoci = |verb: &str| {
-        let done = Command::new("umoci").args([verb, "--image", &image]).arg(&bundle).status();
-        assert!(done.unwrap().success(), "umoci {verb}");
-    };
-    umoci("unpack");
-    let copy = |file: &Path| {
-        let to = bundle.join("rootfs").join(file.strip_prefix("/").unwrap());
-        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
-        std::fs::copy(file, to).unwrap();
-    };
-    for program in ["/usr/bin/curl", "/usr/bin/getent"] {
-        copy(Path::new(program));
-        let needed = Command::new("ldd").arg(program).output().unwrap();
-        let needed = String::from_utf8(needed.stdout).unwrap();
-        needed.split_whitespace().filter(|word| word.starts_with('/')).for_each(|file| copy(Path::new(file)));
-    }
-    umoci("repack");
-    layout
 }
 
 /// The machine's other address while the test runs, and a server of HTTP on it, which remembers who came.
@@ -120,7 +96,7 @@ fn within(pid: i32, words: &[&str]) -> Result<String, String> {
 #[test]
 fn apps_find_each_other_by_name_and_projects_are_apart() {
     let files = tempfile::tempdir().unwrap();
-    let layout = image(files.path());
+    let layout = images::curl(files.path());
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
     the_guide_is_followed(&cloud, &layout);
     cloud.ok(&["deploy", "client", "--env", "MARK=names-shop"]);

@@ -11,19 +11,21 @@ mod guide;
 #[allow(dead_code)]
 #[path = "e2e/images.rs"]
 mod images;
+#[allow(dead_code)]
+#[path = "e2e/load.rs"]
+mod load;
 
 use std::collections::BTreeMap;
-use std::net::Ipv6Addr;
+use std::io::{BufRead, Read, Write};
+use std::net::{Ipv6Addr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cloud::Cloud;
+use load::Load;
 use serde_json::{Value, json};
-
-/// A block of a guide may wait for instances.
-const BLOCK: &str = "240";
 
 /// One cloud at a time is enough for a small machine.
 fn turn() -> MutexGuard<'static, ()> {
@@ -178,7 +180,7 @@ fn the_guide_for_operating_hosts_does_what_it_says() {
     guide::follow(
         &cloud.path(""),
         "operating-hosts.md",
-        7,
+        8,
         &[("IMAGE", &cloud.path("busybox"))],
         |heading, printed| match heading {
             "What a host has" => {
@@ -186,6 +188,10 @@ fn the_guide_for_operating_hosts_does_what_it_says() {
                 assert!(printed.contains("gpu-v100: 2") && printed.contains("high-iops: 1Gi"), "{printed}");
             }
             "Cordon" => assert_eq!(host(&cloud, "zone-b-2")["spec"]["cordoned"], true),
+            "Disruption budgets" => {
+                let app = cloud.json(&["get", "app", "site"]);
+                assert_eq!(app["spec"]["disruption"], json!({"minAvailable": 3}));
+            }
             "Drain" => {
                 assert_eq!(host(&cloud, "zone-b-2")["status"]["reserved"]["instances"], 0);
                 cloud.wait_ready("site", 4);
@@ -222,5 +228,96 @@ fn the_guide_for_operating_hosts_does_what_it_says() {
             _ => {}
         },
     );
+    cloud.down();
+}
+
+/// Follows instances by `nexus get --watch`, and counts how many of an app's are ready after each change.
+struct ReadyWatch {
+    child: Child,
+    reader: std::thread::JoinHandle<Vec<usize>>,
+}
+
+impl ReadyWatch {
+    fn start(cloud: &Cloud, app: &'static str) -> Self {
+        let mut command = cloud.command(&["get", "instances", "--watch", "-o", "json"]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+        let reader = std::thread::spawn(move || {
+            let (mut ready, mut counts) = (BTreeMap::new(), Vec::new());
+            for line in lines.map_while(Result::ok) {
+                let change: Value = serde_json::from_str(&line).unwrap();
+                let object = &change["object"];
+                if object["spec"]["app"] == app {
+                    let is_ready = change["event"] == "put" && object["status"]["ready"] == true;
+                    ready.insert(object["metadata"]["name"].to_string(), is_ready);
+                    counts.push(ready.values().filter(|ready| **ready).count());
+                }
+            }
+            counts
+        });
+        Self { child, reader }
+    }
+
+    fn finish(mut self) -> Vec<usize> {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.reader.join().unwrap()
+    }
+}
+
+#[test]
+fn two_hosts_drained_at_once_leave_an_app_its_budget_and_no_request_is_lost() {
+    // The load speaks plain HTTP, but its client wants to be able to do more.
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let _turn = turn();
+    let cloud = small_cloud();
+    let image = cloud.path("busybox").to_str().unwrap().to_owned();
+    let deploy = ["deploy", "site", "--image", &image, "--replicas", "4", "--spread", "host"];
+    cloud.ok(&[&deploy[..], &["--disruption", "max-unavailable=1", "--timeout", "120"]].concat());
+    assert_eq!(on_hosts(&cloud, "site").len(), 4);
+    cloud.wait("the app to be reached", || {
+        let mut stream = TcpStream::connect(("127.0.0.1", cloud.gateway_port)).map_err(|e| e.to_string())?;
+        stream.set_read_timeout(Some(Duration::from_secs(20))).map_err(|e| e.to_string())?;
+        write!(stream, "GET / HTTP/1.1\r\nhost: site.localhost\r\nconnection: close\r\n\r\n")
+            .map_err(|e| e.to_string())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).map_err(|e| e.to_string())?;
+        if answer.starts_with("HTTP/1.1 200 ") { Ok(()) } else { Err(answer) }
+    });
+    let load = Load::start((0..2).map(|n| format!("{}/", cloud.gateway(n))).collect::<Vec<_>>(), "site.localhost");
+    let watch = ReadyWatch::start(&cloud, "site");
+    let drains = ["zone-a-1", "zone-b-1"].map(|host| {
+        let mut command = cloud.command(&["host", "drain", host, "--timeout", "180s"]);
+        (host, command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+    });
+    for (host, drain) in drains {
+        let output = drain.wait_with_output().unwrap();
+        assert!(output.status.success(), "{host}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    cloud.wait_ready("site", 4);
+    load.check("after two drains");
+    let hosts = on_hosts(&cloud, "site");
+    assert!(!hosts.contains_key("zone-a-1") && !hosts.contains_key("zone-b-1"), "{hosts:?}");
+    let counts = watch.finish();
+    // The list that a watch begins with comes one by one.
+    let whole = counts.iter().position(|n| *n >= 4).expect("all four were ready at first");
+    assert!(counts[whole..].iter().all(|n| *n >= 3), "{counts:?}");
+
+    // A budget that nothing may be taken from, and nowhere to go: the drain says so, and what to do.
+    cloud.ok(&["deploy", "site", "--disruption", "min-available=4"]);
+    let mut command = cloud.command(&["host", "drain", "zone-a-2", "--timeout", "25s"]);
+    cloud.ok(&["host", "cordon", "zone-b-2"]);
+    let drain = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let says = "app default/site: 4 of 4 ready, its budget wants 4 at least; instance site-";
+    cloud.wait("the host to say what its drain waits for", || match cloud.ok(&["describe", "host", "zone-a-2"]) {
+        text if text.contains(says) && text.contains("Drained") => Ok(()),
+        text => Err(text),
+    });
+    let output = drain.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains(says), "{error}");
+    assert!(error.contains("spec.disruption") && error.contains("host leave zone-a-2 --force"), "{error}");
+    cloud.wait_ready("site", 4);
+    load.finish();
     cloud.down();
 }

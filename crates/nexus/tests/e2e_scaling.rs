@@ -15,8 +15,7 @@ mod images;
 mod load;
 
 use std::ffi::OsStr;
-use std::path::Path;
-use std::process::{Command, Stdio};
+
 use std::time::Duration;
 
 use cloud::Cloud;

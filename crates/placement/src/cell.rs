@@ -7,6 +7,8 @@
 
 use crate::group::Group;
 use crate::hostset::HostSet;
+use crate::mix::Topology;
+use crate::numa::{self, NodeUse};
 use crate::pool::{Place, PoolKey, Pools, bucket_of};
 use crate::refusal::Filter;
 use crate::score::{fraction, load_term, nominal};
@@ -25,6 +27,8 @@ pub enum ReserveError {
     Exceeds { host: HostId, resource: Filter, wanted: u64, free: u64 },
     #[error("host {} already holds {max} of the group, as many as it may", .host.0)]
     PerHost { host: HostId, max: u32 },
+    #[error("{span} of host {}'s NUMA nodes are to be named, {named} are", .host.0)]
+    Nodes { host: HostId, span: u8, named: usize },
     #[error("host {} holds no reservation like this: less {} is reserved", .host.0, .resource.name())]
     NotReserved { host: HostId, resource: Filter },
     #[error("host {} still holds {instances} reservations", .host.0)]
@@ -86,6 +90,8 @@ pub(crate) struct Host {
     /// Sorted.
     labels: Vec<LabelId>,
     rtt: Option<u32>,
+    /// Several nodes, or none. One whose capacity went away stays while some of it is reserved.
+    pub(crate) nodes: Vec<NodeUse>,
 }
 
 impl Host {
@@ -97,7 +103,13 @@ impl Host {
             cpu_unit: nominal(u64::from(self.capacity.cpu)),
             memory_unit: nominal(self.capacity.memory),
             quarter: quarter(self.load),
+            numa: self.is_numa(),
         }
+    }
+
+    /// Whether it has several nodes to tell apart.
+    pub(crate) fn is_numa(&self) -> bool {
+        self.nodes.iter().any(|node| node.offered)
     }
 
     pub(crate) fn class_free(&self, class: ClassId) -> u64 {
@@ -123,6 +135,7 @@ impl Host {
             || self.reserved.instances > self.capacity.slots
             || self.stock.iter().any(|s| s.reserved > u64::from(s.capacity))
             || self.storage.iter().any(|s| s.reserved > u128::from(s.capacity))
+            || self.nodes.iter().any(NodeUse::oversold)
     }
 }
 
@@ -159,6 +172,7 @@ pub struct Cell {
     pub(crate) pools: Pools,
     pub(crate) groups: BTreeMap<GroupId, Group>,
     pub(crate) images: BTreeMap<ImageId, HostSet>,
+    pub(crate) topology: Topology,
 }
 
 impl Cell {
@@ -197,7 +211,9 @@ impl Cell {
             storage: Vec::new(),
             labels: spec.labels,
             rtt: spec.rtt,
+            nodes: Vec::new(),
         };
+        numa::set_nodes(&mut host.nodes, &spec.nodes);
         host.labels.sort_unstable();
         set_stock(&mut host.stock, &spec.classes);
         set_storage(&mut host.storage, &spec.storage);
@@ -241,8 +257,8 @@ impl Cell {
             labels.sort_unstable();
             self.known_mut(index).labels = labels;
         }
-        if update.state.is_some() || update.runtimes.is_some() || update.capacity.is_some() || update.classes.is_some()
-        {
+        let moves = update.state.is_some() || update.runtimes.is_some() || update.capacity.is_some();
+        if moves || update.classes.is_some() || update.nodes.is_some() {
             self.leave(index);
             let host = self.known_mut(index);
             host.state = update.state.unwrap_or(host.state);
@@ -250,6 +266,9 @@ impl Cell {
             host.capacity = update.capacity.unwrap_or(host.capacity);
             if let Some(classes) = update.classes {
                 set_stock(&mut host.stock, &classes);
+            }
+            if let Some(nodes) = update.nodes {
+                numa::set_nodes(&mut host.nodes, &nodes);
             }
             self.enter(index);
         }
@@ -322,6 +341,7 @@ impl Cell {
             check_free(id, Filter::Storage, bytes, host.storage_free(class))?;
         }
         check_free(id, Filter::Slots, 1, u64::from(hot.slots))?;
+        numa::check(id, host, request)?;
         if let (Some(max), Some(group)) = (request.max_per_host, request.group)
             && self.groups.get(&group).map_or(0, |g| g.on_host(id.0)) >= max
         {
@@ -358,12 +378,14 @@ impl Cell {
             has(Filter::Storage, reserved >= u128::from(bytes))?;
         }
         has(Filter::Slots, held.instances >= 1)?;
+        has(Filter::Numa, numa::holds(&host.nodes, request))?;
         if let Some(group) = request.group {
             has(Filter::Spread, self.groups.get(&group).is_some_and(|g| g.on_host(id.0) >= 1))?;
         }
         let (zone, rack) = (host.zone, host.rack);
         self.move_classes(id.0, request, false);
         self.move_storage(id.0, request, false);
+        numa::give_back(&mut self.known_mut(id.0).nodes, request);
         let held = &mut self.known_mut(id.0).reserved;
         held.cpu -= u64::from(request.cpu);
         held.memory -= u128::from(request.memory);
@@ -372,7 +394,7 @@ impl Cell {
         if let Some(id_of_group) = request.group
             && let Some(group) = self.groups.get_mut(&id_of_group)
         {
-            group.take(id.0, zone, rack);
+            group.take(id.0, zone, rack, request.domain);
             if group.is_empty() {
                 self.groups.remove(&id_of_group);
             }
@@ -390,7 +412,7 @@ impl Cell {
         self.hosts[index as usize].as_ref().expect("only indexes of hosts in the cell get here")
     }
 
-    fn known_mut(&mut self, index: u32) -> &mut Host {
+    pub(crate) fn known_mut(&mut self, index: u32) -> &mut Host {
         self.hosts[index as usize].as_mut().expect("only indexes of hosts in the cell get here")
     }
 
@@ -406,15 +428,17 @@ impl Cell {
         self.move_classes(index, request, true);
         self.move_storage(index, request, true);
         let host = self.known_mut(index);
+        numa::take(&mut host.nodes, request);
         host.reserved.cpu += u64::from(request.cpu);
         host.reserved.memory += u128::from(request.memory);
         host.reserved.scratch += u128::from(request.scratch);
         host.reserved.instances += 1;
         let (zone, rack) = (host.zone, host.rack);
         if let Some(group) = request.group {
-            self.groups.entry(group).or_default().add(index, zone, rack);
+            self.groups.entry(group).or_default().add(index, zone, rack, request.domain);
         }
         self.refresh(index);
+        self.learn(request);
     }
 
     /// Moves the request's classes into (or out of) the host's reserved stock, and the pool's free sums with them.
@@ -487,6 +511,7 @@ impl Cell {
             self.unlist(hot.place);
             self.hot[index as usize].place = self.pools.insert(index, hot.place.pool, bucket);
         }
+        self.weigh_nodes(index);
     }
 
     fn unlist(&mut self, place: Place) {
@@ -506,7 +531,12 @@ impl Cell {
         for (at, stock) in host.stock.iter().filter(|s| s.capacity > 0).enumerate() {
             self.pools.class_free(place.pool, at, Some(stock.free()), None);
         }
+        let numa = host.is_numa();
         self.hot[index as usize].place = Place::NOWHERE;
+        if numa {
+            self.weigh_nodes(index);
+            self.count_numa(false);
+        }
     }
 
     /// Puts a host into the pool and bucket where it belongs, if it is ready.
@@ -522,7 +552,12 @@ impl Cell {
         }
         let hot = &self.hot[index as usize];
         let bucket = bucket_of(hot.cpu_fraction, hot.memory_fraction);
+        let numa = host.is_numa();
         self.hot[index as usize].place = self.pools.insert(index, pool, bucket);
+        if numa {
+            self.count_numa(true);
+            self.weigh_nodes(index);
+        }
     }
 
     fn set_images(&mut self, index: u32, images: BTreeSet<ImageId>) {

@@ -3,7 +3,7 @@
 //! The counts are moved by the same calls that move the host's reservation, so they can't drift from it.
 
 use crate::hostset::HostSet;
-use crate::types::{RackId, ZoneId};
+use crate::types::{DomainId, RackId, ZoneId};
 use std::collections::BTreeMap;
 
 #[derive(Clone, Debug, Default)]
@@ -11,6 +11,8 @@ pub(crate) struct Group {
     /// Few zones: a list is faster than a map.
     zones: Vec<(ZoneId, u32)>,
     racks: BTreeMap<RackId, u32>,
+    /// Of the members that have a fault domain, how many of which are in a rack. While the rule is kept, a rack has one.
+    domains: BTreeMap<(RackId, DomainId), u32>,
     hosts: BTreeMap<u32, u32>,
     /// The keys of `hosts`, for the look-up made while walking thousands of hosts.
     members: HostSet,
@@ -37,6 +39,17 @@ impl Group {
         self.racks.get(&rack).copied().unwrap_or(0)
     }
 
+    /// Whether the rack holds members of another fault domain.
+    pub(crate) fn in_other_domain(&self, rack: RackId, domain: DomainId) -> bool {
+        let of_rack = self.domains.range((rack, DomainId(0))..=(rack, DomainId(u32::MAX)));
+        of_rack.into_iter().any(|((_, other), _)| *other != domain)
+    }
+
+    /// How many members of each fault domain are in which rack.
+    pub(crate) fn domains(&self) -> &BTreeMap<(RackId, DomainId), u32> {
+        &self.domains
+    }
+
     /// Hosts that hold some of the group with their counts, by host.
     pub(crate) fn hosts(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
         self.hosts.iter().map(|(host, n)| (*host, *n))
@@ -49,7 +62,10 @@ impl Group {
         zones
     }
 
-    pub(crate) fn add(&mut self, host: u32, zone: ZoneId, rack: RackId) {
+    pub(crate) fn add(&mut self, host: u32, zone: ZoneId, rack: RackId, domain: Option<DomainId>) {
+        if let Some(domain) = domain {
+            *self.domains.entry((rack, domain)).or_default() += 1;
+        }
         *self.racks.entry(rack).or_default() += 1;
         *self.hosts.entry(host).or_default() += 1;
         self.members.insert(host);
@@ -60,7 +76,15 @@ impl Group {
     }
 
     /// Takes one away; the caller has checked that `on_host` is at least one.
-    pub(crate) fn take(&mut self, host: u32, zone: ZoneId, rack: RackId) {
+    pub(crate) fn take(&mut self, host: u32, zone: ZoneId, rack: RackId, domain: Option<DomainId>) {
+        if let Some(key) = domain.map(|domain| (rack, domain))
+            && let Some(n) = self.domains.get_mut(&key)
+        {
+            *n -= 1;
+            if *n == 0 {
+                self.domains.remove(&key);
+            }
+        }
         let Some(count) = self.hosts.get_mut(&host) else { return };
         *count -= 1;
         if *count == 0 {

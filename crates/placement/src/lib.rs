@@ -19,6 +19,8 @@
 mod cell;
 mod group;
 mod hostset;
+mod mix;
+mod numa;
 mod pool;
 #[cfg(test)]
 mod properties;
@@ -35,6 +37,6 @@ pub use score::Score;
 pub use search::Decision;
 pub use telemetry::Telemetry;
 pub use types::{
-    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, RackId, Request,
-    Runtime, Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
+    Capacity, ClassId, DomainId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, MAX_NODES,
+    Node, Nodes, RackId, Request, Runtime, Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
 };

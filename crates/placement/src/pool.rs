@@ -74,6 +74,8 @@ pub(crate) struct PoolKey {
     pub(crate) memory_unit: u64,
     /// Quarter of load, 0 to 3.
     pub(crate) quarter: u8,
+    /// Whether the hosts have several NUMA nodes: those are not searched here for a request that wants some of them.
+    pub(crate) numa: bool,
 }
 
 /// What a search reads of a pool before it decides to look inside.

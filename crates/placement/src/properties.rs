@@ -43,7 +43,7 @@ fn images() -> impl Strategy<Value = Vec<ImageId>> {
 
 fn spec() -> impl Strategy<Value = HostSpec> {
     (0u32..3, state(), runtimes(), capacity(), classes(), images(), 0u16..1100, traits()).prop_map(
-        |(zone, state, runtimes, capacity, classes, images, load, (rack, storage, labels, rtt))| HostSpec {
+        |(zone, state, runtimes, capacity, classes, images, load, (rack, storage, labels, rtt, parts))| HostSpec {
             zone: ZoneId(zone),
             rack: RackId(zone * 2 + rack),
             state,
@@ -55,16 +55,32 @@ fn spec() -> impl Strategy<Value = HostSpec> {
             storage,
             labels,
             rtt,
+            nodes: nodes(capacity, &parts),
         },
     )
 }
 
-type Traits = (u32, Vec<(ClassId, u64)>, Vec<LabelId>, Option<u32>);
+/// Zone's half, storage, labels, round trip, and how many sixteenths of the host each NUMA node has.
+type Traits = (u32, Vec<(ClassId, u64)>, Vec<LabelId>, Option<u32>, Vec<(u32, u32)>);
+
+fn nodes(capacity: Capacity, parts: &[(u32, u32)]) -> Vec<Node> {
+    let node = |(cpu, memory): &(u32, u32)| Node {
+        cpu: capacity.cpu / 16 * cpu,
+        memory: capacity.memory / 16 * u64::from(*memory),
+    };
+    parts.iter().map(node).collect()
+}
 
 fn traits() -> impl Strategy<Value = Traits> {
     let storage = prop::collection::vec(((5u32..7).prop_map(ClassId), (0u64..4).prop_map(|n| n * 100 * MI)), 0..3);
     let labels = prop::collection::vec((0u32..3).prop_map(LabelId), 0..3);
-    (0u32..2, storage, labels, prop::option::of(0u32..40))
+    // One node is none, and ten are more than are told apart.
+    let parts = prop_oneof![
+        3 => Just(Vec::new()),
+        3 => prop::collection::vec((4u32..9, 4u32..9), 2),
+        1 => prop::collection::vec((0u32..6, 0u32..6), 1..11),
+    ];
+    (0u32..2, storage, labels, prop::option::of(0u32..40), parts)
 }
 
 type Wishes = (Option<(ClassId, u64)>, Vec<LabelId>, Option<u32>, Vec<GroupId>, Vec<GroupId>);
@@ -79,6 +95,12 @@ fn wishes() -> impl Strategy<Value = Wishes> {
         groups(),
     );
     prop_oneof![2 => Just(Wishes::default()), 1 => some]
+}
+
+/// Span, fault domain, together.
+fn togetherness() -> impl Strategy<Value = (u8, Option<DomainId>, bool)> {
+    let span = prop_oneof![4 => Just(0u8), 4 => Just(1u8), 2 => Just(2u8), 1 => 3u8..12];
+    (span, prop::option::weighted(0.3, (0u32..3).prop_map(DomainId)), prop::bool::weighted(0.2))
 }
 
 fn spread() -> impl Strategy<Value = Spread> {
@@ -100,7 +122,7 @@ fn request() -> impl Strategy<Value = Request> {
         prop::option::weighted(0.2, prop::collection::vec((0u32..3).prop_map(ZoneId), 0..3)),
         prop::collection::vec((0u32..12).prop_map(HostId), 0..2),
     );
-    (sizes, runtime, classes(), ids, spread(), limits, wishes()).prop_map(
+    (sizes, runtime, classes(), ids, spread(), limits, wishes(), togetherness()).prop_map(
         |(
             (cpu, memory, scratch),
             runtime,
@@ -109,7 +131,11 @@ fn request() -> impl Strategy<Value = Request> {
             spread,
             (max_per_host, zones, excluded),
             (storage, labels, max_rtt, with, without),
+            (span, domain, together),
         )| Request {
+            span,
+            domain,
+            together,
             storage,
             labels,
             max_rtt,
@@ -141,7 +167,8 @@ fn update() -> impl Strategy<Value = HostUpdate> {
     )
         .prop_map(|(state, capacity, classes, images, load, runtimes, traits)| HostUpdate {
             storage: traits.clone().map(|(_, storage, ..)| storage),
-            labels: traits.map(|(_, _, labels, _)| labels),
+            nodes: traits.clone().map(|(.., parts)| nodes(capacity.unwrap_or_default(), &parts)),
+            labels: traits.map(|(_, _, labels, ..)| labels),
             state,
             runtimes,
             capacity,
@@ -163,7 +190,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 /// Compares the index with the scan on one request.
-fn agree(cell: &Cell, request: &Request) -> Result<Option<HostId>, TestCaseError> {
+fn agree(cell: &Cell, request: &Request) -> Result<Option<Decision>, TestCaseError> {
     match (cell.place_indexed(request), cell.place_exhaustive(request)) {
         (Ok(fast), Ok(best)) => {
             prop_assert_eq!(cell.check(fast.host, request), Ok(None), "place chose an infeasible host");
@@ -172,7 +199,7 @@ fn agree(cell: &Cell, request: &Request) -> Result<Option<HostId>, TestCaseError
             prop_assert!(fast.score <= best.score);
             let ratio = f64::from(fast.score.merit) / f64::from(best.score.merit);
             prop_assert!(ratio >= score::GUARANTEE, "{} for {:?} instead of {:?}", ratio, fast, best);
-            Ok(Some(fast.host))
+            Ok(Some(fast))
         }
         (Err(fast), Err(slow)) => {
             let counted: u32 = fast.per_filter().map(|(_, n)| n).sum();
@@ -199,8 +226,9 @@ proptest! {
         let mut record: Vec<(HostId, Request)> = Vec::new();
         for step in steps {
             match step {
-                Step::Place(request) => {
-                    if let Some(host) = agree(&cell, &request)? {
+                Step::Place(mut request) => {
+                    if let Some(Decision { host, nodes, .. }) = agree(&cell, &request)? {
+                        request.nodes = nodes;
                         let room = cell.headroom(&request);
                         prop_assert_eq!(cell.reserve(host, &request), Ok(()));
                         prop_assert_eq!(cell.headroom(&request), room.saturating_sub(1).min(cell.headroom(&request)));
@@ -209,6 +237,8 @@ proptest! {
                 }
                 Step::Force(host, request) => {
                     let was = cell.snapshot(HostId(host));
+                    let mut request = request;
+                    request.nodes = (0..usize::from(request.span)).fold(Nodes::NONE, |set, at| set.with(at));
                     match cell.reserve(HostId(host), &request) {
                         Ok(()) => record.push((HostId(host), *request)),
                         Err(_) => prop_assert_eq!(cell.snapshot(HostId(host)), was),
@@ -244,8 +274,11 @@ proptest! {
         }
         let before: Vec<_> = cell.host_ids().map(|id| cell.snapshot(id)).collect();
         let mut held = Vec::new();
-        for (host, request) in requests {
+        for (host, mut request) in requests {
             let host = HostId(host % cell.len() as u32);
+            if cell.check(host, &request).expect("a host of the cell").is_none() {
+                request.nodes = cell.nodes_for(&request, host.0);
+            }
             if cell.reserve(host, &request).is_ok() {
                 held.push((host, request));
             }
@@ -274,6 +307,7 @@ proptest! {
                 storage: Vec::new(),
                 labels: Vec::new(),
                 rtt: None,
+                nodes: Vec::new(),
             });
         }
         let level = if by_zone { SpreadLevel::Zone } else { SpreadLevel::Host };
@@ -290,5 +324,68 @@ proptest! {
         };
         prop_assert!(within_one(on_hosts.iter().map(|(_, n)| *n).collect(), zones * per_zone));
         prop_assert!(!by_zone || within_one(in_zones.iter().map(|(_, n)| *n).collect(), zones));
+    }
+
+    /// A made-up rack room filled with pinned and floating requests, groups that stay together, keep apart, or keep their
+    /// fault domains in different racks: recounted from the decisions alone.
+    #[test]
+    fn nodes_racks_and_company_hold_by_a_recount(
+        shapes in prop::collection::vec((1u32..9, 1u32..9), 2..30),
+        asks in prop::collection::vec((1u32..5, 1u64..5, 0u8..3, 0u32..3, 0u32..4, 0u32..3), 1..150),
+    ) {
+        let mut cell = Cell::new();
+        for (n, (cpu, memory)) in shapes.iter().enumerate() {
+            let node = Node { cpu: cpu * 1000, memory: u64::from(*memory) * 1024 * MI };
+            let capacity = Capacity { cpu: node.cpu * 2, memory: node.memory * 2, scratch: 0, slots: 1000 };
+            cell.add_host(HostSpec {
+                zone: ZoneId(0),
+                rack: RackId(n as u32 % 5),
+                state: HostState::Ready,
+                runtimes: Runtimes::ALL,
+                capacity,
+                classes: Vec::new(),
+                images: Vec::new(),
+                load: Load(0),
+                storage: Vec::new(),
+                labels: Vec::new(),
+                rtt: None,
+                nodes: vec![node; 2],
+            });
+        }
+        let mut placed: Vec<(HostId, Request)> = Vec::new();
+        for (cpu, memory, span, kind, group, domain) in asks {
+            let mut request = Request {
+                span,
+                group: Some(GroupId(kind * 10 + group)),
+                together: kind == 0,
+                max_per_host: (kind == 1).then_some(1),
+                domain: (kind == 2).then_some(DomainId(domain)),
+                ..Request::new(Runtime::Vm, cpu * 1000, memory * 1024 * MI)
+            };
+            if let Some(decision) = agree(&cell, &request)? {
+                request.nodes = decision.nodes;
+                prop_assert_eq!(cell.reserve(decision.host, &request), Ok(()));
+                placed.push((decision.host, request));
+            }
+        }
+        for (n, (cpu, memory)) in shapes.iter().enumerate() {
+            let here: Vec<&Request> = placed.iter().filter(|(host, _)| host.0 == n as u32).map(|(_, r)| r).collect();
+            let (cpu, memory) = (cpu * 1000, u64::from(*memory) * 1024 * MI);
+            for at in 0..2 {
+                let on_node = || here.iter().filter(|r| r.nodes.has(at));
+                prop_assert!(on_node().map(|r| r.cpu / u32::from(r.span)).sum::<u32>() <= cpu);
+                prop_assert!(on_node().map(|r| r.memory / u64::from(r.span)).sum::<u64>() <= memory);
+            }
+            prop_assert!(here.iter().all(|r| r.nodes.len() == usize::from(r.span)));
+            prop_assert!(here.iter().map(|r| r.cpu).sum::<u32>() <= cpu * 2);
+            prop_assert!(here.iter().map(|r| r.memory).sum::<u64>() <= memory * 2);
+        }
+        for (at, (host, a)) in placed.iter().enumerate() {
+            for (other, b) in placed[..at].iter().filter(|(_, b)| a.group == b.group) {
+                prop_assert!(!a.together || host == other);
+                prop_assert!(a.max_per_host.is_none() || host != other);
+                prop_assert!(a.domain == b.domain || host.0 % 5 != other.0 % 5);
+            }
+        }
     }
 }

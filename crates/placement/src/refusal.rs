@@ -22,6 +22,8 @@ pub enum Filter {
     Storage,
     /// It runs as many instances as it may.
     Slots,
+    /// Too few of its NUMA nodes have room for their part.
+    Numa,
     /// It is not in a zone that was asked for.
     Zone,
     /// It lacks a label.
@@ -34,6 +36,10 @@ pub enum Filter {
     With,
     /// It holds some of a group that the request is not to be with.
     Without,
+    /// The group is on another host, and is to stay together.
+    Together,
+    /// Its rack holds members of another fault domain of the group.
+    Domain,
     /// It holds as many of the group as one host may.
     PerHost,
     /// Required spread: its domain holds more of the group than another one.
@@ -42,7 +48,7 @@ pub enum Filter {
 
 impl Filter {
     /// All filters, in order.
-    pub const ALL: [Filter; 16] = [
+    pub const ALL: [Filter; 19] = [
         Filter::Ready,
         Filter::Runtime,
         Filter::Class,
@@ -51,12 +57,15 @@ impl Filter {
         Filter::Scratch,
         Filter::Storage,
         Filter::Slots,
+        Filter::Numa,
         Filter::Zone,
         Filter::Label,
         Filter::Latency,
         Filter::Excluded,
         Filter::With,
         Filter::Without,
+        Filter::Together,
+        Filter::Domain,
         Filter::PerHost,
         Filter::Spread,
     ];
@@ -72,12 +81,15 @@ impl Filter {
             Filter::Scratch => "scratch",
             Filter::Storage => "storage",
             Filter::Slots => "slots",
+            Filter::Numa => "numa",
             Filter::Zone => "zone",
             Filter::Label => "label",
             Filter::Latency => "latency",
             Filter::Excluded => "excluded",
             Filter::With => "with",
             Filter::Without => "without",
+            Filter::Together => "together",
+            Filter::Domain => "domain",
             Filter::PerHost => "per-host",
             Filter::Spread => "spread",
         }
@@ -283,6 +295,8 @@ impl Refusal {
                 format!("{hosts} {lack} {}", what.join(" or "))
             }
             Filter::Slots => format!("{hosts} at {} instance limit", if hosts == 1 { "its" } else { "their" }),
+            Filter::Numa if hosts == 1 => "1 without room on its NUMA nodes".to_owned(),
+            Filter::Numa => format!("{hosts} without room on their NUMA nodes"),
             Filter::Zone => format!("{hosts} in other zones"),
             Filter::Label => {
                 let what: Vec<_> = self.labels.iter().map(|(id, _)| names.label(*id)).collect();
@@ -301,6 +315,8 @@ impl Refusal {
             Filter::With => format!("{hosts} without {}", self.groups_of(filter, names)),
             Filter::Without => format!("{hosts} with {}", self.groups_of(filter, names)),
             Filter::Excluded => format!("{hosts} excluded"),
+            Filter::Together => format!("{hosts} apart from the group"),
+            Filter::Domain => format!("{hosts} in racks of the group's other fault domains"),
             Filter::PerHost => format!("{hosts} at the group's limit per host"),
             Filter::Spread => format!("{hosts} spread"),
         }

@@ -12,6 +12,12 @@
 //! | image | the host holds the image | it must fetch it |
 //! | load | measured idle and well ([`crate::telemetry`]) | measured busy |
 //!
+//! On a host with several NUMA nodes, for a request that wants some, fit and balance are one term: full marks where it
+//! costs the learned mix of requests nothing, half where it costs as much as one future request ([`crate::mix`]). Whole
+//! hosts and pairs of nodes stay free of themselves, because they are worth most to the mix, and so do cpu and memory in
+//! the proportion that it asks for. The first of a group that is to stay together loses up to [`WEIGHT_ROOM`] where few
+//! more like it have room.
+//!
 //! Everything is integer arithmetic on fractions of [`UNIT`], so the same state gives the same score on every machine.
 //! A host's fractions are of its capacity rounded up to a sixteenth of its octave ([`nominal`]): hosts that differ only
 //! by what their firmware kept are scored, and indexed, on one scale.
@@ -33,6 +39,13 @@ pub const WEIGHT_CLASS: u32 = 12;
 pub const WEIGHT_IMAGE: u32 = 10;
 /// The least: the measurement is a heartbeat old, and reservations already bound what a host can be asked for.
 pub const WEIGHT_LOAD: u32 = 6;
+
+/// How many more like it the first of a group that stays together looks for: half of such groups in the production data
+/// that the bench replays have no more than seven members.
+pub const ROOM: u32 = 6;
+/// Taken from a merit without any room for more: as much as fit weighs, so that room for all of them outweighs any difference
+/// of fit, and a group doesn't start on a full host because that host is full.
+pub const WEIGHT_ROOM: u32 = 48;
 
 /// The merit of a host without a flaw. (One is added so that no feasible host has merit 0.)
 pub const BEST_MERIT: u32 = 1 + UNIT * (WEIGHT_FIT + WEIGHT_BALANCE + WEIGHT_CLASS + WEIGHT_IMAGE + WEIGHT_LOAD);
@@ -102,6 +115,11 @@ pub(crate) fn packing(cpu: u32, memory: u32) -> u32 {
 pub(crate) fn packing_bound(cpu: (u32, u32), memory: (u32, u32)) -> u32 {
     let gap = cpu.0.saturating_sub(memory.1).max(memory.0.saturating_sub(cpu.1));
     WEIGHT_FIT * (UNIT - cpu.0.max(memory.0)) + WEIGHT_BALANCE * (UNIT - gap)
+}
+
+/// What a leader's merit loses where only so many more fit.
+pub(crate) fn room_term(more: u32) -> u32 {
+    WEIGHT_ROOM * UNIT / ROOM * (ROOM - more.min(ROOM))
 }
 
 /// The load term of a host's measured load.

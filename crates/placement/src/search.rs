@@ -11,6 +11,9 @@
 //! is then out of the bound; for a common one, a bucket that is only worth opening for its image holders is read
 //! through the image's bit set, without touching the other hosts.
 //!
+//! Of hosts with several NUMA nodes, for a request that wants some, one column of fit terms is read instead (see
+//! [`crate::mix`]): all of them are compared, and only those that are better than the best so far are asked the rest.
+//!
 //! Spread makes tiers: the search runs over the zones with the fewest of the group and over hosts that hold none of it;
 //! only if that fails are the hosts that do hold some compared one by one, and then the next zones.
 
@@ -19,8 +22,11 @@ use crate::group::Group;
 use crate::hostset::{HostSet, Ones};
 use crate::pool::{Grid, NO_POOL, SIDE, range, step};
 use crate::refusal::{Filter, Refusal};
-use crate::score::{self, SLACK, Score, UNIT, WEIGHT_CLASS, WEIGHT_IMAGE, fraction, load_term, packing, packing_bound};
-use crate::types::{GroupId, HostId, LabelId, RackId, Request, SpreadLevel, ZoneId};
+use crate::score::{
+    self, ROOM, SLACK, Score, UNIT, WEIGHT_CLASS, WEIGHT_IMAGE, WEIGHT_LOAD, fraction, load_term, packing,
+    packing_bound, room_term,
+};
+use crate::types::{GroupId, HostId, LabelId, Nodes, RackId, Request, SpreadLevel, ZoneId};
 
 /// Up to here a scan of every host is as fast as the index, and exact.
 const SCAN_UP_TO: u32 = 512;
@@ -34,6 +40,8 @@ const CLASS_TERM: u32 = WEIGHT_CLASS * UNIT;
 pub struct Decision {
     pub host: HostId,
     pub zone: ZoneId,
+    /// Where the parts of a request that spans NUMA nodes go: to be put into [`Request::nodes`].
+    pub nodes: Nodes,
     pub score: Score,
     /// Hosts that were looked at one by one.
     pub examined: u32,
@@ -66,6 +74,8 @@ struct Plan<'a> {
     level: SpreadLevel,
     floor: Option<Floor>,
     choosy: bool,
+    /// Whether it is the first of a group that is to stay together, and looks for room for more.
+    leads: bool,
 }
 
 /// A pool that a search may look into.
@@ -122,7 +132,7 @@ impl Cell {
             }
         }
         match best {
-            Some((score, host)) => Ok(self.decision(host, score, self.live)),
+            Some((score, host)) => Ok(self.decision(&plan, host, score, self.live)),
             None => {
                 let mut refusal = Refusal::new(self.live);
                 for (host, _) in self.live_hosts() {
@@ -138,7 +148,7 @@ impl Cell {
         let plan = self.plan(request);
         let mut examined = 0;
         match self.choose(&plan, &mut examined) {
-            Some(host) => Ok(self.decision(host, self.score_of(&plan, host), examined)),
+            Some(host) => Ok(self.decision(&plan, host, self.score_of(&plan, host), examined)),
             None => Err(self.refuse(&plan)),
         }
     }
@@ -180,8 +190,9 @@ impl Cell {
             .map(|(host, _)| HostId(host))
     }
 
-    fn decision(&self, host: u32, score: Score, examined: u32) -> Decision {
-        Decision { host: HostId(host), zone: self.zone_of(host), score, examined }
+    fn decision(&self, plan: &Plan, host: u32, score: Score, examined: u32) -> Decision {
+        let nodes = self.nodes_for(plan.request, host);
+        Decision { host: HostId(host), zone: self.zone_of(host), nodes, score, examined }
     }
 
     fn plan<'a>(&'a self, request: &'a Request) -> Plan<'a> {
@@ -193,7 +204,15 @@ impl Cell {
             Some(group) if request.spread.required => self.floor(request, group),
             _ => None,
         };
-        Plan { request, group, image, level, floor, choosy: request.is_choosy() }
+        Plan {
+            request,
+            group,
+            image,
+            level,
+            floor,
+            choosy: request.is_choosy(),
+            leads: request.together && group.is_none(),
+        }
     }
 
     /// The least count of the group in any domain that is eligible, by domain: what a caller with several cells needs to
@@ -322,6 +341,9 @@ impl Cell {
         if hot.slots == 0 {
             return Some(Filter::Slots);
         }
+        if request.span > 0 && !self.fits_nodes(request, host) {
+            return Some(Filter::Numa);
+        }
         if !request.allows_zone(key.zone) {
             return Some(Filter::Zone);
         }
@@ -340,6 +362,14 @@ impl Cell {
             && let Some((filter, _)) = self.wrong_company(request, host)
         {
             return Some(filter);
+        }
+        if request.together && plan.group.is_some_and(|group| !group.holds(host)) {
+            return Some(Filter::Together);
+        }
+        if let (Some(domain), Some(group)) = (request.domain, plan.group)
+            && group.in_other_domain(self.rack_of(host), domain)
+        {
+            return Some(Filter::Domain);
         }
         if let (Some(max), Some(_)) = (request.max_per_host, request.group)
             && plan.group.map_or(0, |g| g.on_host(host)) >= max
@@ -381,11 +411,28 @@ impl Cell {
         let memory = fraction(plan.request.memory, head.key.memory_unit);
         let class_term = if head.wastes_class(plan.request) { 0 } else { CLASS_TERM };
         let image_term = if plan.image.is_some_and(|holders| holders.contains(host)) { IMAGE_TERM } else { 0 };
-        let left = packing(hot.cpu_fraction.saturating_sub(cpu), hot.memory_fraction.saturating_sub(memory));
-        Score { domain_peers, host_peers, merit: 1 + left + class_term + image_term + hot.load_term }
+        let packed = || packing(hot.cpu_fraction.saturating_sub(cpu), hot.memory_fraction.saturating_sub(memory));
+        let left = self.nodes_fit(plan.request, host).unwrap_or_else(packed);
+        let merit = 1 + left + class_term + image_term + hot.load_term;
+        Score { domain_peers, host_peers, merit: self.led(plan, host, merit) }
+    }
+
+    /// A merit with what it loses where few more of the request would fit, if it leads a group that stays together.
+    fn led(&self, plan: &Plan, host: u32, merit: u32) -> u32 {
+        if !plan.leads {
+            return merit;
+        }
+        let (request, hot) = (plan.request, &self.hot[host as usize]);
+        let cpu = hot.cpu.checked_div(request.cpu).map_or(u64::MAX, u64::from);
+        let memory = hot.memory.checked_div(request.memory).unwrap_or(u64::MAX);
+        let fit = cpu.min(memory).min(u64::from(ROOM) + 1).min(self.room_on_nodes(request, host));
+        merit.saturating_sub(room_term(fit.saturating_sub(1) as u32)).max(1)
     }
 
     fn choose(&self, plan: &Plan, examined: &mut u32) -> Option<u32> {
+        if let Some(group) = plan.group.filter(|_| plan.request.together) {
+            return self.best_of(plan, group.hosts().map(|(host, _)| host).inspect(|_| *examined += 1));
+        }
         let Some(group) = plan.group.filter(|_| plan.level != SpreadLevel::None) else {
             return self.search(plan, None, Fresh::Any, examined);
         };
@@ -497,14 +544,36 @@ impl Cell {
                 }
             }
         }
+        self.search_nodes(plan, zones, fresh, &mut best);
         *examined += best.examined;
         (best.merit > 0).then_some(best.host)
+    }
+
+    /// Compares the hosts with several NUMA nodes, if the request wants some.
+    fn search_nodes(&self, plan: &Plan, zones: Option<&[ZoneId]>, fresh: Fresh, best: &mut Best) {
+        let image_term = if plan.image.is_some() { IMAGE_TERM } else { 0 };
+        let most = 1 + CLASS_TERM + image_term + WEIGHT_LOAD * UNIT;
+        for (host, fit) in self.with_nodes(plan.request) {
+            if fit + most < best.merit || fit + most == best.merit && host > best.host {
+                continue;
+            }
+            best.examined += 1;
+            let merit = self.score_of(plan, host).merit;
+            if (merit > best.merit || merit == best.merit && host < best.host)
+                && zones.is_none_or(|zones| zones.contains(&self.zone_of(host)))
+                && !self.is_stale(plan, fresh, host)
+                && self.first_failure(plan, host).is_none()
+            {
+                best.offer(merit, host);
+            }
+        }
     }
 
     fn candidates(&self, request: &Request, zones: Option<&[ZoneId]>) -> Vec<Candidate> {
         let mut candidates = Vec::with_capacity(self.pools.heads.len());
         for (pool, head) in self.pools.heads.iter().enumerate() {
             if head.len == 0
+                || request.span > 0 && (head.key.numa || request.span > 1)
                 || u64::from(request.cpu) > head.key.cpu_unit
                 || request.memory > head.key.memory_unit
                 || zones.is_some_and(|zones| !zones.contains(&head.key.zone))
@@ -567,7 +636,7 @@ impl Cell {
                 hot.cpu_fraction.saturating_sub(candidate.cpu),
                 hot.memory_fraction.saturating_sub(candidate.memory),
             );
-            let merit = 1 + left + candidate.class_term + gain + hot.load_term;
+            let merit = self.led(plan, host, 1 + left + candidate.class_term + gain + hot.load_term);
             if merit < best.merit
                 || hot.scratch < request.scratch
                 || hot.slots == 0

@@ -39,6 +39,10 @@ id!(
     /// What is spread as one: an app, or a set of VMs.
     GroupId
 );
+id!(
+    /// A part of a group that must not share a rack with the group's other parts.
+    DomainId
+);
 
 /// What runs an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,6 +108,54 @@ pub struct Capacity {
     pub slots: u32,
 }
 
+/// As many NUMA nodes of a host are told apart.
+pub const MAX_NODES: usize = 8;
+
+/// One NUMA node: processors with the memory next to them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Millicores.
+    pub cpu: u32,
+    /// Bytes.
+    pub memory: u64,
+}
+
+/// Some of a host's NUMA nodes, by their place in [`HostSpec::nodes`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Nodes(u8);
+
+impl Nodes {
+    pub const NONE: Nodes = Nodes(0);
+
+    /// The set with node number `at` added; one that no host can have is left out.
+    #[must_use]
+    pub const fn with(self, at: usize) -> Self {
+        if at < MAX_NODES { Nodes(self.0 | 1 << at) } else { self }
+    }
+
+    #[must_use]
+    pub(crate) const fn without(self, at: usize) -> Self {
+        if at < MAX_NODES { Nodes(self.0 & !(1 << at)) } else { self }
+    }
+
+    pub const fn has(self, at: usize) -> bool {
+        at < MAX_NODES && self.0 >> at & 1 == 1
+    }
+
+    pub const fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The nodes' places, ascending.
+    pub fn iter(self) -> impl Iterator<Item = usize> {
+        (0..MAX_NODES).filter(move |at| self.has(*at))
+    }
+}
+
 /// Measured load in thousandths of the host: 0 is idle, 1000 is busy. More than 1000 counts as 1000.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Load(pub u16);
@@ -125,6 +177,9 @@ pub struct HostSpec {
     pub labels: Vec<LabelId>,
     /// The lowest round trip measured from a gateway, in microseconds.
     pub rtt: Option<u32>,
+    /// Its NUMA nodes, which together have no more than `capacity`: 2 to [`MAX_NODES`]; those beyond are not offered. A
+    /// host with none or one is a single node.
+    pub nodes: Vec<Node>,
 }
 
 /// What changed about a host; `None` leaves a part as it is. Zone and rack never change: remove the host and add it.
@@ -138,6 +193,7 @@ pub struct HostUpdate {
     pub load: Option<Load>,
     pub storage: Option<Vec<(ClassId, u64)>>,
     pub labels: Option<Vec<LabelId>>,
+    pub nodes: Option<Vec<Node>>,
 }
 
 /// Over what a group is kept even.
@@ -200,6 +256,16 @@ pub struct Request {
     pub with: Vec<GroupId>,
     /// Not on hosts that hold any of these groups.
     pub without: Vec<GroupId>,
+    /// On so many NUMA nodes of its host, an equal part (rounded up) on each; 1 is within one node. 0 is a request without a
+    /// wish: it may take from any node, a part here and a part there, and counts against the host alone.
+    pub span: u8,
+    /// Which nodes, once chosen ([`Decision::nodes`](crate::Decision)): what is reserved and released must say it. The
+    /// choice of a host does not look at it.
+    pub nodes: Nodes,
+    /// Not in a rack that holds members of the group of another domain.
+    pub domain: Option<DomainId>,
+    /// Only on the host that holds the group. The first of a group goes where more like it have room.
+    pub together: bool,
 }
 
 impl Request {
@@ -222,6 +288,10 @@ impl Request {
             max_rtt: None,
             with: Vec::new(),
             without: Vec::new(),
+            span: 0,
+            nodes: Nodes::NONE,
+            domain: None,
+            together: false,
         }
     }
 

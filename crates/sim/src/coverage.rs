@@ -65,6 +65,23 @@ pub const FLEET_MESSAGES: &[&str] = &["submit to global", "summary", "pass"];
 /// Those that must have come twice.
 const TWICE: &[&str] = &["Append", "Vote", "ReadIndex", "report", "plan", "table", "summary"];
 
+/// What those who look after apps and jobs must have done.
+const CARE: &[&str] = &[
+    "rollouts: complete",
+    "rollouts: taken back",
+    "stopped while ready: replaced",
+    "stopped while ready: drained",
+    "drains: hosts emptied",
+    "drains: given up",
+    "scaled: out",
+    "scaled: in",
+    "scaled: asleep",
+    "scaled: as the load needs",
+    "jobs: complete",
+    "jobs: failed",
+    "runs begun by the clock",
+];
+
 /// What is required and did not happen.
 pub fn missing(counters: &BTreeMap<String, u64>) -> Vec<String> {
     let mut wanted: Vec<String> = FAULTS.iter().map(|f| (*f).to_owned()).collect();
@@ -74,5 +91,8 @@ pub fn missing(counters: &BTreeMap<String, u64>) -> Vec<String> {
         wanted.extend(["message lost", "answer lost"].iter().map(|what| format!("{what}: {kind}")));
     }
     wanted.extend(TWICE.iter().map(|kind| format!("message twice: {kind}")));
-    wanted.into_iter().filter(|w| !counters.contains_key(&format!("fault: {w}"))).collect()
+    let mut missing: Vec<String> =
+        wanted.into_iter().filter(|w| !counters.contains_key(&format!("fault: {w}"))).collect();
+    missing.extend(CARE.iter().filter(|done| !counters.contains_key(**done)).map(|done| (*done).to_owned()));
+    missing
 }

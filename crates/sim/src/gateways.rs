@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use nexus_model::plan::RoutingTable;
+use nexus_control::region::ReportError;
+use nexus_model::plan::{AppTraffic, InstanceTraffic, RoutingTable, TrafficReport};
 use nexus_model::{Name, Uid};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -20,8 +21,23 @@ use crate::world::World;
 /// Gateways' places in the network come after the hosts'.
 const FIRST: u64 = 9_001;
 const STEP: Duration = Duration::from_millis(200);
+const TELL_EVERY: Duration = Duration::from_secs(1);
 /// A table is made 20 ms after a change, a large one within a second. The rest is for the way.
 const NAMED_AFTER: Duration = Duration::from_millis(1_500);
+
+/// Requests a second that users send to apps, all gateways together. Clones share one.
+#[derive(Clone, Default)]
+pub struct Demand(Arc<Mutex<BTreeMap<Name, u32>>>);
+
+impl Demand {
+    pub fn set(&self, app: &Name, per_second: u32) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(app.clone(), per_second);
+    }
+
+    fn all(&self) -> BTreeMap<Name, u32> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
 
 /// What a table says of instances: each one's project and app.
 pub type Said = BTreeMap<Uid, (Name, Name)>;
@@ -93,15 +109,79 @@ impl Gateway {
 
     pub async fn run(self: Arc<Self>) {
         let mut server = self.dice.below(self.servers.len() as u64) as usize;
+        let (mut told, mut leader) = (Instant::now(), None);
         loop {
             sleep(STEP).await;
             if self.state().down {
+                told = Instant::now();
                 continue;
+            }
+            let demand = self.world.demand.all();
+            if !demand.is_empty() && told.elapsed() >= TELL_EVERY {
+                let span = std::mem::replace(&mut told, Instant::now()).elapsed();
+                self.tell(&demand, span, &mut leader).await;
             }
             if !self.pull(self.servers[server]).await {
                 server = (server + 1) % self.servers.len();
             }
             self.request();
+        }
+    }
+
+    /// What passed through it in a while: its half of what users ask, shared by the ready instances that its table names.
+    fn traffic(&self, demand: &BTreeMap<Name, u32>, span: Duration) -> TrafficReport {
+        let millis = u64::try_from(span.as_millis()).unwrap_or(0);
+        let table = self.table();
+        let (mut instances, mut apps) = (Vec::new(), Vec::new());
+        for service in table.iter().flat_map(|table| &table.services) {
+            let per_second = demand.get(&service.app).copied().unwrap_or(0);
+            let asked = u32::try_from(u64::from(per_second) * millis / 2_000).unwrap_or(0);
+            if asked == 0 {
+                continue;
+            }
+            let ready: Vec<_> = service.backends.iter().filter(|b| b.ready).collect();
+            let n = ready.len() as u32;
+            instances.extend(ready.iter().enumerate().map(|(i, backend)| InstanceTraffic {
+                uid: backend.uid,
+                requests: asked / n + u32::from((i as u32) < asked % n),
+                errors: 0,
+                in_flight: 0,
+            }));
+            apps.push(AppTraffic {
+                project: service.project.clone(),
+                app: service.app.clone(),
+                arrived: asked,
+                waiting: if ready.is_empty() { asked } else { 0 },
+            });
+        }
+        let gateway = self.name.replace(' ', "-").parse().expect("the simulator's names are well formed");
+        TrafficReport { gateway, span_ms: u32::try_from(millis).unwrap_or(u32::MAX), instances, apps }
+    }
+
+    /// Tells whoever leads what passed through. What is lost is not told again.
+    async fn tell(&self, demand: &BTreeMap<Name, u32>, span: Duration, leader: &mut Option<u64>) {
+        let report = self.traffic(demand, span);
+        for _ in 0..2 {
+            let Some(node) = leader.or_else(|| self.dice.pick(&self.servers).copied()) else { return };
+            let (world, report) = (Arc::downgrade(&self.world), report.clone());
+            let handle = move || {
+                let server = world.upgrade()?.server(node)?;
+                let region = server.part.as_ref()?.region.clone();
+                let report = report.clone();
+                as_servers(&server, async move { region.hear_traffic(&report) })
+            };
+            let exchange = self.world.net.exchange(self.place, node, "traffic", false, handle);
+            *leader = match timeout(Duration::from_secs(1), exchange).await {
+                Ok(Ok(Ok(()))) => {
+                    *leader = Some(node);
+                    return;
+                }
+                Ok(Ok(Err(ReportError::NotLeader { leader }))) => leader.filter(|l| *l != node),
+                _ => None,
+            };
+            if leader.is_none() {
+                return;
+            }
         }
     }
 

@@ -31,6 +31,25 @@ const PULL_EVERY: Duration = Duration::from_millis(250);
 /// Hosts' clocks are off by up to so much.
 const SKEW_MS: u64 = 60_000;
 
+/// The variable that says whether an instance ever gets ready: not if it is `ill`.
+pub const ILL: &str = "DOES";
+/// The variable that says how many of a thousand of a job's instances fail.
+pub const FAILS: &str = "FAILS";
+
+/// How jobs' instances truly ended, as only their hosts saw it. Clones share one.
+#[derive(Clone, Default)]
+pub struct Ends(Arc<Mutex<BTreeMap<Uid, i32>>>);
+
+impl Ends {
+    pub fn all(&self) -> BTreeMap<Uid, i32> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn add(&self, uid: Uid, code: i32) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, code);
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Starting,
@@ -48,6 +67,18 @@ struct Run {
     restarts: u32,
     /// By the host's own clock, which may be off.
     started: Option<Timestamp>,
+    /// It never gets ready.
+    ill: bool,
+    /// A job's: how long it runs, and its exit code.
+    once: Option<(Duration, i32)>,
+}
+
+/// How a job's instance ended, until it is not to be told any more.
+#[derive(Debug, Clone, Copy)]
+struct End {
+    epoch: u64,
+    code: i32,
+    started: Option<Timestamp>,
 }
 
 #[derive(Default)]
@@ -55,6 +86,8 @@ struct State {
     /// What a restart of the agent, and even of the machine, leaves.
     plan: Option<Arc<HostPlan>>,
     boots: u64,
+    /// Noted before anything else is done about an end, so that a restart tells it too.
+    ends: BTreeMap<Uid, End>,
     runs: BTreeMap<Uid, Run>,
     up: bool,
     /// The agent alone is down.
@@ -159,6 +192,10 @@ impl Host {
         state.changed = true;
         let run = state.runs.values_mut().find(|r| r.phase == Phase::Running);
         match run {
+            Some(Run { once: Some((_, code)), until, .. }) => {
+                (*code, *until) = (137, now);
+                true
+            }
             Some(run) => {
                 *run = Run { phase: Phase::Starting, until: now + pause, restarts: run.restarts + 1, ..*run };
                 true
@@ -224,10 +261,22 @@ impl Host {
         for run in state.runs.values_mut() {
             if run.phase == Phase::Starting && now >= run.until {
                 run.phase = Phase::Running;
+                if let Some((lasts, _)) = run.once {
+                    run.until = now + lasts;
+                }
                 let off = now.as_millis() as i64 + self.skew_ms;
                 run.started = Some(Timestamp::from_millis(BASE_MS + off));
                 changed = true;
             }
+        }
+        let over = |run: &Run| run.once.filter(|_| run.phase == Phase::Running && now >= run.until);
+        let over: Vec<_> = state.runs.iter().filter_map(|(uid, run)| Some((*uid, run.clone(), over(run)?.1))).collect();
+        for (uid, run, code) in over {
+            self.world.ends.add(uid, code);
+            state.ends.insert(uid, End { epoch: run.epoch, code, started: run.started });
+            state.runs.remove(&uid);
+            self.world.fence.ends(uid, run.address);
+            changed = true;
         }
         state.changed |= changed;
     }
@@ -270,13 +319,28 @@ impl Host {
         let mut state = self.state();
         let Some(plan) = state.plan.clone() else { return };
         for wanted in plan.instances.iter().filter(|i| i.desired == Desired::Running) {
+            if state.ends.contains_key(&wanted.uid) {
+                continue;
+            }
             let known = state.runs.get(&wanted.uid).map(|r| (r.phase, r.epoch));
             match known {
                 None => {
                     let until = now + self.dice.millis(50, 900);
                     let address = IpAddr::V6(wanted.address6);
-                    let run =
-                        Run { epoch: wanted.epoch, address, phase: Phase::Starting, until, restarts: 0, started: None };
+                    let fails = wanted.template.env.get(FAILS).and_then(|n| n.parse().ok()).unwrap_or(0);
+                    let run = Run {
+                        epoch: wanted.epoch,
+                        address,
+                        phase: Phase::Starting,
+                        until,
+                        restarts: 0,
+                        started: None,
+                        ill: wanted.template.env.get(ILL).is_some_and(|does| does == "ill"),
+                        once: wanted.once.then(|| {
+                            let lasts = self.dice.millis(100, 6_000);
+                            (lasts, i32::from(self.dice.chance(fails)))
+                        }),
+                    };
                     state.runs.insert(wanted.uid, run);
                     let present = Present { uid: wanted.uid, project: wanted.project.clone(), host: self.name.clone() };
                     self.world.fence.begins(self.place, address, present);
@@ -293,6 +357,7 @@ impl Host {
             }
         }
         let wanted = |uid: &Uid| plan.instances.iter().any(|i| i.uid == *uid && i.desired == Desired::Running);
+        state.ends.retain(|uid, _| wanted(uid));
         let over: Vec<Uid> =
             state.runs.iter().filter(|(uid, r)| r.phase != Phase::Stopping && !wanted(uid)).map(|(u, _)| *u).collect();
         for uid in over {
@@ -319,8 +384,8 @@ impl Host {
                     Phase::Running => InstancePhase::Running,
                     Phase::Stopping => InstancePhase::Stopping,
                 },
-                ready: running,
-                endpoint: running.then_some((run.address, 80).into()),
+                ready: running && !run.ill,
+                endpoint: (running && !run.ill).then_some((run.address, 80).into()),
                 restarts: run.restarts,
                 started: run.started,
                 exit_code: None,
@@ -328,6 +393,19 @@ impl Host {
                 parts: Vec::new(),
             }
         });
+        let ended = state.ends.iter().map(|(uid, end)| InstanceReport {
+            uid: *uid,
+            epoch: end.epoch,
+            phase: InstancePhase::Exited,
+            ready: false,
+            endpoint: None,
+            restarts: 0,
+            started: end.started,
+            exit_code: Some(end.code),
+            parts: Vec::new(),
+            message: format!("it exited with {}", end.code),
+        });
+        let instances = instances.chain(ended);
         HostReport {
             host: self.name.clone(),
             spec: self.spec.clone(),
@@ -337,6 +415,7 @@ impl Host {
             instances: instances.collect(),
             images: Vec::new(),
             load: 0.1,
+            networks: None,
             certificate_ends: None,
             usage: Vec::new(),
             telemetry: Default::default(),

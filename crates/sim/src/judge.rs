@@ -116,7 +116,10 @@ pub fn history(log: &Log, trace: &Trace) {
                 let Some(instance) = value.and_then(|v| Object::<Instance>::from_slice(v).ok()) else {
                     continue;
                 };
-                let InstanceStatus { host: Some(host), epoch, slot, .. } = instance.status else { continue };
+                // What has run to its end holds nothing of its host any more.
+                let InstanceStatus { host: Some(host), epoch, slot, finished: None, .. } = instance.status else {
+                    continue;
+                };
                 let uid = instance.metadata.uid.to_string();
                 let known = first_host.entry(uid.clone()).or_insert_with(|| host.clone());
                 if *known != host {
@@ -220,13 +223,10 @@ pub fn difference(world: &World, ground: &Ground, wanted: &BTreeMap<Name, u32>) 
                 let all: Vec<_> = w.instances_of(app.metadata.uid).collect();
                 let ready = all.iter().filter(|i| i.status.ready).count();
                 let room = all.iter().filter(|i| i.status.host.is_none()).count();
-                if all.len() != app.spec.replicas as usize || ready + room != all.len() {
+                let replicas = app.spec.wanted_replicas(&app.status);
+                if all.len() != replicas as usize || ready + room != all.len() {
                     let name = &app.metadata.name;
-                    return Some(format!(
-                        "{name} has {} instances, {ready} ready, of {}",
-                        all.len(),
-                        app.spec.replicas
-                    ));
+                    return Some(format!("{name} has {} instances, {ready} ready, of {replicas}", all.len(),));
                 }
                 for i in all {
                     if let Some(host) = &i.status.host {
@@ -260,6 +260,7 @@ pub fn undead(w: &Rows) -> Option<String> {
         ("organizations", w.organizations.buried.len()),
         ("projects", w.projects.buried.len()),
         ("apps", w.apps.buried.len()),
+        ("jobs", w.jobs.buried.len()),
         ("instances", w.instances.buried.len()),
     ];
     buried.iter().find(|(_, n)| *n > 0).map(|(kind, n)| format!("{n} {kind} that are deleted and not gone"))

@@ -8,11 +8,15 @@
 //! same every time, whatever ran before. This program starts them, two or more at a time, and adds up what they say.
 //!
 //! ```text
-//! nexus-sim --seeds N [--from K]     runs seeds and prints what was done, which faults struck where, and what failed
+//! nexus-sim --seeds N [--from K]     runs seeds and prints what was done, which faults struck where, and what failed;
+//!                                    with --world NAME, only those whose world has this name
 //! nexus-sim --seed S                 runs one and prints everything that happened
 //! nexus-sim --mutant NAME [--seeds N] runs seeds with a planted bug until one finds it
 //! ```
 
+mod care;
+mod care_judge;
+mod care_users;
 mod chance;
 mod check;
 mod clients;
@@ -70,6 +74,8 @@ struct Arguments {
     seeds: Option<u64>,
     from: u64,
     seed: Option<u64>,
+    /// Only seeds whose world has this name.
+    world: Option<String>,
     mutant: Option<Mutant>,
     /// A child: runs this seed and prints its result.
     one: Option<u64>,
@@ -89,6 +95,7 @@ impl Arguments {
                 "--from" => arguments.from = number()?,
                 "--seed" => arguments.seed = Some(number()?),
                 "--one" => arguments.one = Some(number()?),
+                "--world" => arguments.world = Some(words.next().context("--world wants a name")?),
                 "--repeat" => arguments.repeat = true,
                 "--mutant" => {
                     let name = words.next().context("--mutant wants a name")?;
@@ -96,7 +103,9 @@ impl Arguments {
                     let mutant = Mutant::parse(&name).with_context(|| format!("`{name}` is none of {known:?}"))?;
                     arguments.mutant = Some(mutant);
                 }
-                other => bail!("unknown argument `{other}`: --seeds N [--from K] | --seed S | --mutant NAME"),
+                other => {
+                    bail!("unknown argument `{other}`: --seeds N [--from K] [--world NAME] | --seed S | --mutant NAME")
+                }
             }
         }
         Ok(arguments)
@@ -118,7 +127,7 @@ impl Arguments {
         }
         match self.mutant {
             Some(mutant) => parent::hunt(mutant, self.from, self.seeds.unwrap_or(200)),
-            None => parent::run_all(self.from, self.seeds.unwrap_or(100), self.repeat),
+            None => parent::run_all(self.from, self.seeds.unwrap_or(100), self.world.as_deref(), self.repeat),
         }
     }
 }

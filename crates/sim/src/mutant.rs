@@ -46,6 +46,12 @@ pub enum Mutant {
     EarlyLevel,
     /// Holders of leases count on the whole time of a lease, as if all clocks went at one speed.
     TrustedClock,
+    /// Rollouts go by another `maxUnavailable` than users said.
+    EagerRollout,
+    /// Drains go by another budget than users said.
+    EagerDrain,
+    /// Now and then it is not written down that a job's instance has ended, only that the job counts it.
+    ForgottenEnd,
 }
 
 impl Mutant {
@@ -61,6 +67,9 @@ impl Mutant {
         Self::SkippedGlobal,
         Self::EarlyLevel,
         Self::TrustedClock,
+        Self::EagerRollout,
+        Self::EagerDrain,
+        Self::ForgottenEnd,
     ];
 
     pub fn name(self) -> &'static str {
@@ -76,6 +85,9 @@ impl Mutant {
             Self::SkippedGlobal => "skipped-global",
             Self::EarlyLevel => "early-level",
             Self::TrustedClock => "trusted-clock",
+            Self::EagerRollout => "eager-rollout",
+            Self::EagerDrain => "eager-drain",
+            Self::ForgottenEnd => "forgotten-end",
         }
     }
 
@@ -89,6 +101,8 @@ impl Mutant {
         match self {
             Self::SkippedGlobal => world == "fleet",
             Self::EarlyLevel => world == "releases",
+            Self::EagerRollout | Self::EagerDrain => world == "apps",
+            Self::ForgottenEnd => world == "work",
             Self::TrustedClock => {
                 matches!(world, "store" | "members" | "releases") && clock::drift_ppm(seed) == clock::WORST_PPM
             }
@@ -150,6 +164,15 @@ fn without_epoch(value: &Bytes) -> Option<Bytes> {
     serde_json::to_vec(&row).ok().map(Bytes::from)
 }
 
+/// The row of an instance that has ended as if it had not.
+fn without_end(value: &Bytes) -> Option<Bytes> {
+    let mut row: serde_json::Value = serde_json::from_slice(value).ok()?;
+    let status = row.pointer_mut("/status")?.as_object_mut()?;
+    status.remove("finished")?;
+    status.insert("phase".into(), "Running".into());
+    serde_json::to_vec(&row).ok().map(Bytes::from)
+}
+
 #[async_trait]
 impl Store for Door {
     async fn txn(&self, mut txn: Txn) -> Result<TxnOutcome, StoreError> {
@@ -161,6 +184,16 @@ impl Store for Door {
                 if let Op::Put { key, value, .. } = op
                     && key.starts_with(b"o/hosts/")
                     && let Some(forgotten) = without_epoch(value)
+                {
+                    *value = forgotten;
+                }
+            }
+        }
+        if self.has(Mutant::ForgottenEnd) {
+            for op in &mut txn.ops {
+                if let Op::Put { key, value, .. } = op
+                    && key.starts_with(b"o/instances/")
+                    && let Some(forgotten) = without_end(value).filter(|_| self.dice.chance(200))
                 {
                     *value = forgotten;
                 }

@@ -17,6 +17,7 @@ use crate::gateways::Gateway;
 use crate::hosts::Host;
 use crate::life::Step;
 use crate::net::Weather;
+use crate::run::WORLDS;
 use crate::site::{Group, Site};
 use crate::world::World;
 
@@ -41,7 +42,7 @@ impl Nemesis {
     pub async fn run(&self, end: Instant) {
         let mut later: JoinSet<()> = JoinSet::new();
         // Some messages are rare, so each world begins with its own kind being lost.
-        let (turn, kinds) = (self.world.seed / 6, self.kinds());
+        let (turn, kinds) = (self.world.seed / WORLDS, self.kinds());
         let kind = kinds[(turn % kinds.len() as u64) as usize];
         self.world.net.doom(kind, turn / kinds.len() as u64 % 2 == 1, 4);
         if !self.world.with_region && turn % 2 == 0 {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::care::{self, Care};
 use crate::chance::{self, Dice};
 use crate::check::check;
 use crate::clients::{Calls, Client, PREFIX};
@@ -62,6 +63,7 @@ pub fn run(seed: u64, mutant: Option<Mutant>, verbose: bool) -> Outcome {
             Kind::Region { servers } => region_world(seed, servers, mutant, &trace).await,
             Kind::Fleet => fleet::world(seed, mutant, &trace).await,
             Kind::Partial => partial_world(seed, mutant, &trace).await,
+            Kind::Care(care) => care::world(seed, care, mutant, &trace).await,
         }
         Outcome {
             seed,
@@ -84,6 +86,7 @@ pub enum Kind {
     Partial,
     Members,
     Releases,
+    Care(Care),
 }
 
 impl Kind {
@@ -95,20 +98,29 @@ impl Kind {
             Self::Partial => "partial",
             Self::Members => "members",
             Self::Releases => "releases",
+            Self::Care(Care::Apps) => "apps",
+            Self::Care(Care::Scaling) => "scaling",
+            Self::Care(Care::Work) => "work",
         }
     }
 }
 
+/// A seed's remainder by this says which world it is about.
+pub const WORLDS: u64 = 9;
+
 /// Which world a seed is about.
 pub fn seed_kind(seed: u64) -> Kind {
-    match seed % 6 {
+    match seed % WORLDS {
         0 => Kind::Region { servers: 3 },
         1 => Kind::Store { servers: 5 },
-        2 if (seed / 6).is_multiple_of(2) => Kind::Store { servers: 3 },
+        2 if (seed / WORLDS).is_multiple_of(2) => Kind::Store { servers: 3 },
         2 => Kind::Releases,
         3 => Kind::Fleet,
         4 => Kind::Members,
-        _ => Kind::Partial,
+        5 => Kind::Partial,
+        6 => Kind::Care(Care::Apps),
+        7 => Kind::Care(Care::Scaling),
+        _ => Kind::Care(Care::Work),
     }
 }
 
@@ -296,7 +308,7 @@ async fn region_world(seed: u64, servers: u64, mutant: Option<Mutant>, trace: &T
 }
 
 /// Records what the region's own group does, as each of its servers tells it.
-fn record(world: &Arc<World>, seed: u64, standing: &mut JoinSet<()>) -> Recorder {
+pub fn record(world: &Arc<World>, seed: u64, standing: &mut JoinSet<()>) -> Recorder {
     let recorder = Recorder::new(Group::Own, &world.nodes);
     for node in &world.nodes {
         let dice = Dice::new(seed, &format!("recorder {node}"));

@@ -13,6 +13,8 @@ use tokio::time::{Instant, sleep};
 use crate::chance::Dice;
 use crate::clock::{self, Rate, SimClock, WORST_PPM};
 use crate::fence::Fence;
+use crate::gateways::Demand;
+use crate::hosts::Ends;
 use crate::life::{Life, Stage};
 use crate::mutant::Mutant;
 use crate::net::Net;
@@ -79,6 +81,10 @@ pub struct World {
     pub with_region: bool,
     /// What runs where, and what must not any more.
     pub fence: Fence,
+    /// How jobs' instances truly ended.
+    pub ends: Ends,
+    /// What users ask of apps.
+    pub demand: Demand,
     /// Millionths that any clock may be too fast or too slow.
     pub drift_ppm: u64,
     /// Regions that are no part of the fleet: not yet, or no more.
@@ -139,6 +145,8 @@ impl World {
             stage: Arc::new(Stage::new(trace.clone(), plan.mutant)),
             net: Net::new(trace.clone(), Dice::new(plan.seed, "net")),
             fence: Fence::new(trace.clone()),
+            ends: Ends::default(),
+            demand: Demand::default(),
             trace,
             nodes,
             sites: plan.sites.clone(),

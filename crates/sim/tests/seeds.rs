@@ -9,16 +9,16 @@ fn sim(arguments: &[&str]) -> (bool, String) {
 }
 
 #[test]
-fn a_hundred_seeds_keep_every_promise_while_every_fault_strikes() {
-    let (good, text) = sim(&["--seeds", "100"]);
+fn many_seeds_keep_every_promise_while_every_fault_strikes() {
+    let (good, text) = sim(&["--seeds", "150"]);
     println!("{text}");
     assert!(good, "{text}");
 }
 
 #[test]
 fn a_seed_does_the_same_each_time() {
-    let (good, text) = sim(&["--seeds", "6", "--from", "7001", "--repeat"]);
-    assert!(good && text.contains("6 of 6 seeds did the same twice"), "{text}");
+    let (good, text) = sim(&["--seeds", "9", "--from", "7001", "--repeat"]);
+    assert!(good && text.contains("9 of 9 seeds did the same twice"), "{text}");
 }
 
 #[test]
@@ -35,6 +35,9 @@ fn every_planted_bug_is_found_within_two_hundred_seeds() {
         "skipped-global",
         "early-level",
         "trusted-clock",
+        "eager-rollout",
+        "eager-drain",
+        "forgotten-end",
     ];
     for mutant in mutants {
         let (found, text) = sim(&["--mutant", mutant, "--seeds", "200"]);

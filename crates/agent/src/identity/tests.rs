@@ -121,6 +121,7 @@ fn plan(number: u8, app: &str) -> InstancePlan {
         image: ImagePlan { format: ImageFormat::Oci, digest: Digest::of(b"i") },
         address6: std::net::Ipv6Addr::LOCALHOST,
         address4: std::net::Ipv4Addr::LOCALHOST,
+        nics: Vec::new(),
         secrets: Default::default(),
         request_id: None,
         once: false,

@@ -6,6 +6,7 @@
 //! `?follow`, can't be described by OpenAPI: they are under `x-stream-parameters`.
 
 mod audit;
+mod networks;
 mod operations;
 mod rollouts;
 mod schemas;
@@ -130,7 +131,8 @@ mod tests {
         assert!(has(route::SCALE, "post"));
         for (plural, word, verb) in route::VERBS {
             let list = route::collection_template(kind::find(plural).unwrap(), true);
-            let reads = [route::Verb::Logs, route::Verb::Exec, route::Verb::Reveal, route::Verb::Load];
+            use route::Verb;
+            let reads = [Verb::Logs, Verb::Exec, Verb::Reveal, Verb::Load, Verb::Trace, Verb::Capture, Verb::Check];
             let posts = !reads.contains(&verb);
             assert!(has(&format!("{list}/{{name}}:{word}"), if posts { "post" } else { "get" }), "{word}");
         }

@@ -672,6 +672,7 @@ pub(super) fn paths() -> Map<String, Value> {
         if d.scope == Scope::Project {
             paths.insert(collection_template(d, false), json!({"get": list_operation(d, false)}));
         }
+        super::networks::paths(&mut paths, d);
         if d.plural == "instances" {
             instance_paths(&mut paths, d);
         }

@@ -4,6 +4,7 @@
 #![allow(dead_code)] // Each test program uses a part of it.
 
 pub mod cloud;
+pub mod hosts;
 pub mod registry;
 
 use std::collections::{BTreeMap, HashMap};
@@ -15,11 +16,12 @@ use axum::Router;
 use axum::body::Body;
 use bytes::Bytes;
 use futures::StreamExt;
+pub use hosts::EchoHost;
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use nexus_api::{
-    Api, Audit, BlobStream, Blobs, ClusterHealth, ClusterStatus, Frame, FrameStream, HostDoor, Limits, Operations,
-    Operators, ProviderDoor, ProviderRequest, Remote, StatusSource, Topology, WebhookDoor,
+    Api, Audit, BlobStream, Blobs, ClusterHealth, ClusterStatus, Limits, Operations, Operators, ProviderDoor,
+    ProviderRequest, Remote, StatusSource, Topology, WebhookDoor,
 };
 use nexus_control::audit::{Heads, Notes};
 use nexus_control::directory::Directory;
@@ -28,14 +30,13 @@ use nexus_env::Env;
 use nexus_iam::TokenSecret;
 use nexus_iam::envelope::{FileKeys, KeyProvider};
 use nexus_iam::jwt::SigningKey;
-use nexus_model::plan::{ExecRequest, LogsRequest};
 use nexus_model::{AnyObject, ApiError, Code, Digest, Name, Timestamp, Uid, key, kind};
 use nexus_store::{
     GroupId, KeyValue, Leadership, LeaseId, Op, RangeRequest, RangeResponse, Revision, Store, StoreError, StoreStatus,
     Txn, TxnOutcome, Watch, WatchBatch, WatchError, WatchEvent, WatchSource,
 };
 use serde_json::{Value, json};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
@@ -449,37 +450,6 @@ impl Blobs for MemBlobs {
     async fn get(&self, _: &Name, digest: Digest) -> Result<Option<(u64, BlobStream)>, ApiError> {
         let found = self.0.lock().unwrap().get(&digest).cloned();
         Ok(found.map(|b| (b.len() as u64, futures::stream::iter([Ok(b)]).boxed())))
-    }
-}
-
-/// Logs are two lines; exec answers with the command, echoes its input in capitals, and exits with 7 when that ends.
-pub struct EchoHost;
-
-#[async_trait]
-impl HostDoor for EchoHost {
-    async fn logs(&self, host: &Name, request: LogsRequest) -> Result<FrameStream, ApiError> {
-        let out = format!("from {host}, tail {:?}\n", request.tail);
-        let frames = [(1, Bytes::from(out)), (2, Bytes::from_static(b"oops\n"))];
-        let frames = futures::stream::iter(frames.map(|(channel, data)| Ok(Frame { channel, data })));
-        Ok(if request.follow { frames.chain(futures::stream::pending()).boxed() } else { frames.boxed() })
-    }
-
-    async fn exec(&self, _: &Name, request: ExecRequest) -> Result<(mpsc::Sender<Frame>, FrameStream), ApiError> {
-        if request.command == ["missing"] {
-            return Err(ApiError::new(Code::Invalid, "there is no such program"));
-        }
-        let (sender, receiver) = mpsc::channel::<Frame>(1);
-        let hello = Frame { channel: 2, data: request.command.join(" ").into() };
-        let echo = futures::stream::unfold(Some(receiver), |receiver| async {
-            let mut receiver = receiver?;
-            match receiver.recv().await {
-                Some(frame) if !frame.data.is_empty() => {
-                    Some((Ok(Frame { channel: 1, data: frame.data.to_ascii_uppercase().into() }), Some(receiver)))
-                }
-                _ => Some((Ok(Frame { channel: 3, data: Bytes::from_static(b"7") }), None)),
-            }
-        });
-        Ok((sender, futures::stream::iter([Ok(hello)]).chain(echo).boxed()))
     }
 }
 

@@ -41,7 +41,8 @@ const COMPILE: Duration = Duration::from_secs(60);
 /// How long an executor may take until it answers for the first time.
 const START: Duration = Duration::from_secs(10);
 
-/// How long to wait before an executor that does not answer yet is asked again.
+/// How long to wait before an executor that does not answer yet is asked again: at first, and at most.
+const RETRY_FIRST: Duration = Duration::from_millis(1);
 const RETRY: Duration = Duration::from_millis(10);
 
 /// How long one that was told to exit may take; its record is dropped later otherwise.
@@ -249,6 +250,7 @@ impl FunctionRuntime {
         let dir = self.config.dir.join("logs").join(project.to_string());
         spawn.logs = Some(LogFiles { dir, max_bytes: 1 << 20, keep: 1 });
         let deadline = Instant::now() + START;
+        let mut pause = RETRY_FIRST;
         loop {
             // Each time, because one that was told to exit may still have been there at the first.
             self.config.keep.spawn(spawn.clone()).await?;
@@ -260,8 +262,9 @@ impl FunctionRuntime {
                         source,
                     });
                 }
-                Err(_) => sleep(RETRY).await,
+                Err(_) => sleep(pause).await,
             }
+            pause = (pause * 2).min(RETRY);
         }
     }
 
@@ -369,6 +372,15 @@ impl FunctionRuntime {
 impl Runtime for FunctionRuntime {
     async fn prepare(&self, image: Digest) -> Result<(), RuntimeError> {
         self.compile(image).await
+    }
+
+    async fn warm(&self, project: &Name) {
+        let lock = self.project(project);
+        let _alone = lock.lock().await;
+        // One that nobody comes to need ends with the next removal.
+        if let Err(error) = self.executor(&executor_id(project), project).await {
+            tracing::debug!(%project, %error, "no executor could be started ahead");
+        }
     }
 
     async fn start(&self, sandbox: &Sandbox) -> Result<(), RuntimeError> {

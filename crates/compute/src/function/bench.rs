@@ -1,6 +1,7 @@
-//! The peer that the function benchmark compares itself with: the same engine, the same component, a fresh instance per
-//! request, but in one process on one thread, without sockets.
+//! The peers that the function benchmark compares itself with: the same engine, the same component, a fresh instance per
+//! request, but in one process on one thread, without sockets; and a bare program that loads what was compiled and runs it once.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -51,6 +52,23 @@ pub fn bench_in_process(component: &[u8], path: &str, requests: u32) -> Result<B
         }
         Ok(BenchOutcome { requests, elapsed: start.elapsed(), body })
     })
+}
+
+/// Compiles a component to a file, as a host does.
+pub fn bench_compile(component: &[u8], artefact: &Path) -> Result<(), BenchError> {
+    let compiled = super::compile::compile(component).map_err(|e| BenchError::Unfit(e.to_string()))?;
+    Ok(std::fs::write(artefact, compiled)?)
+}
+
+/// Loads what [`bench_compile`] wrote and answers one GET of `path`, with an engine of its own that is made for no more than that.
+pub fn bench_load_and_run(artefact: &Path, path: &str) -> Result<Vec<u8>, BenchError> {
+    let engine = engine::engine(Purpose::Once)?;
+    let linker = engine::linker(&engine)?;
+    // SAFETY: the bench has compiled the file itself, into a folder of its own.
+    let component = unsafe { Component::deserialize_file(&engine, artefact)? };
+    let program = Program::new(&linker, &component).map_err(|e| BenchError::Unfit(e.to_string()))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(answer(&engine, &program, &Memory::new(1 << 30), path))
 }
 
 async fn answer(

@@ -48,16 +48,18 @@ pub(super) enum Purpose {
     Serve,
     /// Compiles and runs as `Serve` does.
     Measure,
+    /// Runs one artefact, once: nothing is made ready for others.
+    Once,
 }
 
 pub(super) fn engine(purpose: Purpose) -> wasmtime::Result<Engine> {
     let mut config = Config::new();
     config.epoch_interruption(true).max_wasm_stack(512 << 10).async_stack_size(1 << 20);
     match purpose {
-        Purpose::Serve => config.enable_compiler(false),
+        Purpose::Serve | Purpose::Once => config.enable_compiler(false),
         Purpose::Compile | Purpose::Measure => config.cranelift_opt_level(OptLevel::Speed),
     };
-    if purpose != Purpose::Compile {
+    if matches!(purpose, Purpose::Serve | Purpose::Measure) {
         config.allocation_strategy(pool());
     }
     Engine::new(&config)

@@ -2,25 +2,32 @@
 //! and says in its status how far it is.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use nexus_model::kind::*;
 use nexus_model::object::{ConditionStatus, set_condition};
-use nexus_model::{AnyObject, Digest, Name, Object, Uid};
+use nexus_model::{AnyObject, Digest, Name, Object, Timestamp, Uid};
 
 use crate::rules::buried::Teardown;
-use crate::rules::rollout::{self, Member, Side};
-use crate::rules::usage::{charge, recharge};
-use crate::rules::{fleet, history, instance, secret};
+use crate::rules::network::nic;
+use crate::rules::rollout::{self, Goals, Member, Side};
+use crate::rules::usage::{charge_app, charge_with, recharge, surge_of};
+use crate::rules::{drain, fleet, history, instance, secret};
 use crate::step::{Dirty, Step};
 use crate::world::{Part, Place, World, app_uid};
 
 /// Instances made or buried in one step, so that a step fits in a transaction.
 const PER_STEP: usize = 10;
 
+/// So many instances are made or buried in one step, where each has some NICs.
+pub(super) fn per_step(most: usize, nics: usize) -> usize {
+    (most * 5 / (5 + nics)).max(1)
+}
+
 /// Ends an app: its name and quota are free at once, its instances are buried with it.
 pub fn bury(step: &mut Step<'_>, app: &Object<App>) -> AnyObject {
     let project = app.metadata.project.clone().expect("apps have a project");
-    recharge(step, &project, charge(&app.spec), [0; 3]).expect("giving back is never refused");
+    recharge(step, &project, charge_app(app), [0; 3]).expect("giving back is never refused");
     let buried = step.bury(app);
     step.mark(Dirty::Buried(App::PLURAL, app.metadata.uid));
     if step.world.part == Part::Region {
@@ -111,25 +118,45 @@ pub fn made_of(world: &World, app: &Object<App>) -> Result<Made, Missing> {
     let (project, spec) = (app.metadata.project.as_ref(), &app.spec);
     let content = content(world, project, spec.parts(), spec.image_digest, &spec.part_digests)?;
     let template = secret::resolve(world, app)?;
+    nic::resolve(world, project, &template.nics)?;
     Ok(Made { hash: template_hash(&template, &content), template, content })
 }
 
 /// The instances of an app in the light of its rollout.
-fn members(step: &Step<'_>, app: Uid, side: impl Fn(&str) -> Side) -> Vec<Member> {
-    let drained = |i: &Object<Instance>| {
-        let host = i.status.host.as_ref().and_then(|name| step.world.host(name));
-        i.status.moving_to.is_some() || host.is_some_and(|host| host.spec.draining)
+fn members(world: &World, app: &Object<App>, now: Timestamp, side: impl Fn(&str) -> Side) -> Vec<Member> {
+    // What a rollout would give up on is no successor that is about to come.
+    let patience = Duration::from_secs(app.spec.rollout.progress_deadline_seconds.into());
+    let member = |i: &Object<Instance>| {
+        let host = i.status.host.as_ref().and_then(|name| world.host(name));
+        let late = i.status.restarts > 0 || now.since(i.metadata.created) >= patience;
+        Member {
+            uid: i.metadata.uid,
+            side: side(&i.spec.template_hash),
+            ready: i.status.ready,
+            placed: i.status.host.is_some(),
+            drained: i.status.moving_to.is_some() || host.is_some_and(|host| host.spec.draining),
+            silent: host.is_some_and(|host| matches!(host.status.state, HostState::Suspect | HostState::Dead)),
+            failing: !i.status.ready && host.is_some() && late,
+            zone: i.status.zone.clone(),
+            created: i.metadata.created,
+        }
     };
-    let member = |i: &Object<Instance>| Member {
-        uid: i.metadata.uid,
-        side: side(&i.spec.template_hash),
-        ready: i.status.ready,
-        placed: i.status.host.is_some(),
-        drained: drained(i),
-        zone: i.status.zone.clone(),
-        created: i.metadata.created,
-    };
-    step.world.instances_of(app).map(member).collect()
+    world.instances_of(app.metadata.uid).map(member).collect()
+}
+
+/// How an app's instances stand, and how many there should be, by what its status says of its rollout.
+pub fn stand(world: &World, app: &Object<App>, now: Timestamp) -> (Vec<Member>, Goals) {
+    let status = app.status.rollout.clone().unwrap_or_default();
+    let wanted = app.spec.wanted_replicas(&app.status) as usize;
+    let goals = goals(app, &status, wanted);
+    // Of what was never made, nothing is replaced.
+    let unknown = status.template_hash.is_empty();
+    let side = |hash: &str| if unknown { Side::Target } else { rollout::side(&status, hash) };
+    (members(world, app, now, side), goals)
+}
+
+fn goals(app: &Object<App>, status: &RolloutStatus, wanted: usize) -> Goals {
+    rollout::goals(&app.spec.rollout, status, wanted).allowing(app.spec.disruption.unwrap_or_default())
 }
 
 /// Why the newest template answers too badly for its rollout to go on, if it does.
@@ -160,7 +187,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
         let revision = history::note(step, &app, &made.hash, &made.template, &made.content);
         let same = before.template_hash == made.hash;
         let target = if same { rollout::target_hash(&before) } else { &made.hash };
-        let seen = members(step, uid, |hash| if hash == target { Side::Target } else { Side::Other });
+        let seen = members(step.world, &app, step.now, |hash| if hash == target { Side::Target } else { Side::Other });
         let fresh = || seen.iter().filter(|m| m.side == Side::Target && !m.drained);
         let seen = rollout::Seen {
             wanted,
@@ -174,18 +201,30 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
         (status, told) = rollout::advance(&app.spec.rollout, &before, &seen, step.now);
         history::prune(step, &app, &[&status.template_hash, &status.stable_hash]);
     }
-    // Of what was never made, nothing is replaced.
     let unknown = status.template_hash.is_empty();
-    let now = members(step, uid, |hash| if unknown { Side::Target } else { rollout::side(&status, hash) });
-    let moves = rollout::moves(&now, rollout::goals(&app.spec.rollout, &status, wanted));
+    let side = |hash: &str| if unknown { Side::Target } else { rollout::side(&status, hash) };
+    let now = members(step.world, &app, step.now, side);
+    let moves = rollout::moves(&now, goals(&app, &status, wanted));
     let mut more = status != before || moves.stop.len() > PER_STEP;
-    let mut left = PER_STEP;
+    // What a drained host's instances are replaced by is the operator's doing, and not charged.
+    let staying = now.iter().filter(|m| !m.drained).count();
+    let making = if made.is_ok() {
+        (moves.make_target + moves.make_stable).min(per_step(PER_STEP, app.spec.nics.len()))
+    } else {
+        0
+    };
+    let kept_out = charge_surge(step, &app, &mut status, staying, making);
+    if status.failed && !before.failed && !before.surge_refused.is_empty() {
+        status.message += &format!("; the rollout had no room for more: {}", before.surge_refused);
+    }
+    let mut left = making - kept_out;
     if let Ok(made) = &made {
         let sides =
             [(moves.make_stable, status.stable_hash.as_str()), (moves.make_target, rollout::target_hash(&status))];
         for (count, hash) in sides {
             let make = count.min(left);
-            more |= make < count;
+            // What a quota keeps out is asked for again when there is room, not at once.
+            more |= make < count && kept_out == 0;
             left -= make;
             if make > 0 && hash == made.hash {
                 (0..make).for_each(|_| make_instance(step, &app, &made.template, &made.content, hash));
@@ -199,7 +238,8 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     }
     for (uid, why) in moves.stop.into_iter().take(PER_STEP) {
         if let Some(i) = step.world.instance(uid).cloned() {
-            let why = if i.status.moving_to.is_some() { "an operator's rebalance moved it" } else { why };
+            let moved = i.status.moving_to.is_some() && why == rollout::DRAINED;
+            let why = if moved { "an operator's rebalance moved it" } else { why };
             instance::bury(step, &i, why);
         }
     }
@@ -207,9 +247,42 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
         step.event(app.metadata.project.as_ref(), app.owner_ref(), severity, reason, message);
     }
     update_status(step, &app, status, made.as_ref().map(|made| made.hash.as_str()));
+    drain::tell_hosts_of(step, uid);
     if more {
         step.mark(Dirty::App(place.clone()));
     }
+}
+
+/// Charges the quota with what is about to be made beyond the app's replicas, and gives back what has gone of it. `staying`
+/// instances are there, `making` are wanted. Answers how many of these the quota keeps out.
+fn charge_surge(
+    step: &mut Step<'_>,
+    app: &Object<App>,
+    status: &mut RolloutStatus,
+    staying: usize,
+    making: usize,
+) -> usize {
+    let most = app.spec.most_replicas() as usize;
+    let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let (charged, there) = (surge_of(app), staying.saturating_sub(most));
+    // What is there without having been charged is on its way out: somebody wants fewer.
+    let kept = charged.min(narrow(there));
+    let more = (staying + making).saturating_sub(most) - there;
+    let project = app.metadata.project.clone().expect("apps have a project");
+    status.surge_refused = String::new();
+    for granted in (0..=more).rev() {
+        let surge = kept.saturating_add(narrow(granted));
+        match recharge(step, &project, charge_with(&app.spec, charged), charge_with(&app.spec, surge)) {
+            Ok(()) => {
+                status.surge = surge;
+                return more - granted;
+            }
+            Err(why) => status.surge_refused = why.detail,
+        }
+    }
+    // Not even giving back was possible: the project itself is going. Nothing is changed.
+    status.surge = charged;
+    making
 }
 
 fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, content: &Content, hash: &str) {

@@ -3,7 +3,7 @@
 use nexus_model::kind::*;
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::{app, cron, fleet, instance, job, secret};
+use crate::rules::{app, cron, fleet, instance, job, network, secret};
 use crate::step::{Dirty, Step};
 use crate::world::{Stored, World};
 
@@ -44,11 +44,21 @@ pub fn reconcile(step: &mut Step<'_>, plural: &'static str, uid: Uid) {
             let teardown = tear_down_buried_project(step, uid);
             finish::<Project>(step, uid, teardown);
         }
+        p if p == Network::PLURAL => finish_confirmed::<Network>(step, uid),
+        p if p == FloatingIp::PLURAL => finish_confirmed::<FloatingIp>(step, uid),
+        p if p == LoadBalancer::PLURAL => finish_confirmed::<LoadBalancer>(step, uid),
         p if p == Organization::PLURAL && step.world.organizations.buried.contains_key(&uid) => {
             let teardown = tear_down_organization(step, uid);
             finish::<Organization>(step, uid, teardown);
         }
         _ => {}
+    }
+}
+
+/// Erases what every host has confirmed to be gone.
+fn finish_confirmed<K: Stored>(step: &mut Step<'_>, uid: Uid) {
+    if network::is_gone::<K>(step.world, uid) {
+        finish::<K>(step, uid, Teardown::Gone);
     }
 }
 
@@ -142,8 +152,18 @@ pub fn tear_down_project(step: &mut Step<'_>, name: &Name) -> Teardown {
         || step.world.cron_jobs.buried.values().any(|c| mine(c.metadata.project.as_ref()))
         || step.world.instances.buried.values().any(|i| mine(i.metadata.project.as_ref()));
     if !progressed && !waiting {
-        progressed =
-            take_away::<Webhook>(step, name) || take_away::<Delivery>(step, name) || take_away::<Event>(step, name);
+        progressed = network::tear_down(step, name, PER_STEP)
+            || take_away::<SecurityGroup>(step, name)
+            || take_away::<Subnet>(step, name)
+            || take_away::<RouteTable>(step, name)
+            || take_away::<Peering>(step, name)
+            || take_away::<NatGateway>(step, name)
+            || take_away::<InternetGateway>(step, name)
+            || take_away::<PrefixList>(step, name)
+            || take_away::<DnsZone>(step, name)
+            || take_away::<Webhook>(step, name)
+            || take_away::<Delivery>(step, name)
+            || take_away::<Event>(step, name);
         if !progressed {
             return Teardown::Gone;
         }

@@ -6,7 +6,7 @@ use nexus_model::kind::*;
 use nexus_model::{ApiError, Code, Name, Object};
 
 use crate::rules::app;
-use crate::rules::usage::{charge, recharge};
+use crate::rules::usage::{charge, charge_app, recharge};
 use crate::step::{Dirty, Step};
 use crate::world::{Blocked, Part, Place, World};
 
@@ -131,7 +131,7 @@ fn change(step: &mut Step<'_>, global: &Object<App>, child: &Object<App>, replic
         return Ok(());
     }
     let project = child.metadata.project.clone().expect("apps have a project");
-    recharge(step, &project, charge(&child.spec), charge(&new.spec))?;
+    recharge(step, &project, charge_app(child), charge_app(&new))?;
     let place = (child.metadata.project.clone(), child.metadata.name.clone());
     step.put(new);
     step.mark(Dirty::App(place));

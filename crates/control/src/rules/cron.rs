@@ -28,6 +28,8 @@ const REPLACED: usize = 12;
 const PER_PROJECT: usize = 1_000;
 /// The annotation of a job that says for when it was due.
 pub const DUE: &str = "scheduled-at";
+/// The annotation by which a new job says which cron job it is a run of, although no clock asked for it.
+pub const RUN_OF: &str = "run-of";
 
 /// When it is to be looked at although nothing happens to it.
 pub fn due(cron: &Object<CronJob>) -> Option<Timestamp> {
@@ -52,6 +54,22 @@ pub fn admit(step: &mut Step<'_>, old: Option<&Object<CronJob>>, new: &mut Objec
 
 fn schedule(cron: &Object<CronJob>) -> Result<Schedule, String> {
     Schedule::new(&cron.spec.schedule, &cron.spec.time_zone).map_err(|e| e.to_string())
+}
+
+/// Takes a new job that says so into the history of its cron job. What names none that is there is nobody's.
+pub fn claim(step: &mut Step<'_>, job: &mut Object<Job>) {
+    let named = job.metadata.annotations.get(RUN_OF).and_then(|name| name.parse::<Name>().ok());
+    let Some(name) = named.filter(|_| !job.metadata.annotations.contains_key(DUE)) else { return };
+    let place = (job.metadata.project.clone(), name);
+    if let Some(cron) = step.world.cron_jobs.live.get(&place) {
+        job.metadata.owner = Some(cron.owner_ref());
+        step.mark(Dirty::Cron(place));
+    }
+}
+
+/// Whether the clock asked for it. Only such runs are in each other's way.
+fn is_by_the_clock(job: &Object<Job>) -> bool {
+    !job.metadata.annotations.contains_key(RUN_OF)
 }
 
 /// Deletes it; its jobs follow.
@@ -115,7 +133,8 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     s.observed_generation = cron.metadata.generation;
     let complete = jobs.iter().filter(|j| j.status.phase == JobPhase::Complete).filter_map(|j| j.status.finished);
     s.last_success = complete.max().max(s.last_success);
-    let mut active: Vec<&Object<Job>> = jobs.iter().filter(|j| j.status.finished.is_none()).collect();
+    let (mut active, by_hand): (Vec<&Object<Job>>, Vec<&Object<Job>>) =
+        jobs.iter().filter(|j| j.status.finished.is_none()).partition(|j| is_by_the_clock(j));
     let mut begun: Vec<Name> = Vec::new();
     match schedule(&cron) {
         Err(why) => {
@@ -179,7 +198,7 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
             s.next_run = schedule.next(step.now);
         }
     }
-    s.active = active.iter().map(|j| j.metadata.name.clone()).chain(begun).collect();
+    s.active = active.iter().chain(&by_hand).map(|j| j.metadata.name.clone()).chain(begun).collect();
     s.active.sort();
     s.active.dedup();
     s.active.truncate(100);

@@ -5,7 +5,8 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::HostReport;
 use nexus_model::{AnyObject, Name, Object};
 
-use crate::rules::instance;
+use crate::rules::network::nic;
+use crate::rules::{drain, instance};
 use crate::scheduler::Scheduler;
 use crate::step::{Dirty, Step};
 use crate::world::addresses_of;
@@ -188,6 +189,7 @@ pub fn decided(step: &mut Step<'_>, name: &Name) {
 
 /// Looks after the instances of a host whose state or room changed.
 pub fn reconcile(step: &mut Step<'_>, name: &Name) {
+    drain::tell(step, name);
     let Some(host) = step.world.host(name).cloned() else { return };
     match host.status.state {
         HostState::Dead => {
@@ -225,6 +227,7 @@ pub fn forget(step: &mut Step<'_>, host: &Object<Host>) -> AnyObject {
     if let Some(scheduler) = &mut step.world.scheduler {
         scheduler.remove_host(&name);
     }
+    nic::forget_host(step, &name);
     let mut any = host.to_any();
     any.metadata.deleting = Some(step.now);
     any

@@ -7,6 +7,7 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::InstanceReport;
 use nexus_model::{Name, Object, Uid};
 
+use crate::rules::network::nic;
 use crate::rules::{host, job};
 use crate::step::{Dirty, Step};
 use crate::surroundings::{Surroundings, waits_for_app};
@@ -30,6 +31,9 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
         return;
     }
     let project = instance.metadata.project.clone();
+    if let Err((reason, why)) = nic::ensure(step, &instance) {
+        return wait(step, &instance, reason, why);
+    }
     let around = Surroundings::of(step.world, &instance);
     let scheduler = step.world.scheduler.as_mut().expect("only the writer reconciles");
     let mut new = instance.clone();
@@ -49,6 +53,7 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
             let message = format!("on host {} in {}{beyond}", placed.host, host.spec.zone);
             set_condition(&mut s.conditions, "Scheduled", ConditionStatus::True, "Placed", &message, step.now);
             step.put(new);
+            nic::follow(step, uid);
             let scheduler = step.world.scheduler.as_ref().expect("only the writer reconciles");
             if let Some(next) = scheduler.waiting_like(&instance) {
                 step.mark(Dirty::Instance(next));
@@ -57,18 +62,20 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
             host::recount(step, &placed.host, Some(placed.slot));
             step.event(project.as_ref(), instance.owner_ref(), Severity::Normal, "Placed", message);
         }
-        Err(refusal) => {
-            let s = &mut new.status;
-            s.phase = InstancePhase::Pending;
-            s.message = refusal.clone();
-            let changed =
-                set_condition(&mut s.conditions, "Scheduled", ConditionStatus::False, "NoHost", &refusal, step.now);
-            if changed {
-                step.put(new);
-                step.event(project.as_ref(), instance.owner_ref(), Severity::Warning, "NoHost", refusal);
-                mark_app(step, &instance);
-            }
-        }
+        Err(refusal) => wait(step, &instance, "NoHost", refusal),
+    }
+}
+
+/// Notes why an instance has to wait for a host.
+fn wait(step: &mut Step<'_>, instance: &Object<Instance>, reason: &str, why: String) {
+    let mut new = instance.clone();
+    let s = &mut new.status;
+    s.phase = InstancePhase::Pending;
+    s.message = why.clone();
+    if set_condition(&mut s.conditions, "Scheduled", ConditionStatus::False, reason, &why, step.now) {
+        step.put(new);
+        step.event(instance.metadata.project.as_ref(), instance.owner_ref(), Severity::Warning, reason, why);
+        mark_app(step, instance);
     }
 }
 
@@ -119,6 +126,7 @@ pub fn bury(step: &mut Step<'_>, instance: &Object<Instance>, why: &str) -> Obje
 /// Forgets a buried instance whose host has confirmed that nothing of it is left.
 pub fn erase(step: &mut Step<'_>, buried: &Object<Instance>) {
     step.erase(buried);
+    nic::mark(step, buried.metadata.uid);
     if let Some(owner) = &buried.metadata.owner {
         let plural = if buried.spec.job.is_some() { Job::PLURAL } else { App::PLURAL };
         step.mark(Dirty::Buried(plural, owner.uid));
@@ -203,6 +211,7 @@ fn end(step: &mut Step<'_>, instance: &Object<Instance>, report: &InstanceReport
     let message = s.message.clone();
     set_condition(&mut s.conditions, "Ready", ConditionStatus::False, reason, &message, step.now);
     step.put(new.clone());
+    nic::mark(step, new.metadata.uid);
     step.event(instance.metadata.project.as_ref(), instance.owner_ref(), severity, reason, message);
     if let Some(host) = &instance.status.host {
         host::recount(step, host, None);

@@ -12,8 +12,9 @@ use nexus_model::kind::*;
 use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::{AnyObject, ApiError, Code, Name, Object, Timestamp, Uid};
 
-use crate::rules::app::{Content, Missing, content, template_hash};
+use crate::rules::app::{Content, Missing, content, per_step, template_hash};
 use crate::rules::buried::Teardown;
+use crate::rules::network::nic;
 use crate::rules::usage::{charge_of, recharge};
 use crate::rules::{instance, secret};
 use crate::step::{Dirty, Step};
@@ -230,12 +231,13 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     {
         let done = IndexSet::parse(&job.status.completed_indexes);
         let mut free = (0..job.spec.completions).filter(|i| !done.contains(*i) && !taken.contains(i));
-        for _ in 0..missing.min(PER_STEP) {
+        let make = missing.min(per_step(PER_STEP, template.nics.len()));
+        for _ in 0..make {
             let index = if job.spec.indexed { free.next() } else { None };
             make_instance(step, &job, template, content, hash, index);
             count += 1;
         }
-        more |= missing > PER_STEP;
+        more |= missing > make;
     }
     tell(step, job, count, made.err());
     if more {
@@ -290,6 +292,7 @@ fn made_from(world: &World, job: &Object<Job>) -> Result<Made, Missing> {
     let project = job.metadata.project.as_ref();
     let content = content(world, project, job.spec.template.parts(), None, &BTreeMap::new())?;
     let mut template = secret::resolve_in(world, project, job.spec.template.clone())?;
+    nic::resolve(world, project, &template.nics)?;
     tell_parts(&mut template, JOB_VARIABLE, job.metadata.name.as_str());
     tell_parts(&mut template, COMPLETIONS_VARIABLE, &job.spec.completions.to_string());
     let hash = template_hash(&template, &content);

@@ -4,14 +4,18 @@
 //! Every instance is on one of three sides. The *target* is the template that the app is to end with: the newest, or, when that
 //! has failed, the one before it. *Stable* is what served before, as long as a step still wants some of it. All *others* only go.
 //!
-//! What holds at every step: no ready instance is stopped while fewer than wanted, less `maxUnavailable`, would be left; and
+//! What holds at every step: no ready instance is stopped for a newer template while fewer than wanted, less `maxUnavailable`, would be left; and
 //! none is made beyond what the step asks for and `maxSurge`. An old instance that is not ready is stopped early only as far
 //! as the new ones do not lack as much: a broken template and a moment's trouble with the old one must not end in nothing.
+//!
+//! What operators take away (a drained host's instances, a rebalance's) is replaced first and goes by the app's disruption budget
+//! instead, on its own side and on all together: it counts what is not ready for any reason, whosoever drain that is. It goes
+//! only once so many others stand, or are down for reasons of their own, as are wanted.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use nexus_model::kind::{CanaryStep, Rollout, RolloutPhase, RolloutStatus, Severity, Strategy};
+use nexus_model::kind::{CanaryStep, Disruption, Rollout, RolloutPhase, RolloutStatus, Severity, Strategy};
 use nexus_model::{Name, Timestamp, Uid};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,8 +34,19 @@ pub struct Member {
     pub placed: bool,
     /// On a host that is being emptied: it is replaced by one of its own side.
     pub drained: bool,
+    /// Its host is silent, so nobody knows whether it serves.
+    pub silent: bool,
+    /// It is not ready, and not because it is new: no successor that is about to be.
+    pub failing: bool,
     pub zone: Option<Name>,
     pub created: Timestamp,
+}
+
+impl Member {
+    /// Whether it serves, as far as anybody knows.
+    fn stands(&self) -> bool {
+        self.ready && !self.silent
+    }
 }
 
 /// How many instances there should be now.
@@ -42,6 +57,30 @@ pub struct Goals {
     /// Of all sides together, with what is being replaced.
     pub most: usize,
     pub least_ready: usize,
+    pub wanted: usize,
+    /// Of those wanted, how many operators' work may take away.
+    pub spare: usize,
+}
+
+impl Goals {
+    /// How many of a side there should be.
+    fn of(&self, side: Side) -> usize {
+        match side {
+            Side::Target => self.target,
+            Side::Stable => self.stable,
+            Side::Other => 0,
+        }
+    }
+
+    /// With what operators' work may take away.
+    pub fn allowing(self, disruption: Disruption) -> Self {
+        Self { spare: self.wanted - disruption.least(self.wanted), ..self }
+    }
+
+    /// How many must stand while operators take some away: of a side, or of all.
+    pub fn budget(&self, side: Option<Side>) -> usize {
+        side.map_or(self.wanted, |side| self.of(side)).saturating_sub(self.spare)
+    }
 }
 
 /// What to do now.
@@ -127,13 +166,58 @@ pub fn goals(spec: &Rollout, s: &RolloutStatus, wanted: usize) -> Goals {
             stable = stable.max(wanted - target);
         }
     }
-    Goals { target, stable, most: wanted.max(target + stable) + surge, least_ready: wanted - unavailable }
+    Goals {
+        target,
+        stable,
+        most: wanted.max(target + stable) + surge,
+        least_ready: wanted - unavailable,
+        wanted,
+        spare: 0,
+    }
 }
+
+/// What keeps an instance that an operator wants away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    /// Fewer would stand than the budget wants.
+    Budget { standing: usize, least: usize, of: usize },
+    /// Its successor is not ready.
+    Successor { standing: usize, of: usize },
+    /// Its host is silent.
+    Silent,
+}
+
+/// Why a ready instance on a drained host does not go now, if it doesn't. `gone`: what goes in the same step.
+pub fn keeps(members: &[Member], goals: Goals, m: &Member, gone: &[(Uid, &'static str)]) -> Option<Kept> {
+    if m.silent {
+        return Some(Kept::Silent);
+    }
+    let all = || members.iter().filter(|m| !gone.iter().any(|(uid, _)| *uid == m.uid));
+    let counted = [None, Some(m.side)].map(|side| {
+        let of_it = move |m: &&Member| side.is_none_or(|side| m.side == side);
+        let standing = all().filter(of_it).filter(|m| m.stands()).count();
+        // What is down for reasons of its own has no successor yet that could be waited for.
+        let down = all().filter(of_it).filter(|m| !m.drained && !m.stands() && (m.silent || m.failing)).count();
+        (standing, down, goals.budget(side), side.map_or(goals.wanted, |side| goals.of(side)))
+    });
+    let short = counted.iter().find(|(standing, _, least, _)| standing <= least);
+    if let Some((standing, _, least, of)) = short.filter(|(.., of)| *of > 0) {
+        return Some(Kept::Budget { standing: *standing, least: *least, of: *of });
+    }
+    let early = counted.iter().find(|(standing, down, _, of)| standing + down <= *of);
+    early.filter(|(.., of)| *of > 0).map(|(standing, _, _, of)| Kept::Successor { standing: *standing, of: *of })
+}
+
+/// Why an instance goes that an operator wants away.
+pub const DRAINED: &str = "its host is drained";
 
 /// Which instances to make and stop now.
 pub fn moves(members: &[Member], goals: Goals) -> Moves {
     let fresh = |side: Side| members.iter().filter(move |m| m.side == side && !m.drained).count();
-    let mut room = goals.most.saturating_sub(members.len());
+    // What is drained is replaced first, also where a rollout may make nothing beyond what is wanted.
+    let drains = members.iter().any(|m| m.drained && m.side != Side::Other);
+    let most = if drains { goals.most.max(goals.wanted.max(goals.target + goals.stable) + 1) } else { goals.most };
+    let mut room = most.saturating_sub(members.len());
     let mut take = |missing: usize| {
         let made = missing.min(room);
         room -= made;
@@ -186,12 +270,16 @@ pub fn moves(members: &[Member], goals: Goals) -> Moves {
     for m in stables.iter().take(stables.len().saturating_sub(goals.stable)) {
         end(m, if goals.target > 0 { replaced } else { "scaled in" }, &mut stop);
     }
-    for m in members.iter().filter(|m| m.side != Side::Other && m.drained) {
-        end(m, "its host is drained", &mut stop);
-    }
     let targets = order(Side::Target);
     for m in targets.iter().take(targets.len().saturating_sub(goals.target)) {
         end(m, "scaled in", &mut stop);
+    }
+    for m in members.iter().filter(|m| m.side != Side::Other && m.drained) {
+        if !m.ready {
+            end(m, DRAINED, &mut stop);
+        } else if keeps(members, goals, m, &stop).is_none() {
+            stop.push((m.uid, DRAINED));
+        }
     }
     Moves { make_target, make_stable, stop }
 }

@@ -14,7 +14,22 @@ use crate::world::Part;
 /// What an app takes of its project's quota: what its spec asks for, whether it runs yet or not. One that is scaled by the cloud
 /// takes the most that it may come to have, so that scaling is never refused for a quota, and no quota is passed by it.
 pub fn charge(spec: &AppSpec) -> [u64; 3] {
-    charge_of(spec.most_replicas(), &spec.parts().reserved())
+    charge_with(spec, 0)
+}
+
+/// What an app takes with what its rollout has made beyond its replicas: the blue beside the green, a surge.
+pub fn charge_app(app: &Object<App>) -> [u64; 3] {
+    charge_with(&app.spec, surge_of(app))
+}
+
+/// The instances beyond its replicas that an app is charged with.
+pub fn surge_of(app: &Object<App>) -> u32 {
+    app.status.rollout.as_ref().map_or(0, |r| r.surge)
+}
+
+/// What an app takes with so many instances beyond its replicas.
+pub fn charge_with(spec: &AppSpec, surge: u32) -> [u64; 3] {
+    charge_of(spec.most_replicas().saturating_add(surge), &spec.parts().reserved())
 }
 
 /// What so many instances take.

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use nexus_model::kind::{Egress, GLOBAL, Host};
-use nexus_model::plan::{HostNames, NamedInstance, PLAN_VERSION, ProjectNames};
+use nexus_model::kind::{Egress, GLOBAL, Host, Instance, Port};
+use nexus_model::plan::{HostNames, NamedInstance, NamedPort, PLAN_VERSION, ProjectNames};
 use nexus_model::{Cidr, Name, Object};
 
 use super::State;
@@ -71,10 +71,13 @@ impl<'a> Builder<'a> {
 
     pub fn host(&mut self, host: &Name) -> HostNames {
         let world = self.world;
-        let here: BTreeSet<&Name> = world.instances_on(host).filter_map(|i| i.metadata.project.as_ref()).collect();
+        let here = world.instances_on(host).filter_map(|i| i.metadata.project.clone());
+        // Who is in a peered network is found by name, whichever project that is of.
+        let peered = super::networks::held(world, host).into_iter().filter_map(|place| place.0);
+        let here: BTreeSet<Name> = here.chain(peered).collect();
         let projects = here.into_iter().map(|name| {
             let made = self.projects.entry(name.clone());
-            made.or_insert_with(|| Arc::new(project(world, name))).clone()
+            made.or_insert_with(|| Arc::new(project(world, &name))).clone()
         });
         HostNames { projects: projects.collect(), ..self.whole.clone() }
     }
@@ -86,6 +89,11 @@ fn address_of(endpoint: &str) -> Option<IpAddr> {
     at.parse::<SocketAddr>().ok().map(|at| at.ip())
 }
 
+fn named_ports(instance: &Object<Instance>) -> Vec<NamedPort> {
+    let named = |port: &Port| port.name.clone().map(|name| NamedPort { name, port: port.port });
+    instance.spec.template.ports.iter().filter_map(named).collect()
+}
+
 fn project(world: &World, name: &Name) -> ProjectNames {
     let mut instances: Vec<NamedInstance> = world
         .instances
@@ -95,12 +103,14 @@ fn project(world: &World, name: &Name) -> ProjectNames {
         .filter_map(|i| {
             let address4 = i.status.address4?;
             Some(NamedInstance {
+                uid: Some(i.metadata.uid),
                 app: i.spec.app.clone(),
                 address6: i.status.address6?,
                 address4,
                 // A job has no name to be found by, though it may be called as an app is.
                 ready: i.status.ready && i.spec.job.is_none(),
                 only4: i.status.endpoint.is_some_and(|e| e.is_ipv4()),
+                ports: named_ports(i),
             })
         })
         .collect();

@@ -81,6 +81,7 @@ pub fn report<'a>(
         instances: runs.collect(),
         images: Vec::new(),
         load: 0.1,
+        networks: Some(applied),
         certificate_ends: None,
         usage: Vec::new(),
         telemetry: Default::default(),

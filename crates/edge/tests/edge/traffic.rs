@@ -118,7 +118,7 @@ async fn a_request_for_an_app_that_sleeps_waits_until_an_instance_is_ready() {
         refused = get(&edge, "down.localhost") => assert_eq!(refused.status, StatusCode::SERVICE_UNAVAILABLE),
     }
     let starting = nexus_model::plan::Backend { ready: false, ..backend(1, instance.address) };
-    edge.gateway.offer(table(2, vec![asleep(vec![starting])]));
+    edge.gateway.offer(table(2, vec![asleep(vec![starting]), service("down", vec![])]));
     let others = async || {
         for _ in 0..3 {
             assert_eq!(get(&edge, "down.localhost").await.status, StatusCode::SERVICE_UNAVAILABLE);

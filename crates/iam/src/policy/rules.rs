@@ -120,7 +120,11 @@ const RULES: &[Rule] = &[
     Rule::new("regions", Holder::Fleet, &["everyone", "fleet-view"], &["fleet-operate"]).level(Level::Fleet),
     Rule::new("zones", Holder::Fleet, &["everyone", "fleet-view"], &["fleet-operate"]).level(Level::Fleet),
     Rule::new("cells", Holder::Fleet, &["fleet-view"], &["fleet-operate"]).level(Level::Fleet),
-    Rule::new("hosts", Holder::Fleet, &["fleet-view"], &["fleet-operate"]).level(Level::Fleet),
+    Rule::new("hosts", Holder::Fleet, &["fleet-view"], &["fleet-operate"]).level(Level::Fleet).verbs(&[(
+        "check",
+        &["fleet-view"],
+        Level::Fleet,
+    )]),
     Rule::new("images", Holder::Project, &["view"], &["edit"]),
     Rule::new("apps", Holder::Project, &["view"], &["edit"]).verbs(&[("load", &["view"], Level::Project)]),
     Rule::new("app-revisions", Holder::Project, &["view"], &["edit"]),
@@ -136,6 +140,20 @@ const RULES: &[Rule] = &[
     Rule::new("secrets", Holder::Project, &["view"], &["edit"]).verbs(&[("reveal", &["reveal"], Level::Project)]),
     Rule::new("webhooks", Holder::Project, &["view"], &["edit"]).verbs(&[("test", &["edit"], Level::Project)]),
     Rule::new("deliveries", Holder::Project, &["view"], &["edit"]).verbs(&[("resend", &["edit"], Level::Project)]),
+    Rule::new("networks", Holder::Project, &["view"], &["edit"]),
+    Rule::new("subnets", Holder::Project, &["view"], &["edit"]),
+    Rule::new("security-groups", Holder::Project, &["view"], &["edit"]),
+    Rule::new("nics", Holder::Project, &["view"], &["edit"])
+        .verbs(&[("trace", &["operate"], Level::Project), ("capture", &["operate"], Level::Project)]),
+    Rule::new("prefix-lists", Holder::Project, &["view"], &["edit"]),
+    Rule::new("route-tables", Holder::Project, &["view"], &["edit"]),
+    Rule::new("peerings", Holder::Project, &["view"], &["edit"]),
+    Rule::new("internet-gateways", Holder::Project, &["view"], &["edit"]),
+    Rule::new("nat-gateways", Holder::Project, &["view"], &["edit"]),
+    Rule::new("floating-ips", Holder::Project, &["view"], &["edit"]),
+    Rule::new("load-balancers", Holder::Project, &["view"], &["edit"]),
+    Rule::new("dns-zones", Holder::Project, &["view"], &["edit"]),
+    Rule::new("address-pools", Holder::Fleet, &["everyone", "fleet-view"], &["fleet-operate"]).level(Level::Fleet),
     // Identity. The rule `rank` in roles.cedar keeps those who may change accounts from changing an owner's.
     Rule::new("users", Holder::Organization, &["view", "self", "audit"], PEOPLE).level(Level::Organization).verbs(&[
         ("set-password", &["self"], Level::Organization),
@@ -181,6 +199,9 @@ pub const VERBS: &[(&str, &str)] = &[
     ("apps", "load"),
     ("webhooks", "test"),
     ("deliveries", "resend"),
+    ("nics", "trace"),
+    ("nics", "capture"),
+    ("hosts", "check"),
 ];
 
 /// Actions on collections that are no kinds.

@@ -7,8 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Autoscale, Classes, Column, Constraints, Home, Kind, Part, Parts, Rollout, RolloutPhase, RolloutStatus, Scope,
-    SecretRef, SharedFolder, Verbs, autoscale, part, rollout, secret,
+    Autoscale, Classes, Column, Constraints, Disruption, Home, Kind, Part, Parts, Rollout, RolloutPhase, RolloutStatus,
+    Scope, SecretRef, SharedFolder, TemplateNic, Verbs, autoscale, network, part, rollout, secret,
 };
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
@@ -234,6 +234,10 @@ macro_rules! declare_template {
             pub instance_labels: IndexMap<String, String>,
             /// How instances of an older template are replaced.
             pub rollout: Rollout,
+            /// How many instances operators' work (draining a host, a rebalance) may take away, counting those that are not ready
+            /// for other reasons; without it, `maxUnavailable` is 25 %. Of a global app, in each region.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub disruption: Option<Disruption>,
             /// The content of the image that is run, whatever the image's name stands for now: that of a revision that is
             /// kept. An undo writes it.
             #[serde(skip_serializing_if = "Option::is_none")]
@@ -272,6 +276,7 @@ macro_rules! declare_template {
                     expose: true,
                     instance_labels: IndexMap::new(),
                     rollout: Rollout::default(),
+                    disruption: None,
                     image_digest: None,
                     part_digests: BTreeMap::new(),
                 }
@@ -324,6 +329,10 @@ declare_template! {
     /// The storage class of the disk that the writable layer is on; the host's own disk, without it.
     #[serde(skip_serializing_if = "Option::is_none")]
     storage_class: Option<Name> = None;
+    /// Interfaces in the project's networks, beside the one that gateways reach it by: `nic0`, `nic1` … Of containers only.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = super::MAX_INSTANCE_NICS))]
+    nics: Vec<TemplateNic> = Vec::new();
     /// Run to completion one after another before the app's own container starts. One that fails is tried again.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "part::init_schema")]
@@ -533,6 +542,7 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         check(t.ports.is_empty(), "spec.ports", "a function always answers HTTP on port 8080: leave ports out");
         check(t.command.is_empty() && t.args.is_empty(), "spec.command", "a function has no command");
         check(t.storage_class.is_none(), "spec.storageClass", "a function has no writable layer");
+        check(t.nics.is_empty(), "spec.nics", "a function has no interfaces of its own");
     }
     let mut own = |ok: bool, field: &str, message: &str| check(ok, &format!("spec.{field}"), message);
     check_resources(&mut own, &t.resources);
@@ -554,6 +564,7 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         errors.push(FieldError::new("spec.constraints", format!("at most {}", super::MAX_CONSTRAINTS)));
     }
     errors.extend(super::validate_classes("spec.classes", &t.classes));
+    errors.extend(network::validate_nics(&t.nics));
     errors.extend(secret::validate_refs(&t.secrets, &t.env, t.runtime == Runtime::Container));
     errors.extend(part::validate_parts(t));
     errors

@@ -314,6 +314,10 @@ pub struct RolloutOrders {
     pub undone: u64,
 }
 
+fn is_none_of_them(surge: &u32) -> bool {
+    *surge == 0
+}
+
 /// How far an app's newest template is.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -351,6 +355,13 @@ pub struct RolloutStatus {
     /// While it is paused: new instances that there were.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held: Option<u32>,
+    /// Instances beyond the app's replicas that its project's quota is charged with, while they are there.
+    #[serde(skip_serializing_if = "is_none_of_them")]
+    pub surge: u32,
+    /// Which quota keeps out instances that the rollout would make beyond the app's replicas. It goes on without them as far
+    /// as `maxUnavailable` lets it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub surge_refused: String,
     pub failed: bool,
     pub promoted: bool,
     pub orders: RolloutOrders,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::kind::Egress;
-use crate::{Cidr, Name};
+use crate::{Cidr, Name, Uid};
 
 /// The domain under which instances find each other: `APP.PROJECT.internal`. ICANN keeps it for private use.
 pub const INTERNAL_DOMAIN: &str = "internal";
@@ -16,6 +16,9 @@ pub const INTERNAL_DOMAIN: &str = "internal";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NamedInstance {
+    /// By which its NICs are known to be its own, where it has some.
+    #[serde(default)]
+    pub uid: Option<Uid>,
     pub app: Name,
     pub address6: Ipv6Addr,
     pub address4: Ipv4Addr,
@@ -24,6 +27,17 @@ pub struct NamedInstance {
     /// Its program was found to answer on IPv4 alone.
     #[serde(default)]
     pub only4: bool,
+    /// Those of its ports that have a name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<NamedPort>,
+}
+
+/// A port by which an instance is found: `_NAME._tcp.APP.PROJECT.internal`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NamedPort {
+    pub name: Name,
+    pub port: u16,
 }
 
 /// A project within a region.

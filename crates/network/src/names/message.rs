@@ -1,4 +1,4 @@
-//! DNS messages (RFC 1035, RFC 6891) as far as a resolver of one zone needs them: one question is read, and five kinds of
+//! DNS messages (RFC 1035, RFC 6891) as far as a resolver of one zone needs them: one question is read, and six kinds of
 //! record are written.
 //!
 //! A message is from a stranger. It is read from front to back, and no name of it is followed anywhere else: in a question
@@ -17,9 +17,12 @@ const PLAIN_UDP: u16 = 512;
 /// Types of records.
 pub(super) mod kind {
     pub const A: u16 = 1;
+    pub const CNAME: u16 = 5;
     pub const SOA: u16 = 6;
     pub const PTR: u16 = 12;
+    pub const TXT: u16 = 16;
     pub const AAAA: u16 = 28;
+    pub const SRV: u16 = 33;
     pub const OPT: u16 = 41;
     pub const IXFR: u16 = 251;
     pub const AXFR: u16 = 252;
@@ -208,7 +211,25 @@ pub(super) enum Data {
     Aaaa(Ipv6Addr),
     /// Labels.
     Ptr(Vec<String>),
+    /// Labels.
+    Cname(Vec<String>),
+    Txt(Vec<String>),
+    /// A port, and the labels of the name where it is (RFC 2782); one is as good as any other.
+    Srv {
+        port: u16,
+        target: Vec<String>,
+    },
     Soa,
+}
+
+/// One record of an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Record {
+    /// Labels; the name that was asked for, without it.
+    pub owner: Option<Vec<String>>,
+    /// Seconds.
+    pub ttl: u32,
+    pub data: Data,
 }
 
 /// An answer in the making.
@@ -216,9 +237,11 @@ pub(super) struct Answer<'a> {
     pub question: &'a Question<'a>,
     pub code: Code,
     pub authoritative: bool,
-    pub answers: Vec<Data>,
-    /// Says for how long it may be believed that there is nothing: who answers for the name's last label.
-    pub negative: bool,
+    pub answers: Vec<Record>,
+    /// Of other names, that whoever asks will ask for next: what finds no room is left out, and nobody is told.
+    pub more: Vec<(Vec<String>, Data)>,
+    /// Says for how long it may be believed that there is nothing: who answers for so many of the name's last labels.
+    pub negative: Option<usize>,
     pub ttl: u32,
     /// What this resolver takes by UDP.
     pub payload: u16,
@@ -230,8 +253,8 @@ pub(super) fn bare(message: &[u8], code: Code) -> Vec<u8> {
     vec![message[0], message[1], 0x80 | (message[2] & 0x79), 0x80 | low, 0, 0, 0, 0, 0, 0, 0, 0]
 }
 
-fn name(out: &mut Vec<u8>, labels: &[&str]) {
-    for label in labels {
+fn name<L: AsRef<str>>(out: &mut Vec<u8>, labels: &[L]) {
+    for label in labels.iter().map(AsRef::as_ref) {
         // Names of this cloud: 63 bytes at most.
         out.push(label.len().min(63) as u8);
         out.extend(label.bytes().take(63));
@@ -245,13 +268,13 @@ impl Answer<'_> {
         let q = self.question;
         let mut tail = Vec::new();
         let mut authorities = 0;
-        if self.negative && !q.labels.is_empty() {
+        if let Some(count) = self.negative.filter(|n| (1..=q.labels.len()).contains(n)) {
             authorities = 1;
-            let last = q.labels.last().map_or(0, String::len);
-            // The last label, where it stands in the question: before the root's zero, the type and the class.
-            let offset = HEADER + q.section.len() - 4 - 1 - (1 + last);
+            let last: usize = q.labels[q.labels.len() - count..].iter().map(|l| 1 + l.len()).sum();
+            // Those labels, where they stand in the question: before the root's zero, the type and the class.
+            let offset = HEADER + q.section.len() - 4 - 1 - last;
             tail.extend((0xc000 | offset as u16).to_be_bytes());
-            self.data(&mut tail, &Data::Soa);
+            self.data(&mut tail, &Data::Soa, self.ttl);
         }
         if q.edns.is_some() {
             tail.push(0);
@@ -264,38 +287,72 @@ impl Answer<'_> {
         let room = limit.saturating_sub(HEADER + q.section.len() + tail.len());
         for answer in &self.answers {
             let before = body.len();
-            // The question's name.
-            body.extend([0xc0, HEADER as u8]);
-            self.data(&mut body, answer);
+            match &answer.owner {
+                // The question's name.
+                None => body.extend([0xc0, HEADER as u8]),
+                Some(labels) => name(&mut body, labels),
+            }
+            self.data(&mut body, &answer.data, answer.ttl);
             if body.len() > room {
                 body.truncate(before);
                 break;
             }
             answers += 1;
         }
+        let mut additional = u16::from(q.edns.is_some());
+        let mut beside = Vec::new();
+        for (owner, data) in &self.more {
+            let before = beside.len();
+            name(&mut beside, &owner.iter().map(String::as_str).collect::<Vec<_>>());
+            self.data(&mut beside, data, self.ttl);
+            if body.len() + beside.len() > room {
+                beside.truncate(before);
+                break;
+            }
+            additional += 1;
+        }
         let cut = usize::from(answers) < self.answers.len();
         let flags = 0x80 | (q.header[2] & 0x01) | if self.authoritative { 4 } else { 0 } | if cut { 2 } else { 0 };
         let mut out = Vec::with_capacity(limit.min(1500));
         out.extend([q.header[0], q.header[1], flags, 0x80 | (q.header[3] & 0x10) | (self.code as u8 & 15)]);
-        let additional = u16::from(q.edns.is_some());
         for count in [1, answers, authorities, additional] {
             out.extend(count.to_be_bytes());
         }
         out.extend(q.section);
         out.extend(body);
         out.extend(tail);
+        out.extend(beside);
         out
     }
 
     /// Type, class, time to live and data of a record.
-    fn data(&self, out: &mut Vec<u8>, data: &Data) {
+    fn data(&self, out: &mut Vec<u8>, data: &Data, ttl: u32) {
         let (kind, bytes) = match data {
             Data::A(address) => (kind::A, address.octets().to_vec()),
             Data::Aaaa(address) => (kind::AAAA, address.octets().to_vec()),
-            Data::Ptr(labels) => {
+            Data::Ptr(labels) | Data::Cname(labels) => {
                 let mut bytes = Vec::new();
-                name(&mut bytes, &labels.iter().map(String::as_str).collect::<Vec<_>>());
-                (kind::PTR, bytes)
+                name(&mut bytes, labels);
+                (if matches!(data, Data::Ptr(_)) { kind::PTR } else { kind::CNAME }, bytes)
+            }
+            Data::Txt(texts) => {
+                // Each piece has its length in front.
+                let mut bytes = Vec::new();
+                for piece in texts.iter().flat_map(|t| t.as_bytes().chunks(255)) {
+                    bytes.push(piece.len() as u8);
+                    bytes.extend(piece);
+                }
+                if bytes.is_empty() {
+                    bytes.push(0);
+                }
+                (kind::TXT, bytes)
+            }
+            Data::Srv { port, target } => {
+                // Priority and weight; names in these records are not compressed.
+                let mut bytes = vec![0, 0, 0, 0];
+                bytes.extend(port.to_be_bytes());
+                name(&mut bytes, &target.iter().map(String::as_str).collect::<Vec<_>>());
+                (kind::SRV, bytes)
             }
             Data::Soa => {
                 let mut bytes = Vec::new();
@@ -310,7 +367,7 @@ impl Answer<'_> {
         };
         out.extend(kind.to_be_bytes());
         out.extend(IN.to_be_bytes());
-        out.extend(self.ttl.to_be_bytes());
+        out.extend(ttl.to_be_bytes());
         out.extend((bytes.len() as u16).to_be_bytes());
         out.extend(bytes);
     }

@@ -11,7 +11,19 @@ const LOST: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 5);
 
 fn named(n: u16) -> Named {
     let address4 = Ipv4Addr::new(10, 0, (n >> 8) as u8, n as u8);
-    Named { address6: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n), address4, ready: true, only4: false }
+    Named {
+        address6: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n),
+        address4,
+        ready: true,
+        only4: false,
+        ports: Vec::new(),
+    }
+}
+
+/// With two ports, one of which the third lacks.
+fn serving(n: u16) -> Named {
+    let ports = [("http", 8080), ("metrics", 9100)].into_iter().take(if n == 3 { 1 } else { 2 });
+    Named { ports: ports.map(|(name, port)| (name.to_owned(), port)).collect(), ..named(n) }
 }
 
 /// `shop` has web (two ready, one not), old (ready on IPv4 alone), idle (nothing) and wide (700); `bank` has web.
@@ -21,6 +33,11 @@ fn directory() -> Directory {
             ("web".into(), vec![named(1), named(2), Named { ready: false, ..named(3) }]),
             ("old".into(), vec![Named { only4: true, ..named(9) }]),
             ("idle".into(), Vec::new()),
+            (
+                "api".into(),
+                vec![serving(21), Named { only4: true, ..serving(22) }, Named { ready: false, ..serving(23) }],
+            ),
+            ("many".into(), (2000..2700).map(serving).collect()),
             ("wide".into(), (1000..1700).map(named).collect()),
         ]),
         outside: false,
@@ -31,6 +48,7 @@ fn directory() -> Directory {
         region: "eu".into(),
         projects: BTreeMap::from([("shop".into(), shop), ("bank".into(), bank)]),
         askers: askers.map(|(a, p)| (a, p.to_owned())).into(),
+        inside: HashMap::new(),
         instances: vec![("10.0.0.0".parse().unwrap(), 16), ("fd00:0:0:1::".parse().unwrap(), 64)],
     }
 }
@@ -72,6 +90,8 @@ struct Told {
     authorities: Vec<(u16, u32)>,
     /// Payload and the upper bits of the code.
     edns: Option<(u16, u8)>,
+    /// Names and addresses that were told beside.
+    beside: Vec<(String, String)>,
 }
 
 fn name_at(bytes: &[u8], at: &mut usize) -> String {
@@ -99,9 +119,17 @@ fn name_at(bytes: &[u8], at: &mut usize) -> String {
     }
 }
 
+fn address(kind: u16, data: &[u8]) -> String {
+    match kind {
+        1 => Ipv4Addr::from(<[u8; 4]>::try_from(data).unwrap()).to_string(),
+        _ => Ipv6Addr::from(<[u8; 16]>::try_from(data).unwrap()).to_string(),
+    }
+}
+
 fn read(bytes: &[u8]) -> Told {
     let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-    let mut told = Told { code: bytes[3] & 15, flags: bytes[2], data: vec![], authorities: vec![], edns: None };
+    let mut told =
+        Told { code: bytes[3] & 15, flags: bytes[2], data: vec![], authorities: vec![], edns: None, beside: vec![] };
     assert!(bytes[2] & 0x80 != 0 && bytes[3] & 0x80 != 0, "an answer, by who recurses");
     let mut at = 12;
     let mut asked = String::new();
@@ -121,8 +149,14 @@ fn read(bytes: &[u8]) -> Told {
                 (0, kind) => {
                     assert_eq!((owner.as_str(), class, ttl), (asked.as_str(), 1, TTL), "as it was asked");
                     told.data.push(match kind {
-                        1 => Ipv4Addr::from(<[u8; 4]>::try_from(data).unwrap()).to_string(),
-                        28 => Ipv6Addr::from(<[u8; 16]>::try_from(data).unwrap()).to_string(),
+                        1 | 28 => address(kind, data),
+                        33 => {
+                            assert_eq!(data[..4], [0; 4], "one is as good as any other");
+                            let mut target = at + 6;
+                            let named = name_at(bytes, &mut target);
+                            assert_eq!(target, at + length);
+                            format!("{named}:{}", u16_at(at + 4))
+                        }
                         12 => name_at(bytes, &mut at.clone()),
                         other => format!("type {other}"),
                     });
@@ -135,6 +169,7 @@ fn read(bytes: &[u8]) -> Told {
                     assert_eq!(in_data + 20, at + length);
                     told.authorities.push((kind, ttl));
                 }
+                (_, kind @ (1 | 28)) => told.beside.push((owner, address(kind, data))),
                 (_, kind) => {
                     assert_eq!((kind, owner.as_str(), length), (41, "", 0));
                     told.edns = Some((class, (ttl >> 24) as u8));
@@ -206,6 +241,60 @@ fn what_has_no_data_is_told_apart_from_what_is_not() {
     }
     assert_eq!(ask_by(&question("web.bank.internal.", A), OTHER, Carrier::Udp).data, ["10.0.0.77"]);
     assert_eq!(ask("internal.", 6).data, ["type 6"]);
+}
+
+const SRV: u16 = 33;
+
+#[test]
+fn a_named_port_leads_to_the_ready_instances_with_their_addresses() {
+    for zone in ["shop.internal.", "shop.eu.internal."] {
+        let told = ask(&format!("_http._tcp.api.{zone}"), SRV);
+        let [one, two] = [21, 22].map(|n| format!("10-0-0-{n}.api.{zone}"));
+        assert_eq!((told.code, told.data), (0, vec![format!("{one}:8080"), format!("{two}:8080")]));
+        let mut beside = told.beside;
+        beside.sort();
+        let wanted = [(&one, "10.0.0.21"), (&one, "fd00:0:0:1::15"), (&two, "10.0.0.22")];
+        assert_eq!(beside, wanted.map(|(name, address)| (name.clone(), address.to_owned())));
+        // What it leads to has a name of its own.
+        assert_eq!(ask(&one, A).data, ["10.0.0.21"]);
+        assert_eq!(ask(&one, AAAA).data, ["fd00:0:0:1::15"]);
+        assert_eq!(ask(&two, AAAA).data.len(), 0);
+    }
+    assert_eq!(ask("_METRICS._TCP.Api.shop.internal.", SRV).data.len(), 2);
+    for (empty, kind) in
+        [("_http._tcp.api.shop.internal.", A), ("_tcp.api.shop.internal.", SRV), ("api.shop.internal.", SRV)]
+    {
+        let told = ask(empty, kind);
+        assert_eq!((told.code, told.data.len(), told.beside.len()), (0, 0, 0), "{empty}");
+    }
+    for nothing in [
+        "_grpc._tcp.api.shop.internal.",
+        "_http._udp.api.shop.internal.",
+        "http._tcp.api.shop.internal.",
+        "_http._tcp.none.shop.internal.",
+        "_http._tcp.api.bank.internal.",
+        "x._http._tcp.api.shop.internal.",
+        "_tcp.web.shop.internal.",
+        // It is not ready; it is another app's; it is nobody's.
+        "10-0-0-23.api.shop.internal.",
+        "10-0-0-1.api.shop.internal.",
+        "10-0-9-9.api.shop.internal.",
+    ] {
+        assert_eq!(ask(nothing, SRV).code, 3, "{nothing}");
+    }
+    assert_eq!(ask("10-0-0-1.web.shop.internal.", A).data, ["10.0.0.1"]);
+}
+
+#[test]
+fn addresses_beside_an_answer_take_only_what_room_is_left() {
+    let asked = with_edns(question("_http._tcp.many.shop.internal.", SRV), 4096, 0);
+    let Verdict::Answer(bytes, _) = decide(&asked, ASKER, Carrier::Udp) else { panic!() };
+    assert!(bytes.len() <= usize::from(MAX_UDP));
+    let told = read(&bytes);
+    assert!(told.flags & 2 != 0 && told.data.len() > 10 && told.beside.len() <= 1, "{told:?}");
+    let whole = ask_by(&asked, ASKER, Carrier::Tcp);
+    assert_eq!((whole.flags & 2, whole.data.len(), whole.edns), (0, MAX_ADDRESSES, Some((MAX_UDP, 0))));
+    assert!(whole.beside.len() > MAX_ADDRESSES, "by TCP there is room for most: {}", whole.beside.len());
 }
 
 #[test]
@@ -346,4 +435,97 @@ proptest! {
         }
         let _ = Directory::failed(&message, Carrier::Udp);
     }
+}
+
+/// One with a NIC in `net`: an app of its own project with two NICs there, one of a peered project, a zone.
+fn inside() -> Inside {
+    let nic = |n: u8, ready| NamedNic {
+        address4: Some(Ipv4Addr::new(10, 9, 0, n)),
+        address6: (n == 1).then(|| "fd09::1".parse().unwrap()),
+        ready,
+    };
+    let record = |name: &str, data| (name.to_owned(), 60, data);
+    let corp = [
+        record("", ZoneData::A(vec![Ipv4Addr::new(10, 9, 9, 9)])),
+        record("db", ZoneData::Cname("web.shop.internal.".into())),
+        record("loop", ZoneData::Cname("loop.corp.example".into())),
+        record("a.b", ZoneData::Txt(vec!["x".repeat(300)])),
+        record("*.wild", ZoneData::Aaaa(vec!["fd09::9".parse().unwrap()])),
+    ];
+    Inside {
+        apps: BTreeMap::from([
+            (("shop".into(), "web".into()), vec![nic(1, true), nic(2, true), nic(3, false)]),
+            (("bank".into(), "api".into()), vec![nic(7, true)]),
+        ]),
+        zones: vec![Zone::new("Corp.Example", corp)],
+        cidrs: vec![("10.9.0.0".parse().unwrap(), 16)],
+    }
+}
+
+/// Records of an answer by owner, type and data; read apart from what wrote them.
+fn records(name: &str, kind: u16) -> (u8, Vec<(String, u16, Vec<u8>)>) {
+    let mut directory = directory();
+    directory.inside.insert(ASKER, Arc::new(inside()));
+    let asked = question(name, kind);
+    let Verdict::Answer(bytes, _) = directory.decide(&asked, ASKER, Carrier::Tcp, &mut |n| n - 1) else {
+        panic!("{name}")
+    };
+    let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+    let mut at = 12;
+    name_at(&bytes, &mut at);
+    at += 4;
+    let mut out = Vec::new();
+    for _ in 0..u16_at(6) {
+        let owner = name_at(&bytes, &mut at);
+        let (kind, length) = (u16_at(at), usize::from(u16_at(at + 8)));
+        at += 10;
+        let data = match kind {
+            5 | 12 => name_at(&bytes, &mut at.clone()).into_bytes(),
+            _ => bytes[at..at + length].to_vec(),
+        };
+        at += length;
+        out.push((owner, kind, data));
+    }
+    if u16_at(8) == 1 {
+        let owner = name_at(&bytes, &mut at);
+        assert!(name.to_lowercase().ends_with(&owner), "{owner} of {name}");
+        at += 10 + usize::from(u16_at(at + 8));
+    }
+    assert_eq!(at, bytes.len());
+    out.sort();
+    (bytes[3] & 15, out)
+}
+
+#[test]
+fn who_has_a_nic_finds_apps_by_their_nics() {
+    for name in ["web.shop.internal.", "web.shop.eu.internal."] {
+        let (code, found) = records(name, A);
+        let addresses: Vec<_> = found.iter().map(|r| r.2.clone()).collect();
+        assert_eq!((code, addresses), (0, vec![vec![10, 9, 0, 1], vec![10, 9, 0, 2]]), "{name}: the ready ones");
+        assert_eq!(records(name, AAAA).1.len(), 1);
+    }
+    assert_eq!(records("api.bank.internal.", A).1[0].2, [10, 9, 0, 7], "of a peered network");
+    assert_eq!(records("old.shop.internal.", A).1[0].2, [10, 0, 0, 9], "without NICs: as ever");
+    assert_eq!(records("none.bank.internal.", A).0, 3);
+    // Others see nothing of it.
+    assert_eq!(ask("api.bank.internal.", A).code, 3);
+    assert_eq!(records("1.0.9.10.in-addr.arpa.", 12).1[0].2, b"web.shop.internal.");
+    assert_eq!(records("200.0.9.10.in-addr.arpa.", 12).0, 3, "never asked for outside");
+}
+
+#[test]
+fn a_private_zone_goes_before_everything_else() {
+    assert_eq!(records("corp.example.", A).1[0].2, [10, 9, 9, 9]);
+    assert_eq!(records("corp.example.", AAAA), (0, vec![]));
+    assert_eq!(records("none.corp.example.", A).0, 3);
+    assert_eq!(records("b.corp.example.", A), (0, vec![]), "there is something below it");
+    assert_eq!(records("any.wild.corp.example.", AAAA).1.len(), 1);
+    assert_eq!(records("wild.corp.example.", AAAA), (0, vec![]));
+    let (_, text) = records("a.b.corp.example.", 16);
+    assert_eq!((text[0].2.len(), text[0].2[0], text[0].2[256]), (302, 255, 45));
+    let (code, chain) = records("DB.corp.example.", A);
+    assert_eq!((code, chain.len()), (0, 3));
+    assert!(chain.iter().any(|r| r.1 == 5 && r.2 == b"web.shop.internal."));
+    assert!(chain.iter().any(|r| r.0 == "web.shop.internal." && r.2 == [10, 9, 0, 1]));
+    assert!(records("loop.corp.example.", A).1.len() <= 8);
 }

@@ -18,7 +18,7 @@ const BRIEFLY: Duration = Duration::from_millis(1200);
 const OUTSIDE4: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 2));
 const OUTSIDE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2));
 
-fn run(netns: &NetnsRef, command: &str) -> String {
+pub(crate) fn run(netns: &NetnsRef, command: &str) -> String {
     let words: Vec<String> = command.split(' ').map(str::to_owned).collect();
     inside(netns, move || {
         let output = Command::new(&words[0]).args(&words[1..]).output().unwrap();
@@ -274,8 +274,13 @@ fn instances_are_told_names_and_only_those_who_may_hear_of_the_world_outside() {
         let g = guests().await;
         g.apply(|_| {}).await;
         let (a, b) = (&g.at[0][0], &g.at[0][1]);
-        let named =
-            |at: &InstanceAddress| Named { address6: at.address6, address4: at.address4, ready: true, only4: false };
+        let named = |at: &InstanceAddress| Named {
+            address6: at.address6,
+            address4: at.address4,
+            ready: true,
+            only4: false,
+            ports: Vec::new(),
+        };
         let project = |at: &InstanceAddress, outside| Project {
             apps: BTreeMap::from([("web".to_owned(), vec![named(at)])]),
             outside,
@@ -287,6 +292,7 @@ fn instances_are_told_names_and_only_those_who_may_hear_of_the_world_outside() {
                 ("bank".to_owned(), project(&g.at[1][1].1, true)),
             ]),
             askers: HashMap::from([(a.1.address4, "shop".to_owned()), (b.1.address4, "bank".to_owned())]),
+            inside: HashMap::new(),
             instances: Vec::new(),
         };
         // The host's resolver is on the machine: it says 192.0.2.53 to whatever it is asked.

@@ -68,7 +68,7 @@ enum CronCommand {
         #[command(flatten)]
         cloud: CloudArgs,
     },
-    /// Makes a job of it now, beside those by the clock
+    /// Makes a job of it now, beside those by the clock and in their history
     Run {
         #[arg(value_parser = new_name)]
         name: Name,

@@ -130,19 +130,30 @@ pub async fn drain(cloud: &Cloud, name: &Name, timeout: Option<Duration>, word: 
             (Exit::Unavailable, format!("it is not empty after {} s", timeout.unwrap_or_default().as_secs()))
         }
     };
-    // What is asked last is asked of a cloud that may be in trouble.
+    // What is asked last is asked of a cloud that may be in trouble; and while it still drains, it says what it waits for.
+    let blocks = tokio::time::timeout(LAST, waits_for(cloud, name)).await.ok().flatten();
+    let blocks = blocks.map(|b| format!("\n  {b}")).unwrap_or_default();
+    let host = tokio::time::timeout(LAST, cloud.find(&path_of(cloud, name))).await.ok().and_then(Result::ok).flatten();
+    let by_budget = host.as_ref().and_then(drained).is_some_and(|(_, by_budget)| by_budget);
+    let advice = if by_budget { advice(name) } else { String::new() };
     let stopped = tokio::time::timeout(LAST, decide(cloud, name, true, false)).await;
     let moving = match stopped {
         Ok(Ok(_)) => "the instances that are still there run on",
         _ => "its instances are still being moved, because no server could be told to stop that",
     };
-    let blocks = tokio::time::timeout(LAST, waits_for(cloud, name)).await.ok().flatten();
-    let blocks = blocks.map(|b| format!("\n  {b}")).unwrap_or_default();
     let message = format!(
         "{why}: host {name} stays cordoned: nothing new is placed there, {moving}{blocks}\n  `nexus host {word} {name}` goes \
-         on, `nexus host uncordon {name}` takes it back into use"
+         on, `nexus host uncordon {name}` takes it back into use{advice}"
     );
     Err(Fail::new(exit, message).into())
+}
+
+/// What to do about a budget that keeps instances on a host.
+fn advice(name: &Name) -> String {
+    format!(
+        "\n  Where a budget is in the way: have the app's other instances become ready (`nexus describe app NAME`), or allow more \
+         by its spec.disruption; `nexus host leave {name} --force` asks no budget"
+    )
 }
 
 fn instances_on(host: &Value) -> u64 {
@@ -175,7 +186,14 @@ async fn until_empty(cloud: &Cloud, name: &Name, progress: &mut Progress) -> any
     Ok(())
 }
 
-/// What keeps instances on a host: what their apps say of those that should take their place.
+/// What the region says of a drained host, and what to do if apps' budgets keep instances there.
+fn drained(host: &Value) -> Option<(String, bool)> {
+    let conditions = host["status"]["conditions"].as_array()?;
+    let condition = conditions.iter().find(|c| c["type"] == "Drained" && c["status"] == "False")?;
+    Some((output::plain(text(condition, "/message")), text(condition, "/reason") == "Budget"))
+}
+
+/// What keeps instances on a host: what the region says, and what their apps say of those that should take their place.
 async fn waits_for(cloud: &Cloud, name: &Name) -> Option<String> {
     let listing = Listing { all_projects: true, ..Listing::default() };
     let instances = kind::find("instances").expect("a kind");
@@ -188,7 +206,8 @@ async fn waits_for(cloud: &Cloud, name: &Name) -> Option<String> {
         .iter()
         .filter_map(|i| Some((text(i, "/metadata/project").parse().ok()?, text(i, "/spec/app").parse().ok()?)))
         .collect();
-    let mut all = Vec::new();
+    let host = cloud.find(&path_of(cloud, name)).await.ok().flatten();
+    let mut all: Vec<String> = host.as_ref().and_then(drained).map(|(says, _)| says).into_iter().collect();
     for (project, app) in of.iter().take(NAMED) {
         let found = cloud.find(&cloud.object_in(apps, project, app)).await.ok().flatten();
         let says = found.map(|app| settle::complaints(&app).join("; ")).unwrap_or_default();
@@ -213,5 +232,17 @@ mod tests {
         let host = |state: &str, n: u64| json!({"status": {"state": state, "reserved": {"instances": n}}});
         assert!(is_empty(&host("ready", 0)) && is_empty(&host("dead", 3)));
         assert!(!is_empty(&host("ready", 1)) && !is_empty(&host("suspect", 1)));
+    }
+
+    #[test]
+    fn what_a_drain_waits_for_is_what_the_region_says() {
+        let host = |reason: &str| {
+            let drained =
+                json!({"type": "Drained", "status": "False", "reason": reason, "message": "app shop/web: 2 of 3"});
+            json!({"status": {"conditions": [{"type": "Ready", "status": "True"}, drained]}})
+        };
+        assert_eq!(drained(&host("Budget")), Some(("app shop/web: 2 of 3".to_owned(), true)));
+        assert_eq!(drained(&host("Draining")).map(|(_, by_budget)| by_budget), Some(false));
+        assert_eq!(drained(&json!({"status": {}})), None);
     }
 }

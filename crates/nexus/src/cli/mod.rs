@@ -33,6 +33,7 @@ mod login;
 mod logs;
 mod manifest;
 mod master_key;
+mod net;
 mod output;
 mod progress;
 mod pull;
@@ -151,6 +152,7 @@ pub enum UserCommand {
     User(user::UserArgs),
     Token(token::TokenArgs),
     AccessKey(access_key::AccessKeyArgs),
+    Net(net::NetArgs),
     Secret(secret::SecretArgs),
     MasterKey(master_key::MasterKeyArgs),
     Webhook(webhook::WebhookArgs),
@@ -220,6 +222,7 @@ async fn perform(command: UserCommand) -> anyhow::Result<i32> {
         UserCommand::User(args) => user::run(&args).await?,
         UserCommand::Token(args) => token::run(&args).await?,
         UserCommand::AccessKey(args) => access_key::run(&args).await?,
+        UserCommand::Net(args) => net::run(&args).await?,
         UserCommand::Secret(args) => secret::run(&args).await?,
         UserCommand::MasterKey(args) => master_key::run(&args).await?,
         UserCommand::Webhook(args) => webhook::run(&args).await?,

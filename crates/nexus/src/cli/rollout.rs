@@ -192,6 +192,10 @@ fn told(app: &Value) -> Vec<String> {
     if rollout["orders"]["paused"] == true && rollout["phase"] != "Paused" {
         rows.push(("paused", "the next rollout waits to be resumed".to_owned()));
     }
+    let refused = plain(text(rollout, "/surgeRefused"));
+    if !refused.is_empty() {
+        rows.push(("held back", refused));
+    }
     let message = plain(text(rollout, "/message"));
     if !message.is_empty() {
         rows.push(("message", message));

@@ -47,6 +47,30 @@ pub fn failure(object: &Value) -> Option<String> {
     (ended && is_current(object)).then(|| plain(text(object, "/status/rollout/message")))
 }
 
+/// Whether an app has as many instances as it wants, of the template that it went back to before `made`: all that can come of a
+/// change that brings no template, such as that of its replicas.
+fn serves_as_before(made: &Value, object: &Value) -> bool {
+    failed_before(made, object)
+        && is_current(object)
+        && text(object, "/status/phase") == "RolledBack"
+        && object["status"]["readyReplicas"].as_u64() >= object["status"]["desiredReplicas"].as_u64()
+}
+
+/// Whether a rollout had failed already when a change that brings no template was made.
+fn failed_before(made: &Value, object: &Value) -> bool {
+    let (then, now) = (&made["status"]["rollout"], &object["status"]["rollout"]);
+    then["failed"] == true && then["revision"] == now["revision"]
+}
+
+/// What somebody who waits has asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// That the newest template serves.
+    Template,
+    /// So many instances, whatever became of the newest template before.
+    Replicas,
+}
+
 /// How far it is, in a few words.
 pub fn state(object: &Value) -> String {
     let status = &object["status"];
@@ -193,16 +217,30 @@ pub async fn wait(
     digest: Option<&str>,
     timeout: Duration,
 ) -> anyhow::Result<Value> {
+    wait_for(cloud, kind, path, made, (Asked::Template, digest), timeout).await
+}
+
+/// Waits likewise for what was asked for, with a digest or without one.
+pub async fn wait_for(
+    cloud: &Cloud,
+    kind: &'static KindDescriptor,
+    path: &str,
+    made: &Value,
+    (asked, digest): (Asked, Option<&str>),
+    timeout: Duration,
+) -> anyhow::Result<Value> {
     let title = resource::title(kind, text(made, "/metadata/name"));
     let mut last = made.clone();
     let advice = format!("{title} stays as it is; `nexus describe {title}` shows how it goes on");
     let ended = follow(cloud, path, &title, made, timeout, &advice, async |object, progress| {
         last.clone_from(object);
-        if let Some(why) = failure(object) {
+        let counts = asked == Asked::Replicas;
+        if let Some(why) = failure(object).filter(|_| !counts || !failed_before(made, object)) {
             let advice = format!("`nexus rollout status {}` shows more", text(made, "/metadata/name"));
             return Err(Fail::new(Exit::Failed, format!("{title} was not updated: {why}\n  {advice}")).into());
         }
         let done = rests(object)
+            || counts && serves_as_before(made, object)
             || is_settled(object)
                 && is_heeded(object)
                 && match digest {
@@ -258,6 +296,24 @@ mod tests {
         ordered["status"]["rollout"]["orders"] = json!({"resumed": 1});
         ordered["status"]["rollout"]["heeded"] = json!({"resumed": 0});
         assert!(!rests(&ordered), "it is about to go on");
+    }
+
+    #[test]
+    fn an_older_rollouts_failure_is_not_that_of_a_change_of_the_replicas() {
+        let app = |phase: &str, ready: u64, observed: u64, revision: u64, failed: bool| {
+            json!({"metadata": {"generation": 3}, "status": {"phase": phase, "observedGeneration": observed,
+                "readyReplicas": ready, "desiredReplicas": 3,
+                "rollout": {"phase": if failed { "RolledBack" } else { "Progressing" }, "revision": revision, "failed": failed}}})
+        };
+        let made = app("RolledBack", 2, 2, 2, true);
+        assert!(!serves_as_before(&made, &made), "nobody has looked at the change yet");
+        let still = app("Progressing", 2, 3, 2, true);
+        assert!(failed_before(&made, &still) && !serves_as_before(&made, &still));
+        assert!(serves_as_before(&made, &app("RolledBack", 3, 3, 2, true)));
+        // One that failed meanwhile is news, whether it was under way or came with another template.
+        let went = app("Progressing", 2, 2, 2, false);
+        assert!(!failed_before(&went, &app("RolledBack", 3, 3, 2, true)));
+        assert!(!failed_before(&made, &app("RolledBack", 3, 3, 3, true)));
     }
 
     #[test]

@@ -78,6 +78,7 @@ fn plain_http_is_for_loopback_only() {
         issuer: None,
         provider_networks: Vec::new(),
         registry_networks: Vec::new(),
+        registry_ca_file: None,
         blob_grace_hours: default_grace(),
         webhook_networks: Vec::new(),
         zones: vec!["zone-a".parse().unwrap()],

@@ -230,6 +230,7 @@ fn configurations(dir: &DataDir, plan: &Plan, program: &Path, machine: Machine) 
                 // Whoever develops against a provider has it on this machine.
                 provider_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],
                 registry_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],
+                registry_ca_file: None,
                 blob_grace_hours: crate::role::server::image_gc::default_grace(),
                 // And so with what receives events.
                 webhook_networks: vec!["127.0.0.0/8".to_owned(), "::1/128".to_owned()],

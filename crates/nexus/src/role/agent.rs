@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use nexus_agent::images::WireImages;
-use nexus_agent::{AgentHandle, Engines, keeper};
+use nexus_agent::{AgentHandle, Engines, HostNetworksEngine, keeper};
 use nexus_compute::container::{ContainerConfig, ContainerRuntime, Units};
 use nexus_compute::function::{FunctionConfig, FunctionRuntime};
 use nexus_compute::image::{BlobStore, UnpackLimits};
@@ -89,10 +89,12 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     ]);
     let images = WireImages::new(&env, client_tls.clone(), servers.clone(), blobs);
     let images = Arc::new(images.full_at(config.images_disk_percent));
+    let instances = InstanceNet::new(config.run_dir.join("netns"));
     let engines = Engines {
         images: images.clone(),
-        net: Arc::new(InstanceNet::new(config.run_dir.join("netns"))),
+        net: Arc::new(instances.clone()),
         firewall: Some(Firewall::own()),
+        networks: Some(Arc::new(HostNetworksEngine::new(config.run_dir.join("networks"), instances))),
         runtimes,
         keep,
     };

@@ -7,6 +7,7 @@ pub mod backups;
 mod blobs;
 pub mod certificates;
 mod deliveries;
+mod delivery_figures;
 pub mod engine;
 mod fleet;
 mod groups;
@@ -213,6 +214,7 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         tasks.spawn(async move { keys.follow(stop).await });
     }
     let door = deliveries::door(&config.webhook_networks)?;
+    let deliveries = delivery_figures::Figures::default();
     let both: [Arc<dyn Store>; 2] = [contract.clone(), groups.global.clone()];
     for (own, writer) in [&writers.region, &writers.global].into_iter().enumerate() {
         let sender = deliveries::Sender {
@@ -223,6 +225,8 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
             secrets: both[own..].to_vec(),
             keys: keys.clone(),
             door: door.clone(),
+            group: [config.region.as_str(), GLOBAL][own].to_owned(),
+            figures: deliveries.clone(),
         };
         tasks.spawn(Arc::new(sender).run(stop.clone()));
     }
@@ -276,8 +280,10 @@ pub async fn run(config: ServerConfig) -> anyhow::Result<()> {
         ),
     ));
     status.register(&metrics);
+    deliveries.register(&metrics);
     collector.register(&metrics);
-    let pulls = ServerPulls::new(blobs.clone(), registry::Registries::new(&config.registry_networks)?);
+    let registries = registry::Registries::new(&config.registry_networks, config.registry_ca_file.as_deref())?;
+    let pulls = ServerPulls::new(blobs.clone(), registries);
     pulls.register(&metrics);
     audit::register(&audit.notes, &metrics);
     let hash = std::fs::read_to_string(&config.token_hash)

@@ -78,6 +78,31 @@ pub fn busybox(dir: &Path) -> PathBuf {
     layout
 }
 
+/// Busybox's server, and this Debian's own curl and getent, which ask for names as nearly all programs do: by glibc.
+#[allow(dead_code)] // Not every test program that has this file uses it.
+pub fn curl(dir: &Path) -> PathBuf {
+    let layout = busybox(dir);
+    let (image, bundle) = (format!("{}:latest", layout.display()), dir.join("bundle"));
+    let umoci = |verb: &str| {
+        let done = Command::new("umoci").args([verb, "--image", &image]).arg(&bundle).status();
+        assert!(done.unwrap().success(), "umoci {verb}");
+    };
+    umoci("unpack");
+    let copy = |file: &Path| {
+        let to = bundle.join("rootfs").join(file.strip_prefix("/").unwrap());
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        std::fs::copy(file, to).unwrap();
+    };
+    for program in ["/usr/bin/curl", "/usr/bin/getent"] {
+        copy(Path::new(program));
+        let needed = Command::new("ldd").arg(program).output().unwrap();
+        let needed = String::from_utf8(needed.stdout).unwrap();
+        needed.split_whitespace().filter(|word| word.starts_with('/')).for_each(|file| copy(Path::new(file)));
+    }
+    umoci("repack");
+    layout
+}
+
 /// The example function, built for wasm32-wasip2.
 pub fn hello_function(dir: &Path) -> PathBuf {
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/hello-function");

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import time
+import zlib
 from urllib.parse import quote
 
 import requests
@@ -74,6 +75,34 @@ def webhook():
     return {"url": "https://hooks.invalid/cloud", "secret": {"name": FIXTURE, "key": "password"}, "maxAttempts": 1}
 
 
+def network():
+    return {"cidrs": ["10.0.0.0/8"]}
+
+
+def subnet(name):
+    # Of its own, the same each time: what it is can't change.
+    number = zlib.crc32(name.encode()) % 60000
+    return {"network": FIXTURE, "cidr4": f"10.{number // 250}.{number % 250}.0/24"}
+
+
+def pool(name):
+    # Of its own, the same each time.
+    number = zlib.crc32(name.encode()) % 60000
+    return {"cidrs": [f"100.{64 + number // 250 % 60}.{number % 250}.0/24"]}
+
+
+def own_network(name):
+    """A network of an object's own: it has one such gateway, or few."""
+    name = f"of-{name}"
+    if not call("GET", f"{PROJECT}/networks/{name}").ok:
+        made(f"{PROJECT}/networks/{name}", {"spec": network()})
+    return name
+
+
+def balancer():
+    return {"subnet": FIXTURE, "listeners": [{"port": 80, "targets": [{"to": {"app": FIXTURE}}]}]}
+
+
 EMPTY = digest(b"")
 WASM = {"format": "wasm", "digest": EMPTY, "blobs": [{"digest": EMPTY, "size": 0}]}
 # Whoever is there from the beginning, and a policy that permits nothing.
@@ -99,12 +128,27 @@ BODIES = {
     "jobs": (f"{PROJECT}/jobs", lambda n: {"spec": job()}),
     "cron-jobs": (f"{PROJECT}/cron-jobs", lambda n: {"spec": {"schedule": "0 0 1 1 *", "job": job()}}),
     "secrets": (f"{PROJECT}/secrets", lambda n: {"spec": {"data": {"password": n}}}),
-    # After the secret that signs.
+    # Each after what it names.
+    "networks": (f"{PROJECT}/networks", lambda n: {"spec": network()}),
+    "subnets": (f"{PROJECT}/subnets", lambda n: {"spec": subnet(n)}),
+    "security-groups": (f"{PROJECT}/security-groups", lambda n: {"spec": {"network": FIXTURE}}),
+    "nics": (f"{PROJECT}/nics", lambda n: {"spec": {"subnet": FIXTURE}}),
+    "address-pools": (f"{REGION}/address-pools", lambda n: {"spec": pool(n)}),
+    "prefix-lists": (f"{PROJECT}/prefix-lists", lambda n: {"spec": {"cidrs": ["192.0.2.0/24"]}}),
+    "route-tables": (f"{PROJECT}/route-tables", lambda n: {"spec": {"network": FIXTURE}}),
+    "peerings": (f"{PROJECT}/peerings", lambda n: {"spec": {"network": FIXTURE, "peerNetwork": f"nowhere-{n}"}}),
+    "internet-gateways": (f"{PROJECT}/internet-gateways", lambda n: {"spec": {"network": own_network(n)}}),
+    "nat-gateways": (f"{PROJECT}/nat-gateways", lambda n: {"spec": {"network": own_network(n)}}),
+    "floating-ips": (f"{PROJECT}/floating-ips", lambda n: {"spec": {"pool": FIXTURE}}),
+    "load-balancers": (f"{PROJECT}/load-balancers", lambda n: {"spec": balancer()}),
+    "dns-zones": (f"{PROJECT}/dns-zones", lambda n: {"spec": {"network": FIXTURE, "domain": f"{n}.example"}}),
     "webhooks": (f"{PROJECT}/webhooks", lambda n: {"spec": webhook()}),
     "routes": (f"{PROJECT}/routes", lambda n: {"spec": {"host": f"{n}.example.com", "app": APP}}),
 }
-# An organization has twenty identity providers at most, a project as many webhooks.
-FEW = ("identity-providers", "webhooks")
+# An organization has twenty identity providers at most, a project as many webhooks; of networks there are not many more.
+FEW = ("identity-providers", "webhooks", "networks", "subnets", "security-groups", "nics")
+FEW += ("address-pools", "prefix-lists", "route-tables", "peerings", "internet-gateways", "nat-gateways")
+FEW += ("floating-ips", "load-balancers", "dns-zones")
 # What reads and changes; never deleted.
 FIXTURE = "st-fixture"
 # An app that is scaled, and changed by nothing else.
@@ -299,7 +343,21 @@ def repair_headers(case):
         case.headers["Prefer"] = "wait=0"
 
 
+def repair_rules(rules):
+    """Rules whose ids differ, that name what there is, and ports only where there are ports."""
+    seen = {}
+    for rule in rules:
+        if isinstance(rule, dict):
+            rule["remotes"] = [{"cidr": "192.0.2.0/24"} for _ in rule.get("remotes") or []]
+            with_ports = rule.get("protocol") in ("tcp", "udp")
+            rule["ports"] = [443, "8000-8010"] if rule.get("ports") and with_ports else []
+            seen[rule.get("id")] = rule
+    return list(seen.values())
+
+
 def repair_app(spec):
+    # An instance's NIC would be nobody's to delete.
+    spec.pop("nics", None)
     if spec.get("secrets"):
         # A function has no files.
         spec["secrets"] = [] if spec.get("runtime") == "function" else [{"name": FIXTURE}]
@@ -452,6 +510,19 @@ def repair_body(case):
         else:
             spec.update(webhook())
             spec["enabled"] = True
+    named = (metadata or {}).get("name") if case.method == "POST" else case.path_parameters.get("name")
+    if kind in FEW[2:]:
+        # What they are of and what addresses they have can't change, and has to fit.
+        for field in (
+            ("cidrs", "network", "cidr4", "cidr6", "zone", "subnet", "address4", "address6", "instance", "securityGroups")
+            + ("routeTable", "routes", "peerProject", "peerNetwork", "pool", "address", "nic", "domain", "records")
+            + ("listeners",)
+        ):
+            spec.pop(field, None)
+        if isinstance(spec.get("rules"), list):
+            spec["rules"] = repair_rules(spec["rules"])
+        if case.method != "PATCH":
+            spec.update(BODIES[kind][1](str(named))["spec"])
     if kind in ("role-bindings", "policies", "tokens", "access-keys"):
         spec.pop("project", None)
     if kind == "role-bindings":

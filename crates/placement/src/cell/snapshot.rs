@@ -1,19 +1,22 @@
 //! What can be read of a cell: one host, the totals, the room for a request, and whether the books are right.
 
 use super::{Cell, Host};
+use crate::numa;
 use crate::pool::{Place, bucket_of};
 use crate::types::{
-    Capacity, ClassId, GroupId, HostId, HostState, ImageId, LabelId, Load, RackId, Request, Runtimes, UnknownHost,
-    ZoneId,
+    Capacity, ClassId, DomainId, GroupId, HostId, HostState, ImageId, LabelId, Load, MAX_NODES, Node, RackId, Request,
+    Runtimes, UnknownHost, ZoneId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Domains with how many of a group they hold.
 pub type Counts<Domain> = Vec<(Domain, u32)>;
 /// What a record adds up to on one host.
-type Sums = (super::Reserved, BTreeMap<ClassId, u64>, BTreeMap<ClassId, u128>);
-/// How many of each group are on each host.
-type GroupRecord = BTreeMap<GroupId, BTreeMap<u32, u32>>;
+type Sums = (super::Reserved, BTreeMap<ClassId, u64>, BTreeMap<ClassId, u128>, NodeSums);
+/// What a record adds up to on each node.
+type NodeSums = [(u64, u128); MAX_NODES];
+/// How many of each group are on each host, and of each fault domain of it in each rack.
+type GroupRecord = BTreeMap<GroupId, (BTreeMap<u32, u32>, BTreeMap<(RackId, DomainId), u32>)>;
 /// For each class of a pool, how many hosts have how many units free.
 type ClassCounts = Vec<BTreeMap<u64, u32>>;
 
@@ -39,6 +42,8 @@ pub struct HostSnapshot {
     pub labels: Vec<LabelId>,
     /// Microseconds.
     pub rtt: Option<u32>,
+    /// Its NUMA nodes: capacity, free. None of a host that is a single node.
+    pub nodes: Vec<(Node, Node)>,
     /// More is reserved than the host has: it has shrunk, or was adopted so.
     pub oversold: bool,
 }
@@ -93,6 +98,7 @@ impl Cell {
             storage: host.storage.iter().map(|s| (s.class, s.capacity, s.free())).collect(),
             labels: host.labels().to_vec(),
             rtt: host.rtt(),
+            nodes: host.nodes.iter().map(|node| (node.capacity, node.free())).collect(),
             oversold: host.oversold(),
         })
     }
@@ -138,7 +144,7 @@ impl Cell {
     }
 
     /// How many more of a request would fit, by capacity, classes, zone, labels, round trip, exclusions and the limit per
-    /// host. Spread and the company of other groups are left out: it says where the next one goes, not how many there is room for.
+    /// host. Spread, fault domains and the company of other groups are left out: it says where the next one goes, not how many there is room for.
     pub fn headroom(&self, request: &Request) -> u64 {
         let group = request.group.and_then(|id| self.groups.get(&id));
         let times = |free: u64, each: u64| free.checked_div(each).unwrap_or(u64::MAX);
@@ -157,6 +163,7 @@ impl Cell {
                 .min(u64::from(hot.slots))
                 .min(per_host)
                 .min(classes.min().unwrap_or(u64::MAX))
+                .min(self.room_on_nodes(request, index))
         };
         self.live_hosts().filter(|(index, _)| self.eligible(*index, request)).map(|(index, _)| room(index)).sum()
     }
@@ -176,7 +183,7 @@ impl Cell {
         let mut groups: GroupRecord = BTreeMap::new();
         for (id, request) in record {
             self.host(id).map_err(|_| Drift::UnknownHost(id))?;
-            let (sum, classes, storage) = hosts.entry(id.0).or_default();
+            let (sum, classes, storage, nodes) = hosts.entry(id.0).or_default();
             sum.cpu += u64::from(request.cpu);
             sum.memory += u128::from(request.memory);
             sum.scratch += u128::from(request.scratch);
@@ -187,12 +194,21 @@ impl Cell {
             if let Some((class, bytes)) = request.storage.filter(|(_, bytes)| *bytes > 0) {
                 *storage.entry(class).or_default() += u128::from(bytes);
             }
+            for at in numa::named(request).iter() {
+                let part = numa::part(request);
+                nodes[at].0 += u64::from(part.cpu);
+                nodes[at].1 += u128::from(part.memory);
+            }
             if let Some(group) = request.group {
-                *groups.entry(group).or_default().entry(id.0).or_default() += 1;
+                let (on_hosts, in_racks) = groups.entry(group).or_default();
+                *on_hosts.entry(id.0).or_default() += 1;
+                if let Some(domain) = request.domain {
+                    *in_racks.entry((self.rack_of(id.0), domain)).or_default() += 1;
+                }
             }
         }
         for (index, host) in self.live_hosts() {
-            let (sum, classes, storage) = hosts.remove(&index).unwrap_or_default();
+            let (sum, classes, storage, nodes) = hosts.remove(&index).unwrap_or_default();
             let drift = |what| Drift::Host { host: HostId(index), what };
             if host.reserved != sum {
                 return Err(drift("resources"));
@@ -207,6 +223,10 @@ impl Cell {
             if held != storage {
                 return Err(drift("storage"));
             }
+            let held = |at: usize| host.nodes.get(at).map_or((0, 0), |node| (node.cpu, node.memory));
+            if (0..MAX_NODES).any(|at| held(at) != nodes[at]) {
+                return Err(drift("NUMA nodes"));
+            }
         }
         self.audit_groups(&groups)?;
         self.audit_index()
@@ -218,11 +238,16 @@ impl Cell {
                 return Err(Drift::Group(*id));
             };
             let mut zones: BTreeMap<ZoneId, u32> = BTreeMap::new();
+            let (counts, domains) = counts;
             for (host, n) in counts {
                 *zones.entry(self.zone_of(*host)).or_default() += n;
             }
             let same_hosts = group.hosts().eq(counts.iter().map(|(host, n)| (*host, *n)));
-            if !same_hosts || !counts.keys().all(|host| group.holds(*host)) || !group.zones().into_iter().eq(zones) {
+            if !same_hosts
+                || !counts.keys().all(|host| group.holds(*host))
+                || !group.zones().into_iter().eq(zones)
+                || group.domains() != domains
+            {
                 return Err(Drift::Group(*id));
             }
         }
@@ -235,6 +260,9 @@ impl Cell {
         for (index, host) in self.live_hosts() {
             let drift = |what| Drift::Index { host: HostId(index), what };
             let hot = &self.hot[index as usize];
+            if !self.nodes_are_weighed(index) {
+                return Err(drift("its NUMA nodes"));
+            }
             if host.images.iter().any(|image| !self.images.get(image).is_some_and(|holders| holders.contains(index))) {
                 return Err(drift("its images"));
             }
@@ -272,6 +300,10 @@ impl Cell {
         let holders: usize = self.images.values().map(|holders| holders.len()).sum();
         let held: usize = self.live_hosts().map(|(_, host)| host.images.len()).sum();
         let indexed = self.pools.len();
+        let numa = |(index, host): &(u32, &Host)| host.is_numa() && self.hot[*index as usize].place != Place::NOWHERE;
+        if self.live_hosts().filter(numa).count() != self.numa_hosts() as usize {
+            return Err(Drift::IndexSize { indexed: self.numa_hosts(), ready });
+        }
         if indexed != ready || holders != held {
             return Err(Drift::IndexSize { indexed, ready });
         }

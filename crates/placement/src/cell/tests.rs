@@ -17,6 +17,7 @@ fn host(zone: u32, cores: u32, memory: u64) -> HostSpec {
         storage: Vec::new(),
         labels: Vec::new(),
         rtt: None,
+        nodes: Vec::new(),
     }
 }
 
@@ -298,4 +299,97 @@ fn racks_are_kept_even_and_required_spread_refuses_the_fuller_one() {
     let refusal = cell.place(&spread(SpreadLevel::Rack, true)).unwrap_err();
     assert_eq!((refusal.at(Filter::Spread), refusal.at(Filter::Cpu)), (3, 1));
     assert_eq!(cell.domains(&spread(SpreadLevel::Rack, true)), [(0, 3), (1, 2)]);
+}
+
+fn numa(node_cores: &[u32], memory: u64) -> HostSpec {
+    let nodes: Vec<Node> = node_cores.iter().map(|cores| Node { cpu: cores * 1000, memory: memory * GI }).collect();
+    HostSpec { nodes, ..host(0, node_cores.iter().sum(), memory * node_cores.len() as u64) }
+}
+
+fn pinned(span: u8, cpu: u32, memory: u64) -> Request {
+    Request { span, ..container(cpu, memory) }
+}
+
+/// Places and reserves; the host and its nodes.
+fn pin(cell: &mut Cell, mut request: Request) -> Result<(u32, Vec<usize>), Refusal> {
+    let decision = cell.place(&request)?;
+    assert_eq!(cell.place_indexed(&request).unwrap().host, decision.host);
+    request.nodes = decision.nodes;
+    cell.reserve(decision.host, &request).unwrap();
+    Ok((decision.host.0, decision.nodes.iter().collect()))
+}
+
+#[test]
+fn a_request_fits_in_one_node_or_has_equal_parts_on_several() {
+    let mut cell = cell([numa(&[4, 4], 16), host(0, 8, 32)]);
+    assert_eq!(cell.place(&pinned(1, 5000, 8)).unwrap().host, HostId(1), "one node of 8 cores");
+    assert_eq!(pin(&mut cell, pinned(2, 6000, 8)), Ok((0, vec![0, 1])));
+    assert_eq!(cell.snapshot(HostId(0)).unwrap().nodes[1].1, Node { cpu: 1000, memory: 12 * GI });
+    assert_eq!(
+        cell.reserve(HostId(0), &pinned(1, 500, 1)),
+        Err(ReserveError::Nodes { host: HostId(0), span: 1, named: 0 })
+    );
+    let tight = Request { nodes: Nodes::NONE.with(1), ..pinned(1, 2000, 1) };
+    let exceeds = ReserveError::Exceeds { host: HostId(0), resource: Filter::Numa, wanted: 2000, free: 1000 };
+    assert_eq!(cell.reserve(HostId(0), &tight), Err(exceeds));
+    let refusal = cell.place(&pinned(2, 2000, 30)).unwrap_err();
+    assert_eq!((refusal.at(Filter::Memory), refusal.at(Filter::Numa)), (1, 1));
+    assert_eq!(
+        refusal.to_string(),
+        "no host of 2 can take it: 1 lacks memory (30Gi wanted, at most 24Gi free), 1 without room on its NUMA nodes"
+    );
+}
+
+#[test]
+fn what_has_no_wish_takes_from_any_node_and_leaves_no_more_than_there_is() {
+    let mut cell = cell([numa(&[4, 4], 16)]);
+    run(&mut cell, &container(3000, 4), 2);
+    assert_eq!(cell.headroom(&pinned(1, 1000, 1)), 2, "two cores are left, wherever the others run");
+    assert_eq!(pin(&mut cell, pinned(2, 2000, 2)), Ok((0, vec![0, 1])));
+    assert_eq!(cell.place(&pinned(1, 1000, 1)).unwrap_err().at(Filter::Cpu), 1);
+}
+
+#[test]
+fn once_the_mix_is_known_pairs_of_nodes_are_kept_for_those_that_want_both() {
+    let mut cell = cell([numa(&[8, 8], 32), numa(&[8, 8], 32), numa(&[8, 8], 32)]);
+    // As many of both kinds, so that both are known; then all go.
+    let mut held = Vec::new();
+    for n in 0..40 {
+        let mut request = if n % 2 == 0 { pinned(2, 16_000, 64) } else { pinned(1, 4000, 16) };
+        let decision = cell.place(&request).unwrap();
+        request.nodes = decision.nodes;
+        cell.reserve(decision.host, &request).unwrap();
+        held.push((decision.host, request));
+        if held.len() == 2 {
+            held.drain(..).for_each(|(host, request)| cell.release(host, &request).unwrap());
+        }
+    }
+    let halves: Vec<u32> = (0..4).map(|_| pin(&mut cell, pinned(1, 4000, 16)).unwrap().0).collect();
+    assert!(halves.iter().all(|host| *host == halves[0]), "{halves:?}");
+    assert_eq!(cell.headroom(&pinned(2, 16_000, 64)), 2);
+    cell.audit([]).unwrap_err();
+}
+
+#[test]
+fn a_group_that_stays_together_starts_where_more_have_room_and_goes_nowhere_else() {
+    let mut cell = cell([host(0, 4, 16), host(0, 8, 32), numa(&[2, 2], 8)]);
+    let member = Request { group: Some(GroupId(3)), together: true, ..container(2000, 8) };
+    assert_eq!(run(&mut cell, &member, 4), [HostId(1); 4]);
+    let refusal = cell.place(&member).unwrap_err();
+    assert_eq!((refusal.at(Filter::Cpu), refusal.at(Filter::Together)), (1, 2));
+    assert_eq!(cell.place_indexed(&member).unwrap_err(), refusal);
+}
+
+#[test]
+fn fault_domains_share_no_rack() {
+    let in_rack = |rack| HostSpec { rack: RackId(rack), ..host(0, 2, 8) };
+    let mut cell = cell([in_rack(0), in_rack(0), in_rack(1)]);
+    let member = |domain| Request { group: Some(GroupId(3)), domain: Some(DomainId(domain)), ..container(2000, 8) };
+    assert_eq!(run(&mut cell, &member(1), 2), [HostId(0), HostId(1)], "members of one domain share a rack");
+    assert_eq!(run(&mut cell, &member(2), 1), [HostId(2)]);
+    cell.release(HostId(0), &member(1)).unwrap();
+    assert_eq!(cell.place(&member(2)).unwrap_err().at(Filter::Domain), 1);
+    assert_eq!(cell.place(&member(1)).unwrap().host, HostId(0));
+    cell.audit([(HostId(1), &member(1)), (HostId(2), &member(2))]).unwrap();
+    assert_eq!(cell.audit([(HostId(1), &member(2)), (HostId(2), &member(2))]), Err(Drift::Group(GroupId(3))));
 }

@@ -186,6 +186,7 @@ impl Workload {
                 storage: Vec::new(),
                 labels: Vec::new(),
                 rtt: None,
+                nodes: Vec::new(),
             };
             capacity.0 += u64::from(spec.capacity.cpu);
             capacity.1 += spec.capacity.memory;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use nexus_model::kind::{self, Constraints, ImageFormat, Port, Runtime, SecretRef, Spread};
+use nexus_model::kind::{self, Constraints, Disruption, ImageFormat, Port, Runtime, SecretRef, Spread, TemplateNic};
 use nexus_model::{Bytes, Digest, MilliCpu, Name};
 use serde_json::{Value, json};
 
@@ -47,11 +47,13 @@ enum SpreadArg {
     nexus deploy web --env MODE=fast --memory 256Mi\n  \
     nexus deploy web --image nginx.tar --replicas auto\n  \
     nexus deploy web --secret DB_PASSWORD=db/password --secret /run/secrets/tls=tls\n  \
+    nexus deploy web --nic front:web --nic back\n  \
     nexus deploy db --image postgres --port 5432/tcp --scratch 2Gi --spread host\n  \
     nexus deploy model --compute-class gpu-v100 --storage-class high-iops --constraints \"latency<20ms, not-with=batch\"\n  \
     nexus deploy shop --image shop.tar --region global --replicas 6\n  \
     nexus deploy web --image web-2.tar --canary 10:60s,50 --canary-header x-canary\n  \
     nexus deploy web --image web-3.tar --blue-green --progress-deadline 120\n  \
+    nexus deploy web --replicas 5 --disruption min-available=4\n  \
     nexus deploy web --replicas 5 --no-wait --callback https://ci.example.com/done\n  \
     nexus deploy job --image tools --command sh -c 'sleep 1000'\n\n\
     Of an app that exists, only what is named changes. A path is imported first, as `nexus image import` does, and a \
@@ -79,6 +81,9 @@ pub struct DeployArgs {
     /// Gives a secret to each instance: a variable from a key, or a folder of files
     #[arg(long = "secret", value_name = "VARIABLE=NAME/KEY[@VERSION]|[PATH=]NAME[@VERSION]", value_parser = spec::secret)]
     secrets: Vec<SecretRef>,
+    /// Gives each instance a NIC in a subnet, with security groups; several times for several, the first is the default route's
+    #[arg(long = "nic", value_name = "SUBNET[:GROUP,…]", value_parser = spec::nic)]
+    nics: Vec<TemplateNic>,
     /// Sets a label of the app
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::label)]
     label: Vec<(String, String)>,
@@ -118,6 +123,10 @@ pub struct DeployArgs {
     regions: Vec<Name>,
     #[command(flatten)]
     rollout: rollout::RolloutArgs,
+    /// How many instances draining a host or a rebalance may take away: max-unavailable=N|PERCENT% or
+    /// min-available=N|PERCENT% [default: max-unavailable=25%]
+    #[arg(long, value_name = "BUDGET", help_heading = "Rollout")]
+    disruption: Option<Disruption>,
     /// In place of the image's entry point; takes the rest of the line
     #[arg(long, value_name = "WORD", num_args = 1.., allow_hyphen_values = true)]
     command: Vec<String>,
@@ -158,6 +167,7 @@ impl DeployArgs {
             env: self.env.clone(),
             labels: self.label.clone(),
             secrets: self.secrets.clone(),
+            nics: self.nics.clone(),
             cpu: self.cpu,
             memory: self.memory,
             scratch: self.scratch,
@@ -176,6 +186,7 @@ impl DeployArgs {
             health_path: self.health_path.clone(),
             regions: self.regions.clone(),
             rollout: self.rollout.wanted(),
+            disruption: self.disruption,
         }
     }
 }
@@ -379,7 +390,8 @@ pub async fn scale(args: &ScaleArgs) -> anyhow::Result<()> {
     let object: Value = cloud.client.patch(&path, &json!({"spec": {"replicas": args.replicas}})).await?;
     output::text(&format!("{} scaled to {}", resource::title(kind, text(&object, "/metadata/name")), args.replicas))?;
     if args.wait {
-        settle::wait(&cloud, kind, &path, &object, None, Duration::from_secs(args.timeout)).await?;
+        let timeout = Duration::from_secs(args.timeout);
+        settle::wait_for(&cloud, kind, &path, &object, (settle::Asked::Replicas, None), timeout).await?;
     }
     Ok(())
 }

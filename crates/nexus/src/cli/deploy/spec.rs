@@ -1,7 +1,9 @@
 //! From flags to an app's spec. Pure: what the command line says, laid over what is there.
 
 use indexmap::IndexMap;
-use nexus_model::kind::{Constraints, FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread};
+use nexus_model::kind::{
+    Constraints, Disruption, FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread, TemplateNic,
+};
 use nexus_model::selector::{is_label_key, is_label_value};
 use nexus_model::{API_VERSION, Bytes, MilliCpu, Name};
 use serde_json::{Map, Value, json};
@@ -35,6 +37,7 @@ pub struct Wanted {
     pub env: Vec<(String, String)>,
     pub labels: Vec<(String, String)>,
     pub secrets: Vec<SecretRef>,
+    pub nics: Vec<TemplateNic>,
     pub cpu: Option<MilliCpu>,
     pub memory: Option<Bytes>,
     pub scratch: Option<Bytes>,
@@ -49,6 +52,7 @@ pub struct Wanted {
     pub regions: Vec<Name>,
     /// Fields of `spec.rollout`.
     pub rollout: Map<String, Value>,
+    pub disruption: Option<Disruption>,
 }
 
 fn value<T: serde::Serialize>(part: &T) -> Value {
@@ -134,6 +138,9 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
         rollout.extend(wanted.rollout.clone());
         rollout.retain(|_, value| !value.is_null());
     }
+    if let Some(disruption) = wanted.disruption {
+        spec.insert("disruption".into(), value(&disruption));
+    }
     if let Some(spread) = wanted.spread {
         spec.insert("spread".into(), value(&spread));
     }
@@ -143,6 +150,9 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
     if !wanted.secrets.is_empty() {
         let before = spec.get("secrets").and_then(|s| serde_json::from_value(s.clone()).ok()).unwrap_or_default();
         spec.insert("secrets".into(), value(&with_secrets(before, &wanted.secrets)));
+    }
+    if !wanted.nics.is_empty() {
+        spec.insert("nics".into(), value(&wanted.nics));
     }
     if !wanted.classes.is_empty() {
         let classes: IndexMap<_, _> = wanted.classes.iter().cloned().collect();
@@ -222,6 +232,14 @@ fn with_secrets(mut refs: Vec<SecretRef>, wanted: &[SecretRef]) -> Vec<SecretRef
         }
     }
     refs
+}
+
+/// A NIC in a subnet, with security groups: `SUBNET[:GROUP,…]`.
+pub fn nic(text: &str) -> Result<TemplateNic, String> {
+    let (subnet, groups) = text.split_once(':').unwrap_or((text, ""));
+    let name = |text: &str| text.parse::<Name>().map_err(|e| format!("{text:?}: {e}"));
+    let groups = groups.split(',').filter(|g| !g.is_empty()).map(name).collect::<Result<_, _>>()?;
+    Ok(TemplateNic { subnet: name(subnet)?, security_groups: groups, rate: None, forwards: false })
 }
 
 /// `VARIABLE=NAME/KEY`, `PATH=NAME` or `NAME`, with `@VERSION` for one that is not the newest.
@@ -335,6 +353,7 @@ mod tests {
             env: vec![("A".into(), "b".into())],
             labels: vec![("tier".into(), "front".into())],
             secrets: vec![secret("A_KEY=db/key").unwrap(), secret("tls").unwrap()],
+            nics: vec![nic("front").unwrap(), nic("back:db,admin").unwrap()],
             cpu: Some("250m".parse().unwrap()),
             memory: Some("128Mi".parse().unwrap()),
             scratch: Some("1Gi".parse().unwrap()),
@@ -351,13 +370,14 @@ mod tests {
                 .as_object()
                 .unwrap()
                 .clone(),
+            disruption: Some("min-available=2".parse().unwrap()),
         };
         let object = app(&name("web"), None, &wanted, None);
         valid(&object);
         let spec = &object["spec"];
         assert_eq!(spec["resources"], json!({"cpu": "250m", "memory": "128Mi", "scratch": "1Gi", "pids": 9}));
         assert_eq!(spec["health"]["readiness"]["probe"], json!({"http": {"port": 8080, "path": "/up"}}));
-        assert_eq!(spec["regions"], json!(["eu"]));
+        assert_eq!((&spec["regions"], &spec["disruption"]), (&json!(["eu"]), &json!({"minAvailable": 2})));
         assert_eq!(spec["rollout"], json!({"strategy": "canary", "steps": [{"percent": 10}]}));
         assert_eq!((&spec["spread"], &spec["classes"]), (&json!("host"), &json!({"gpu": 2})));
         assert_eq!(spec["constraints"], json!(["latency<20ms", "zone in (a,b)"]));

@@ -25,6 +25,7 @@ use reqwest::{StatusCode, Url};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::delivery_figures::{Figures, Receiver};
 use super::outbound::{Outbound, is_elsewhere, told};
 
 /// How long a receiver may take to answer.
@@ -69,6 +70,9 @@ pub struct Sender {
     pub secrets: Vec<Arc<dyn Store>>,
     pub keys: Arc<dyn KeyProvider>,
     pub door: Arc<Outbound>,
+    /// How the group is called in figures: `global`, or the region.
+    pub group: String,
+    pub figures: Figures,
 }
 
 /// What is on its way, by the keys of its rows: in the order in which it is sent.
@@ -100,6 +104,15 @@ impl Queue {
             Ok(delivery) => self.put(key, kv.mod_revision.0, delivery),
             Err(error) => tracing::error!(%error, key, "a delivery can't be read; it is left alone"),
         }
+    }
+
+    /// How many wait for each receiver.
+    fn waiting(&self, group: &str) -> BTreeMap<Receiver, u64> {
+        let mut waiting = BTreeMap::new();
+        for row in self.rows.values() {
+            *waiting.entry(Receiver::of(group, &row.delivery)).or_default() += 1;
+        }
+        waiting
     }
 
     /// Takes what is due out, as far as there is room; answers when to look again at the latest.
@@ -154,6 +167,8 @@ impl Sender {
                     },
                     led = self.lead() => led,
                 };
+                // They wait at whoever leads now.
+                self.figures.waiting(&self.group, &BTreeMap::new());
                 match led {
                     Ok(()) => {}
                     Err(StoreError::Closed) => return,
@@ -176,6 +191,7 @@ impl Sender {
         let mut watch = self.store.watch(prefix.clone().into(), key::prefix_end(&prefix).into(), revision).await?;
         let mut tries = JoinSet::new();
         loop {
+            self.figures.waiting(&self.group, &queue.waiting(&self.group));
             let (due, wait) = queue.due(Timestamp::from_millis(self.env.now_millis()));
             for (key, delivery) in due {
                 let sender = self.clone();
@@ -226,14 +242,24 @@ impl Sender {
 
     /// One try, and bringing what came of it. Answers the delivery as it is then, if that is known.
     async fn send(&self, delivery: &Object<Delivery>) -> Option<AnyObject> {
+        let began = self.env.monotonic();
         let attempt = Attempt { number: delivery.status.attempts + 1, ..self.attempt(delivery).await };
+        let receiver = Receiver::of(&self.group, delivery);
+        if !attempt.obsolete {
+            self.figures.tried(&receiver, attempt.taken, self.env.monotonic().saturating_sub(began));
+        }
         if !attempt.taken {
             let (project, id) = (&delivery.metadata.project, delivery.metadata.uid);
             tracing::info!(?project, %id, number = attempt.number, why = attempt.message, "a delivery was not taken");
         }
         for _ in 0..BROUGHT_AT_MOST {
             match self.bring(delivery, attempt.clone()).await {
-                Ok(accepted) if !attempt.obsolete => return Some(accepted.object),
+                Ok(accepted) if !attempt.obsolete => {
+                    if accepted.object.status["phase"] == "Dead" {
+                        self.figures.died(&receiver);
+                    }
+                    return Some(accepted.object);
+                }
                 Ok(_) => return None,
                 // It was deleted meanwhile.
                 Err(error) if error.code == Code::NotFound => return None,

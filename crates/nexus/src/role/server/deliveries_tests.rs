@@ -58,6 +58,8 @@ impl Lab {
             secrets: vec![store.clone()],
             keys,
             door: door(&networks).unwrap(),
+            group: "local".to_owned(),
+            figures: Figures::default(),
         };
         Self { sender, heard, store }
     }
@@ -189,6 +191,8 @@ async fn a_webhook_that_is_gone_or_disabled_is_told_nothing() {
     // The leader finds it by itself, and brings what came of it.
     lab.store.txn(Txn::put("o/deliveries/shop/1", delivery.to_vec())).await.unwrap();
     let (stop, heard) = (CancellationToken::new(), lab.heard.clone());
+    let figures = Mutex::new(prometheus_client::registry::Registry::default());
+    lab.sender.figures.register(&figures);
     let running = tokio::spawn(Arc::new(lab.sender).run(stop.clone()));
     let started = std::time::Instant::now();
     while heard.0.lock().unwrap().is_empty() {
@@ -196,6 +200,17 @@ async fn a_webhook_that_is_gone_or_disabled_is_told_nothing() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(heard.0.lock().unwrap()[0].number, 1);
+    // Whoever looks at the server's figures sees it.
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &figures.lock().unwrap()).unwrap();
+    let of = |what: &str| {
+        let line = format!(r#"nexus_webhook_deliveries_{what}{{group="local",project="shop",webhook="ci"}} "#);
+        text.lines()
+            .find_map(|l| l.strip_prefix(&line)?.parse::<u64>().ok())
+            .unwrap_or_else(|| panic!("{line}: {text}"))
+    };
+    // This writer takes nothing down, so that it is tried on and on.
+    assert!(of("waiting") == 1 && of("failed_total") >= 1 && of("delivered_total") == 0, "{text}");
     stop.cancel();
     running.await.unwrap();
     lab.store.shutdown().await;

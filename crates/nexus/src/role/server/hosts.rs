@@ -1,21 +1,27 @@
-//! The way from a user's request to the host that runs an instance: output and commands.
+//! The way from a user's request to the host that runs an instance: output and commands, and what its networks do.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use nexus_api::{Frame, FrameStream, HostDoor};
 use nexus_control::view::View;
 use nexus_env::Endpoint;
-use nexus_model::plan::{ExecRequest, LogsRequest, channel, method};
+use nexus_model::plan::{CaptureRequest, ExecRequest, LogsRequest, NetworkCheck, Trace, TraceRequest, channel, method};
 use nexus_model::{ApiError, Code, Name};
-use nexus_wire::{Client, FrameSink, Pool};
+use nexus_wire::{Client, FrameSink, Pool, WireError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use super::southbound::unreachable;
 
 /// Frames of standard input that wait for a slow host.
 const INPUT_QUEUE: usize = 16;
+
+/// A host looks at all that its kernel has, or waits for what a packet is answered with.
+const ANSWER: Duration = Duration::from_secs(20);
 
 pub struct Hosts {
     view: View,
@@ -32,13 +38,46 @@ impl Hosts {
         let gone = || ApiError::new(Code::Unavailable, format!("host {host} is not part of the region any more"));
         Ok(self.pool.get(&Endpoint::Tcp(address.ok_or_else(gone)?)))
     }
+
+    /// One question, one answer.
+    async fn ask<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        host: &Name,
+        method: &str,
+        request: &Q,
+    ) -> Result<A, ApiError> {
+        let answer = self.client(host)?.call(method, request, ANSWER).await;
+        answer.map_err(|e| refused(host, &e))
+    }
+
+    /// What a host says until it ends, or the stream is dropped.
+    async fn listen<Q: Serialize>(&self, host: &Name, method: &str, request: &Q) -> Result<FrameStream, ApiError> {
+        let opened = self.client(host)?.duplex(method, request).await;
+        let (sink, from) = opened.map_err(|e| refused(host, &e))?;
+        // The sending half stays with the stream: dropping it early would say that the reader has gone.
+        let kept = stream::unfold((frames(host, from), sink), |(mut from, sink)| async move {
+            let frame = from.next().await?;
+            Some((frame, (from, sink)))
+        });
+        Ok(kept.boxed())
+    }
+}
+
+/// What a host says to a question that does not fit what it has is the caller's to hear.
+fn refused(host: &Name, error: &WireError) -> ApiError {
+    match error {
+        WireError::Refused { code, detail } if code == nexus_wire::code::BAD_REQUEST => {
+            ApiError::new(Code::Conflict, detail.clone())
+        }
+        other => unreachable(&format!("host {host}"), other),
+    }
 }
 
 fn frames(host: &Name, from: nexus_wire::FrameStream) -> FrameStream {
-    let what = format!("host {host}");
+    let host = host.clone();
     from.map(move |frame| match frame {
         Ok((channel, data)) => Ok(Frame { channel, data }),
-        Err(error) => Err(unreachable(&what, &error)),
+        Err(error) => Err(refused(&host, &error)),
     })
     .boxed()
 }
@@ -46,15 +85,7 @@ fn frames(host: &Name, from: nexus_wire::FrameStream) -> FrameStream {
 #[async_trait]
 impl HostDoor for Hosts {
     async fn logs(&self, host: &Name, request: LogsRequest) -> Result<FrameStream, ApiError> {
-        let client = self.client(host)?;
-        let opened = client.duplex(method::LOGS, &request).await;
-        let (sink, from) = opened.map_err(|e| unreachable(&format!("host {host}"), &e))?;
-        // The sending half stays with the stream: dropping it early would say that the reader has gone.
-        let kept = stream::unfold((frames(host, from), sink), |(mut from, sink)| async move {
-            let frame = from.next().await?;
-            Some((frame, (from, sink)))
-        });
-        Ok(kept.boxed())
+        self.listen(host, method::LOGS, &request).await
     }
 
     async fn exec(&self, host: &Name, request: ExecRequest) -> Result<(mpsc::Sender<Frame>, FrameStream), ApiError> {
@@ -69,6 +100,18 @@ impl HostDoor for Hosts {
             Some((frame, (from, guard)))
         });
         Ok((sender, kept.boxed()))
+    }
+
+    async fn trace(&self, host: &Name, request: TraceRequest) -> Result<Trace, ApiError> {
+        self.ask(host, method::TRACE, &request).await
+    }
+
+    async fn check(&self, host: &Name) -> Result<NetworkCheck, ApiError> {
+        self.ask(host, method::NETWORK_CHECK, &()).await
+    }
+
+    async fn capture(&self, host: &Name, request: CaptureRequest) -> Result<FrameStream, ApiError> {
+        self.listen(host, method::CAPTURE, &request).await
     }
 }
 

@@ -12,8 +12,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::{Certificate, Url};
+use rustls::CertificateError;
 
 const CONNECT: Duration = Duration::from_secs(5);
 /// Addresses of one name that are tried.
@@ -45,9 +46,14 @@ impl Outbound {
         Self::made(networks, setting, builder().timeout(patience))
     }
 
-    /// For answers that may take long, as long as no pause in them does.
-    pub fn streaming(networks: &[String], setting: &'static str, silence: Duration) -> anyhow::Result<Self> {
-        Self::made(networks, setting, builder().read_timeout(silence))
+    /// For answers that may take long, as long as no pause in them does. Certificates may be by `authorities` too.
+    pub fn streaming(
+        networks: &[String],
+        setting: &'static str,
+        silence: Duration,
+        authorities: Vec<Certificate>,
+    ) -> anyhow::Result<Self> {
+        Self::made(networks, setting, builder().read_timeout(silence).tls_certs_merge(authorities))
     }
 
     fn made(networks: &[String], setting: &'static str, http: reqwest::ClientBuilder) -> anyhow::Result<Self> {
@@ -194,6 +200,28 @@ fn cause(error: &reqwest::Error) -> &(dyn std::error::Error + 'static) {
     cause
 }
 
+/// What was wrong with the other side's certificate, if a request ended for that.
+fn certificate(error: &reqwest::Error) -> Option<&CertificateError> {
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(rustls::Error::InvalidCertificate(why)) = error.downcast_ref() {
+            return Some(why);
+        }
+        // What an I/O error was made of is not among its sources, and it may be another one.
+        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        next = match inner {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    None
+}
+
+/// Whether a request ended because nobody here knows the authority that signed the other side's certificate.
+pub fn is_a_strangers(error: &reqwest::Error) -> bool {
+    matches!(certificate(error), Some(CertificateError::UnknownIssuer))
+}
+
 /// Whether a request ended because its address may not be reached.
 pub fn is_elsewhere(error: &reqwest::Error) -> bool {
     cause(error).is::<Elsewhere>()
@@ -202,6 +230,12 @@ pub fn is_elsewhere(error: &reqwest::Error) -> bool {
 /// What went wrong, in few words: reqwest's own name the URL, and the cause may name more.
 pub fn told(error: &reqwest::Error) -> String {
     let cause = cause(error);
+    if let Some(why) = certificate(error) {
+        return match why {
+            CertificateError::UnknownIssuer => "its certificate is by an authority that is not trusted here".to_owned(),
+            why => format!("its certificate is not valid: {why}"),
+        };
+    }
     match error {
         _ if cause.is::<Elsewhere>() => cause.to_string(),
         e if e.is_timeout() => "it takes too long".to_owned(),

@@ -14,9 +14,11 @@
 //!
 //! Nothing is believed but digests: each document and blob is hashed, and everything is bounded: size, time, layers, redirects.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
@@ -25,11 +27,11 @@ use nexus_compute::image::{Descriptor, ImageError, MAX_CONFIG, MAX_MANIFEST, Man
 use nexus_model::{ApiError, Code, Digest, FieldError, SecretData, SecretValue};
 use oci_spec::distribution::Reference;
 use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, WWW_AUTHENTICATE};
-use reqwest::{Response, StatusCode, Url};
+use reqwest::{Certificate, Response, StatusCode, Url};
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
-use super::outbound::{Outbound, told};
+use super::outbound::{Outbound, is_a_strangers, told};
 
 /// How long a question may take whose answer is small, read to its end.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -292,8 +294,13 @@ pub struct Session {
 }
 
 impl Registries {
-    pub fn new(networks: &[String]) -> anyhow::Result<Self> {
-        Ok(Self(Outbound::streaming(networks, "registry_networks", SILENCE)?))
+    /// `authorities`: a file with the certificates of those that count beside the machine's own.
+    pub fn new(networks: &[String], authorities: Option<&Path>) -> anyhow::Result<Self> {
+        let read = |path| {
+            authorities_in(path).with_context(|| format!("`registry_ca_file` of the configuration, {}", path.display()))
+        };
+        let authorities = authorities.map(read).transpose()?.unwrap_or_default();
+        Ok(Self(Outbound::streaming(networks, "registry_networks", SILENCE, authorities)?))
     }
 
     pub fn session(self: &Arc<Self>, wanted: Wanted, credentials: Option<Credentials>) -> Session {
@@ -307,8 +314,21 @@ impl Registries {
         let asked = http.get(url.clone()).headers(headers).send();
         let answer = tokio::time::timeout(PATIENCE, asked).await;
         let answer = answer.map_err(|_| wrong(format!("{}: it takes too long", at())))?;
-        answer.map_err(|e| wrong(format!("{}: {}", at(), told(&e))))
+        answer.map_err(|e| {
+            let advice = if is_a_strangers(&e) {
+                "; the operator can name that authority's certificate in `registry_ca_file` of the servers' configuration"
+            } else {
+                ""
+            };
+            wrong(format!("{}: {}{advice}", at(), told(&e)))
+        })
     }
+}
+
+fn authorities_in(path: &Path) -> anyhow::Result<Vec<Certificate>> {
+    let found = Certificate::from_pem_bundle(&std::fs::read(path)?)?;
+    anyhow::ensure!(!found.is_empty(), "it has no certificate (`-----BEGIN CERTIFICATE-----`)");
+    Ok(found)
 }
 
 fn same_origin(a: &Url, b: &Url) -> bool {

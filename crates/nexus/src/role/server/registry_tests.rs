@@ -69,7 +69,7 @@ impl Fake {
 }
 
 fn local() -> Arc<Registries> {
-    Arc::new(Registries::new(&["127.0.0.0/8".into(), "::1/128".into()]).unwrap())
+    Arc::new(Registries::new(&["127.0.0.0/8".into(), "::1/128".into()], None).unwrap())
 }
 
 /// A whole image of one layer, by its paths below `/v2/web/`.
@@ -208,7 +208,7 @@ async fn from_tls_nothing_leads_to_none() {
 async fn a_registry_inside_is_not_asked_unless_the_operator_allows_it() {
     let (answers, _) = image(b"a layer");
     let fake = Fake::start(|_| answers);
-    let strict = Arc::new(Registries::new(&[]).unwrap());
+    let strict = Arc::new(Registries::new(&[], None).unwrap());
     for reference in
         [format!("{}/web:1", fake.address), format!("{}/web:1", fake.address.replace("127.0.0.1", "localhost"))]
     {

@@ -174,7 +174,7 @@ fn role_of(caller: &Caller) -> Option<(Role, String)> {
 fn allowed(caller: &Caller, called: &str) -> bool {
     let Some((role, _)) = role_of(caller) else { return false };
     match called {
-        method::REPORT | method::PLAN | method::NAMES => role == Role::Agent,
+        method::REPORT | method::PLAN | method::NAMES | method::NETWORKS => role == Role::Agent,
         method::WORKLOAD_CERTIFICATE | method::WORKLOAD_TOKEN | method::WORKLOAD_KEYS | method::WORKLOAD_SECRET => {
             role == Role::Agent
         }
@@ -240,7 +240,7 @@ pub fn server(
     let (report_region, submit_fleet, report_fleet) = (region.clone(), fleet.clone(), fleet.clone());
     let (traffic_region, traffic_fleet) = (region.clone(), fleet.clone());
     let (plan_view, table_view, gateways) = (view.clone(), view.clone(), gateways.clone());
-    let names_view = view.clone();
+    let (names_view, networks_view) = (view.clone(), view.clone());
     let builder = Server::builder(env, Endpoint::Tcp(config.wire_listen), tls)
         .identify(|chain| tls::peer_id(chain).map(|id| id.to_string()))
         .authorize(allowed)
@@ -317,6 +317,17 @@ pub fn server(
                 listed(&view).await?;
                 seen(view.global_revision()).await?;
                 Ok(changes(view.names(&request.host), move |names| known.is_some_and(|known| names.revision <= known)))
+            }
+        })
+        .stream(method::NETWORKS, move |caller, request: PlanRequest| {
+            let view = networks_view.clone();
+            async move {
+                is_host(&caller, &request.host)?;
+                let known = request.known;
+                listed(&view).await?;
+                let changed =
+                    changes(view.networks(&request.host), move |told| known.is_some_and(|k| told.revision <= k));
+                Ok(changed)
             }
         })
         .stream(method::TABLE, move |_, request: TableRequest| {

@@ -124,6 +124,41 @@ async fn a_host_gets_certificates_of_its_own_instances_for_an_hour() {
 }
 
 #[tokio::test]
+async fn a_job_is_another_than_the_app_of_its_name_and_nothing_once_it_has_ended() {
+    let world = World::new().await;
+    let workloads = world.workloads();
+    world.run(&workloads);
+    let part = |i: &mut Object<Instance>| i.spec.job = Some(kind::InstanceJob::default());
+    let job = world.place(1, "web", "h1", part).await;
+    let key = RequestKey::generate().unwrap();
+    let (own, app) = (id("project/shop/job/web"), id("project/shop/app/web"));
+    let signed = workloads.certificate(&asks("h1", job, &key, std::slice::from_ref(&own))).unwrap();
+    assert_eq!(signed.id, own.to_string());
+    for wrong in [vec![app.clone()], vec![own.clone(), app.clone()]] {
+        let refused = workloads.certificate(&asks("h1", job, &key, &wrong)).unwrap_err();
+        assert_eq!(refused.code, code::FORBIDDEN, "{wrong:?}");
+    }
+    until("its key is known", || workloads.token(&asks_token("h1", job, &["db"])).is_ok()).await;
+    let token = workloads.token(&asks_token("h1", job, &["db"])).unwrap().token;
+    let bundle = JwtBundle::from_jwks(workloads.keys.borrow().jwks.as_bytes()).unwrap();
+    assert_eq!(svid::verify(&token, &bundle, "home", "db", at_millis(START)).unwrap().0, own);
+    // The app of that name is itself.
+    let web = world.place(2, "web", "h1", |_| {}).await;
+    assert!(workloads.certificate(&asks("h1", web, &key, std::slice::from_ref(&app))).is_ok());
+    assert!(workloads.certificate(&asks("h1", web, &key, std::slice::from_ref(&own))).is_err());
+    // One that has ended proves nothing any more.
+    world
+        .place(3, "web", "h1", |i| {
+            part(i);
+            i.status.finished = Some(Timestamp::from_millis(START));
+        })
+        .await;
+    let ended = Uid::from_random([3; 16]);
+    assert_eq!(workloads.token(&asks_token("h1", ended, &["db"])).unwrap_err().code, code::FORBIDDEN);
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_host_that_was_broken_into_gets_nothing_of_what_is_elsewhere() {
     let world = World::new().await;
     let workloads = world.workloads();

@@ -1,0 +1,200 @@
+//! What workers are told of NICs, as an engine does what it is told, fails, or does nothing.
+
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use nexus_model::plan::{Mac, NicPlace, PLAN_VERSION, RuleProtocol, TraceHop, TracedPacket};
+use nexus_network::vpc::capture::Capture;
+
+use super::*;
+use crate::config::{Drops, PlugError};
+
+#[derive(Default)]
+struct Fake {
+    applied: Mutex<Vec<u64>>,
+    /// Instances whose namespaces are there.
+    there: Mutex<Vec<Uid>>,
+    trouble: Mutex<Option<String>>,
+    differences: Mutex<Vec<String>>,
+    removed: Mutex<usize>,
+}
+
+#[async_trait]
+impl NetworkEngine for Fake {
+    async fn apply(&self, wanted: Arc<HostNetworks>, _: Arc<Vec<Net>>) -> Result<Plugged, PlugError> {
+        self.applied.lock().unwrap().push(wanted.revision);
+        self.differences.lock().unwrap().clear();
+        if let Some(why) = self.trouble.lock().unwrap().clone() {
+            return Err(PlugError(why));
+        }
+        let there = self.there.lock().unwrap();
+        let plugged = here(&wanted).map(|(_, at)| at).filter(|at| there.contains(&at.1)).collect();
+        Ok(Plugged { plugged, ..Plugged::default() })
+    }
+
+    async fn check(&self, _: Arc<HostNetworks>, _: Arc<Vec<Net>>) -> Result<Vec<String>, PlugError> {
+        Ok(self.differences.lock().unwrap().clone())
+    }
+
+    async fn remove(&self) -> Result<(), PlugError> {
+        *self.removed.lock().unwrap() += 1;
+        Ok(())
+    }
+
+    async fn drops(&self, wanted: Arc<HostNetworks>) -> Result<Drops, PlugError> {
+        Ok(wanted.networks.iter().map(|n| (n.uid, "no-rule".to_owned(), 3)).collect())
+    }
+
+    async fn trace(
+        &self,
+        by: Arc<HostNetworks>,
+        _: Arc<Vec<Net>>,
+        nic: Uid,
+        _: TracedPacket,
+    ) -> Result<Trace, PlugError> {
+        let what = find(&by, nic).map_or(String::new(), |(_, nic)| nic.name.to_string());
+        let hops = vec![TraceHop { host: by.host.clone(), at: "route".into(), what }];
+        Ok(Trace { hops, verdict: TraceVerdict::Outside, probed: None })
+    }
+
+    async fn serve(&self, _: watch::Receiver<Option<Arc<HostNetworks>>>) {}
+
+    async fn probe(&self, _: ProbeOf) -> Result<Option<bool>, PlugError> {
+        Ok(Some(false))
+    }
+
+    async fn capture(&self, _: Uid, _: &CaptureRequest) -> Result<Capture, PlugError> {
+        Err(PlugError("nothing to hear".into()))
+    }
+}
+
+fn uid(n: u8) -> Uid {
+    Uid::from_random([n; 16])
+}
+
+/// A network with a NIC of instance 1 here, one of instance 2 elsewhere.
+fn told(revision: u64, networks: usize) -> Option<Arc<HostNetworks>> {
+    let nic = |n: u8, host: &str| NicPlan {
+        uid: uid(10 + n),
+        name: format!("nic-{n}").parse().unwrap(),
+        subnet: 0,
+        mac: Mac([6, 0, 0, 0, 0, n]),
+        address4: Some([10, 0, 0, n].into()),
+        address6: None,
+        at: Some(NicPlace { host: host.parse().unwrap(), endpoint: [192, 0, 2, n].into(), instance: uid(n), index: 0 }),
+        groups: vec![0],
+        rate: None,
+        forwards: false,
+    };
+    let mut nics = vec![nic(1, "h1"), nic(2, "h2")];
+    nics.sort_by_key(|n| n.uid);
+    let network = NetworkPlan {
+        uid: uid(99),
+        project: "shop".parse().unwrap(),
+        name: "net".parse().unwrap(),
+        vni: 7,
+        mtu: 1450,
+        cidrs: vec!["10.0.0.0/16".parse().unwrap()],
+        subnets: Vec::new(),
+        nics,
+        groups: Vec::new(),
+        route_tables: Vec::new(),
+        peerings: Vec::new(),
+        nats: Vec::new(),
+        floating: Vec::new(),
+        balancers: Vec::new(),
+        zones: Vec::new(),
+        flow_logs: false,
+    };
+    Some(Arc::new(HostNetworks {
+        version: PLAN_VERSION,
+        host: "h1".parse().unwrap(),
+        revision,
+        endpoint: [192, 0, 2, 1].into(),
+        tunnels: vec![[192, 0, 2, 2].into()],
+        networks: (0..networks).map(|_| Arc::new(network.clone())).collect(),
+    }))
+}
+
+struct World {
+    engine: Arc<Fake>,
+    networks: Networks,
+    told: watch::Sender<Option<Arc<HostNetworks>>>,
+    handle: AgentHandle,
+    _names: watch::Sender<Option<Arc<HostNames>>>,
+    _tasks: JoinSet<()>,
+}
+
+fn world(first: Option<Arc<HostNetworks>>) -> World {
+    let engine = Arc::new(Fake::default());
+    let (told, names) = (watch::Sender::new(first), watch::Sender::new(None));
+    let (mut tasks, handle) = (JoinSet::new(), AgentHandle::default());
+    let networks = Networks::start(engine.clone(), told.subscribe(), names.subscribe(), &handle, &mut tasks);
+    World { engine, networks, told, handle, _names: names, _tasks: tasks }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_instance_waits_for_its_nics_and_hears_why() {
+    let w = world(None);
+    assert_eq!(w.networks.ready(uid(5), &[]).await, Ok(()), "without NICs there is nothing to wait for");
+    let why = w.networks.ready(uid(1), &[uid(11)]).await.unwrap_err();
+    assert!(why.contains("not told this host"), "{why}");
+    assert!(w.engine.applied.lock().unwrap().is_empty(), "what an agent before has set stays");
+    assert_eq!(w.handle.snapshot().networks, Some(0));
+
+    w.told.send_replace(told(3, 1));
+    let why = w.networks.ready(uid(1), &[uid(11)]).await.unwrap_err();
+    assert!(why.contains("nic-1 is not plugged in"), "{why}");
+    // Its namespace comes, and with it the NIC.
+    w.engine.there.lock().unwrap().push(uid(1));
+    w.networks.ready(uid(1), &[uid(11)]).await.unwrap();
+    assert_eq!(w.networks.trouble(uid(1), &[]), None);
+    assert_eq!(w.handle.snapshot().networks, Some(3));
+
+    *w.engine.trouble.lock().unwrap() = Some("no netlink today".into());
+    w.told.send_replace(told(4, 1));
+    let why = w.networks.ready(uid(2), &[uid(12)]).await.unwrap_err();
+    assert!(why.contains("no netlink today"), "{why}");
+    assert_eq!(w.handle.snapshot().networks, Some(3), "the newer is not said to be applied");
+    // It is tried again without being asked.
+    *w.engine.trouble.lock().unwrap() = None;
+    let mut news = w.networks.news();
+    news.wait_for(|a| a.by.as_ref().is_some_and(|by| by.revision == 4)).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_somebody_took_away_comes_back_and_a_host_without_networks_keeps_nothing() {
+    let w = world(told(1, 1));
+    let mut news = w.networks.news();
+    news.wait_for(|a| a.by.is_some()).await.unwrap();
+    w.engine.differences.lock().unwrap().push("table inet nexus is gone".into());
+    assert_eq!(w.networks.check().await.unwrap().differences, ["table inet nexus is gone"]);
+    news.mark_unchanged();
+    news.changed().await.unwrap();
+    assert!(w.networks.check().await.unwrap().differences.is_empty());
+    assert!(w.engine.applied.lock().unwrap().len() >= 2);
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let text = w.handle.metrics_text();
+    let line = "nexus_agent_network_dropped_packets_total{project=\"shop\",network=\"net\",reason=\"no-rule\"} 3";
+    assert!(text.contains(line) && text.contains("nexus_agent_network_nics 1"), "{text}");
+
+    w.told.send_replace(told(2, 0));
+    news.wait_for(|a| a.by.as_ref().is_some_and(|by| by.revision == 2)).await.unwrap();
+    assert_eq!(*w.engine.removed.lock().unwrap(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_nics_of_this_host_are_traced() {
+    let w = world(told(1, 1));
+    let packet = TracedPacket { to: [10, 0, 0, 2].into(), protocol: RuleProtocol::Tcp, port: 80 };
+    let ask = |nic, probe| TraceRequest { nic, packet, probe };
+    w.networks.news().wait_for(|a| a.by.is_some()).await.unwrap();
+    let trace = w.networks.trace(&ask(uid(11), true)).await.unwrap();
+    assert_eq!((trace.hops[0].what.as_str(), trace.probed), ("nic-1", None), "silence outside says nothing");
+    assert!(w.networks.trace(&ask(uid(12), false)).await.unwrap_err().contains("not on this host"));
+    let six = TracedPacket { to: "fd00::1".parse().unwrap(), ..packet };
+    let refused = w.networks.trace(&TraceRequest { nic: uid(11), packet: six, probe: true }).await;
+    assert!(refused.unwrap_err().contains("no address of the family"));
+    let request = CaptureRequest { nic: uid(11), address: None, port: None };
+    assert_eq!(w.networks.capture(&request).await.err().unwrap(), "network: nothing to hear");
+}

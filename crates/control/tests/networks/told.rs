@@ -1,0 +1,111 @@
+//! What a host that listens is told, by a server whose view follows a real store.
+
+use std::sync::Arc;
+
+use nexus_control::region::{Config, Region};
+use nexus_control::view::View;
+use nexus_model::plan::HostReport;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::common::net::{End, LONG, Net, Running, env, submit};
+use super::*;
+
+/// A host that applies what it is told and says so.
+struct Host {
+    region: Arc<Region>,
+    running: Running,
+    name: Name,
+    spec: HostSpec,
+    told: watch::Receiver<Arc<HostNetworks>>,
+}
+
+impl Host {
+    async fn report(&self) {
+        let applied = *self.running.view.revision().borrow();
+        let runs: Vec<Object<Instance>> = self
+            .running
+            .view
+            .read(|w| w.instances_on(&self.name).filter(|i| i.metadata.deleting.is_none()).cloned().collect());
+        let report = common::report(&self.name, self.spec.clone(), applied, &runs);
+        let report = HostReport { networks: Some(self.told.borrow().revision), ..report };
+        self.region.report(report).await.unwrap();
+    }
+
+    /// Reports until it has been told as asked.
+    async fn until(&mut self, what: &str, told: impl Fn(&HostNetworks) -> bool) {
+        let end = tokio::time::Instant::now() + LONG;
+        loop {
+            self.report().await;
+            if told(&self.told.borrow_and_update()) {
+                return;
+            }
+            timeout(Duration::from_millis(100), self.told.changed()).await.ok();
+            assert!(tokio::time::Instant::now() < end, "not told in time: {what}: {:?}", self.told.borrow());
+        }
+    }
+
+    /// Reports until the view is as asked.
+    async fn shown(&self, what: &str, f: impl Fn(&World) -> bool) {
+        let end = tokio::time::Instant::now() + LONG;
+        while !self.running.view.read(&f) {
+            self.report().await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            assert!(tokio::time::Instant::now() < end, "not shown in time: {what}");
+        }
+    }
+
+    async fn create<K: Kind>(&self, object: &str, spec: K::Spec) {
+        submit(&self.region, create::<K>(Some("default"), object, spec)).await.unwrap();
+    }
+
+    async fn delete<K: Kind>(&self, object: &str) {
+        submit(&self.region, intent(K::PLURAL, Some("default"), object, Change::Delete)).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_is_told_of_its_networks_and_that_they_are_gone() {
+    let net = Arc::new(Net::default());
+    let (env, end) = (env(1), End::new(1, &net));
+    let store = end.open(&env, "local", &[1]).await;
+    net.stores.lock().unwrap().insert(1, Arc::downgrade(&store));
+    let (zones, cells) = (vec![name("zone-a")], Vec::new());
+    let bootstrap = Bootstrap { region: name("local"), domain: "localhost".into(), zones, cells };
+    let config = Config { node: 1, server: "server-1".into(), bootstrap, fleet: None };
+    let region = Arc::new(Region::new(config, env, store.clone(), end));
+    net.writers.lock().unwrap().insert(1, Arc::downgrade(&region));
+    let mut running = Running::new(View::new("localhost"));
+    running.writer(&region);
+    running.follow(store.clone());
+    submit(&region, create::<Image>(Some("default"), "web", image("web"))).await.unwrap();
+    let capacity = Capacity { cpu: MilliCpu(64_000), memory: Bytes(64 << 30), scratch: Bytes(64 << 30), instances: 99 };
+    let spec = common::host("zone-a", ANY_CELL, 1, capacity);
+    let told = running.view.networks(&name("zone-a-1"));
+    let mut host = Host { region, running, name: name("zone-a-1"), spec, told };
+    host.create::<Network>("shop", Network::example()).await;
+    host.create::<Subnet>("web", Subnet::example()).await;
+    let nics = serde_json::from_value(json!([{"subnet": "web"}])).unwrap();
+    host.create::<App>("front", AppSpec { nics, ..web(2) }).await;
+    host.until("two NICs that are here", |told| {
+        let here = told.networks.iter().flat_map(|n| &n.nics);
+        here.filter(|nic| nic.at.as_ref().is_some_and(|at| at.host == *"zone-a-1")).count() == 2
+    })
+    .await;
+    assert_eq!(host.told.borrow().endpoint, host.spec.address.ip());
+    // A rule of a group that is new is told although no NIC changes.
+    host.create::<SecurityGroup>("web", SecurityGroup::example()).await;
+    host.until("a group", |told| told.networks[0].groups.len() == 2).await;
+    host.delete::<SecurityGroup>("web").await;
+    host.delete::<App>("front").await;
+    host.until("nothing", |told| told.networks.is_empty()).await;
+    host.shown("no NIC", |w| w.nics.all().count() == 0).await;
+    host.delete::<Subnet>("web").await;
+    // Its message stays the same, yet it is told again, or it could not say that it knows.
+    let before = host.told.borrow().revision;
+    host.delete::<Network>("shop").await;
+    host.until("a newer revision", |told| told.revision > before && told.networks.is_empty()).await;
+    host.shown("no network", |w| w.networks.all().count() == 0).await;
+    host.running.end().await;
+    store.shutdown().await;
+}

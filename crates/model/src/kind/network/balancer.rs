@@ -1,0 +1,144 @@
+//! One address for many targets: each host balances the connections that begin on it.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::super::{Column, Home, Kind, Scope, Verbs};
+use super::NetworkRef;
+use crate::plan::BalancedProtocol;
+use crate::{Condition, FieldError, Name};
+
+/// Load balancers of one network.
+pub const MAX_BALANCERS: usize = 100;
+const MAX_LISTENERS: usize = 16;
+const MAX_TARGETS: usize = 64;
+
+/// Who takes connections: all ready instances of an app, by their NIC in the balancer's network, or one NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Balanced {
+    App(Name),
+    /// It counts as healthy while its instance is ready.
+    Nic(Name),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BalancerTarget {
+    pub to: Balanced,
+    /// The listener's own, without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: Option<u16>,
+    /// Of each instance: its share of new connections.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 256))]
+    pub weight: u16,
+}
+
+fn one() -> u16 {
+    1
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BalancerListener {
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: u16,
+    #[serde(default = "tcp")]
+    pub protocol: BalancedProtocol,
+    /// A client's address decides: it keeps its target as long as the targets stay the same.
+    #[serde(default)]
+    pub source_hash: bool,
+    #[schemars(length(max = MAX_TARGETS))]
+    pub targets: Vec<BalancerTarget>,
+}
+
+fn tcp() -> BalancedProtocol {
+    BalancedProtocol::Tcp
+}
+
+#[derive(Debug, Clone)]
+pub struct LoadBalancer;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LoadBalancerSpec {
+    /// Where its address is from: its IPv4 network, else its IPv6 network.
+    pub subnet: Name,
+    #[schemars(length(min = 1, max = MAX_LISTENERS))]
+    pub listeners: Vec<BalancerListener>,
+}
+
+impl Default for LoadBalancerSpec {
+    fn default() -> Self {
+        Self { subnet: "none".parse().expect("a well-formed name"), listeners: Vec::new() }
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LoadBalancerStatus {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub address4: Option<Ipv4Addr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub address6: Option<Ipv6Addr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkRef>,
+    pub conditions: Vec<Condition>,
+}
+
+impl Kind for LoadBalancer {
+    const KIND: &'static str = "LoadBalancer";
+    const PLURAL: &'static str = "load-balancers";
+    const SHORT: &'static [&'static str] = &["lb", "load-balancer"];
+    const ABOUT: &'static str =
+        "An address of a subnet whose connections are shared out over instances that are ready.";
+    const SCOPE: Scope = Scope::Project;
+    const HOME: Home = Home::Region;
+    const VERBS: Verbs = Verbs::ALL;
+    const COLUMNS: &'static [Column] = &[
+        Column::new("SUBNET", "/spec/subnet"),
+        Column::new("ADDRESS4", "/status/address4"),
+        Column::new("ADDRESS6", "/status/address6"),
+        Column::count("LISTENERS", "/spec/listeners"),
+    ];
+    type Spec = LoadBalancerSpec;
+    type Status = LoadBalancerStatus;
+
+    const IMMUTABLE: &'static [&'static str] = &["subnet"];
+
+    fn validate(spec: &LoadBalancerSpec) -> Vec<FieldError> {
+        let mut errors = Vec::new();
+        if !(1..=MAX_LISTENERS).contains(&spec.listeners.len()) {
+            errors.push(FieldError::new("spec.listeners", format!("between 1 and {MAX_LISTENERS}")));
+        }
+        for (i, listener) in spec.listeners.iter().enumerate().take(MAX_LISTENERS) {
+            let mut check = |ok: bool, field: &str, message: &str| {
+                if !ok {
+                    errors.push(FieldError::new(format!("spec.listeners[{i}].{field}"), message));
+                }
+            };
+            let same = |l: &BalancerListener| (l.port, l.protocol) == (listener.port, listener.protocol);
+            check(!spec.listeners[..i].iter().any(same), "port", "listed twice");
+            check(listener.port != 0, "port", "between 1 and 65535");
+            check(listener.targets.len() <= MAX_TARGETS, "targets", "at most 64");
+            for (j, target) in listener.targets.iter().enumerate().take(MAX_TARGETS) {
+                check((1..=256).contains(&target.weight), &format!("targets[{j}].weight"), "between 1 and 256");
+                check(target.port != Some(0), &format!("targets[{j}].port"), "between 1 and 65535");
+            }
+        }
+        errors
+    }
+
+    fn example() -> LoadBalancerSpec {
+        let name = |text: &str| text.parse::<Name>().expect("a well-formed name");
+        let targets = vec![BalancerTarget { to: Balanced::App(name("web")), port: Some(8080), weight: 1 }];
+        let listener = BalancerListener { port: 80, protocol: tcp(), source_hash: false, targets };
+        LoadBalancerSpec { subnet: name("web"), listeners: vec![listener] }
+    }
+}

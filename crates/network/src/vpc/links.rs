@@ -1,0 +1,63 @@
+//! How the links of tenants' networks are named: the same on every host and after every restart, so that what is ours is known
+//! by its name.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use nexus_model::Uid;
+
+use crate::{fnv, link_name};
+
+/// How a NIC's end in its network's namespace begins.
+pub const NIC_PREFIX: &str = "nxn";
+/// How the host's end of a network's way out begins.
+pub const HOST_PREFIX: &str = "nxu";
+/// How a peering's end in either network's namespace begins.
+pub const PEER_PREFIX: &str = "np";
+/// The tunnel, in the network's namespace.
+pub const TUNNEL: &str = "vx";
+/// The way out, in the network's namespace.
+pub const UPLINK: &str = "up";
+
+/// A NIC's end in its network's namespace.
+pub fn nic(nic: Uid) -> String {
+    link_name(NIC_PREFIX, &nic.to_string())
+}
+
+/// The host's end of a network's way out.
+pub fn host(network: Uid) -> String {
+    link_name(HOST_PREFIX, &network.to_string())
+}
+
+/// A peering's end in the namespace of either network: one has one name, the other the same.
+pub fn peering(peering: Uid) -> String {
+    link_name(PEER_PREFIX, &peering.to_string())
+}
+
+/// A NIC inside its instance.
+pub fn inside(index: u8) -> String {
+    format!("nic{index}")
+}
+
+/// What every NIC's gateway looks like to it, on every host.
+pub const GATEWAY_MAC: [u8; 6] = [0x02, 0x9c, 0x5f, 0, 0, 1];
+/// The address from which a gateway speaks to a NIC's link alone.
+pub const GATEWAY_LINK: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+
+/// A network's own address on its way out, the same on every host: 250.x.y.z with the VNI as its last 24 bits, which no
+/// network outside has (RFC 1112 section 4), and a ULA.
+pub fn transit(vni: u32) -> (Ipv4Addr, Ipv6Addr) {
+    let four = Ipv4Addr::from_bits(250 << 24 | (vni & 0xff_ffff));
+    (four, Ipv6Addr::new(0xfd6e, 0x7875, 0, 0, 0, 0, (vni >> 16) as u16 & 0xff, vni as u16))
+}
+
+/// The end of a host's tunnels: its hardware address, and the next hop by which others name it. Every host can work out
+/// those of every other.
+pub fn hop(endpoint: IpAddr) -> ([u8; 6], Ipv6Addr) {
+    let hash = match endpoint {
+        IpAddr::V4(a) => fnv(&a.octets()),
+        IpAddr::V6(a) => fnv(&a.octets()),
+    };
+    let [a, b, c, d, e, ..] = hash.to_be_bytes();
+    // Locally administered, unicast.
+    ([0x02, a, b, c, d, e], Ipv6Addr::from_bits(0xfe80 << 112 | u128::from(hash)))
+}
