@@ -778,7 +778,7 @@ fn quotas_and_hosts_count_all_parts_and_statuses_tell_of_those_that_there_are() 
     assert_eq!((used.cpu, used.memory), (MilliCpu(1400), Bytes(512 << 20)));
     let host = lab.instances()[0].status.host.clone().unwrap();
     let reserved = lab.core.world.host(&host).unwrap().status.reserved;
-    assert_eq!((reserved.cpu, reserved.memory, reserved.scratch), (MilliCpu(700), Bytes(256 << 20), Bytes(64 << 20)));
+    assert_eq!((reserved.cpu, reserved.memory, reserved.scratch), (MilliCpu(700), Bytes(256 << 20), Bytes(72 << 20)));
 
     let instance = lab.instances()[0].clone();
     let (index, capacity) = (1, Capacity::default());

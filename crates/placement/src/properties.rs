@@ -276,7 +276,7 @@ proptest! {
         let mut held = Vec::new();
         for (host, mut request) in requests {
             let host = HostId(host % cell.len() as u32);
-            if cell.check(host, &request).expect("a host of this cell").is_none() {
+            if cell.check(host, &request).expect("a host of the cell").is_none() {
                 request.nodes = cell.nodes_for(&request, host.0);
             }
             if cell.reserve(host, &request).is_ok() {
