@@ -52,9 +52,6 @@ pub struct NetworkSpec {
     /// What belongs to the network: IPv4 of /8 to /28, IPv6 of /40 to /64. Other tenants may have the same.
     #[schemars(length(min = 1, max = MAX_CIDRS))]
     pub cidrs: Vec<Cidr>,
-    /// Hosts note who connects to whom, and what was dropped.
-    #[serde(default)]
-    pub flow_logs: bool,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -86,7 +83,6 @@ impl Kind for Network {
         Column::count("CIDRS", "/spec/cidrs").wide(),
         Column::new("PHASE", "/status/phase"),
         Column::new("VNI", "/status/vni").wide(),
-        Column::new("FLOW-LOGS", "/spec/flowLogs").wide(),
     ];
     type Spec = NetworkSpec;
     type Status = NetworkStatus;
@@ -110,7 +106,7 @@ impl Kind for Network {
 
     fn example() -> NetworkSpec {
         let cidr = |text: &str| text.parse().expect("a well-formed network");
-        NetworkSpec { cidrs: vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")], flow_logs: false }
+        NetworkSpec { cidrs: vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")] }
     }
 }
 
