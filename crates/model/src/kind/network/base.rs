@@ -124,7 +124,7 @@ mod tests {
 
     fn errors(cidrs: &[&str]) -> Vec<String> {
         let cidrs = cidrs.iter().map(|c| c.parse().unwrap()).collect();
-        let spec = NetworkSpec { cidrs, ..NetworkSpec::default() };
+        let spec = NetworkSpec { cidrs };
         Network::validate(&spec).into_iter().map(|e| format!("{} {}", e.field, e.message)).collect()
     }
 
