@@ -93,7 +93,8 @@ def pool(name):
 
 def own_network(name):
     """A network of an object's own: it has one such gateway, or few."""
-    name = f"of-{name}"
+    # A made-up name may be none.
+    name = f"of-{zlib.crc32(str(name).encode())}"
     if not call("GET", f"{PROJECT}/networks/{name}").ok:
         made(f"{PROJECT}/networks/{name}", {"spec": network()})
     return name
