@@ -28,7 +28,10 @@ use crate::{ahead, plans, report, room, serve, telemetry, told};
 /// Instances that are started at once; more would only slow each other down.
 const STARTS_AT_ONCE: usize = 8;
 
-/// Runs a host's daemon until `shutdown`. Nothing that it started ends with it.
+/// How long it may take to end what was only kept ready.
+const CLOSE: Duration = Duration::from_secs(3);
+
+/// Runs a host's daemon until `shutdown`. No instance ends with it.
 pub async fn run(
     config: AgentConfig,
     env: Env,
@@ -52,7 +55,9 @@ pub async fn run(
         let loaded = tokio::task::spawn_blocking(load).await;
         loaded.map_err(std::io::Error::other).map_err(system("reading the cached plan"))??
     };
-    let (plans, planned) = watch::channel(cached.map(Arc::new));
+    let cached = cached.map(Arc::new);
+    let (coming, comes) = watch::channel(cached.clone());
+    let (plans, planned) = watch::channel(cached);
 
     let pool = Pool::new(&env, config.client_tls.clone(), ClientOptions::default());
     let servers = Arc::new(Servers::new(&env, pool, config.servers.clone()));
@@ -88,8 +93,10 @@ pub async fn run(
     };
     let fabric = engines.firewall.clone().map(|firewall| {
         let told = networks.as_ref().map(Networks::told);
-        Fabric::start(firewall, &env, &config, planned.clone(), names, told, &mut tasks)
+        // A change of the packet filter needs nobody's memory, so it goes on while a plan is being written to disk.
+        Fabric::start(firewall, &env, &config, comes, names, told, &mut tasks)
     });
+    let packets = fabric.clone();
     let shared = Arc::new(Shared {
         env: env.clone(),
         observer: Observer::new(engines.runtimes.clone(), engines.keep.clone()),
@@ -107,7 +114,7 @@ pub async fn run(
 
     let observing = shared.clone();
     tasks.spawn(async move { observing.observer.run().await });
-    tasks.spawn(plans::pull(config.name.clone(), servers.clone(), cache, plans, config.handle.clone()));
+    tasks.spawn(plans::pull(config.name.clone(), servers.clone(), cache, coming, plans, config.handle.clone()));
     let (measured, disk) = watch::channel(None);
     tasks.spawn(telemetry::probe_disk(env.clone(), config.data_dir.clone(), measured));
     tasks.spawn(report::run(config.clone(), env, engines.clone(), servers, disk));
@@ -115,6 +122,10 @@ pub async fn run(
     // Apart, so that a large download keeps no function from being compiled.
     for format in [ImageFormat::Wasm, ImageFormat::Oci] {
         tasks.spawn(ahead::run(engines.clone(), planned.clone(), format));
+    }
+    let runtimes: Vec<_> = engines.runtimes.values().cloned().collect();
+    for runtime in runtimes.clone() {
+        tasks.spawn(async move { runtime.upkeep().await });
     }
     tasks.spawn(room::keep(engines, planned.clone()));
     tasks.spawn(manage(shared, planned));
@@ -127,6 +138,16 @@ pub async fn run(
     };
     let _ = tokio::time::timeout(Duration::from_secs(6), drained).await;
     tasks.shutdown().await;
+    // This may be a host that is left behind.
+    let close = async {
+        for runtime in runtimes {
+            runtime.close().await;
+        }
+        if let Some(packets) = packets {
+            packets.close().await;
+        }
+    };
+    let _ = tokio::time::timeout(CLOSE, close).await;
     Ok(())
 }
 

@@ -491,7 +491,11 @@ impl Worker {
         if constant {
             self.report.ready = true;
         }
-        self.tell(InstancePhase::Running, if self.report.ready { "" } else { "it is not ready yet" });
+        // Most answer at once: that they don't is told when the first probe has taken a moment.
+        let mut told = self.report.ready;
+        if told {
+            self.tell(InstancePhase::Running, "");
+        }
         let start = self.shared.env.monotonic();
         let every = |c: &Option<HealthCheck>| {
             c.as_ref().map_or(PROBE_INTERVAL, |c| Duration::from_secs(c.interval_seconds.max(1).into()))
@@ -537,7 +541,19 @@ impl Worker {
                 let shared = self.shared.clone();
                 let probing = readiness(&shared, &*runtime, plan, &ready, first_port, self.report.endpoint);
                 let mut orders = self.orders.clone();
-                let result = tokio::select! { biased; _ = orders.changed() => return, r = probing => r };
+                let mut probing = std::pin::pin!(probing);
+                let result = loop {
+                    tokio::select! {
+                        biased;
+                        _ = orders.changed() => return,
+                        result = probing.as_mut() => break result,
+                        () = tokio::time::sleep(FIRST_PROBE), if !told => {
+                            told = true;
+                            self.tell(InstancePhase::Running, "it is not ready yet");
+                        }
+                    }
+                };
+                told = true;
                 match result {
                     Ok(endpoint) => {
                         unready = 0;
