@@ -94,7 +94,7 @@ pub async fn run(
     let fabric = engines.firewall.clone().map(|firewall| {
         let told = networks.as_ref().map(Networks::told);
         // A change of the packet filter needs nobody's memory, so it goes on while a plan is being written to disk.
-        Fabric::start(firewall, &env, &config, comes, names, told, &mut tasks)
+        Fabric::start(firewall, &env, &config, comes.clone(), names, told, &mut tasks)
     });
     let packets = fabric.clone();
     let shared = Arc::new(Shared {
@@ -107,6 +107,7 @@ pub async fn run(
         networks,
         handle: config.handle.clone(),
         logs_dir,
+        planned: planned.clone(),
         starts: Semaphore::new(STARTS_AT_ONCE),
     });
     let server = serve::server(&config, &env, shared.clone(), Endpoint::Tcp(config.host.address));
@@ -128,7 +129,7 @@ pub async fn run(
         tasks.spawn(async move { runtime.upkeep().await });
     }
     tasks.spawn(room::keep(engines, planned.clone()));
-    tasks.spawn(manage(shared, planned));
+    tasks.spawn(manage(shared, planned, comes));
     shutdown.cancelled().await;
     // Whoever reads logs or waits for a command hears a proper end.
     let drained = async {
@@ -167,6 +168,8 @@ async fn identities(
     Ok(identities)
 }
 
+type Plans = watch::Receiver<Option<Arc<HostPlan>>>;
+
 /// The workers, by instance.
 struct Manager {
     shared: Arc<Shared>,
@@ -178,7 +181,7 @@ struct Manager {
     swept: bool,
 }
 
-async fn manage(shared: Arc<Shared>, mut planned: watch::Receiver<Option<Arc<HostPlan>>>) {
+async fn manage(shared: Arc<Shared>, mut planned: Plans, mut comes: Plans) {
     let mut views = shared.observer.subscribe();
     // Before the first look nothing may be started: it may be running.
     if views.wait_for(View::is_known).await.is_err() {
@@ -188,8 +191,9 @@ async fn manage(shared: Arc<Shared>, mut planned: watch::Receiver<Option<Arc<Hos
         Manager { shared, workers: JoinSet::new(), orders: BTreeMap::new(), cleared: BTreeSet::new(), swept: false };
     loop {
         let plan = planned.borrow_and_update().clone();
+        let coming = comes.borrow_and_update().clone();
         let view = views.borrow_and_update().clone();
-        manager.dispatch(plan.as_deref(), &view).await;
+        manager.dispatch(plan.as_deref(), coming.as_deref(), &view).await;
         tokio::select! {
             biased;
             Some(ended) = manager.workers.join_next() => match ended {
@@ -204,16 +208,24 @@ async fn manage(shared: Arc<Shared>, mut planned: watch::Receiver<Option<Arc<Hos
                 }
             },
             changed = planned.changed() => if changed.is_err() { return },
+            changed = comes.changed() => if changed.is_err() { return },
             changed = views.changed() => if changed.is_err() { return },
         }
     }
 }
 
 impl Manager {
-    async fn dispatch(&mut self, plan: Option<&HostPlan>, view: &View) {
+    /// `coming` is the plan itself, or the next, which is being written to disk: what is new in that is made ready meanwhile. Nothing
+    /// of it is started before it is on disk, and nothing is taken away.
+    async fn dispatch(&mut self, plan: Option<&HostPlan>, coming: Option<&HostPlan>, view: &View) {
         let mut wanted: BTreeMap<Uid, Order> = BTreeMap::new();
         for instance in plan.iter().flat_map(|p| &p.instances) {
             wanted.insert(instance.uid, Order { plan: Some(Arc::new(instance.clone())), wanted: true });
+        }
+        let new = plan.and(coming).iter().flat_map(|p| &p.instances).filter(|i| i.desired == Desired::Running);
+        for instance in new {
+            let order = || Order { plan: Some(Arc::new(instance.clone())), wanted: true };
+            wanted.entry(instance.uid).or_insert_with(order);
         }
         // What is here and not planned goes, but only if there is a plan to say so.
         if plan.is_some() {

@@ -135,7 +135,8 @@ impl Launcher {
             }
         };
         // Nothing is in the network yet that could send or answer.
-        let (guarded, netns, ()) = tokio::join!(guards, plug, runtime.warm(&plan.project));
+        let (guarded, netns, (), ()) =
+            tokio::join!(guards, plug, runtime.warm(&plan.project), shared.is_kept(plan));
         guarded?;
         let netns = netns?;
         let folder = folder(&**runtime, plan).await?;

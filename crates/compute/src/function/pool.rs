@@ -147,6 +147,10 @@ impl Pool {
         self.owners().get(id) == Some(&Owner::Nobody)
     }
 
+    fn has_idle(&self) -> bool {
+        self.owners().values().any(|owner| *owner == Owner::Nobody)
+    }
+
     fn of(&self, project: &Name) -> Option<String> {
         let wanted = Owner::Project(project.clone());
         self.owners().iter().find(|(_, owner)| **owner == wanted).map(|(id, _)| id.clone())
@@ -187,7 +191,7 @@ impl Pool {
     /// The one that an earlier agent gave the project, the one that stands by, or a new one.
     async fn choose(&self, project: &Name) -> Result<String, RuntimeError> {
         let _alone = self.choosing.lock().await;
-        if !self.owners().values().any(|owner| *owner == Owner::Nobody) {
+        if !self.has_idle() {
             self.adopt().await?;
         }
         if let Some(id) = self.of(project) {
@@ -213,21 +217,21 @@ impl Pool {
 
     /// Sees to it that one stands by.
     pub async fn stand_by(&self) -> Result<(), RuntimeError> {
-        let nobody = || self.owners().values().any(|owner| *owner == Owner::Nobody);
         let _alone = self.choosing.lock().await;
-        if !nobody() {
-            self.adopt().await?;
-        }
-        if !nobody() {
+        self.adopt().await?;
+        if !self.has_idle() {
             let id = self.begin().await?;
             self.owners().insert(id, Owner::Nobody);
         }
         Ok(())
     }
 
-    /// Gets to know what an earlier agent, or a start that was cut off, has left. One that does not answer is looked at again.
+    /// Forgets who has ended, and gets to know what an earlier agent, or a start that was cut off, has left. One that does not
+    /// answer is looked at again. Only for who chooses.
     async fn adopt(&self) -> Result<(), RuntimeError> {
-        for (id, kept) in self.all().await? {
+        let all = self.all().await?;
+        self.owners().retain(|id, _| all.get(id).is_some_and(is_running));
+        for (id, kept) in all {
             if !is_ours(&id) || !is_running(&kept) || self.owners().contains_key(&id) {
                 continue;
             }
@@ -314,7 +318,7 @@ impl Pool {
 
     /// Asks for one to stand by, unless one does.
     pub fn ready_for_more(&self) {
-        if !self.owners().values().any(|owner| *owner == Owner::Nobody) {
+        if !self.has_idle() {
             self.wanted.notify_one();
         }
     }
