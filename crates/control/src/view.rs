@@ -592,6 +592,7 @@ fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
         })
         .collect();
     backends.sort_by_key(|b| b.uid);
+    let starting = if may_sleep(app) && !backends.iter().any(|b| b.ready) { starting(world, app, port) } else { Vec::new() };
     Service {
         project: app.metadata.project.clone().expect("apps have a project"),
         app: app.metadata.name.clone(),
@@ -602,6 +603,34 @@ fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
         global: exposed.global,
         regions: exposed.regions.clone(),
         wakes: may_sleep(app),
+        starting,
         split,
     }
+}
+
+/// How many of an app's instances that are being started are named.
+const STARTING: usize = 4;
+
+/// What is being started of an app that was asleep, where no more is asked of it than a connection: functions listen at both of
+/// their addresses from the moment on that they serve.
+fn starting(world: &World, app: &Object<App>, port: &Port) -> Vec<Backend> {
+    let starts = |i: &&Object<Instance>| {
+        let template = &i.spec.template;
+        let plain = template.runtime == Runtime::Function && template.health.readiness.is_none();
+        plain && i.metadata.deleting.is_none() && !i.status.ready && i.status.endpoint.is_none()
+    };
+    let backend = |i: &Object<Instance>| {
+        Some(Backend {
+            uid: i.metadata.uid,
+            address: (i.status.address6?, port.port).into(),
+            zone: i.status.zone.clone()?,
+            epoch: i.status.epoch,
+            ready: false,
+            newer: false,
+        })
+    };
+    let mut all: Vec<Backend> = world.instances_of(app.metadata.uid).filter(starts).filter_map(backend).collect();
+    all.sort_by_key(|b| b.uid);
+    all.truncate(STARTING);
+    all
 }
