@@ -222,8 +222,8 @@ impl Manager {
         for instance in plan.iter().flat_map(|p| &p.instances) {
             wanted.insert(instance.uid, Order { plan: Some(Arc::new(instance.clone())), wanted: true });
         }
-        let new = plan.and(coming).iter().flat_map(|p| &p.instances).filter(|i| i.desired == Desired::Running);
-        for instance in new {
+        let coming = plan.and(coming);
+        for instance in coming.iter().flat_map(|p| &p.instances).filter(|i| i.desired == Desired::Running) {
             let order = || Order { plan: Some(Arc::new(instance.clone())), wanted: true };
             wanted.entry(instance.uid).or_insert_with(order);
         }
