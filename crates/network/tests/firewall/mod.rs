@@ -154,7 +154,7 @@ fn what_is_added_counts_like_what_was_set_whole() {
         // Nor can anything be added to what somebody has flushed.
         wall.remove().await.unwrap();
         let empty = Rules { guests: Vec::new(), ..standing.rules.clone() };
-        let standing = nexus_network::firewall::Standing { rules: empty, ..standing };
+        standing.rules = empty;
         assert_eq!(wall.extend(standing, whole).await.unwrap(), None);
     });
 }
