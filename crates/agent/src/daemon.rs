@@ -28,7 +28,10 @@ use crate::{ahead, plans, report, room, serve, telemetry, told};
 /// Instances that are started at once; more would only slow each other down.
 const STARTS_AT_ONCE: usize = 8;
 
-/// Runs a host's daemon until `shutdown`. Nothing that it started ends with it.
+/// How long it may take to end what was only kept ready.
+const CLOSE: Duration = Duration::from_secs(3);
+
+/// Runs a host's daemon until `shutdown`. No instance ends with it.
 pub async fn run(
     config: AgentConfig,
     env: Env,
@@ -52,7 +55,9 @@ pub async fn run(
         let loaded = tokio::task::spawn_blocking(load).await;
         loaded.map_err(std::io::Error::other).map_err(system("reading the cached plan"))??
     };
-    let (plans, planned) = watch::channel(cached.map(Arc::new));
+    let cached = cached.map(Arc::new);
+    let (coming, comes) = watch::channel(cached.clone());
+    let (plans, planned) = watch::channel(cached);
 
     let pool = Pool::new(&env, config.client_tls.clone(), ClientOptions::default());
     let servers = Arc::new(Servers::new(&env, pool, config.servers.clone()));
@@ -88,8 +93,10 @@ pub async fn run(
     };
     let fabric = engines.firewall.clone().map(|firewall| {
         let told = networks.as_ref().map(Networks::told);
-        Fabric::start(firewall, &env, &config, planned.clone(), names, told, &mut tasks)
+        // A change of the packet filter needs nobody's memory, so it goes on while a plan is being written to disk.
+        Fabric::start(firewall, &env, &config, comes.clone(), names, told, &mut tasks)
     });
+    let packets = fabric.clone();
     let shared = Arc::new(Shared {
         env: env.clone(),
         observer: Observer::new(engines.runtimes.clone(), engines.keep.clone()),
@@ -100,6 +107,7 @@ pub async fn run(
         networks,
         handle: config.handle.clone(),
         logs_dir,
+        planned: planned.clone(),
         starts: Semaphore::new(STARTS_AT_ONCE),
     });
     let server = serve::server(&config, &env, shared.clone(), Endpoint::Tcp(config.host.address));
@@ -107,7 +115,7 @@ pub async fn run(
 
     let observing = shared.clone();
     tasks.spawn(async move { observing.observer.run().await });
-    tasks.spawn(plans::pull(config.name.clone(), servers.clone(), cache, plans, config.handle.clone()));
+    tasks.spawn(plans::pull(config.name.clone(), servers.clone(), cache, coming, plans, config.handle.clone()));
     let (measured, disk) = watch::channel(None);
     tasks.spawn(telemetry::probe_disk(env.clone(), config.data_dir.clone(), measured));
     tasks.spawn(report::run(config.clone(), env, engines.clone(), servers, disk));
@@ -116,8 +124,12 @@ pub async fn run(
     for format in [ImageFormat::Wasm, ImageFormat::Oci] {
         tasks.spawn(ahead::run(engines.clone(), planned.clone(), format));
     }
+    let runtimes: Vec<_> = engines.runtimes.values().cloned().collect();
+    for runtime in runtimes.clone() {
+        tasks.spawn(async move { runtime.upkeep().await });
+    }
     tasks.spawn(room::keep(engines, planned.clone()));
-    tasks.spawn(manage(shared, planned));
+    tasks.spawn(manage(shared, planned, comes));
     shutdown.cancelled().await;
     // Whoever reads logs or waits for a command hears a proper end.
     let drained = async {
@@ -127,6 +139,16 @@ pub async fn run(
     };
     let _ = tokio::time::timeout(Duration::from_secs(6), drained).await;
     tasks.shutdown().await;
+    // This may be a host that is left behind.
+    let close = async {
+        for runtime in runtimes {
+            runtime.close().await;
+        }
+        if let Some(packets) = packets {
+            packets.close().await;
+        }
+    };
+    let _ = tokio::time::timeout(CLOSE, close).await;
     Ok(())
 }
 
@@ -146,6 +168,8 @@ async fn identities(
     Ok(identities)
 }
 
+type Plans = watch::Receiver<Option<Arc<HostPlan>>>;
+
 /// The workers, by instance.
 struct Manager {
     shared: Arc<Shared>,
@@ -157,7 +181,7 @@ struct Manager {
     swept: bool,
 }
 
-async fn manage(shared: Arc<Shared>, mut planned: watch::Receiver<Option<Arc<HostPlan>>>) {
+async fn manage(shared: Arc<Shared>, mut planned: Plans, mut comes: Plans) {
     let mut views = shared.observer.subscribe();
     // Before the first look nothing may be started: it may be running.
     if views.wait_for(View::is_known).await.is_err() {
@@ -167,8 +191,9 @@ async fn manage(shared: Arc<Shared>, mut planned: watch::Receiver<Option<Arc<Hos
         Manager { shared, workers: JoinSet::new(), orders: BTreeMap::new(), cleared: BTreeSet::new(), swept: false };
     loop {
         let plan = planned.borrow_and_update().clone();
+        let coming = comes.borrow_and_update().clone();
         let view = views.borrow_and_update().clone();
-        manager.dispatch(plan.as_deref(), &view).await;
+        manager.dispatch(plan.as_deref(), coming.as_deref(), &view).await;
         tokio::select! {
             biased;
             Some(ended) = manager.workers.join_next() => match ended {
@@ -183,16 +208,24 @@ async fn manage(shared: Arc<Shared>, mut planned: watch::Receiver<Option<Arc<Hos
                 }
             },
             changed = planned.changed() => if changed.is_err() { return },
+            changed = comes.changed() => if changed.is_err() { return },
             changed = views.changed() => if changed.is_err() { return },
         }
     }
 }
 
 impl Manager {
-    async fn dispatch(&mut self, plan: Option<&HostPlan>, view: &View) {
+    /// `coming` is the plan itself, or the next, which is being written to disk: what is new in that is made ready meanwhile. Nothing
+    /// of it is started before it is on disk, and nothing is taken away.
+    async fn dispatch(&mut self, plan: Option<&HostPlan>, coming: Option<&HostPlan>, view: &View) {
         let mut wanted: BTreeMap<Uid, Order> = BTreeMap::new();
         for instance in plan.iter().flat_map(|p| &p.instances) {
             wanted.insert(instance.uid, Order { plan: Some(Arc::new(instance.clone())), wanted: true });
+        }
+        let coming = plan.and(coming);
+        for instance in coming.iter().flat_map(|p| &p.instances).filter(|i| i.desired == Desired::Running) {
+            let order = || Order { plan: Some(Arc::new(instance.clone())), wanted: true };
+            wanted.entry(instance.uid).or_insert_with(order);
         }
         // What is here and not planned goes, but only if there is a plan to say so.
         if plan.is_some() {

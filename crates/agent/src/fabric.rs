@@ -7,7 +7,8 @@
 //! names ────┘   (pure)              └─▶ resolver        looks at the newest
 //! ```
 //!
-//! An instance starts when the packet filter knows it: never before, so that it is never open, and at once after. What the
+//! An instance starts when the packet filter knows it: never before, so that it is never open, and at once after. The filter of a
+//! host without instances stays for a while, because adding to it takes a tenth of the time that setting it does. What the
 //! kernel holds outlives the agent; the names that a restarted agent answers are those on disk.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -19,12 +20,13 @@ use nexus_env::{Env, RngExt as _};
 use nexus_model::kind::EgressMode;
 use nexus_model::plan::{HostNames, HostNetworks, HostPlan, InstancePlan};
 use nexus_model::{Cidr, Name, Uid};
-use nexus_network::firewall::{Firewall, Guest, Net, Rules, Tenant};
+use nexus_network::firewall::{Firewall, Guest, Net, Rules, Standing, Tenant};
 use nexus_network::names::serve::Resolver;
 use nexus_network::names::{Directory, Named, Project};
-use nexus_network::{InstanceAddress, NetnsRef};
+use nexus_network::{InstanceAddress, NetError, NetnsRef};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::config::AgentConfig;
 use crate::inside::inside;
@@ -33,6 +35,8 @@ use crate::inside::inside;
 const LOOK: Duration = Duration::from_secs(15);
 /// Names change in bursts, as apps roll: one replacement serves many changes.
 const GATHER: Duration = Duration::from_millis(20);
+/// How long the packet filter of a host without instances stays.
+const EMPTY: Duration = Duration::from_secs(600);
 /// An instance that the packet filter does not come to know for so long can't start.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Where the host's own resolvers are named.
@@ -47,11 +51,14 @@ pub(crate) type Networks = watch::Receiver<Option<Arc<HostNetworks>>>;
 struct Applied {
     known: BTreeSet<Uid>,
     trouble: String,
+    /// The packet filter stands, and there are no instances.
+    nobody: bool,
 }
 
 /// The way for workers to wait for the packet filter.
 #[derive(Clone)]
 pub(crate) struct Fabric {
+    firewall: Firewall,
     applied: watch::Receiver<Applied>,
 }
 
@@ -72,12 +79,20 @@ impl Fabric {
         let resolver = Resolver::new(NetnsRef::Own, RESOLV_CONF, directory.subscribe(), below);
         config.handle.answers_names(resolver.counts.clone());
         let applied = watch::Sender::default();
-        let fabric = Self { applied: applied.subscribe() };
+        let fabric = Self { firewall: firewall.clone(), applied: applied.subscribe() };
         // Without a part in tenants' networks nothing is ever told of them.
         let networks = networks.unwrap_or_else(|| watch::channel(None).1);
         tasks.spawn(reconcile(firewall, plans, names, networks, directory, applied));
         tasks.spawn(resolver.run());
         fabric
+    }
+
+    /// Leaves nothing of a packet filter that filters for nobody. The agent ends.
+    pub async fn close(&self) {
+        let nobody = self.applied.borrow().nobody;
+        if nobody && let Err(error) = self.firewall.remove().await {
+            tracing::warn!(%error, "the packet filter can't be removed");
+        }
     }
 
     /// Waits until packets of an instance are filtered as they should.
@@ -103,7 +118,9 @@ async fn reconcile(
     directory: watch::Sender<Arc<Directory>>,
     applied: watch::Sender<Applied>,
 ) {
-    let mut last: Option<Rules> = None;
+    // What is known to stand, or that nothing does; and since when there is nobody to filter for.
+    let mut last: Option<Option<Standing>> = None;
+    let mut nobody: Option<Instant> = None;
     loop {
         let (plan, told) = (plans.borrow_and_update().clone(), names.borrow_and_update().clone());
         let nets = networks.borrow_and_update().clone();
@@ -112,23 +129,24 @@ async fn reconcile(
         if let Some(plan) = plan {
             directory.send_replace(Arc::new(entries(&plan, told.as_deref(), nets.as_deref())));
             let wanted = rules(&plan, told.as_deref());
-            let done = if last.as_ref() == Some(&wanted) {
-                Ok(())
-            } else if wanted.guests.is_empty() {
-                // A host that is left behind keeps nothing of ours.
-                firewall.remove().await
-            } else {
-                firewall.apply(wanted.clone()).await
+            nobody = wanted.guests.is_empty().then(|| nobody.unwrap_or_else(Instant::now));
+            // A host that is left behind keeps nothing of ours.
+            let stays = nobody.is_none_or(|since| matches!(last, Some(Some(_))) && since.elapsed() < EMPTY);
+            let done = match last.take() {
+                Some(None) if !stays => Ok(None),
+                Some(Some(standing)) if stays && standing.rules == wanted => Ok(Some(standing)),
+                _ if !stays => firewall.remove().await.map(|()| None),
+                known => set(&firewall, known.flatten(), wanted).await.map(Some),
             };
             match done {
-                Ok(()) => {
-                    last = Some(wanted);
+                Ok(standing) => {
+                    let nobody = standing.is_some() && nobody.is_some();
+                    last = Some(standing);
                     let known = plan.instances.iter().map(|i| i.uid).collect();
-                    applied.send_replace(Applied { known, trouble: String::new() });
+                    applied.send_replace(Applied { known, trouble: String::new(), nobody });
                 }
                 Err(error) => {
                     tracing::error!(%error, "the packet filter can't be set: what was set before stays");
-                    last = None;
                     applied.send_modify(|a| a.trouble = error.to_string());
                     wait = Duration::from_secs(1);
                 }
@@ -138,18 +156,33 @@ async fn reconcile(
             biased;
             changed = plans.changed() => if changed.is_err() { return },
             changed = names.changed() => match changed {
-                Ok(()) => tokio::time::sleep(GATHER).await,
+                // An instance that is to start waits for nobody's names.
+                Ok(()) => tokio::select! {
+                    biased;
+                    changed = plans.changed() => if changed.is_err() { return },
+                    () = tokio::time::sleep(GATHER) => {}
+                },
                 Err(_) => return,
             },
             () = changed(&mut networks) => {}
             () = tokio::time::sleep(wait) => {
-                if last.as_ref().is_some_and(|rules| !rules.guests.is_empty()) && matches!(firewall.stands().await, Ok(false)) {
+                if matches!(last, Some(Some(_))) && matches!(firewall.stands().await, Ok(false)) {
                     tracing::warn!("somebody has removed the packet filter of this host's instances; it is set again");
                     last = None;
                 }
             }
         }
     }
+}
+
+/// Brings the packet filter to the rules, by adding to those that stand if that is enough.
+async fn set(firewall: &Firewall, standing: Option<Standing>, wanted: Rules) -> Result<Standing, NetError> {
+    if let Some(standing) = standing
+        && let Some(extended) = firewall.extend(standing, wanted.clone()).await?
+    {
+        return Ok(extended);
+    }
+    firewall.apply(wanted).await
 }
 
 /// Resolves when there is news; never, when nothing more will be told.
@@ -175,6 +208,9 @@ fn rules(plan: &HostPlan, names: Option<&HostNames>) -> Rules {
     for instance in present(plan) {
         let members = &mut tenants.entry(&instance.project).or_default().members;
         members.extend([IpAddr::from(instance.address6), instance.address4.into()]);
+    }
+    for (project, tenant) in &mut tenants {
+        tenant.name = project.to_string();
     }
     for told in names.iter().flat_map(|n| &n.projects) {
         if let Some(tenant) = tenants.get_mut(&told.project) {

@@ -21,6 +21,7 @@ pub struct AgentHandle {
 struct Inner {
     facts: Mutex<AgentSnapshot>,
     changed: Notify,
+    urgent: Notify,
     names: OnceLock<Arc<Counts>>,
     networks: Mutex<NetworkFacts>,
 }
@@ -169,14 +170,18 @@ impl AgentHandle {
 
     /// Sets or removes what is reported of an instance, and wakes the reporter if that is news.
     pub(crate) fn instance(&self, uid: Uid, report: Option<InstanceReport>) {
-        let news = {
+        let (news, urgent) = {
             let mut facts = self.lock();
             let before = match &report {
                 Some(report) => facts.instances.insert(uid, report.clone()),
                 None => facts.instances.remove(&uid),
             };
-            before != report
+            let ready = |report: &Option<InstanceReport>| report.as_ref().is_some_and(|r| r.ready);
+            (before != report, ready(&report) && !ready(&before))
         };
+        if urgent {
+            self.inner.urgent.notify_one();
+        }
         if news {
             self.inner.changed.notify_one();
         }
@@ -184,6 +189,11 @@ impl AgentHandle {
 
     pub(crate) fn wake_reporter(&self) {
         self.inner.changed.notify_one();
+    }
+
+    /// Resolves when an instance has become ready. For the reporter alone.
+    pub(crate) async fn urged(&self) {
+        self.inner.urgent.notified().await;
     }
 
     /// Resolves when a report has news to tell. For the reporter alone.

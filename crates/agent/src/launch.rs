@@ -119,9 +119,6 @@ impl Launcher {
         runtime.prepare(own.image.digest).await.map_err(|e| e.to_string())?;
         let plug = async {
             let _plugging = self.plugging.lock().await;
-            if let Some(fabric) = &shared.fabric {
-                fabric.guards(plan.uid).await?;
-            }
             let plugged = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await;
             let netns = plugged.map_err(|e| e.to_string())?;
             match &shared.networks {
@@ -131,7 +128,16 @@ impl Launcher {
             }
             Ok(netns)
         };
-        let (netns, ()) = tokio::join!(plug, runtime.warm(&plan.project));
+        let guards = async {
+            match &shared.fabric {
+                Some(fabric) => fabric.guards(plan.uid).await,
+                None => Ok(()),
+            }
+        };
+        // Nothing is in the network yet that could send or answer.
+        let (guarded, netns, (), ()) =
+            tokio::join!(guards, plug, runtime.warm(&plan.project), shared.is_kept(plan));
+        guarded?;
         let netns = netns?;
         let folder = folder(&**runtime, plan).await?;
         let sandbox = Sandbox {

@@ -106,11 +106,12 @@ impl Cache {
     }
 }
 
-/// Follows the plan of `host` from server to server. Runs until it is dropped.
+/// Follows the plan of `host` from server to server: `plans` are on disk, `coming` are about to be. Runs until it is dropped.
 pub(crate) async fn pull(
     host: Name,
     servers: Arc<Servers>,
     cache: Cache,
+    coming: watch::Sender<Option<Arc<HostPlan>>>,
     plans: watch::Sender<Option<Arc<HostPlan>>>,
     handle: AgentHandle,
 ) {
@@ -128,7 +129,7 @@ pub(crate) async fn pull(
                 match stream.next().await {
                     Some(Ok(plan)) => {
                         failures = 0;
-                        take(plan, &host, &cache, &plans, &handle).await;
+                        take(plan, &host, &cache, &coming, &plans, &handle).await;
                     }
                     Some(Err(error)) => {
                         tracing::debug!(server = %endpoint, %error, "the plan's stream broke");
@@ -149,6 +150,7 @@ async fn take(
     plan: HostPlan,
     host: &Name,
     cache: &Cache,
+    coming: &watch::Sender<Option<Arc<HostPlan>>>,
     plans: &watch::Sender<Option<Arc<HostPlan>>>,
     handle: &AgentHandle,
 ) {
@@ -165,12 +167,14 @@ async fn take(
             return;
         }
     };
+    let plan = Arc::new(plan);
+    coming.send_replace(Some(plan.clone()));
     // On disk first: what is started by a plan must be known after a crash.
     if let Err(error) = cache.save(&plan).await {
         tracing::error!(%error, revision = plan.revision, "a plan can't be kept on disk; it is followed all the same");
     }
     handle.update(|f| f.plan_refused.clear());
-    plans.send_replace(Some(Arc::new(plan)));
+    plans.send_replace(Some(plan));
 }
 
 #[cfg(test)]

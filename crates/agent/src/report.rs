@@ -11,6 +11,7 @@ use nexus_model::Uid;
 use nexus_model::plan::{HostReport, InstanceUsage, ReportAck, method};
 use nexus_wire::WireError;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::config::{AgentConfig, Engines};
 use crate::servers::Servers;
@@ -35,6 +36,8 @@ pub(crate) async fn run(
     let mut turn = servers.start();
     let mut leader: Option<Endpoint> = None;
     let mut failures = 0;
+    // When a report may hurry again.
+    let mut hurry = Instant::now();
     loop {
         let facts = config.handle.snapshot();
         // Before the first look, "nothing runs here" would be a lie.
@@ -72,12 +75,19 @@ pub(crate) async fn run(
                 }
             }
         }
-        let earliest = tokio::time::Instant::now() + COALESCE;
+        let earliest = Instant::now() + COALESCE;
         let changed = async {
             config.handle.changed().await;
-            tokio::time::sleep_until(earliest).await;
+            tokio::select! {
+                biased;
+                () = tokio::time::sleep_until(earliest) => false,
+                // Somebody may wait for this very instance. These don't come in flocks either.
+                () = async { config.handle.urged().await; tokio::time::sleep_until(hurry).await } => true,
+            }
         };
-        let _ = tokio::time::timeout(INTERVAL, changed).await;
+        if let Ok(true) = tokio::time::timeout(INTERVAL, changed).await {
+            hurry = Instant::now() + COALESCE;
+        }
     }
 }
 

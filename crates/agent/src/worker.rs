@@ -10,7 +10,7 @@ use std::time::Duration;
 use nexus_compute::{Runtime, State};
 use nexus_env::Env;
 use nexus_model::kind::{self, HealthCheck, InstancePhase};
-use nexus_model::plan::{Desired, InstancePlan, InstanceReport};
+use nexus_model::plan::{Desired, HostPlan, InstancePlan, InstanceReport};
 use nexus_model::{Timestamp, Uid};
 use tokio::sync::{Semaphore, watch};
 
@@ -50,6 +50,8 @@ pub(crate) struct Shared {
     pub networks: Option<Networks>,
     pub handle: AgentHandle,
     pub logs_dir: PathBuf,
+    /// The plan that is on disk.
+    pub planned: watch::Receiver<Option<Arc<HostPlan>>>,
     /// Starts at once.
     pub starts: Semaphore,
 }
@@ -61,6 +63,14 @@ impl Shared {
 
     fn now(&self) -> Timestamp {
         Timestamp::from_millis(self.env.now_millis())
+    }
+
+    /// Waits until the plan that has this instance is on disk: what was started must be known after a crash.
+    pub async fn is_kept(&self, plan: &InstancePlan) {
+        let same = |i: &InstancePlan| i.uid == plan.uid && i.epoch >= plan.epoch;
+        let kept = |held: &Option<Arc<HostPlan>>| held.as_ref().is_some_and(|held| held.instances.iter().any(same));
+        // Without whoever pulls plans the agent ends.
+        let _ = self.planned.clone().wait_for(kept).await;
     }
 }
 
@@ -306,10 +316,25 @@ impl Worker {
                 let request = plan.request_id.as_ref().map(|r| r.as_str()).unwrap_or_default();
                 tracing::info!(uid = %self.uid, name = %plan.name, epoch = plan.epoch, request, "an instance was started");
                 self.report.started = Some(self.shared.now());
+                self.greet(plan).await;
             }
             Err(why) => self.start_failed(plan, why, false).await,
         }
         self.shared.observer.look().await;
+    }
+
+    /// Asks what has just been started whether it is ready, if a connection is all that shows it: a function is, at once, and there may
+    /// be requests that wait for it.
+    async fn greet(&mut self, plan: &InstancePlan) {
+        let Some(port) = plan.template.served_ports().first().map(|p| p.port) else { return };
+        if plan.template.health.readiness.is_some() {
+            return;
+        }
+        let answered = health::connects(&self.shared.env, plan, port, self.report.endpoint, FIRST_PROBE).await;
+        if let Ok(endpoint) = answered {
+            (self.report.endpoint, self.report.ready) = (Some(endpoint), true);
+            self.tell(InstancePhase::Running, "");
+        }
     }
 
     /// Counts a failure and plans the next try.
@@ -491,7 +516,11 @@ impl Worker {
         if constant {
             self.report.ready = true;
         }
-        self.tell(InstancePhase::Running, if self.report.ready { "" } else { "it is not ready yet" });
+        // Most answer at once: that they don't is told when the first probe has taken a moment.
+        let mut told = self.report.ready;
+        if told {
+            self.tell(InstancePhase::Running, "");
+        }
         let start = self.shared.env.monotonic();
         let every = |c: &Option<HealthCheck>| {
             c.as_ref().map_or(PROBE_INTERVAL, |c| Duration::from_secs(c.interval_seconds.max(1).into()))
@@ -537,7 +566,19 @@ impl Worker {
                 let shared = self.shared.clone();
                 let probing = readiness(&shared, &*runtime, plan, &ready, first_port, self.report.endpoint);
                 let mut orders = self.orders.clone();
-                let result = tokio::select! { biased; _ = orders.changed() => return, r = probing => r };
+                let mut probing = std::pin::pin!(probing);
+                let result = loop {
+                    tokio::select! {
+                        biased;
+                        _ = orders.changed() => return,
+                        result = probing.as_mut() => break result,
+                        () = tokio::time::sleep(FIRST_PROBE), if !told => {
+                            told = true;
+                            self.tell(InstancePhase::Running, "it is not ready yet");
+                        }
+                    }
+                };
+                told = true;
                 match result {
                     Ok(endpoint) => {
                         unready = 0;

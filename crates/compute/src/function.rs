@@ -2,7 +2,7 @@
 //!
 //! The agent's side is [`FunctionRuntime`]; it never loads a tenant's code. It has each component compiled once per host in
 //! a confined process, and keeps one *executor* process per project, which runs as a user of its own without privileges,
-//! file system or capabilities ([`executor_main`]). For each instance the agent opens the listening socket inside the
+//! file system or capabilities ([`executor_main`]), and one that stands by for the next project. For each instance the agent opens the listening socket inside the
 //! instance's network namespace, and hands it with the compiled artefact and the folder of the logs to the executor, so that
 //! the executor needs neither rights nor names. The executor goes on without the agent; when it ends, its instances are
 //! observed as exited, and whoever drives the runtime starts them again.
@@ -18,6 +18,7 @@ mod control;
 mod engine;
 mod executor;
 mod log;
+mod pool;
 mod serve;
 mod ticker;
 

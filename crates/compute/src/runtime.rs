@@ -167,6 +167,15 @@ pub trait Runtime: Send + Sync {
     /// [`Runtime::start`] is right without it.
     async fn warm(&self, _project: &Name) {}
 
+    /// Keeps ready what any project's start needs. Runs until it is dropped; whatever comes of it, [`Runtime::start`] is right
+    /// without it.
+    async fn upkeep(&self) {
+        std::future::pending().await
+    }
+
+    /// Ends what was only kept ready: the agent goes, for a moment or for good. Nothing that runs is touched.
+    async fn close(&self) {}
+
     /// Starts the instance. Starting what runs is harmless.
     async fn start(&self, sandbox: &Sandbox) -> Result<(), RuntimeError>;
 

@@ -30,6 +30,8 @@ use crate::world::{Place, World};
 
 /// A routing table is made at once after a rest of so long; the changes of a burst are gathered meanwhile.
 const GATHER: Duration = Duration::from_millis(20);
+/// The same where a gateway holds requests for what has just become ready.
+const AWAITED: Duration = Duration::from_millis(5);
 /// A large table takes long to make: it is made less often, so that making it takes a tenth of one core at most …
 const REST: u32 = 9;
 /// … but changes never wait longer than this.
@@ -57,6 +59,15 @@ pub struct View {
     table: watch::Sender<Arc<RoutingTable>>,
     revision: watch::Sender<u64>,
     global_revision: watch::Sender<u64>,
+}
+
+/// Whether a change wants a new routing table, and how soon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum News {
+    None,
+    Some,
+    /// The first instance of an app that was asleep is ready.
+    Awaited,
 }
 
 /// Which log a view follows.
@@ -181,7 +192,7 @@ impl View {
         self.start_anew(log, world, revision.0);
         let mut watch = store.watch("o/".into(), key::prefix_end("t/").into(), revision).await?;
         let mut table_due: Option<tokio::time::Instant> = None;
-        let mut gather = GATHER;
+        let mut cost = Duration::ZERO;
         let mut made = tokio::time::Instant::now();
         loop {
             let batch = tokio::select! {
@@ -191,15 +202,19 @@ impl View {
                     let begun = tokio::time::Instant::now();
                     self.publish_table();
                     made = tokio::time::Instant::now();
-                    gather = (made.duration_since(begun) * REST).clamp(GATHER, LONGEST);
+                    cost = made.duration_since(begun) * REST;
                     continue;
                 }
                 batch = watch.next() => batch,
             };
             let Some(Ok(batch)) = batch else { return Ok(()) };
-            if self.apply(log, &batch.events, batch.revision.0) && table_due.is_none() {
-                table_due = Some(tokio::time::Instant::now().max(made + gather));
-            }
+            let rest = match self.apply(log, &batch.events, batch.revision.0) {
+                News::None => continue,
+                News::Some => GATHER,
+                News::Awaited => AWAITED,
+            };
+            let due = tokio::time::Instant::now().max(made + cost.clamp(rest, LONGEST));
+            table_due = Some(table_due.map_or(due, |before| before.min(due)));
         }
     }
 
@@ -228,11 +243,12 @@ impl View {
         self.publish_table();
     }
 
-    /// Applies one revision. True if the routing table may have changed.
-    fn apply(&self, log: Log, events: &[WatchEvent], revision: u64) -> bool {
+    /// Applies one revision. Answers whether the routing table may have changed.
+    fn apply(&self, log: Log, events: &[WatchEvent], revision: u64) -> News {
         match log {
             Log::Region => self.apply_region(events, revision),
-            Log::Global => self.apply_global(events, revision),
+            Log::Global if self.apply_global(events, revision) => News::Some,
+            Log::Global => News::None,
         }
     }
 
@@ -268,9 +284,9 @@ impl View {
         routing
     }
 
-    fn apply_region(&self, events: &[WatchEvent], revision: u64) -> bool {
+    fn apply_region(&self, events: &[WatchEvent], revision: u64) -> News {
         let mut state = self.state();
-        let mut routing = false;
+        let (mut routing, mut awaited) = (false, false);
         let mut ahead = BTreeSet::new();
         for event in events {
             let key = String::from_utf8_lossy(event.key()).into_owned();
@@ -282,6 +298,7 @@ impl View {
                 app.map(|app| (app.spec.image.clone(), app.spec.runtime, others(app)))
             };
             let before = image(&state.world);
+            let slept = key.starts_with("o/instances/") && !has_woken(&state.world, &key);
             let instance = key.starts_with("o/instances/") || key.starts_with("t/instances/");
             routing |=
                 instance || ["o/apps/", "o/hosts/", "o/projects/", "o/routes/"].iter().any(|p| key.starts_with(p));
@@ -293,6 +310,7 @@ impl View {
                 }
                 WatchEvent::Delete { .. } => state.world.leave_out(&key),
             }
+            awaited |= slept && has_woken(&state.world, &key);
             if let Some((project, name)) = &app
                 && image(&state.world) != before
                 && let Some(app) = state.world.apps.get(Some(project), name)
@@ -311,7 +329,11 @@ impl View {
             publish_plan(&state, &host, revision);
         }
         self.revision.send_replace(revision);
-        routing
+        match (awaited, routing) {
+            (true, _) => News::Awaited,
+            (_, true) => News::Some,
+            _ => News::None,
+        }
     }
 
     fn publish_table(&self) {
@@ -340,8 +362,23 @@ pub fn host_networks(world: &World, host: &Name, revision: u64) -> HostNetworks 
 
 /// Whose row a key is, if it is an app's.
 fn app_of_key(key: &str) -> Option<(Name, Name)> {
-    let (project, name) = key.strip_prefix("o/apps/")?.split_once('/')?;
+    place_in(key, "o/apps/")
+}
+
+fn place_in(key: &str, prefix: &str) -> Option<(Name, Name)> {
+    let (project, name) = key.strip_prefix(prefix)?.split_once('/')?;
     Some((project.parse().ok()?, name.parse().ok()?))
+}
+
+/// Whether the instance of a key is ready, and of an app that may sleep.
+fn has_woken(world: &World, key: &str) -> bool {
+    let Some((project, name)) = place_in(key, "o/instances/") else { return false };
+    let Some(instance) = world.instances.get(Some(&project), &name).filter(|i| i.status.ready) else { return false };
+    world.apps.get(Some(&project), &instance.spec.app).is_some_and(may_sleep)
+}
+
+fn may_sleep(app: &Object<App>) -> bool {
+    app.spec.autoscale.as_ref().is_some_and(|a| a.min_replicas == 0)
 }
 
 fn publish_plan(state: &State, host: &Name, revision: u64) {
@@ -555,6 +592,7 @@ fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
         })
         .collect();
     backends.sort_by_key(|b| b.uid);
+    let starting = if may_sleep(app) && !backends.iter().any(|b| b.ready) { starting(world, app, port) } else { Vec::new() };
     Service {
         project: app.metadata.project.clone().expect("apps have a project"),
         app: app.metadata.name.clone(),
@@ -564,7 +602,35 @@ fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
         backends,
         global: exposed.global,
         regions: exposed.regions.clone(),
-        wakes: app.spec.autoscale.as_ref().is_some_and(|a| a.min_replicas == 0),
+        wakes: may_sleep(app),
+        starting,
         split,
     }
+}
+
+/// How many of an app's instances that are being started are named.
+const STARTING: usize = 4;
+
+/// What is being started of an app that was asleep, where no more is asked of it than a connection: functions listen at both of
+/// their addresses from the moment on that they serve.
+fn starting(world: &World, app: &Object<App>, port: &Port) -> Vec<Backend> {
+    let starts = |i: &&Object<Instance>| {
+        let template = &i.spec.template;
+        let plain = template.runtime == Runtime::Function && template.health.readiness.is_none();
+        plain && i.metadata.deleting.is_none() && !i.status.ready && i.status.endpoint.is_none()
+    };
+    let backend = |i: &Object<Instance>| {
+        Some(Backend {
+            uid: i.metadata.uid,
+            address: (i.status.address6?, port.port).into(),
+            zone: i.status.zone.clone()?,
+            epoch: i.status.epoch,
+            ready: false,
+            newer: false,
+        })
+    };
+    let mut all: Vec<Backend> = world.instances_of(app.metadata.uid).filter(starts).filter_map(backend).collect();
+    all.sort_by_key(|b| b.uid);
+    all.truncate(STARTING);
+    all
 }

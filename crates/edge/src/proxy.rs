@@ -10,7 +10,8 @@
 //! There is no limit to how long an instance may think: a dead host is noticed by its connection, not by silence.
 //!
 //! An app that the cloud scales to nothing is asleep, not down: a request for it waits until the first instance is ready, longer than
-//! for an app that lost its last one, and servers are told at once that it waits.
+//! for an app that lost its last one, and servers are told at once that it waits. Where a connection shows that an instance is ready,
+//! the first that waits doesn't wait to be told: it tries to connect until it can.
 //!
 //! A global app's request goes to an instance of this region that is well; else to the nearest other region; else to
 //! whatever instance there is here. One that came from another region's gateway goes no further: with nobody to give it
@@ -30,7 +31,7 @@ use hyper::upgrade::OnUpgrade;
 use nexus_env::{Endpoint, RngExt};
 use nexus_model::{Name, RequestId, Uid};
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tracing::{debug, info, warn};
 
 use crate::backend::{Backend, Lease};
@@ -54,6 +55,12 @@ const SETTLED_ANSWER: u64 = 64 * 1024;
 const SETTLE_TIME: Duration = Duration::from_millis(50);
 /// The pause after every instance has been tried, unless a new table comes.
 const ROUND: Duration = Duration::from_millis(200);
+
+/// Between two tries to connect to an instance that is being started: at first, and at most.
+const KNOCK_FIRST: Duration = Duration::from_millis(2);
+const KNOCK_MAX: Duration = Duration::from_millis(100);
+/// How long one such try waits at first. Before its host knows an instance, packets to it are dropped, and TCP would wait a second.
+const KNOCK_TIME: Duration = Duration::from_millis(5);
 
 /// How long another gateway's short refusal may take to arrive whole, so that its connection can be kept.
 const REFUSAL_TIME: Duration = Duration::from_millis(50);
@@ -263,6 +270,8 @@ impl Attempts<'_> {
         let mut sends = 0;
         let mut attempts = 0u32;
         let mut failures = 0u32;
+        // Who has opened when it was knocked at.
+        let mut opened = None;
         loop {
             // Taken before the table is looked at, so that no change is missed.
             let mut tables = self.core.table.subscribe();
@@ -273,7 +282,10 @@ impl Attempts<'_> {
             }
             let service = held.clone().expect("the request has been routed");
             let named = || service.metrics.name.clone();
-            let choice = self.choose(&service, &table, &tried);
+            let choice = match opened.take() {
+                Some(lease) if !service.has_ready() => Choice::Instance(lease),
+                _ => self.choose(&service, &table, &tried),
+            };
             drop(table);
             let lease = match choice {
                 Choice::Instance(lease) => lease,
@@ -295,14 +307,26 @@ impl Attempts<'_> {
                     };
                     let for_table = none && service.regions.as_ref().is_none_or(Vec::is_empty);
                     let bell = none.then_some(&self.core.bell);
-                    let waited = wait(&service, options.max_waiting, until, for_table, bell, tables.changed()).await;
+                    let changed = async {
+                        // One knocks for all: the others hear of it soon enough.
+                        let knocking = asleep && service.starting.first().is_some_and(|first| first.outstanding() == 0);
+                        tokio::select! {
+                            biased;
+                            changed = tables.changed() => changed.map(|()| None),
+                            lease = knock(self.core, &service), if knocking => Ok(Some(lease)),
+                        }
+                    };
+                    let waited = wait(&service, options.max_waiting, until, for_table, bell, changed).await;
                     tried = Tried::default();
                     if asleep {
                         // Its tries begin when there is somebody to try.
                         self.until = self.until.max(Instant::now() + options.budget);
                     }
                     match waited {
-                        Ok(()) => continue,
+                        Ok(lease) => {
+                            opened = lease;
+                            continue;
+                        }
                         Err(()) if busy => return Err(Problem::Busy(named())),
                         Err(()) if none => return Err(Problem::NoInstance(named())),
                         Err(()) => return Err(Problem::Unreachable(named())),
@@ -575,15 +599,31 @@ async fn settle(answer: &mut Answer) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Waits for another table, or a moment; `Err` when there is no more time or too many wait already.
+/// Tries to connect to the instances that are being started, until one can be connected to.
+async fn knock(core: &Core, service: &Service) -> Lease {
+    // Others see by it that somebody knocks.
+    let _busy = service.starting.first().map(Backend::lease);
+    let (mut pause, mut limit) = (KNOCK_FIRST, KNOCK_TIME);
+    loop {
+        for backend in &service.starting {
+            if let Ok(Ok(_)) = timeout(limit, core.env.transport.connect(&backend.address)).await {
+                return backend.lease();
+            }
+        }
+        sleep(pause).await;
+        (pause, limit) = ((pause * 5 / 4).min(KNOCK_MAX), (limit * 5 / 4).min(KNOCK_MAX));
+    }
+}
+
+/// Waits for another table, for who opens, or a moment; `Err` when there is no more time or too many wait already.
 async fn wait(
     service: &Service,
     max_waiting: usize,
     until: Instant,
     for_table: bool,
     bell: Option<&Notify>,
-    changed: impl Future<Output = Result<(), tokio::sync::watch::error::RecvError>>,
-) -> Result<(), ()> {
+    changed: impl Future<Output = Result<Option<Lease>, tokio::sync::watch::error::RecvError>>,
+) -> Result<Option<Lease>, ()> {
     struct Waiting<'a>(&'a Service);
     impl Drop for Waiting<'_> {
         fn drop(&mut self) {
@@ -603,7 +643,7 @@ async fn wait(
     let moment = if for_table { until } else { until.min(now + ROUND) };
     tokio::select! {
         biased;
-        _ = changed => Ok(()),
-        () = sleep_until(moment) => Ok(()),
+        news = changed => Ok(news.ok().flatten()),
+        () = sleep_until(moment) => Ok(None),
     }
 }

@@ -57,6 +57,8 @@ pub(crate) struct Service {
     pub app: Name,
     pub metrics: Arc<ServiceMetrics>,
     pub members: Vec<Member>,
+    /// Of an app that was asleep: whom a request that waits may knock at.
+    pub starting: Vec<Arc<Backend>>,
     /// Of a global app: the other regions that should run it.
     pub regions: Option<Vec<Name>>,
     pub http2: bool,
@@ -159,7 +161,8 @@ impl Table {
         let mut known: BTreeMap<&str, &Arc<Service>> = BTreeMap::new();
         for service in before.iter().flat_map(|t| &t.services) {
             known.insert(&service.metrics.name, service);
-            held.extend(service.members.iter().map(|m| ((m.backend.uid, &*service.metrics.name), &m.backend)));
+            let backends = service.members.iter().map(|m| &m.backend).chain(&service.starting);
+            held.extend(backends.map(|backend| ((backend.uid, &*service.metrics.name), backend)));
         }
         let mut services = Vec::with_capacity(table.services.len());
         for service in table.services {
@@ -171,22 +174,25 @@ impl Table {
                     newest.insert(backend.uid, backend);
                 }
             }
-            let members = newest.into_values().map(|b| {
+            let backend = |b: &plan::Backend| {
                 let address = Endpoint::Tcp(b.address);
                 let same = |old: &&&Arc<Backend>| old.address == address && old.epoch == b.epoch && old.http2 == http2;
-                let backend = match held.get(&(b.uid, &*name)).filter(same) {
+                match held.get(&(b.uid, &*name)).filter(same) {
                     Some(old) => (*old).clone(),
                     None => Arc::new(Backend::new(b.uid, address, b.epoch, http2)),
-                };
-                Member { backend, ready: b.ready, local: b.zone == *zone, newer: b.newer }
-            });
-            let members = members.collect();
+                }
+            };
+            let member =
+                |b: plan::Backend| Member { backend: backend(&b), ready: b.ready, local: b.zone == *zone, newer: b.newer };
+            let members = newest.into_values().map(member).collect();
+            let starting = service.starting.iter().map(backend).collect();
             let old = known.remove(&*name);
             let (global, regions) = (service.global, service.regions);
             services.push(Arc::new(Service {
                 project: service.project,
                 app: service.app,
                 members,
+                starting,
                 regions: global.then_some(regions),
                 http2,
                 wakes: service.wakes,
@@ -264,6 +270,7 @@ mod tests {
             global: false,
             regions: vec![],
             wakes: false,
+            starting: vec![],
             split: None,
         };
         let route = |(i, (host, path)): (usize, &(&str, &str))| TableRoute {

@@ -356,6 +356,10 @@ pub struct Service {
     /// Without an instance it is asleep, not down: a request that waits brings one.
     #[serde(default)]
     pub wakes: bool,
+    /// Of an app that was asleep: what is being started, at addresses where a connection is all that it takes to be ready. A request
+    /// that waits may go there as soon as it can be connected to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub starting: Vec<Backend>,
     /// While a rollout splits its requests. A gateway that does not know of it treats all backends alike.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub split: Option<Split>,

@@ -11,9 +11,12 @@
 //! Connection tracking is not touched by a replacement, so what is open and still allowed goes on. A rule that is taken
 //! away counts for open connections too: only their answers pass without being looked at, and an answer needs a question.
 //!
+//! What only adds to the rules that stand is added to them: taking the table away would make whoever waits for it wait for the
+//! kernel's grace periods too, and a function that wakes has no time for that.
+//!
 //! Other tables are left alone. An instance that is not in the rules is silent.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -65,6 +68,8 @@ pub struct Guest {
 /// Those who may reach each other.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Tenant {
+    /// Of `a-z`, `0-9` and `-`, and no other tenant's.
+    pub name: String,
     /// All of its instances' addresses, here and on other hosts.
     pub members: BTreeSet<IpAddr>,
     /// All of outside is open.
@@ -82,6 +87,13 @@ pub struct Rules {
     pub instances: Vec<Net>,
     /// Hosts, servers, gateways.
     pub infrastructure: Vec<Net>,
+}
+
+/// Rules that were set, and what of the host went into them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    pub rules: Rules,
+    attached: Vec<Net>,
 }
 
 /// The packet filter of a host. It holds no state: the kernel does.
@@ -102,10 +114,31 @@ impl Firewall {
     }
 
     /// Puts these rules in the place of whichever there are, at once and whole.
-    pub async fn apply(&self, rules: Rules) -> Result<(), NetError> {
+    pub async fn apply(&self, rules: Rules) -> Result<Standing, NetError> {
         aside(self.host.clone(), "the packet filter", move || {
-            let text = text(&rules, &attached()?);
-            nft("setting the packet filter", &["-f", "-"], &text).map(drop)
+            let standing = Standing { attached: attached()?, rules };
+            nft("setting the packet filter", &["-f", "-"], &text(&standing.rules, &standing.attached))?;
+            Ok(standing)
+        })
+        .await
+    }
+
+    /// Adds to the rules that stand what these have beside them. `None` if they don't stand any more, or if more than that is to
+    /// be done: then nothing has been changed.
+    pub async fn extend(&self, standing: Standing, rules: Rules) -> Result<Option<Standing>, NetError> {
+        let Some(more) = additions(&standing.rules, &rules) else { return Ok(None) };
+        aside(self.host.clone(), "the packet filter", move || {
+            if attached()? != standing.attached {
+                return Ok(None);
+            }
+            match nft("adding to the packet filter", &["-f", "-"], &more) {
+                Ok(_) => Ok(Some(Standing { rules, ..standing })),
+                Err(NetError::Rules { message, .. }) => {
+                    tracing::debug!(message, "the packet filter can't be added to; it is set anew");
+                    Ok(None)
+                }
+                Err(error) => Err(error),
+            }
         })
         .await
     }
@@ -222,9 +255,28 @@ fn set(out: &mut String, name: &str, kind: &str, flags: &str, elements: &[String
     out.push_str(" }\n");
 }
 
-fn verdicts(out: &mut String, name: &str, prefix: &str, guests: &[Guest]) {
-    let one = |g: &Guest| format!("\"{}\" : goto {prefix}{}", link_name(LINK_PREFIX, &g.name), g.tenant);
-    let elements: Vec<String> = guests.iter().map(one).collect();
+/// Where packets of guests go on, as elements of a map.
+fn ways<'a>(prefix: &str, guests: impl IntoIterator<Item = &'a Guest>, tenants: &[Tenant]) -> Vec<String> {
+    let link = |g: &Guest| link_name(LINK_PREFIX, &g.name);
+    guests.into_iter().map(|g| format!("\"{}\" : goto {prefix}_{}", link(g), tenants[g.tenant].name)).collect()
+}
+
+/// Guests' links with their addresses of one family.
+fn pairs<'a>(guests: impl IntoIterator<Item = &'a Guest>, six: bool) -> Vec<String> {
+    let link = |g: &Guest| link_name(LINK_PREFIX, &g.name);
+    guests.into_iter().map(|g| format!("\"{}\" . {}", link(g), own(g, six))).collect()
+}
+
+fn own(guest: &Guest, six: bool) -> IpAddr {
+    if six { guest.address.address6.into() } else { guest.address.address4.into() }
+}
+
+fn of_family<'a>(members: impl IntoIterator<Item = &'a IpAddr>, six: bool) -> Vec<String> {
+    members.into_iter().filter(|a| a.is_ipv6() == six).map(IpAddr::to_string).collect()
+}
+
+fn verdicts(out: &mut String, name: &str, prefix: &str, guests: &[Guest], tenants: &[Tenant]) {
+    let elements = ways(prefix, guests, tenants);
     let _ = write!(out, " map {name} {{ type ifname : verdict;");
     if !elements.is_empty() {
         let _ = write!(out, " elements = {{ {} }};", elements.join(", "));
@@ -232,49 +284,33 @@ fn verdicts(out: &mut String, name: &str, prefix: &str, guests: &[Guest]) {
     out.push_str(" }\n");
 }
 
-/// The rules as `nft` reads them: one transaction that makes the table, if it is not there, and replaces it.
-fn text(rules: &Rules, attached: &[Net]) -> String {
-    const INTERVAL: &str = "flags interval;";
-    let mut out = format!("table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
-    let link = |g: &Guest| link_name(LINK_PREFIX, &g.name);
-    let guests = &rules.guests;
-    let closed: Vec<Net> = never()
-        .into_iter()
-        .chain(rules.instances.iter().copied())
-        .chain(rules.infrastructure.iter().copied())
-        .chain(attached.iter().copied())
-        .collect();
-    for (six, digit, kind) in [(false, '4', "ipv4_addr"), (true, '6', "ipv6_addr")] {
-        let own = |g: &Guest| -> IpAddr { if six { g.address.address6.into() } else { g.address.address4.into() } };
-        let pairs: Vec<String> = guests.iter().map(|g| format!("\"{}\" . {}", link(g), own(g))).collect();
-        set(&mut out, &format!("own{digit}"), &format!("ifname . {kind}"), "", &pairs);
-        let local: BTreeSet<String> = guests.iter().map(|g| own(g).to_string()).collect();
-        set(&mut out, &format!("local{digit}"), kind, "", &Vec::from_iter(local));
-        set(&mut out, &format!("instances{digit}"), kind, INTERVAL, &nets(rules.instances.iter().copied(), six));
-        set(&mut out, &format!("closed{digit}"), kind, INTERVAL, &nets(closed.iter().copied(), six));
-        for (n, tenant) in rules.tenants.iter().enumerate() {
-            let members = tenant.members.iter().filter(|a| a.is_ipv6() == six);
-            let members: Vec<String> = members.map(IpAddr::to_string).collect();
-            set(&mut out, &format!("members{n}_{digit}"), kind, "", &members);
-            set(&mut out, &format!("networks{n}_{digit}"), kind, INTERVAL, &nets(tenant.networks.iter().copied(), six));
-        }
+const INTERVAL: &str = "flags interval;";
+/// Whether it is IPv6, the digit that ends its sets' names, and the type of their elements.
+const FAMILIES: [(bool, char, &str); 2] = [(false, '4', "ipv4_addr"), (true, '6', "ipv6_addr")];
+
+/// What the table has of a tenant alone.
+fn tenants_own(out: &mut String, tenant: &Tenant) {
+    let name = &tenant.name;
+    for (six, digit, kind) in FAMILIES {
+        set(out, &format!("members{digit}_{name}"), kind, "", &of_family(&tenant.members, six));
+        let networks = nets(tenant.networks.iter().copied(), six);
+        set(out, &format!("networks{digit}_{name}"), kind, INTERVAL, &networks);
     }
-    for (n, tenant) in rules.tenants.iter().enumerate() {
-        let rest = if tenant.everything { "accept" } else { "drop" };
-        let _ = write!(
-            out,
-            " chain from{n} {{
-  ip daddr @members{n}_4 accept
-  ip6 daddr @members{n}_6 accept
+    let rest = if tenant.everything { "accept" } else { "drop" };
+    let _ = write!(
+        out,
+        " chain from_{name} {{
+  ip daddr @members4_{name} accept
+  ip6 daddr @members6_{name} accept
   ip daddr @closed4 drop
   ip6 daddr @closed6 drop
-  ip daddr @networks{n}_4 accept
-  ip6 daddr @networks{n}_6 accept
+  ip daddr @networks4_{name} accept
+  ip6 daddr @networks6_{name} accept
   {rest}
  }}
- chain to{n} {{
-  ip saddr @members{n}_4 accept
-  ip6 saddr @members{n}_6 accept
+ chain to_{name} {{
+  ip saddr @members4_{name} accept
+  ip6 saddr @members6_{name} accept
   ip saddr @instances4 drop
   ip6 saddr @instances6 drop
   ip saddr @local4 drop
@@ -282,10 +318,81 @@ fn text(rules: &Rules, attached: &[Net]) -> String {
   accept
  }}
 "
-        );
+    );
+}
+
+/// What makes `new` of the rules that stand, if nothing of those is taken away or changed.
+fn additions(old: &Rules, new: &Rules) -> Option<String> {
+    if (&old.instances, &old.infrastructure) != (&new.instances, &new.infrastructure) {
+        return None;
     }
-    verdicts(&mut out, "senders", "from", guests);
-    verdicts(&mut out, "receivers", "to", guests);
+    let mut out = String::new();
+    let mut add = |set: &str, elements: Vec<String>| {
+        if !elements.is_empty() {
+            let _ = writeln!(out, "add element {TABLE} {set} {{ {} }}", elements.join(", "));
+        }
+    };
+    let mut made = String::new();
+    let mut before: BTreeMap<&str, &Tenant> = old.tenants.iter().map(|t| (t.name.as_str(), t)).collect();
+    for tenant in &new.tenants {
+        let Some(was) = before.remove(tenant.name.as_str()) else {
+            tenants_own(&mut made, tenant);
+            continue;
+        };
+        let same = (was.everything, &was.networks) == (tenant.everything, &tenant.networks);
+        if !same || !was.members.is_subset(&tenant.members) {
+            return None;
+        }
+        for (six, digit, _) in FAMILIES {
+            let more = of_family(tenant.members.difference(&was.members), six);
+            add(&format!("members{digit}_{}", tenant.name), more);
+        }
+    }
+    let place = |rules: &Rules, g: &Guest| (g.address, rules.tenants[g.tenant].name.clone());
+    let mut here: BTreeMap<&str, _> = old.guests.iter().map(|g| (g.name.as_str(), place(old, g))).collect();
+    let mut come = Vec::new();
+    for guest in &new.guests {
+        match here.remove(guest.name.as_str()) {
+            None => come.push(guest),
+            Some(was) if was == place(new, guest) => {}
+            Some(_) => return None,
+        }
+    }
+    if !before.is_empty() || !here.is_empty() {
+        return None;
+    }
+    for (six, digit, _) in FAMILIES {
+        add(&format!("own{digit}"), pairs(come.iter().copied(), six));
+        add(&format!("local{digit}"), come.iter().map(|g| own(g, six).to_string()).collect());
+    }
+    add("senders", ways("from", come.iter().copied(), &new.tenants));
+    add("receivers", ways("to", come.iter().copied(), &new.tenants));
+    // Elements name the chains of their tenants.
+    Some(if made.is_empty() { out } else { format!("table {TABLE} {{\n{made}}}\n{out}") })
+}
+
+/// The rules as `nft` reads them: one transaction that makes the table, if it is not there, and replaces it.
+fn text(rules: &Rules, attached: &[Net]) -> String {
+    let mut out = format!("table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
+    let guests = &rules.guests;
+    let closed: Vec<Net> = never()
+        .into_iter()
+        .chain(rules.instances.iter().copied())
+        .chain(rules.infrastructure.iter().copied())
+        .chain(attached.iter().copied())
+        .collect();
+    for (six, digit, kind) in FAMILIES {
+        set(&mut out, &format!("own{digit}"), &format!("ifname . {kind}"), "", &pairs(guests, six));
+        let local: BTreeSet<String> = guests.iter().map(|g| own(g, six).to_string()).collect();
+        set(&mut out, &format!("local{digit}"), kind, "", &Vec::from_iter(local));
+        set(&mut out, &format!("instances{digit}"), kind, INTERVAL, &nets(rules.instances.iter().copied(), six));
+        set(&mut out, &format!("closed{digit}"), kind, INTERVAL, &nets(closed.iter().copied(), six));
+    }
+    for tenant in &rules.tenants {
+        tenants_own(&mut out, tenant);
+    }
+    verdicts(&mut out, "senders", "from", guests, &rules.tenants);
+    verdicts(&mut out, "receivers", "to", guests, &rules.tenants);
     let _ = write!(
         out,
         " chain genuine {{
@@ -373,8 +480,9 @@ mod tests {
 
     #[test]
     fn no_set_is_left_without_its_type_when_it_is_empty() {
-        let text = text(&Rules { tenants: vec![Tenant::default()], ..Rules::default() }, &[]);
-        assert!(text.contains("set members0_6 { type ipv6_addr;  }"), "{text}");
+        let tenant = Tenant { name: "one".into(), ..Tenant::default() };
+        let text = text(&Rules { tenants: vec![tenant], ..Rules::default() }, &[]);
+        assert!(text.contains("set members6_one { type ipv6_addr;  }"), "{text}");
         assert!(text.contains("map senders { type ifname : verdict; }"), "{text}");
     }
 }

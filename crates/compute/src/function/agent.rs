@@ -20,12 +20,12 @@ use async_trait::async_trait;
 use nexus_model::{Digest, Name, Timestamp, Uid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex as AsyncMutex, Semaphore};
-use tokio::time::{Instant, sleep};
 
 use super::client;
 use super::compile::UNFIT;
-use super::control::{Add, Reply, Request, Served};
-use crate::keep::{Entry, Keep, KeepError, Kept, KeptState, LogFiles, Spawn};
+use super::control::{Add, Reply, Request};
+use super::pool::{self, COMPILE_USER, Pool, expect_done, is_running};
+use crate::keep::{Keep, KeepError, Kept, KeptState};
 use crate::{ExecIo, Observed, Runtime, RuntimeError, Sandbox, State};
 
 /// Where an instance listens whose template names no port.
@@ -33,28 +33,10 @@ pub const DEFAULT_PORT: u16 = 8080;
 
 /// What artefacts and the control protocol are compatible with. An agent of another generation starts executors of its own
 /// beside those that still serve. To be changed with wasmtime, with the engine's configuration and with the protocol.
-const GENERATION: &str = "w48-1";
+pub(super) const GENERATION: &str = "w48-2";
 
 /// How long compiling one component may take.
 const COMPILE: Duration = Duration::from_secs(60);
-
-/// How long an executor may take until it answers for the first time.
-const START: Duration = Duration::from_secs(10);
-
-/// How long to wait before an executor that does not answer yet is asked again: at first, and at most.
-const RETRY_FIRST: Duration = Duration::from_millis(1);
-const RETRY: Duration = Duration::from_millis(10);
-
-/// How long one that was told to exit may take; its record is dropped later otherwise.
-const EXIT: Duration = Duration::from_secs(2);
-
-/// Executors' users: each project has one of these, by its name's hash. Two projects that meet in one are kept apart by
-/// chroot and their lack of everything to be shared.
-const FIRST_USER: u32 = 200_000;
-const USERS: u32 = 65_536;
-
-/// Who compiles.
-const COMPILE_USER: u32 = FIRST_USER + USERS;
 
 /// What a function runtime is made of.
 pub struct FunctionConfig {
@@ -69,6 +51,7 @@ pub struct FunctionConfig {
 
 pub struct FunctionRuntime {
     config: FunctionConfig,
+    pool: Pool,
     records: Mutex<BTreeMap<Uid, Record>>,
     /// One start or removal in a project at a time, so that no executor is ended while it is given something.
     projects: Mutex<BTreeMap<Name, Arc<AsyncMutex<()>>>>,
@@ -96,12 +79,12 @@ struct Ended {
     message: String,
 }
 
-fn host(attempt: impl Into<String>) -> impl FnOnce(io::Error) -> RuntimeError {
+pub(super) fn host(attempt: impl Into<String>) -> impl FnOnce(io::Error) -> RuntimeError {
     let attempt = attempt.into();
     move |source| RuntimeError::Host { attempt, source }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.expect("blocking work neither panics nor is aborted")
 }
 
@@ -120,7 +103,9 @@ impl FunctionRuntime {
             made.map_err(host(format!("making the folder {}", dir.display())))?;
         }
         let records = read_records(&config.dir.join("instances")).map_err(host("reading the records of functions"))?;
-        Ok(Self { config, records: Mutex::new(records), projects: Mutex::default(), compiling: Semaphore::new(1) })
+        let pool = Pool::new(config.dir.clone(), config.exe.clone(), config.keep.clone());
+        let (records, projects) = (Mutex::new(records), Mutex::default());
+        Ok(Self { config, pool, records, projects, compiling: Semaphore::new(1) })
     }
 
     /// Drops compiled artefacts of every component that is not named. What runs keeps running.
@@ -144,35 +129,18 @@ impl FunctionRuntime {
         self.config.dir.join("compiled").join(artefact_name(image))
     }
 
-    fn command(&self, verb: &str, id: String, user: u32, more: &[&str]) -> Spawn {
-        let path = |path: &Path| path.to_string_lossy().into_owned();
-        let mut argv = vec![path(&self.config.exe), "executor".into(), verb.into(), "--user".into(), user.to_string()];
-        argv.extend(["--root".into(), path(&self.config.dir.join("empty"))]);
-        argv.extend(more.iter().map(|arg| (*arg).to_owned()));
-        Spawn {
-            id,
-            entry: Entry::Process,
-            argv,
-            // Fewer arenas of the allocator: an idle executor is to be small.
-            env: vec![("MALLOC_ARENA_MAX".into(), "2".into())],
-            cwd: Some("/".into()),
-            // It gives up its rights itself: see `confine`.
-            user: None,
-            netns: None,
-            cgroups: Vec::new(),
-            logs: None,
-        }
-    }
-
     async fn compile(&self, image: Digest) -> Result<(), RuntimeError> {
-        let _alone = self.compiling.acquire().await.expect("never closed");
         let artefact = self.artefact(&image);
-        if blocking({
+        let is_there = async || {
             let artefact = artefact.clone();
-            move || artefact.exists()
-        })
-        .await
-        {
+            blocking(move || artefact.exists()).await
+        };
+        // A start does not wait for other components to be compiled.
+        if is_there().await {
+            return Ok(());
+        }
+        let _alone = self.compiling.acquire().await.expect("never closed");
+        if is_there().await {
             return Ok(());
         }
         let source = (self.config.blob)(&image);
@@ -193,7 +161,7 @@ impl FunctionRuntime {
         let (input, output, mut said) = blocking(open).await.map_err(host(format!("opening the component {image}")))?;
         let copy = |file: &File| file.as_fd().try_clone_to_owned().map_err(host("duplicating a descriptor"));
         let stdio = [input.into(), copy(&output)?, copy(&said)?];
-        let spawn = self.command("compile", format!("compile-{}", image.hex()), COMPILE_USER, &[]);
+        let spawn = self.pool.command("compile", format!("compile-{}", image.hex()), COMPILE_USER, &[]);
         let outcome = self.config.keep.run(spawn, stdio, COMPILE).await;
         let finish = move || -> Result<(), RuntimeError> {
             let status = match outcome {
@@ -230,44 +198,6 @@ impl FunctionRuntime {
         locked(&self.projects).entry(project.clone()).or_default().clone()
     }
 
-    async fn ask(&self, executor: &str, request: Request, fds: Vec<OwnedFd>) -> io::Result<Reply> {
-        let (folder, name) = (self.config.dir.join("run"), executor.to_owned());
-        blocking(move || client::ask(&folder, &name, &request, &fds)).await
-    }
-
-    async fn list(&self, executor: &str) -> io::Result<Vec<Served>> {
-        match self.ask(executor, Request::List, Vec::new()).await? {
-            Reply::Instances(list) => Ok(list),
-            other => Err(io::Error::other(format!("an unexpected answer: {other:?}"))),
-        }
-    }
-
-    /// Sees to it that an executor runs and answers, and returns what it serves.
-    async fn executor(&self, id: &str, project: &Name) -> Result<Vec<Served>, RuntimeError> {
-        let socket = self.config.dir.join("run").join(id);
-        let socket = socket.to_string_lossy().into_owned();
-        let mut spawn = self.command("serve", id.to_owned(), user(project), &["--socket", &socket]);
-        let dir = self.config.dir.join("logs").join(project.to_string());
-        spawn.logs = Some(LogFiles { dir, max_bytes: 1 << 20, keep: 1 });
-        let deadline = Instant::now() + START;
-        let mut pause = RETRY_FIRST;
-        loop {
-            // Each time, because one that was told to exit may still have been there at the first.
-            self.config.keep.spawn(spawn.clone()).await?;
-            match self.list(id).await {
-                Ok(list) => return Ok(list),
-                Err(source) if Instant::now() >= deadline => {
-                    return Err(RuntimeError::Host {
-                        attempt: format!("reaching the executor of project {project}"),
-                        source,
-                    });
-                }
-                Err(_) => sleep(pause).await,
-            }
-            pause = (pause * 2).min(RETRY);
-        }
-    }
-
     /// Hands an instance over.
     async fn hand_over(&self, id: &str, sandbox: &Sandbox) -> Result<Reply, RuntimeError> {
         let template = &sandbox.template;
@@ -276,6 +206,7 @@ impl FunctionRuntime {
         let given = template.env.iter().map(|(key, value)| (key.clone(), value.clone()));
         let port = template.ports.first().map_or(DEFAULT_PORT, |port| port.port);
         let add = Add {
+            project: sandbox.project.clone(),
             uid: sandbox.uid,
             epoch: sandbox.epoch,
             env: given.chain(secret).collect(),
@@ -286,7 +217,7 @@ impl FunctionRuntime {
             log_keep: sandbox.logs.keep,
         };
         let (artefact, netns) = (self.artefact(&sandbox.image), sandbox.netns.clone());
-        let (logs, user) = (sandbox.logs.dir.clone(), user(&sandbox.project));
+        let (logs, user) = (sandbox.logs.dir.clone(), pool::user(id));
         let open = move || -> Result<Vec<OwnedFd>, RuntimeError> {
             let artefact = File::open(artefact).map_err(host("opening a compiled component"))?;
             let attempt = format!("listening on port {port} in the network namespace {}", netns.display());
@@ -295,7 +226,7 @@ impl FunctionRuntime {
             Ok(vec![artefact.into(), listener, logs])
         };
         let fds = blocking(open).await?;
-        let reply = self.ask(id, Request::Add(Box::new(add)), fds).await;
+        let reply = self.pool.ask(id, Request::Add(Box::new(add)), fds).await;
         reply.map_err(host(format!("handing {} to its executor", sandbox.uid)))
     }
 
@@ -320,38 +251,6 @@ impl FunctionRuntime {
         }
     }
 
-    async fn executors(&self) -> Result<BTreeMap<String, Kept>, RuntimeError> {
-        let kept = self.config.keep.list().await?;
-        Ok(kept
-            .into_iter()
-            .filter(|kept| kept.id.starts_with("executor-"))
-            .map(|kept| (kept.id.clone(), kept))
-            .collect())
-    }
-
-    /// Ends an executor that has nothing left to serve, and forgets one that has ended.
-    async fn retire(&self, id: &str) -> Result<(), RuntimeError> {
-        // One that can't be asked has ended, or will be asked again by the next removal.
-        if !matches!(self.ask(id, Request::ExitIfIdle, Vec::new()).await, Ok(Reply::Done)) {
-            return Ok(());
-        }
-        let deadline = Instant::now() + EXIT;
-        while Instant::now() < deadline {
-            match self.executors().await?.get(id).map(|kept| &kept.state) {
-                Some(KeptState::Running { .. }) => sleep(RETRY).await,
-                Some(KeptState::Exited { .. }) => {
-                    let forgotten = self.config.keep.forget(id).await;
-                    let socket = self.config.dir.join("run").join(id);
-                    // It would only be replaced by the next executor.
-                    let _ = blocking(move || fs::remove_file(socket)).await;
-                    return Ok(forgotten?);
-                }
-                None => return Ok(()),
-            }
-        }
-        Ok(())
-    }
-
     /// Why an instance is not served, once and for all.
     fn ending(record: &Record, kept: Option<&Kept>, now: Timestamp) -> Ended {
         if record.stopping {
@@ -371,15 +270,24 @@ impl FunctionRuntime {
 #[async_trait]
 impl Runtime for FunctionRuntime {
     async fn prepare(&self, image: Digest) -> Result<(), RuntimeError> {
-        self.compile(image).await
+        self.compile(image).await?;
+        self.pool.ready_for_more();
+        Ok(())
     }
 
     async fn warm(&self, project: &Name) {
-        let lock = self.project(project);
-        let _alone = lock.lock().await;
-        // One that nobody comes to need ends with the next removal.
-        if let Err(error) = self.executor(&executor_id(project), project).await {
+        if let Err(error) = self.pool.warm(project).await {
             tracing::debug!(%project, %error, "no executor could be started ahead");
+        }
+    }
+
+    async fn upkeep(&self) {
+        self.pool.upkeep(|| self.tend()).await;
+    }
+
+    async fn close(&self) {
+        if let Err(error) = self.pool.dismiss(0).await {
+            tracing::warn!(%error, "the executor that stood by could not be ended");
         }
     }
 
@@ -387,12 +295,12 @@ impl Runtime for FunctionRuntime {
         self.compile(sandbox.image).await?;
         let project = self.project(&sandbox.project);
         let _alone = project.lock().await;
-        let id = executor_id(&sandbox.project);
-        let served = self.executor(&id, &sandbox.project).await?.into_iter().find(|served| served.uid == sandbox.uid);
+        let (id, served) = self.pool.executor(&sandbox.project).await?;
+        let served = served.into_iter().find(|served| served.uid == sandbox.uid);
         let runs = served.as_ref().is_some_and(|served| served.epoch == sandbox.epoch && !served.draining);
         if !runs {
             if served.is_some() {
-                expect_done(self.ask(&id, Request::Remove(sandbox.uid), Vec::new()).await, sandbox.uid)?;
+                expect_done(self.pool.ask(&id, Request::Remove(sandbox.uid), Vec::new()).await, sandbox.uid)?;
             }
             let mut reply = self.hand_over(&id, sandbox).await?;
             if let Reply::Incompatible(_) = reply {
@@ -425,7 +333,7 @@ impl Runtime for FunctionRuntime {
         record.stopping = true;
         self.keep_record(record).await?;
         // One that can't be asked serves nothing: `observe` tells.
-        match self.ask(&executor, Request::Drain(uid), Vec::new()).await {
+        match self.pool.ask(&executor, Request::Drain(uid), Vec::new()).await {
             Ok(reply) => expect_done(Ok(reply), uid),
             Err(_) => Ok(()),
         }
@@ -433,25 +341,32 @@ impl Runtime for FunctionRuntime {
 
     async fn remove(&self, uid: Uid) -> Result<(), RuntimeError> {
         let record = locked(&self.records).get(&uid).cloned();
-        for (id, kept) in self.executors().await? {
+        for (id, kept) in self.pool.all().await? {
             // Without a record (the agent ended between handing over and writing it down) any may have it.
-            if !matches!(kept.state, KeptState::Running { .. }) || record.as_ref().is_some_and(|r| r.executor != id) {
+            if !is_running(&kept) || record.as_ref().is_some_and(|r| r.executor != id) {
                 continue;
             }
-            let Some(project) = project_of(&id) else { continue };
+            let failed = async |attempt: String, error: io::Error| match self.pool.runs(&id).await {
+                // It may have ended since it was listed; if it only does not answer, that is a failure.
+                Ok(true) => Err(host(attempt)(error)),
+                other => other.map(drop),
+            };
+            let project = match self.pool.owner(&id).await {
+                Ok(Some(project)) => project,
+                // It serves nothing.
+                Ok(None) => continue,
+                Err(error) => {
+                    failed(format!("asking an executor whether it has {uid}"), error).await?;
+                    continue;
+                }
+            };
             let project = self.project(&project);
             let _alone = project.lock().await;
-            match self.ask(&id, Request::Remove(uid), Vec::new()).await {
+            match self.pool.ask(&id, Request::Remove(uid), Vec::new()).await {
                 Ok(reply) => expect_done(Ok(reply), uid)?,
-                // It may have ended since it was listed; if it only does not answer, that is a failure.
-                Err(e) => {
-                    let state = self.executors().await?.remove(&id).map(|kept| kept.state);
-                    if matches!(state, Some(KeptState::Running { .. })) {
-                        return Err(host(format!("removing {uid} from its executor"))(e));
-                    }
-                }
+                Err(error) => failed(format!("removing {uid} from its executor"), error).await?,
             }
-            self.retire(&id).await?;
+            self.pool.retire(&id).await?;
         }
         self.drop_record(uid).await?;
         self.forget_ended().await
@@ -460,14 +375,17 @@ impl Runtime for FunctionRuntime {
     async fn observe(&self) -> Result<Vec<Observed>, RuntimeError> {
         // Before the executors are asked: what is started meanwhile is not in it, and so is not taken for ended.
         let records = locked(&self.records).clone();
-        let executors = self.executors().await?;
+        let executors = self.pool.all().await?;
+        if self.has_compiled().await {
+            self.pool.look(&executors);
+        }
         let mut observed = BTreeMap::new();
         let mut silent = BTreeSet::new();
         for (id, kept) in &executors {
-            if !matches!(kept.state, KeptState::Running { .. }) {
+            if !is_running(kept) || self.pool.stands_by(id) {
                 continue;
             }
-            match self.list(id).await {
+            match self.pool.list(id).await {
                 Ok(list) => observed.extend(list.into_iter().map(|served| {
                     let state = State::Running { since: served.since };
                     (served.uid, Observed { uid: served.uid, epoch: served.epoch, state, part: None })
@@ -505,7 +423,9 @@ impl Runtime for FunctionRuntime {
 
     async fn collect(&self, keep: Vec<Digest>) -> Result<(), RuntimeError> {
         // Executors have their artefacts open, and a start that misses one compiles it again.
-        self.prune(&keep.into_iter().collect()).await
+        self.prune(&keep.into_iter().collect()).await?;
+        self.pool.poke();
+        Ok(())
     }
 
     async fn exec(&self, _: Uid, _: &[String], _: ExecIo, _: Duration) -> Result<i32, RuntimeError> {
@@ -525,40 +445,34 @@ impl FunctionRuntime {
 
     /// Drops the keeper's records of executors that have ended and that no instance's end needs.
     async fn forget_ended(&self) -> Result<(), RuntimeError> {
-        for (id, kept) in self.executors().await? {
-            let needed = locked(&self.records).values().any(|record| record.executor == id);
-            if matches!(kept.state, KeptState::Exited { .. }) && !needed {
-                self.config.keep.forget(&id).await?;
-            }
+        let needed = |id: &str| locked(&self.records).values().any(|record| record.executor == id);
+        self.pool.forget_ended(needed).await
+    }
+
+    /// Whether a function may have to be started here: there is a component that is ready for it.
+    async fn has_compiled(&self) -> bool {
+        let dir = self.config.dir.join("compiled");
+        let suffix = format!("-{GENERATION}.cwasm");
+        let any = move || {
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+            entries.into_iter().any(|e| e.file_name().to_str().is_some_and(|name| name.ends_with(&suffix)))
+        };
+        blocking(any).await
+    }
+
+    /// Sees to it that one executor stands by where functions may come, and none elsewhere.
+    async fn tend(&self) -> Result<(), RuntimeError> {
+        self.forget_ended().await?;
+        if !self.has_compiled().await {
+            return self.pool.dismiss(0).await;
         }
-        Ok(())
+        self.pool.stand_by().await?;
+        self.pool.dismiss(1).await
     }
 }
 
 fn artefact_name(image: &Digest) -> String {
     format!("{}-{GENERATION}.cwasm", image.hex())
-}
-
-fn executor_id(project: &Name) -> String {
-    format!("executor-{project}.{GENERATION}")
-}
-
-fn project_of(executor: &str) -> Option<Name> {
-    executor.strip_prefix("executor-")?.split_once('.')?.0.parse().ok()
-}
-
-fn user(project: &Name) -> u32 {
-    let hash = Digest::of(project.to_string().as_bytes()).hex();
-    let number = u32::from_str_radix(&hash[..8], 16).expect("eight hexadecimal digits");
-    FIRST_USER + number % USERS
-}
-
-fn expect_done(reply: io::Result<Reply>, uid: Uid) -> Result<(), RuntimeError> {
-    match reply.map_err(host(format!("asking the executor of {uid}")))? {
-        Reply::Done => Ok(()),
-        Reply::Failed(message) => Err(RuntimeError::Failed { attempt: format!("removing {uid}"), message }),
-        other => Err(unexpected(uid, &other)),
-    }
 }
 
 fn unexpected(uid: Uid, reply: &Reply) -> RuntimeError {
@@ -604,18 +518,4 @@ fn write_record(dir: &Path, record: &Record) -> io::Result<()> {
     let mut file = File::create(&partial)?;
     file.write_all(&serde_json::to_vec(record)?)?;
     fs::rename(partial, dir.join(format!("{}.json", record.uid)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_project_is_found_again_in_its_executors_id() {
-        let project: Name = "some-project".parse().unwrap();
-        assert_eq!(project_of(&executor_id(&project)), Some(project.clone()));
-        assert_eq!(project_of("container-x"), None);
-        assert!((FIRST_USER..FIRST_USER + USERS).contains(&user(&project)));
-        assert_eq!(user(&project), user(&project));
-    }
 }

@@ -9,7 +9,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use nexus_model::{Timestamp, Uid};
+use nexus_model::{Name, Timestamp, Uid};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -29,12 +29,16 @@ pub(super) enum Request {
     /// End the instance now. Harmless if there is none.
     Remove(Uid),
     List,
+    /// The project that the executor serves: that of the first instance that it was given.
+    Whose,
     /// End the process, unless it serves something.
     ExitIfIdle,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Add {
+    /// The first makes the executor this project's for good; it refuses every other.
+    pub project: Name,
     pub uid: Uid,
     pub epoch: u64,
     pub env: Vec<(String, String)>,
@@ -50,6 +54,8 @@ pub(super) struct Add {
 pub(super) enum Reply {
     Done,
     Instances(Vec<Served>),
+    /// Nobody's, as long as it was given nothing.
+    Owner(Option<Name>),
     /// The artefact was made by another engine: compile again.
     Incompatible(String),
     /// The component can't be served; its author must change it or its limits.
@@ -129,6 +135,7 @@ mod tests {
         let uid = Uid::from_random([7; 16]);
         let long = "x".repeat(100_000);
         let add = Add {
+            project: "default".parse().unwrap(),
             uid,
             epoch: 3,
             env: vec![("K".into(), long.clone())],

@@ -1,7 +1,9 @@
 //! The executor: the unprivileged process that runs one project's functions on one host.
 //!
-//! The agent tells it what to serve over its control socket ([`super::control`]); it needs nobody to go on. One thread
-//! answers the socket, two run requests, and one ticks epochs while requests are under way.
+//! It is started as nobody's, and may stand by for long: whatever takes time is made before a project is known. The first instance
+//! that it is given makes it that project's, for good. The agent tells it what to serve over its control socket
+//! ([`super::control`]); it needs nobody to go on. One thread answers the socket, two run requests, and one ticks epochs while
+//! requests are under way.
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
@@ -16,7 +18,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use nexus_model::Uid;
+use nexus_model::{Name, Uid};
 use nix::sys::socket::{getsockopt, sockopt};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -135,7 +137,8 @@ fn serve_main(options: &Options, socket: &Path) -> Result<(), ServeError> {
     let ticker = Ticker::start(engine.clone()).map_err(ServeError::Runtime)?;
     let shared = Arc::new(Shared { slots: Arc::new(Semaphore::new(SLOTS as usize)), ticker });
     let programs = HashMap::new();
-    let mut executor = Executor { creator, engine, linker, runtime, shared, instances: BTreeMap::new(), programs };
+    let owner = None;
+    let mut executor = Executor { creator, owner, engine, linker, runtime, shared, instances: BTreeMap::new(), programs };
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -176,6 +179,8 @@ enum Next {
 struct Executor {
     /// The only user who may give orders, beside the executor's own.
     creator: u32,
+    /// Whose functions it serves, once it was given one.
+    owner: Option<Name>,
     engine: Engine,
     linker: Linker<Guest>,
     runtime: Runtime,
@@ -205,6 +210,7 @@ impl Executor {
             }
             Request::Remove(uid) => self.remove(uid),
             Request::List => Reply::Instances(self.instances.values().map(|(instance, _)| served(instance)).collect()),
+            Request::Whose => Reply::Owner(self.owner.clone()),
             Request::ExitIfIdle if exit => Reply::Done,
             Request::ExitIfIdle => Reply::Busy,
         };
@@ -213,6 +219,7 @@ impl Executor {
     }
 
     fn add(&mut self, add: Add, fds: Vec<OwnedFd>) -> Result<Reply, Reply> {
+        claim(&mut self.owner, &add.project)?;
         if let Some((instance, _)) = self.instances.get(&add.uid) {
             let same = instance.epoch == add.epoch && !instance.drain.is_cancelled();
             return if same {
@@ -289,6 +296,33 @@ impl Executor {
     }
 }
 
+/// Makes an executor a project's. That of one project never becomes another's, whatever it is told.
+fn claim(owner: &mut Option<Name>, project: &Name) -> Result<(), Reply> {
+    match owner {
+        Some(owner) if owner != project => Err(Reply::Failed("this executor is another project's".into())),
+        Some(_) => Ok(()),
+        None => {
+            *owner = Some(project.clone());
+            Ok(())
+        }
+    }
+}
+
 fn served(instance: &Instance) -> Served {
     Served { uid: instance.uid, epoch: instance.epoch, since: instance.since, draining: instance.drain.is_cancelled() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_executor_is_one_projects_for_good() {
+        let (one, other): (Name, Name) = ("one".parse().unwrap(), "other".parse().unwrap());
+        let mut owner = None;
+        assert!(claim(&mut owner, &one).is_ok());
+        assert!(claim(&mut owner, &one).is_ok());
+        assert!(matches!(claim(&mut owner, &other), Err(Reply::Failed(_))));
+        assert_eq!(owner, Some(one));
+    }
 }

@@ -41,11 +41,19 @@ fn command(spawn: &Spawn) -> Command {
 
 impl TestKeep {
     pub fn pid(&self, prefix: &str) -> Option<u32> {
-        let children = self.children.lock().unwrap();
-        children.iter().find_map(|(id, entry)| match entry {
-            Entry::Running(child) if id.starts_with(prefix) => Some(child.id()),
+        self.pids(prefix).first().copied()
+    }
+
+    /// Those of all that run, in the order of their ids.
+    pub fn pids(&self, prefix: &str) -> Vec<u32> {
+        let mut children = self.children.lock().unwrap();
+        let running = |(id, entry): (&String, &mut Entry)| match entry {
+            Entry::Running(child) if id.starts_with(prefix) => {
+                child.try_wait().unwrap().is_none().then_some(child.id())
+            }
             _ => None,
-        })
+        };
+        children.iter_mut().filter_map(running).collect()
     }
 
     pub fn end_all(&self) {

@@ -9,14 +9,15 @@ mod world;
 use std::net::Ipv4Addr;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::{LocalBoxFuture, join_all};
 use http_body_util::BodyExt;
-use nexus_compute::function::{bench_in_process, executor_main};
-use nexus_compute::{Runtime, RuntimeError, State};
+use nexus_compute::function::{FunctionRuntime, bench_in_process, executor_main};
+use nexus_compute::{Runtime, RuntimeError, Sandbox, State};
 use nexus_model::Bytes as Size;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -51,6 +52,10 @@ fn main() -> ExitCode {
         instances_live_on_without_the_agent,
         stopping_finishes_what_is_under_way,
         the_last_removal_ends_the_executor,
+        one_executor_stands_by_and_is_replaced_when_it_is_taken_or_dies,
+        two_projects_never_share_an_executor,
+        the_next_agent_goes_on_with_the_executor_that_stands_by,
+        no_executor_stands_by_where_no_function_can_come,
         a_later_epoch_replaces_an_earlier_one,
         an_executor_has_no_rights,
         the_socket_is_in_the_instances_namespace,
@@ -258,8 +263,7 @@ async fn what_nothing_needs_goes_and_is_compiled_again(world: &World) {
 async fn a_killed_executor_is_observed_and_its_instances_start_again(world: &World) {
     let (runtime, sandbox) = (world.runtime(), world.sandbox());
     runtime.start(&sandbox).await.unwrap();
-    let pid = world.keep.pid("executor-").unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), nix::sys::signal::SIGKILL).unwrap();
+    kill(world.keep.pid("executor-").unwrap());
     until("the end is observed", || async { !running(&state(&runtime, sandbox.uid).await) }).await;
     let Some(State::Exited { code, message, .. }) = state(&runtime, sandbox.uid).await else { panic!() };
     assert_eq!(code, Some(128 + 9));
@@ -345,6 +349,119 @@ async fn the_last_removal_ends_the_executor(world: &World) {
     runtime.remove(two.uid).await.expect("removing nothing is harmless");
     runtime.start(&two).await.unwrap();
     assert_eq!(world.get(&two, "/counter").await, (200, "1\n".into()));
+}
+
+/// Keeps an executor ready as an agent does, until it is dropped.
+struct Upkeep(tokio::task::JoinHandle<()>);
+
+impl Upkeep {
+    fn of(runtime: &Arc<FunctionRuntime>) -> Self {
+        let runtime = runtime.clone();
+        Self(tokio::spawn(async move { runtime.upkeep().await }))
+    }
+}
+
+impl Drop for Upkeep {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn kill(pid: u32) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), nix::sys::signal::SIGKILL).unwrap();
+}
+
+/// The one executor that there is, but for those that are named.
+async fn another(world: &World, but: &[u32]) -> u32 {
+    let others = || world.keep.pids("executor-").into_iter().filter(|pid| !but.contains(pid)).collect::<Vec<_>>();
+    until("there is another executor", || async { others().len() == 1 }).await;
+    others()[0]
+}
+
+async fn one_executor_stands_by_and_is_replaced_when_it_is_taken_or_dies(world: &World) {
+    let (runtime, sandbox) = (Arc::new(world.runtime()), world.sandbox());
+    let _upkeep = Upkeep::of(&runtime);
+    runtime.prepare(world.hello).await.unwrap();
+    let first = another(world, &[]).await;
+    kill(first);
+    until("it is seen to be gone, and replaced", || async {
+        runtime.observe().await.unwrap();
+        world.keep.pids("executor-").iter().any(|pid| *pid != first)
+    })
+    .await;
+    let stood_by = another(world, &[]).await;
+    runtime.warm(&sandbox.project).await;
+    assert_eq!(world.keep.pids("executor-"), [stood_by]);
+    runtime.start(&sandbox).await.unwrap();
+    assert_eq!(world.get(&sandbox, "/counter").await, (200, "1\n".into()));
+    let replaced = another(world, &[stood_by]).await;
+    // What serves is left alone when the other one goes.
+    kill(replaced);
+    until("it is replaced again", || async {
+        runtime.observe().await.unwrap();
+        world.keep.pids("executor-").iter().any(|pid| ![stood_by, replaced].contains(pid))
+    })
+    .await;
+    assert_eq!(world.get(&sandbox, "/counter").await, (200, "1\n".into()));
+    runtime.remove(sandbox.uid).await.unwrap();
+    assert!(!world.keep.pids("executor-").contains(&stood_by), "it ends with its last instance");
+}
+
+async fn two_projects_never_share_an_executor(world: &World) {
+    let runtime = Arc::new(world.runtime());
+    let _upkeep = Upkeep::of(&runtime);
+    runtime.prepare(world.hello).await.unwrap();
+    another(world, &[]).await;
+    // One stands by, and all come at once.
+    let sandboxes: Vec<_> = (0..6)
+        .map(|n| Sandbox { project: format!("project-{}", n % 3).parse().unwrap(), ..world.sandbox() })
+        .collect();
+    for started in join_all(sandboxes.iter().map(|sandbox| runtime.start(sandbox))).await {
+        started.unwrap();
+    }
+    let executors: Vec<String> = sandboxes.iter().map(|sandbox| world.executor_of(sandbox.uid)).collect();
+    for (n, executor) in executors.iter().enumerate() {
+        assert_eq!(world.get(&sandboxes[n], "/counter").await, (200, "1\n".into()));
+        for (m, other) in executors.iter().enumerate() {
+            assert_eq!(executor == other, n % 3 == m % 3, "{executors:?}");
+        }
+    }
+    // The next agent knows them apart too.
+    let next = world.runtime();
+    let more = Sandbox { project: "project-1".parse().unwrap(), ..world.sandbox() };
+    next.start(&more).await.unwrap();
+    assert_eq!(world.executor_of(more.uid), executors[1]);
+}
+
+async fn the_next_agent_goes_on_with_the_executor_that_stands_by(world: &World) {
+    let first = Arc::new(world.runtime());
+    let upkeep = Upkeep::of(&first);
+    first.prepare(world.hello).await.unwrap();
+    let pid = another(world, &[]).await;
+    drop((upkeep, first));
+    let (second, sandbox) = (Arc::new(world.runtime()), world.sandbox());
+    let upkeep = Upkeep::of(&second);
+    second.observe().await.unwrap();
+    second.start(&sandbox).await.unwrap();
+    assert_eq!(world.keep.pids("executor-").first(), Some(&pid), "it was taken");
+    let other = another(world, &[pid]).await;
+    // An agent that ends leaves what serves, and nothing else.
+    drop(upkeep);
+    second.close().await;
+    assert_eq!(world.keep.pids("executor-"), [pid], "not {other}");
+    assert_eq!(world.get(&sandbox, "/counter").await, (200, "1\n".into()));
+    second.remove(sandbox.uid).await.unwrap();
+    assert_eq!(world.keep.pids("executor-"), []);
+}
+
+async fn no_executor_stands_by_where_no_function_can_come(world: &World) {
+    let runtime = Arc::new(world.runtime());
+    let _upkeep = Upkeep::of(&runtime);
+    runtime.prepare(world.hello).await.unwrap();
+    another(world, &[]).await;
+    runtime.collect(Vec::new()).await.unwrap();
+    until("it has ended", || async { world.keep.pids("executor-").is_empty() }).await;
+    assert_eq!(runtime.observe().await.unwrap(), []);
 }
 
 async fn a_later_epoch_replaces_an_earlier_one(world: &World) {

@@ -112,6 +112,13 @@ impl World {
         }
     }
 
+    /// Which executor serves an instance, as the agent has written it down.
+    pub fn executor_of(&self, uid: Uid) -> String {
+        let record = std::fs::read(self.dir.path().join(format!("functions/instances/{uid}.json"))).unwrap();
+        let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+        record["executor"].as_str().unwrap().to_owned()
+    }
+
     pub async fn get(&self, sandbox: &Sandbox, path: &str) -> (u16, String) {
         let response = self.request(sandbox, path, Bytes::new()).await.unwrap();
         let status = response.status().as_u16();

@@ -180,6 +180,7 @@ pub fn service(app: &str, backends: Vec<Backend>) -> Service {
         global: false,
         regions: Vec::new(),
         wakes: false,
+        starting: Vec::new(),
         split: None,
     }
 }

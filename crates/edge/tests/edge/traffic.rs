@@ -131,3 +131,32 @@ async fn a_request_for_an_app_that_sleeps_waits_until_an_instance_is_ready() {
     edge.gateway.offer(table(3, vec![asleep(vec![backend(1, instance.address)])]));
     assert_eq!(got.await.body, "awake");
 }
+
+#[tokio::test]
+async fn the_first_request_for_an_app_that_sleeps_goes_to_who_starts_as_soon_as_that_can_be_connected_to() {
+    let instance = named("awake").await;
+    let edge = edge(options()).await;
+    let service = |starting| nexus_model::plan::Service { wakes: true, starting, ..service("app", vec![]) };
+    let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let starting = |n, address| nexus_model::plan::Backend { ready: false, ..backend(n, address) };
+    edge.gateway.offer(table(1, vec![service(vec![starting(1, closed)])]));
+    let got = futures::future::join_all((0..3).map(|_| get(&edge, "app.localhost")));
+    tokio::pin!(got);
+    tokio::select! {
+        _ = &mut got => panic!("nobody listens there"),
+        () = tokio::time::sleep(Duration::from_millis(100)) => {}
+    }
+    edge.gateway.offer(table(2, vec![service(vec![starting(1, closed), starting(2, instance.address)])]));
+    tokio::select! {
+        _ = &mut got => panic!("one knocks; the others wait for the table"),
+        () = until(async || instance.count() == 1) => {}
+    }
+    // As soon as it is known to be ready all go there.
+    edge.gateway.offer(table(3, vec![nexus_model::plan::Service { wakes: true, ..service_of(backend(2, instance.address)) }]));
+    assert!(got.await.iter().all(|answer| answer.body == "awake"));
+    assert_eq!(instance.count(), 3);
+}
+
+fn service_of(backend: nexus_model::plan::Backend) -> nexus_model::plan::Service {
+    service("app", vec![backend])
+}

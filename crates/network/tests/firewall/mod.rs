@@ -60,8 +60,8 @@ impl Guests {
         let both = |a: &InstanceAddress| [IpAddr::from(a.address6), a.address4.into()];
         let member = |tenant: usize| self.at.iter().flat_map(move |here| both(&here[tenant].1)).collect();
         let mut tenants = vec![
-            Tenant { members: member(0), ..Tenant::default() },
-            Tenant { members: member(1), ..Tenant::default() },
+            Tenant { name: "first".into(), members: member(0), ..Tenant::default() },
+            Tenant { name: "2nd-one".into(), members: member(1), ..Tenant::default() },
         ];
         first(&mut tenants[0]);
         let guest = |(tenant, at): (usize, &(NetnsRef, InstanceAddress))| Guest {
@@ -120,6 +120,42 @@ fn tenants_reach_their_own_and_nobody_elses() {
         assert!(!g.between(&a.0, d, BRIEFLY) && g.between(&a.0, c, DEADLINE));
         assert!(!g.walls[0].stands().await.unwrap() && g.walls[1].stands().await.unwrap());
         assert!(run(&g.world.hosts[0].netns, "nft list tables").contains("somebody_elses"));
+    });
+}
+
+#[test]
+fn what_is_added_counts_like_what_was_set_whole() {
+    isolated("firewall::what_is_added_counts_like_what_was_set_whole", async || {
+        let g = guests().await;
+        g.apply(|_| {}).await;
+        let wall = &g.walls[0];
+        let whole = g.rules(0, |t| t.everything = true);
+        let mut fewer = Rules { guests: Vec::new(), tenants: Vec::new(), ..whole.clone() };
+        let mut standing = wall.apply(fewer.clone()).await.unwrap();
+        let (a, b, c) = (&g.at[0][0], &g.at[0][1], &g.at[1][0]);
+        assert!(!g.between(&c.0, a, BRIEFLY), "an instance that is not in the rules is silent");
+        // The first of a tenant, then one more tenant.
+        for n in 1..=2 {
+            (fewer.guests, fewer.tenants) = (whole.guests[..n].to_vec(), whole.tenants[..n].to_vec());
+            standing = wall.extend(standing, fewer.clone()).await.unwrap().expect("only additions");
+            assert_eq!(standing.rules, fewer);
+            assert!(g.between(&c.0, a, DEADLINE));
+            assert!(g.between(&a.0, c, DEADLINE));
+        }
+        assert!(!g.between(&b.0, a, BRIEFLY) && !g.between(&a.0, b, BRIEFLY), "tenants stay apart");
+        assert!(seen_from_outside(&a.0, OUTSIDE4, DEADLINE).is_some());
+        assert!(seen_from_outside(&b.0, OUTSIDE4, BRIEFLY).is_none());
+        // What is taken away, or changed, is not an addition.
+        let mut changed = whole.clone();
+        changed.tenants[1].everything = true;
+        assert_eq!(wall.extend(standing.clone(), changed).await.unwrap(), None);
+        let gone = Rules { guests: whole.guests[..1].to_vec(), ..whole.clone() };
+        assert_eq!(wall.extend(standing.clone(), gone).await.unwrap(), None);
+        // Nor can anything be added to what somebody has flushed.
+        wall.remove().await.unwrap();
+        let empty = Rules { guests: Vec::new(), ..standing.rules.clone() };
+        standing.rules = empty;
+        assert_eq!(wall.extend(standing, whole).await.unwrap(), None);
     });
 }
 
@@ -205,6 +241,7 @@ fn connections_outlive_a_new_set_of_rules_and_forty_tenants_fit() {
         for round in 1..=10u8 {
             let mut rules = g.rules(0, |t| t.networks = vec![(IpAddr::from([198, 51, 100, round]), 32)]);
             rules.tenants.extend((0..40).map(|n| Tenant {
+                name: format!("other-{n}"),
                 members: (0..50).map(|m| IpAddr::from([10, 99, n, m])).collect(),
                 ..Tenant::default()
             }));
