@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use async_trait::async_trait;
 use nexus_compute::keep::Keep;
@@ -12,9 +13,10 @@ use nexus_model::plan::{CaptureRequest, HostNetworks, ImagePlan, Trace, TracedPa
 use nexus_model::{Digest, Name, Timestamp, Uid};
 use nexus_network::firewall::{Firewall, Net};
 use nexus_network::vpc::capture::Capture;
+use nexus_network::vpc::flows::Flow;
 use nexus_wire::ServerBook;
 use rustls::pki_types::CertificateDer;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::AgentHandle;
 
@@ -138,8 +140,8 @@ pub struct ProbeOf {
     pub packet: TracedPacket,
 }
 
-/// Packets that were dropped: of which network, why, how many.
-pub type Drops = Vec<(Uid, String, u64)>;
+/// Packets that were dropped: of which network, or by the host's own table of whichever; why; how many.
+pub type Drops = Vec<(Option<Uid>, String, u64)>;
 
 /// Tenants' networks on this host. Every call is idempotent.
 #[async_trait]
@@ -165,6 +167,8 @@ pub trait NetworkEngine: Send + Sync {
     /// Sends a packet; whether it came through, as far as that can be known.
     async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError>;
     async fn capture(&self, network: Uid, request: &CaptureRequest) -> Result<Capture, PlugError>;
+    /// Tells the flows of a network as they come, until nobody listens; counts those that had no place.
+    async fn flows(&self, network: Uid, out: mpsc::Sender<Flow>, lost: Arc<AtomicU64>) -> Result<(), PlugError>;
 }
 
 #[derive(Debug, thiserror::Error)]

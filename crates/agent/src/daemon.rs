@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentConfig, AgentError, Engines, IdentityConfig};
 use crate::fabric::Fabric;
+use crate::flows::Flows;
 use crate::identity::issuer::WireIssuer;
 use crate::identity::{Identities, keys};
 use crate::networks::Networks;
@@ -87,7 +88,8 @@ pub async fn run(
     let networks = match engines.networks.clone() {
         Some(engine) => {
             let told = told::keep(&env, &config, "networks.json", servers.clone(), &mut tasks).await;
-            Some(Networks::start(engine, told, names.clone(), &config.handle, &mut tasks))
+            let flows = Flows::new(env.clone(), config.data_dir.join("flows"), engine.clone());
+            Some(Networks::start(engine, told, names.clone(), flows, &config.handle, &mut tasks))
         }
         None => None,
     };

@@ -14,6 +14,7 @@ mod board;
 mod config;
 mod daemon;
 mod fabric;
+mod flows;
 mod handle;
 mod health;
 mod identity;

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use nexus_model::Uid;
 use nexus_model::plan::{
-    CaptureRequest, HostNames, HostNetworks, MAX_DIFFERENCES, NetworkCheck, NetworkPlan, NicPlan, Trace, TraceRequest,
-    TraceVerdict,
+    CaptureRequest, FlowsRequest, HostFlows, HostNames, HostNetworks, MAX_DIFFERENCES, NetworkCheck, NetworkPlan,
+    NicPlan, Trace, TraceRequest, TraceVerdict,
 };
 use nexus_network::firewall::Net;
 use nexus_network::vpc::capture::Capture;
@@ -27,6 +27,7 @@ use tokio::task::JoinSet;
 use crate::AgentHandle;
 use crate::config::{NetworkEngine, NicAt, Plugged, ProbeOf};
 use crate::fabric::{self, Names};
+use crate::flows::Flows;
 
 /// Between looks whether somebody has removed something of ours, and at the counters.
 const LOOK: Duration = Duration::from_secs(15);
@@ -64,6 +65,7 @@ pub(crate) struct Networks {
     asked: watch::Sender<u64>,
     applied: watch::Receiver<Applied>,
     captures: Arc<Semaphore>,
+    flows: Flows,
 }
 
 impl Networks {
@@ -72,18 +74,20 @@ impl Networks {
         engine: Arc<dyn NetworkEngine>,
         told: Told,
         names: Names,
+        flows: Flows,
         handle: &AgentHandle,
         tasks: &mut JoinSet<()>,
     ) -> Self {
         let (asked, applied) = (watch::Sender::new(0), watch::Sender::default());
         let captures = Arc::new(Semaphore::new(CAPTURES));
         let networks =
-            Self { engine: engine.clone(), told, asked: asked.clone(), applied: applied.subscribe(), captures };
+            Self { engine: engine.clone(), told, asked: asked.clone(), applied: applied.subscribe(), captures, flows };
         handle.has_networks();
         let (told, asked, handle) = (networks.told.clone(), asked.subscribe(), handle.clone());
         let by = watch::Sender::new(None);
         let (serving, follow) = (engine.clone(), by.subscribe());
         tasks.spawn(async move { serving.serve(follow).await });
+        tasks.spawn(networks.flows.clone().run(by.subscribe()));
         tasks.spawn(Reconciler { engine, told, names, asked, applied, by, handle }.run());
         networks
     }
@@ -188,6 +192,11 @@ impl Networks {
             nics: here(&told).count() as u64,
             differences,
         })
+    }
+
+    /// What was noted of a network's packets here.
+    pub async fn flows(&self, request: &FlowsRequest) -> Result<HostFlows, String> {
+        self.flows.read(request).await
     }
 
     /// What passes a NIC of this host, from now on.
@@ -357,7 +366,9 @@ impl Reconciler {
     async fn count(&self, told: &Arc<HostNetworks>) {
         match self.engine.drops(told.clone()).await {
             Ok(drops) => {
-                let name = |uid: Uid| {
+                // The host's own table tells no networks apart: its counters have no names of one.
+                let name = |uid: Option<Uid>| {
+                    let Some(uid) = uid else { return Some(Default::default()) };
                     let network = told.networks.iter().find(|n| n.uid == uid)?;
                     Some((network.project.to_string(), network.name.to_string()))
                 };

@@ -1,10 +1,15 @@
 //! What workers are told of NICs, as an engine does what it is told, fails, or does nothing.
 
 use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
 
 use async_trait::async_trait;
-use nexus_model::plan::{Mac, NicPlace, PLAN_VERSION, RuleProtocol, TraceHop, TracedPacket};
+use nexus_env::{Env, MemDisk};
+use nexus_model::Timestamp;
+use nexus_model::plan::{FlowLogs, Mac, NicPlace, PLAN_VERSION, RuleProtocol, TraceHop, TracedPacket};
 use nexus_network::vpc::capture::Capture;
+use nexus_network::vpc::flows::Flow;
+use tokio::sync::mpsc;
 
 use super::*;
 use crate::config::{Drops, PlugError};
@@ -42,7 +47,8 @@ impl NetworkEngine for Fake {
     }
 
     async fn drops(&self, wanted: Arc<HostNetworks>) -> Result<Drops, PlugError> {
-        Ok(wanted.networks.iter().map(|n| (n.uid, "no-rule".to_owned(), 3)).collect())
+        let of_networks = wanted.networks.iter().map(|n| (Some(n.uid), "no-rule".to_owned(), 3));
+        Ok(of_networks.chain([(None, "closed".to_owned(), 5)]).collect())
     }
 
     async fn trace(
@@ -58,6 +64,16 @@ impl NetworkEngine for Fake {
     }
 
     async fn serve(&self, _: watch::Receiver<Option<Arc<HostNetworks>>>) {}
+
+    /// Two flows, and then silence.
+    async fn flows(&self, _: Uid, out: mpsc::Sender<Flow>, _: Arc<AtomicU64>) -> Result<(), PlugError> {
+        for (dropped, destination) in [(None, 2), (Some("no_ingress_rule".to_owned()), 9)] {
+            let [source, destination] = [1, destination].map(|n| [10, 0, 0, n].into());
+            let flow = Flow { dropped, source, destination, protocol: 6, source_port: 4000, port: 80, bytes: 60 };
+            out.send(flow).await.unwrap();
+        }
+        std::future::pending().await
+    }
 
     async fn probe(&self, _: ProbeOf) -> Result<Option<bool>, PlugError> {
         Ok(Some(false))
@@ -104,7 +120,7 @@ fn told(revision: u64, networks: usize) -> Option<Arc<HostNetworks>> {
         floating: Vec::new(),
         balancers: Vec::new(),
         zones: Vec::new(),
-        flow_logs: false,
+        flow_logs: FlowLogs::None,
     };
     Some(Arc::new(HostNetworks {
         version: PLAN_VERSION,
@@ -129,7 +145,8 @@ fn world(first: Option<Arc<HostNetworks>>) -> World {
     let engine = Arc::new(Fake::default());
     let (told, names) = (watch::Sender::new(first), watch::Sender::new(None));
     let (mut tasks, handle) = (JoinSet::new(), AgentHandle::default());
-    let networks = Networks::start(engine.clone(), told.subscribe(), names.subscribe(), &handle, &mut tasks);
+    let flows = Flows::new(Env::real().with_disk(Arc::new(MemDisk::new(1))), "/flows".into(), engine.clone());
+    let networks = Networks::start(engine.clone(), told.subscribe(), names.subscribe(), flows, &handle, &mut tasks);
     World { engine, networks, told, handle, _names: names, _tasks: tasks }
 }
 
@@ -177,6 +194,8 @@ async fn what_somebody_took_away_comes_back_and_a_host_without_networks_keeps_no
     let text = w.handle.metrics_text();
     let line = "nexus_agent_network_dropped_packets_total{project=\"shop\",network=\"net\",reason=\"no-rule\"} 3";
     assert!(text.contains(line) && text.contains("nexus_agent_network_nics 1"), "{text}");
+    let of_host = "nexus_agent_network_dropped_packets_total{project=\"\",network=\"\",reason=\"closed\"} 5";
+    assert!(text.contains(of_host), "{text}");
 
     w.told.send_replace(told(2, 0));
     news.wait_for(|a| a.by.as_ref().is_some_and(|by| by.revision == 2)).await.unwrap();
@@ -197,4 +216,49 @@ async fn only_nics_of_this_host_are_traced() {
     assert!(refused.unwrap_err().contains("no address of the family"));
     let request = CaptureRequest { nic: uid(11), address: None, port: None };
     assert_eq!(w.networks.capture(&request).await.err().unwrap(), "network: nothing to hear");
+}
+
+#[tokio::test(start_paused = true)]
+async fn flows_are_noted_while_their_network_wants_it_and_go_with_it() {
+    let with = |revision, flow_logs| {
+        let mut all = told(revision, 1).unwrap();
+        Arc::make_mut(&mut Arc::make_mut(&mut all).networks[0]).flow_logs = flow_logs;
+        Some(all)
+    };
+    let w = world(with(1, FlowLogs::All));
+    let network = with(1, FlowLogs::All).unwrap().networks[0].uid;
+    let request = |after, limit| FlowsRequest { network, since: Timestamp::from_millis(0), after, nic: None, limit };
+    let read = async |request: FlowsRequest| w.networks.flows(&request).await.unwrap();
+    let noted = loop {
+        let found = read(request(None, 10)).await;
+        if found.flows.len() == 2 {
+            break found;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    assert_eq!((noted.last, noted.lost), (2, 0));
+    let dropped: Vec<Option<&str>> = noted.flows.iter().map(|f| f.dropped.as_deref()).collect();
+    assert_eq!(dropped, [None, Some("no_ingress_rule")], "the oldest first");
+    // Of a NIC, of a moment, the newest, and what is behind those that are known.
+    let nic = |name: &str| FlowsRequest { nic: Some(name.parse().unwrap()), ..request(None, 10) };
+    let told_of = |flows: &HostFlows| flows.flows.iter().map(|f| f.destination.to_string()).collect::<Vec<_>>();
+    let named = noted.flows[0].source_nic.clone().map(|name| name.to_string());
+    if let Some(name) = named {
+        assert_eq!(read(nic(&name)).await.flows.len(), 2);
+    }
+    assert!(read(nic("nobody")).await.flows.is_empty());
+    assert_eq!(told_of(&read(request(None, 1)).await), ["10.0.0.9"]);
+    assert_eq!(told_of(&read(request(Some(1), 10)).await), ["10.0.0.9"]);
+    assert!(read(request(Some(2), 10)).await.flows.is_empty());
+    assert_eq!(read(request(Some(99), 10)).await.flows.len(), 2, "a log that was begun anew is told whole");
+    let later = FlowsRequest { since: Timestamp::from_millis(i64::MAX), ..request(None, 10) };
+    assert!(read(later).await.flows.is_empty());
+    // Without the wish nothing more is noted, and what was is kept; with the network it goes.
+    w.told.send_replace(with(2, FlowLogs::None));
+    w.networks.news().wait_for(|a| a.by.as_ref().is_some_and(|by| by.revision == 2)).await.unwrap();
+    assert_eq!(read(request(None, 10)).await.flows.len(), 2);
+    w.told.send_replace(told(3, 0));
+    while !read(request(None, 10)).await.flows.is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }

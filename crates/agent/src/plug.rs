@@ -3,15 +3,17 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use async_trait::async_trait;
 use nexus_model::Uid;
 use nexus_model::plan::{CaptureRequest, HostNetworks, Trace, TracedPacket};
 use nexus_network::firewall::{Firewall, Net};
 use nexus_network::vpc::capture::{Capture, Filter};
+use nexus_network::vpc::flows::{self, Flow};
 use nexus_network::vpc::{Engine, answer, drops, links, probe, verdict};
 use nexus_network::{InstanceAddress, InstanceNet, NetnsRef};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::{Drops, InstancePlug, NetworkEngine, PlugError, Plugged, ProbeOf};
 
@@ -75,8 +77,10 @@ impl NetworkEngine for HostNetworksEngine {
         for network in &wanted.networks {
             let netns = NetnsRef::Path(self.engine.namespace(network.uid));
             let counted = drops::drops(netns).await.map_err(failed)?;
-            out.extend(counted.into_iter().map(|c| (network.uid, c.reason, c.packets)));
+            out.extend(counted.into_iter().map(|c| (Some(network.uid), c.reason, c.packets)));
         }
+        let of_host = drops::host_drops(NetnsRef::Own).await.map_err(failed)?;
+        out.extend(of_host.into_iter().map(|c| (None, c.reason, c.packets)));
         Ok(out)
     }
 
@@ -118,5 +122,9 @@ impl NetworkEngine for HostNetworksEngine {
         let netns = NetnsRef::Path(self.engine.namespace(network));
         let filter = Filter { address: request.address, port: request.port };
         Capture::open(netns, &links::nic(request.nic), filter).await.map_err(failed)
+    }
+
+    async fn flows(&self, network: Uid, out: mpsc::Sender<Flow>, lost: Arc<AtomicU64>) -> Result<(), PlugError> {
+        flows::follow(NetnsRef::Path(self.engine.namespace(network)), out, lost).await.map_err(failed)
     }
 }

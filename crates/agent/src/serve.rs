@@ -11,7 +11,7 @@ use bytes::Bytes;
 use nexus_compute::ExecIo;
 use nexus_env::{Disk, Endpoint, Env, File};
 use nexus_model::kind::Runtime;
-use nexus_model::plan::{CaptureRequest, ExecRequest, LogsRequest, TraceRequest, channel, method};
+use nexus_model::plan::{CaptureRequest, ExecRequest, FlowsRequest, LogsRequest, TraceRequest, channel, method};
 use nexus_network::vpc::capture::Capture;
 use nexus_wire::{FrameSink, FrameStream, Refusal, Server, ServerBuilder, WireError, code};
 use nix::fcntl::OFlag;
@@ -42,6 +42,7 @@ pub(crate) fn server(config: &AgentConfig, env: &Env, shared: Arc<Shared>, at: E
     let (identify, authorize) = (config.identify.clone(), config.authorize.clone());
     let for_exec = shared.clone();
     let (for_trace, for_check, for_capture) = (shared.clone(), shared.clone(), shared.clone());
+    let for_flows = shared.clone();
     Server::builder(env, at, config.server_tls.clone())
         .identify(move |chain| identify(chain))
         .authorize(move |caller, method| authorize(caller, method))
@@ -60,6 +61,10 @@ pub(crate) fn server(config: &AgentConfig, env: &Env, shared: Arc<Shared>, at: E
         .unary(method::NETWORK_CHECK, move |_, (): ()| {
             let shared = for_check.clone();
             async move { networks(&shared)?.check().await.map_err(Refusal::internal) }
+        })
+        .unary(method::FLOWS, move |_, request: FlowsRequest| {
+            let shared = for_flows.clone();
+            async move { networks(&shared)?.flows(&request).await.map_err(Refusal::internal) }
         })
         .duplex(method::CAPTURE, move |_, request: CaptureRequest, sink, frames| {
             let shared = for_capture.clone();

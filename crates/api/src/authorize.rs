@@ -31,7 +31,7 @@ use crate::caller::Caller;
 use crate::list::find;
 use crate::problem::Refusal;
 use crate::render::Stored;
-use crate::route::{Place, Target};
+use crate::route::{Place, Target, Verb};
 use crate::serve::{Context, Server};
 
 /// How long a refusal waits for this server's copy of the global group.
@@ -75,6 +75,8 @@ pub(crate) fn action_of(target: &Target, method: &Method, exists: bool) -> Optio
             _ => format!("{}:update", plural(place)),
         },
         Target::Custom(place, _, verb) if verb.is_order() => format!("{}:update", plural(place)),
+        // What a network's packets do is its tenant's to see, like the network.
+        Target::Custom(place, _, Verb::Flows) => format!("{}:get", plural(place)),
         Target::Custom(place, _, verb) => format!("{}:{}", plural(place), verb.word()),
         Target::Blob(..) if reads => "blobs:get".into(),
         Target::Blob(..) => "blobs:put".into(),

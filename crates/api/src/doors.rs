@@ -7,8 +7,10 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use nexus_iam::TokenHash;
-use nexus_model::plan::{CaptureRequest, ExecRequest, LogsRequest, NetworkCheck, Trace, TraceRequest};
-use nexus_model::{ApiError, Digest, Name, SecretData, Timestamp};
+use nexus_model::plan::{
+    CaptureRequest, ExecRequest, FlowsRequest, HostFlows, LogsRequest, NetworkCheck, Trace, TraceRequest,
+};
+use nexus_model::{ApiError, Digest, Name, SecretData, Timestamp, Uid};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -109,6 +111,12 @@ pub trait HostDoor: Send + Sync {
 
     /// In which ways the host's part of tenants' networks is not as it should be.
     async fn check(&self, host: &Name) -> Result<NetworkCheck, ApiError>;
+
+    /// The hosts that have NICs of a network, in the order of their names.
+    fn hosts_of(&self, project: &Name, network: Uid) -> Vec<Name>;
+
+    /// What the host has noted of a network's packets.
+    async fn flows(&self, host: &Name, request: FlowsRequest) -> Result<HostFlows, ApiError>;
 
     /// What passes a NIC of the host: a capture file in pieces, on channel 1.
     async fn capture(&self, host: &Name, request: CaptureRequest) -> Result<FrameStream, ApiError>;

@@ -22,6 +22,7 @@ mod credentials;
 mod doors;
 mod elsewhere;
 mod federation;
+mod flows;
 mod headers;
 mod input;
 mod list;

@@ -48,10 +48,11 @@ pub(crate) enum Verb {
     Trace,
     Capture,
     Check,
+    Flows,
 }
 
 /// Which kinds have which custom verbs.
-pub(crate) const VERBS: [(&str, &str, Verb); 17] = [
+pub(crate) const VERBS: [(&str, &str, Verb); 18] = [
     ("instances", "logs", Verb::Logs),
     ("instances", "exec", Verb::Exec),
     ("secrets", "reveal", Verb::Reveal),
@@ -69,6 +70,7 @@ pub(crate) const VERBS: [(&str, &str, Verb); 17] = [
     ("nics", "trace", Verb::Trace),
     ("nics", "capture", Verb::Capture),
     ("hosts", "check", Verb::Check),
+    ("networks", "flows", Verb::Flows),
 ];
 
 impl Verb {
@@ -79,7 +81,7 @@ impl Verb {
     fn methods(self) -> &'static [Method] {
         match self {
             Self::Logs | Self::Exec => READ,
-            Self::Reveal | Self::Load | Self::Trace | Self::Capture | Self::Check => &[Method::GET],
+            Self::Reveal | Self::Load | Self::Trace | Self::Capture | Self::Check | Self::Flows => &[Method::GET],
             Self::Test | Self::Resend => &[Method::POST],
             Self::SetPassword | Self::Invite | Self::EnrollTotp | Self::ConfirmTotp => &[Method::POST],
             Self::Pause | Self::Resume | Self::Promote | Self::Undo => &[Method::POST],

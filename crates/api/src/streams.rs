@@ -23,6 +23,7 @@ use nexus_store::Consistency;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::doors::{Frame, FrameStream};
+use crate::flows;
 use crate::list::{find, unreadable};
 use crate::networks;
 use crate::problem::Refusal;
@@ -56,6 +57,7 @@ pub(crate) async fn handle(
         Verb::Logs => logs(server, place, name, parts, ended).await,
         Verb::Exec => exec(server, place, name, parts, ended).await,
         Verb::Capture => networks::capture(server, place, name, parts, ended).await,
+        Verb::Flows => flows::flows(server, place, name, parts, ended).await,
         // Answered elsewhere.
         _ => Err(Refusal::new(Code::NotFound, "only instances have streams")),
     }

@@ -81,6 +81,9 @@ fn routes() -> Vec<(&'static str, String, Option<Value>)> {
         for verb in ["pause", "resume", "promote", "undo"].iter().filter(|_| d.plural == "apps") {
             add("POST", &format!("{one}:{verb}?dryRun=true"), None);
         }
+        if d.plural == "networks" {
+            add("GET", &format!("{one}:flows"), None);
+        }
         for (_, verb) in nexus_iam::policy::VERBS.iter().filter(|v| v.0 == d.plural) {
             let body = match *verb {
                 "set-password" => json!({"old": "something or other", "new": "something else then"}),

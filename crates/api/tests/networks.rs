@@ -1,4 +1,4 @@
-//! `:trace`, `:capture` and `:check`: what is asked of hosts, and what is refused before.
+//! `:trace`, `:capture`, `:check` and `:flows`: what is asked of hosts, and what is refused before.
 
 mod support;
 
@@ -83,4 +83,36 @@ async fn a_host_says_what_differs() {
     assert_eq!(body(&found.body), expected);
     w.get("/v1/regions/local/hosts/h-2:check").await.problem("not-found");
     w.get("/v1/regions/local/hosts/h-1:check?deep=true").await.problem("bad-request");
+}
+
+#[tokio::test]
+async fn flows_of_all_hosts_come_in_the_order_of_their_times() {
+    let w = world().await;
+    for (name, kept) in [("shop", "all"), ("quiet", "none")] {
+        let object = json!({
+            "apiVersion": "cloudnexus/v1", "kind": "Network",
+            "metadata": {
+                "name": name, "project": "default", "region": "local", "uid": "0d0d0d0d-0000-8000-8000-000000000000",
+                "generation": 1, "created": "2023-11-14T22:13:20.123Z",
+            },
+            "spec": {"cidrs": ["10.0.0.0/16"], "flowLogs": kept}, "status": {},
+        });
+        w.store_object("networks", &object).await;
+    }
+    let at = "/v1/regions/local/projects/default/networks";
+    let found = body(&w.get(&format!("{at}/shop:flows?nic=web-nic0")).await.body);
+    let flows = found["items"].as_array().unwrap();
+    let hosts: Vec<&str> = flows.iter().map(|f| f["host"].as_str().unwrap()).collect();
+    assert_eq!(hosts, ["h-1", "h-2", "h-1", "h-2"]);
+    assert_eq!((&flows[0]["sourceNic"], flows[0].get("dropped")), (&json!("web-nic0"), None));
+    assert_eq!(flows[2]["dropped"], "no_ingress_rule");
+    assert_eq!(found["silent"], json!([{"host": "h-3", "why": "it is away"}]), "who did not answer is named");
+    assert_eq!(found["lost"], 2);
+    let newest = body(&w.get(&format!("{at}/shop:flows?limit=1&sinceSeconds=60")).await.body);
+    assert_eq!((newest["items"].as_array().unwrap().len(), &newest["items"][0]["host"]), (1, &json!("h-2")));
+    w.get(&format!("{at}/quiet:flows")).await.problem("conflict");
+    w.get(&format!("{at}/none:flows")).await.problem("not-found");
+    for bad in ["limit=0", "limit=10001", "sinceSeconds=0", "nic=A!", "follow=1", "x=1"] {
+        w.get(&format!("{at}/shop:flows?{bad}")).await.problem("bad-request");
+    }
 }

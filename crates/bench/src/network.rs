@@ -214,7 +214,7 @@ fn network(n: u16, rules: u16) -> anyhow::Result<NetworkPlan> {
         floating: Vec::new(),
         balancers: Vec::new(),
         zones: Vec::new(),
-        flow_logs: false,
+        flow_logs: nexus_model::plan::FlowLogs::None,
     })
 }
 

@@ -83,6 +83,8 @@ pub mod method {
     pub const TRACE: &str = "network.trace";
     /// Server to agent, frames: see [`super::CaptureRequest`].
     pub const CAPTURE: &str = "network.capture";
+    /// Server to agent: [`super::FlowsRequest`] → [`super::HostFlows`].
+    pub const FLOWS: &str = "network.flows";
     /// Server to agent: nothing → [`super::NetworkCheck`].
     pub const NETWORK_CHECK: &str = "network.check";
 }

@@ -97,11 +97,20 @@ fn tenants_with_the_same_addresses_are_apart_and_their_networks_stand_by_themsel
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
     guide::follow(&cloud.path(""), "networks.md", 5, &[("IMAGE", &layout)], |_, _| {});
     cloud.wait_ready("web", 2);
-    guide::follow(&cloud.path(""), "troubleshooting-networks.md", 3, &[], |heading, printed| match heading {
+    guide::follow(&cloud.path(""), "troubleshooting-networks.md", 4, &[], |heading, printed| match heading {
         "Ask what becomes of a packet" => {
             let ends = ["\ndelivered\n", "\ndropped\n"].map(|end| printed.matches(end).count());
             assert_eq!(ends, [2, 1], "port 80 and pings are open, port 81 is not: {printed}");
             assert!(printed.contains("web/http") && printed.contains("client/out"), "{printed}");
+        }
+        "See who connects to whom" => {
+            let allowed = printed.lines().any(|l| l.contains(" allowed ") && l.contains(":80 "));
+            let refused = printed.lines().any(|l| l.contains("dropped: no_ingress_rule") && l.contains(":81 "));
+            assert!(allowed && refused, "both ports, by their NICs' names: {printed}");
+            let file = std::fs::read_to_string(cloud.path("flows.ndjson")).unwrap();
+            let first: Value =
+                serde_json::from_str(file.lines().next().expect("what was noted comes at once")).unwrap();
+            assert!(first["host"].is_string() && first["time"].is_string(), "{first}");
         }
         "See the packets" => {
             let file = std::fs::read(cloud.path("client.pcap")).unwrap();
@@ -273,12 +282,30 @@ fn remains(pid: i64) -> Vec<String> {
 fn nothing_is_left(cloud: &Cloud) {
     let hosts = || members(cloud, "host");
     assert!(hosts().iter().all(|(_, pid)| remains(*pid).len() >= 3), "what is looked for is there as yet");
+    for app in ["web", "client"] {
+        cloud.ok(&["delete", "app", app, "--project", "default", "--wait"]);
+    }
+    cloud.ok(&["delete", "-f", cloud.path("shop.yaml").to_str().unwrap(), "--project", "default", "--wait"]);
+    // All at once; a NIC of somebody's own goes along. Without the apps nothing is changed.
+    let lone = "apiVersion: cloudnexus/v1\nkind: Nic\nmetadata: {name: lone}\nspec: {subnet: front}\n";
+    std::fs::write(cloud.path("lone.yaml"), lone).unwrap();
+    cloud.ok(&["apply", "--project", "bank", "-f", cloud.path("lone.yaml").to_str().unwrap()]);
+    let cascade = ["--cascade", "--project", "bank", "--wait"];
+    let (code, error) = cloud.fails(&[&["delete", "network", "shop", "--yes"][..], &cascade].concat());
+    assert_eq!(code, 4, "{error}");
+    assert!(
+        error.contains("app/client") && error.contains("app/web") && list(cloud, "nics", "bank").len() == 4,
+        "{error}"
+    );
+    let all = ["delete", "network/shop", "app/web", "app/client"];
+    let (code, error) = cloud.fails(&[&all[..], &cascade].concat());
+    assert!(code == 2 && error.contains("delete  nic/lone") && error.contains("--yes"), "nobody answers: {error}");
+    cloud.ok(&[&all[..], &["--yes"], &cascade].concat());
+    cloud.ok(&[&all[..], &["--yes", "--ignore-not-found"], &cascade].concat());
     for project in TENANTS {
-        for app in ["web", "client"] {
-            cloud.ok(&["delete", "app", app, "--project", project, "--wait"]);
+        for kind in ["networks", "subnets", "nics", "security-groups"] {
+            assert!(list(cloud, kind, project).is_empty(), "{kind} of {project}");
         }
-        cloud.ok(&["delete", "-f", cloud.path("shop.yaml").to_str().unwrap(), "--project", project, "--wait"]);
-        assert!(list(cloud, "nics", project).is_empty());
     }
     cloud.wait("nothing to be left of the networks on any host", || {
         let left: Vec<_> = hosts().into_iter().map(|(name, pid)| (name, remains(pid))).collect();

@@ -132,7 +132,16 @@ mod tests {
         for (plural, word, verb) in route::VERBS {
             let list = route::collection_template(kind::find(plural).unwrap(), true);
             use route::Verb;
-            let reads = [Verb::Logs, Verb::Exec, Verb::Reveal, Verb::Load, Verb::Trace, Verb::Capture, Verb::Check];
+            let reads = [
+                Verb::Logs,
+                Verb::Exec,
+                Verb::Reveal,
+                Verb::Load,
+                Verb::Trace,
+                Verb::Capture,
+                Verb::Check,
+                Verb::Flows,
+            ];
             let posts = !reads.contains(&verb);
             assert!(has(&format!("{list}/{{name}}:{word}"), if posts { "post" } else { "get" }), "{word}");
         }

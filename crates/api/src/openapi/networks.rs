@@ -1,9 +1,11 @@
 //! The paths of [`crate::networks`].
 
 use nexus_model::kind::KindDescriptor;
+use nexus_model::plan::MAX_FLOWS;
 use serde_json::{Map, Value, json};
 
 use super::operations::{answers, name_parameter, operation, place, success};
+use crate::flows::{MOST_SECONDS, NDJSON, USUAL_FLOWS, USUAL_SECONDS};
 use crate::networks::{PCAP, PROTOCOLS};
 use crate::route::collection_template;
 
@@ -78,12 +80,52 @@ fn check(d: &KindDescriptor) -> Value {
     json!({"get": operation("checkHost", d.plural, about, here(d), answers(vec![("200", good)], &["403", "409"]))})
 }
 
+fn flows(d: &KindDescriptor) -> Value {
+    let text = || json!({"type": "string"});
+    let port = || json!({"type": "integer", "minimum": 0, "maximum": 65_535});
+    let flow = json!({
+        "type": "object", "required": ["host", "time", "protocol", "source", "sourcePort", "destination", "port", "bytes"],
+        "properties": {
+            "host": text(), "time": {"type": "string", "format": "date-time"},
+            "dropped": {"type": "string", "description": "Why it was dropped; without it, it was let through."},
+            "protocol": {"type": "string", "description": "`tcp`, `udp`, `icmp`, or a number."},
+            "source": text(), "sourceNic": text(), "sourcePort": port(),
+            "destination": text(), "destinationNic": text(), "port": port(), "bytes": port(),
+        },
+    });
+    let silent = json!({"type": "object", "required": ["host", "why"], "properties": {"host": text(), "why": text()}});
+    let body = json!({
+        "type": "object", "required": ["items", "silent", "lost"],
+        "properties": {
+            "items": {"type": "array", "items": flow, "description": "The oldest first."},
+            "silent": {"type": "array", "items": silent, "description": "Hosts that did not answer."},
+            "lost": {"type": "integer", "minimum": 0, "description": "How many the hosts could not note, since their agents began."},
+        },
+    });
+    let mut parameters = here(d);
+    parameters.push(query("nic", text(), "Only those in which this NIC takes part."));
+    let since = json!({"type": "integer", "minimum": 1, "maximum": MOST_SECONDS, "default": USUAL_SECONDS});
+    parameters.push(query("sinceSeconds", since, "How long ago the oldest is at most, by the hosts' clocks."));
+    let limit = json!({"type": "integer", "minimum": 1, "maximum": MAX_FLOWS, "default": USUAL_FLOWS});
+    parameters.push(query("limit", limit, "The newest so many."));
+    let about = "Goes on with what comes, as one flow a line (NDJSON), until its reader leaves.";
+    parameters.push(query("follow", json!({"type": "boolean"}), about));
+    let mut content = as_body(&body);
+    content[NDJSON] = json!({"schema": {"type": "string"}});
+    let good = success("What hosts have noted", content, &[]);
+    let about = "Who connected to whom in a network and what was dropped, as its `flowLogs` has hosts note it";
+    json!({"get": operation("networkFlows", d.plural, about, parameters, answers(vec![("200", good)], &["403", "409"]))})
+}
+
 pub(super) fn paths(paths: &mut Map<String, Value>, d: &KindDescriptor) {
     let one = format!("{}/{{name}}", collection_template(d, true));
     match d.plural {
         "nics" => {
             paths.insert(format!("{one}:trace"), trace(d));
             paths.insert(format!("{one}:capture"), capture(d));
+        }
+        "networks" => {
+            paths.insert(format!("{one}:flows"), flows(d));
         }
         "hosts" => {
             paths.insert(format!("{one}:check"), check(d));

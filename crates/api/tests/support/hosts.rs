@@ -5,9 +5,10 @@ use bytes::Bytes;
 use futures::StreamExt;
 use nexus_api::{Frame, FrameStream, HostDoor};
 use nexus_model::plan::{
-    CaptureRequest, ExecRequest, LogsRequest, NetworkCheck, Trace, TraceHop, TraceRequest, TraceVerdict, TracedPacket,
+    CaptureRequest, ExecRequest, FlowRecord, FlowsRequest, HostFlows, LogsRequest, NetworkCheck, Trace, TraceHop,
+    TraceRequest, TraceVerdict, TracedPacket,
 };
-use nexus_model::{ApiError, Code, Name};
+use nexus_model::{ApiError, Code, Name, Timestamp, Uid};
 use tokio::sync::mpsc;
 
 /// Logs are two lines; exec answers with the command, echoes its input in capitals, and exits with 7 when that ends.
@@ -50,6 +51,34 @@ impl HostDoor for EchoHost {
     async fn check(&self, host: &Name) -> Result<NetworkCheck, ApiError> {
         let differences = vec![format!("{host} lacks a route")];
         Ok(NetworkCheck { revision: Some(7), networks: 1, nics: 2, differences })
+    }
+
+    fn hosts_of(&self, _: &Name, _: Uid) -> Vec<Name> {
+        ["h-1", "h-2", "h-3"].map(|name| name.parse().unwrap()).into()
+    }
+
+    /// Two flows of each host but the last, which is away; nothing more for who has these.
+    async fn flows(&self, host: &Name, request: FlowsRequest) -> Result<HostFlows, ApiError> {
+        let number = match host.as_str() {
+            "h-1" => 1,
+            "h-2" => 2,
+            _ => return Err(ApiError::new(Code::Unavailable, "it is away")),
+        };
+        let flow = |turn: i64| FlowRecord {
+            time: Timestamp::from_millis(1_700_000_000_000 + turn * 10_000 + number * 1000),
+            dropped: (turn == 1).then(|| "no_ingress_rule".to_owned()),
+            protocol: "tcp".into(),
+            source: [10, 0, 0, number as u8].into(),
+            source_nic: request.nic.clone(),
+            source_port: 4000,
+            destination: [10, 0, 0, 9].into(),
+            destination_nic: None,
+            port: 80,
+            bytes: 60,
+        };
+        let mut flows: Vec<FlowRecord> = if request.after == Some(2) { Vec::new() } else { [0, 1].map(flow).into() };
+        flows.drain(..flows.len().saturating_sub(request.limit as usize));
+        Ok(HostFlows { flows, last: 2, lost: 1 })
     }
 
     /// One packet, and what was asked for.

@@ -175,8 +175,7 @@ fn plan(world: &World, network: &Object<Network>) -> NetworkPlan {
         peerings: peerings.into_iter().map(|(plan, _)| plan).collect(),
         nats: nats.iter().map(|nat| parts::nat(nat)).collect(),
         nics,
-        // Hosts can note flows; nothing shows them to tenants yet.
-        flow_logs: false,
+        flow_logs: network.spec.flow_logs,
     }
 }
 

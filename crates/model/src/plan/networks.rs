@@ -17,7 +17,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Cidr, Name, Uid};
+use crate::{Cidr, Name, Timestamp, Uid};
 
 /// Everything of tenants' networks that one host is to have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,9 +63,21 @@ pub struct NetworkPlan {
     pub balancers: Vec<BalancerPlan>,
     #[serde(default)]
     pub zones: Vec<ZonePlan>,
-    /// Connections are noted for their tenant.
+    /// What is noted of its packets, for its tenant.
     #[serde(default)]
-    pub flow_logs: bool,
+    pub flow_logs: FlowLogs,
+}
+
+/// Which flows of a network its hosts note.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum FlowLogs {
+    #[default]
+    None,
+    /// What was dropped, and why.
+    Dropped,
+    /// That, and every new connection.
+    All,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -378,6 +390,66 @@ pub struct CaptureRequest {
     /// Only TCP and UDP from or to this port.
     #[serde(default)]
     pub port: Option<u16>,
+}
+
+/// Asks a host for the flows that it has noted of a network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FlowsRequest {
+    pub network: Uid,
+    /// Only those of this moment or later, by the host's clock.
+    pub since: Timestamp,
+    /// Only those behind this one. The host goes by `since` where it does not know of so many.
+    #[serde(default)]
+    pub after: Option<u64>,
+    /// Only those in which the NIC of this name takes part.
+    #[serde(default)]
+    pub nic: Option<Name>,
+    /// The newest so many; without more than one answer may have.
+    pub limit: u32,
+}
+
+/// The most flows of one answer.
+pub const MAX_FLOWS: u32 = 10_000;
+
+/// What a host has noted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HostFlows {
+    /// The oldest first.
+    pub flows: Vec<FlowRecord>,
+    /// The number of the newest that it has.
+    pub last: u64,
+    /// How many had no place since its agent began.
+    #[serde(default)]
+    pub lost: u64,
+}
+
+/// One packet that began a connection, or that was dropped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FlowRecord {
+    pub time: Timestamp,
+    /// Why it was dropped; without it, it was let through.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dropped: Option<String>,
+    /// `tcp`, `udp`, `icmp`, or a number.
+    pub protocol: String,
+    pub source: IpAddr,
+    /// The NIC that has this address. Of a spoofed packet, whom it was to be from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_nic: Option<Name>,
+    /// Nought, where the protocol has none.
+    #[serde(default)]
+    pub source_port: u16,
+    pub destination: IpAddr,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destination_nic: Option<Name>,
+    #[serde(default)]
+    pub port: u16,
+    /// Of the packet.
+    #[serde(default)]
+    pub bytes: u16,
 }
 
 /// What a host found when it compared what it should have of tenants' networks with what its kernel has.

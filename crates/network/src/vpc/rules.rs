@@ -26,8 +26,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use nexus_model::plan::{
-    BalancedProtocol, BalancerPlan, Direction, HostNetworks, ListenerPlan, NatPlan, NetworkPlan, NicPlan, PeeringPlan,
-    RoutePlan, Via,
+    BalancedProtocol, BalancerPlan, Direction, FlowLogs, HostNetworks, ListenerPlan, NatPlan, NetworkPlan, NicPlan,
+    PeeringPlan, RoutePlan, Via,
 };
 
 pub use groups::{Ranked, decides, merged};
@@ -92,7 +92,8 @@ fn nic_link(nic: &NicPlan) -> Value {
 
 /// All rules of one network's namespace.
 pub fn network(hosts: &HostNetworks, plan: &NetworkPlan) -> Table {
-    let mut maker = Maker { hosts, plan, nics: local(hosts, plan).collect(), table: Table::new(TABLE, plan.flow_logs) };
+    let table = Table::new(TABLE, plan.flow_logs != FlowLogs::None);
+    let mut maker = Maker { hosts, plan, nics: local(hosts, plan).collect(), table };
     maker.table.salt = crate::fnv(format!("{:?}", plan.route_tables).as_bytes());
     maker.names();
     maker.genuine();
@@ -273,7 +274,7 @@ impl<'a> Maker<'a> {
     /// What has been let through.
     fn passed(&mut self) {
         let mut rules = Vec::new();
-        if self.plan.flow_logs {
+        if self.plan.flow_logs == FlowLogs::All {
             let mut tell = told("allow");
             tell.tests.insert(0, Test::New);
             rules.push(tell);

@@ -221,7 +221,7 @@ fn who_bears_anothers_name_is_not_heard_and_is_counted() {
 fn flows_are_told_to_who_follows_them() {
     isolated("rules::groups::flows_are_told_to_who_follows_them", async || {
         let mut site = guarded(vec![tcp("web", &[(80, 80)], Vec::new())]).await;
-        site.change(|n| n.flow_logs = true).await;
+        site.change(|n| n.flow_logs = nexus_model::plan::FlowLogs::All).await;
         let (out, mut flows) = mpsc::channel::<Flow>(64);
         let lost = Arc::new(AtomicU64::new(0));
         let netns = site.inside_network(1, site.networks[0].uid);

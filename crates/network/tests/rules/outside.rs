@@ -133,7 +133,7 @@ fn a_balancer_shares_by_weight_keeps_a_client_and_serves_its_own_targets() {
         let kept = shares(four(201), 10);
         assert_eq!(kept.len(), 1, "{kept:?}");
         // Also past a change of rules.
-        site.change(|n| n.flow_logs = true).await;
+        site.change(|n| n.flow_logs = nexus_model::plan::FlowLogs::All).await;
         assert_eq!(shares(four(201), 3).keys().next(), kept.keys().next());
         let own = site.nic(0);
         for (balancer, own_address, port) in [(four(202), four(2), 8080), (six(202), six(2), 8081)] {

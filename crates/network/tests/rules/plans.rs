@@ -59,7 +59,7 @@ pub fn network_as(id: u8, n: u8) -> NetworkPlan {
         floating: Vec::new(),
         balancers: Vec::new(),
         zones: Vec::new(),
-        flow_logs: false,
+        flow_logs: nexus_model::plan::FlowLogs::None,
     }
 }
 

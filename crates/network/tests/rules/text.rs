@@ -42,7 +42,7 @@ pub fn rich() -> Vec<Arc<NetworkPlan>> {
     a.groups = vec![group(1, 0, vec![web, ping, deny, everything(Direction::Egress)]), open_group(1, 1)];
     a.nics = vec![nic(1, 2, 0, &[0]), nic(1, 3, 1, &[1]), nic(1, 4, 0, &[0, 1])];
     a.nics[2].forwards = true;
-    a.flow_logs = true;
+    a.flow_logs = nexus_model::plan::FlowLogs::All;
     b.groups = vec![open_group(2, 0)];
     b.nics = vec![nic(2, 2, 0, &[0])];
     peer(&mut a, &mut b, 0);

@@ -89,7 +89,7 @@ fn network(n: u16) -> NetworkPlan {
         floating: Vec::new(),
         balancers: Vec::new(),
         zones: Vec::new(),
-        flow_logs: false,
+        flow_logs: nexus_model::plan::FlowLogs::None,
     }
 }
 

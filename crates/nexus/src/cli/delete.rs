@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use nexus_model::Name;
 use nexus_model::kind::KindDescriptor;
 
+use super::cascade::{self, Manner};
 use super::cloud::{Cloud, CloudArgs, absent, selector};
 use super::progress::Progress;
 use super::webhook::CallbackArgs;
@@ -22,7 +24,9 @@ const LONGEST_WAIT: u64 = 300;
     nexus delete app web\n  \
     nexus delete app/web route/shop --wait\n  \
     nexus delete apps -l tier=test\n  \
-    nexus delete -f web.yaml --ignore-not-found\n\n\
+    nexus delete -f web.yaml --ignore-not-found\n  \
+    nexus delete network shop --cascade\n  \
+    nexus delete network/shop app/web --cascade --yes\n\n\
     The name and the quota are free at once. The teardown goes on by itself: \
     `nexus get instances --deleting` shows it, and --wait waits for it.")]
 pub struct DeleteArgs {
@@ -48,6 +52,13 @@ pub struct DeleteArgs {
     /// An object that does not exist is no error
     #[arg(long)]
     ignore_not_found: bool,
+    /// Deletes or changes what uses a network, or a part of one, too: shows all of it, and asks. Apps and jobs in it go only if
+    /// they are named beside it
+    #[arg(long, conflicts_with = "files")]
+    cascade: bool,
+    /// Does so without a question
+    #[arg(short, long, requires = "cascade")]
+    yes: bool,
     #[command(flatten)]
     callback: CallbackArgs,
     #[command(flatten)]
@@ -74,6 +85,17 @@ async fn find(cloud: &Cloud, args: &DeleteArgs) -> anyhow::Result<Vec<Doomed>> {
         }
         return Ok(doomed);
     }
+    doomed.extend(named(cloud, args).await?.iter().map(|(kind, name)| Doomed {
+        kind,
+        title: resource::title(kind, name.as_str()),
+        path: cloud.object(kind, name),
+    }));
+    Ok(doomed)
+}
+
+/// What the words of the command name.
+async fn named(cloud: &Cloud, args: &DeleteArgs) -> anyhow::Result<Vec<(&'static KindDescriptor, Name)>> {
+    let mut all = Vec::new();
     for asked in resource::parse(&args.what)? {
         let kind = asked.kind();
         let names = match (&args.selector, asked.names.is_empty()) {
@@ -84,13 +106,9 @@ async fn find(cloud: &Cloud, args: &DeleteArgs) -> anyhow::Result<Vec<Doomed>> {
                 return Err(Fail::usage(format!("name the {} to delete, or choose with -l", kind.plural)).into());
             }
         };
-        doomed.extend(names.iter().map(|name| Doomed {
-            kind,
-            title: resource::title(kind, name.as_str()),
-            path: cloud.object(kind, name),
-        }));
+        all.extend(names.into_iter().map(|name| (kind, name)));
     }
-    Ok(doomed)
+    Ok(all)
 }
 
 /// `nexus image rm`.
@@ -104,6 +122,8 @@ pub async fn images(cloud: &CloudArgs, names: &[String]) -> anyhow::Result<()> {
         no_wait: true,
         timeout: 60,
         ignore_not_found: false,
+        cascade: false,
+        yes: false,
         callback: CallbackArgs::default(),
         cloud: cloud.clone(),
     };
@@ -112,6 +132,16 @@ pub async fn images(cloud: &CloudArgs, names: &[String]) -> anyhow::Result<()> {
 
 pub async fn run(args: &DeleteArgs) -> anyhow::Result<()> {
     let cloud = Cloud::connect(&args.cloud)?.calling_back(&args.callback);
+    if args.cascade {
+        let patience = Duration::from_secs(args.timeout);
+        let manner = Manner {
+            yes: args.yes,
+            wait: args.wait.then_some(patience),
+            patience,
+            ignore_not_found: args.ignore_not_found,
+        };
+        return cascade::run(&cloud, named(&cloud, args).await?, &manner).await;
+    }
     let doomed = find(&cloud, args).await?;
     if doomed.is_empty() {
         output::note("nothing to delete");

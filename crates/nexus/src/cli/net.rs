@@ -14,6 +14,7 @@ use nexus_model::plan::{NetworkCheck, Trace, TraceVerdict};
 use reqwest::Method;
 
 use super::cloud::{Cloud, CloudArgs, Listing, encode, name_of};
+use super::flows::{self, FlowsArgs};
 use super::output;
 use super::resource::{find_name, new_name};
 use crate::client::Parts;
@@ -27,7 +28,8 @@ use crate::exit::{Exit, Fail};
     nexus net check                 # every host\n  \
     nexus net check zone-a-host-1\n  \
     nexus net capture web-0a1b2c3d-nic0 --port 80 -w web.pcap\n  \
-    nexus net capture web-0a1b2c3d-nic0 | tcpdump -nr -\n\n\
+    nexus net capture web-0a1b2c3d-nic0 | tcpdump -nr -\n  \
+    nexus net flows shop --since 1h\n\n\
     `nexus get nics` names the NICs.")]
 pub struct NetArgs {
     #[command(subcommand)]
@@ -42,6 +44,8 @@ enum NetCommand {
     Check(CheckArgs),
     /// Writes down the packets that pass a NIC, as a pcap file, until Ctrl-C
     Capture(CaptureArgs),
+    /// Shows who connected to whom in a network, and what was dropped
+    Flows(FlowsArgs),
 }
 
 #[derive(Debug, Args)]
@@ -68,7 +72,7 @@ struct TraceArgs {
 }
 
 #[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
-enum Shown {
+pub enum Shown {
     #[default]
     Text,
     Json,
@@ -155,6 +159,7 @@ pub async fn run(args: &NetArgs) -> anyhow::Result<()> {
         NetCommand::Trace(args) => trace(args).await,
         NetCommand::Check(args) => check(args).await,
         NetCommand::Capture(args) => capture(args).await,
+        NetCommand::Flows(args) => flows::run(args).await,
     }
 }
 

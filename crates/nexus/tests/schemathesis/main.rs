@@ -114,9 +114,18 @@ const OF_MACHINES: [&str; 9] = [
     "region-remove",
 ];
 
-/// What takes the cloud's own words, or a password.
-const OF_WORDS: [&str; 8] =
-    ["/oauth2/token", "/v1/can", ":set-password", ":enroll-totp", ":confirm-totp", "/blobs:pull", ":trace", ":capture"];
+/// What takes the cloud's own words, or a password; or goes on for ever.
+const OF_WORDS: [&str; 9] = [
+    "/oauth2/token",
+    "/v1/can",
+    ":set-password",
+    ":enroll-totp",
+    ":confirm-totp",
+    "/blobs:pull",
+    ":trace",
+    ":capture",
+    ":flows",
+];
 
 /// `GET /v1/regions` and so on, as schemathesis labels them. All but `:exec`, whose success is a WebSocket, what is done
 /// to machines, and what takes the cloud's own words.

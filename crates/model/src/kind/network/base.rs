@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::super::{Column, Home, Kind, Scope, Verbs};
+use crate::plan::FlowLogs;
 use crate::{Cidr, Condition, FieldError, Name};
 
 /// Networks of a project in one region.
@@ -52,6 +53,9 @@ pub struct NetworkSpec {
     /// What belongs to the network: IPv4 of /8 to /28, IPv6 of /40 to /64. Other tenants may have the same.
     #[schemars(length(min = 1, max = MAX_CIDRS))]
     pub cidrs: Vec<Cidr>,
+    /// What hosts note of its packets, for `nexus net flows`: nothing, what was dropped, or new connections too.
+    #[serde(default)]
+    pub flow_logs: FlowLogs,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -83,6 +87,7 @@ impl Kind for Network {
         Column::count("CIDRS", "/spec/cidrs").wide(),
         Column::new("PHASE", "/status/phase"),
         Column::new("VNI", "/status/vni").wide(),
+        Column::new("FLOW-LOGS", "/spec/flowLogs").wide(),
     ];
     type Spec = NetworkSpec;
     type Status = NetworkStatus;
@@ -106,7 +111,8 @@ impl Kind for Network {
 
     fn example() -> NetworkSpec {
         let cidr = |text: &str| text.parse().expect("a well-formed network");
-        NetworkSpec { cidrs: vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")] }
+        let cidrs = vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")];
+        NetworkSpec { cidrs, flow_logs: FlowLogs::Dropped }
     }
 }
 

@@ -315,7 +315,7 @@ pub struct Table {
     pub maps: BTreeMap<String, Map>,
     /// In the order in which they were made: those that are named come before those that name them.
     pub chains: Vec<(String, Chain)>,
-    /// Refusals and new connections are told.
+    /// Refusals are told.
     pub tells: bool,
     /// Of what else decides which way packets go: where it differs, nothing is known from before.
     pub salt: u64,

@@ -1,5 +1,6 @@
 //! The way from a user's request to the host that runs an instance: output and commands, and what its networks do.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,8 +9,12 @@ use futures::{StreamExt, stream};
 use nexus_api::{Frame, FrameStream, HostDoor};
 use nexus_control::view::View;
 use nexus_env::Endpoint;
-use nexus_model::plan::{CaptureRequest, ExecRequest, LogsRequest, NetworkCheck, Trace, TraceRequest, channel, method};
-use nexus_model::{ApiError, Code, Name};
+use nexus_model::kind::Nic;
+use nexus_model::plan::{
+    CaptureRequest, ExecRequest, FlowsRequest, HostFlows, LogsRequest, NetworkCheck, Trace, TraceRequest, channel,
+    method,
+};
+use nexus_model::{ApiError, Code, Name, Object, Uid};
 use nexus_wire::{Client, FrameSink, Pool, WireError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -108,6 +113,18 @@ impl HostDoor for Hosts {
 
     async fn check(&self, host: &Name) -> Result<NetworkCheck, ApiError> {
         self.ask(host, method::NETWORK_CHECK, &()).await
+    }
+
+    fn hosts_of(&self, project: &Name, network: Uid) -> Vec<Name> {
+        let hosts: BTreeSet<Name> = self.view.read(|world| {
+            let mine = |nic: &&Object<Nic>| nic.status.network.as_ref().is_some_and(|of| of.uid == network);
+            world.nics.within(project).filter(mine).filter_map(|nic| nic.status.host.clone()).collect()
+        });
+        hosts.into_iter().collect()
+    }
+
+    async fn flows(&self, host: &Name, request: FlowsRequest) -> Result<HostFlows, ApiError> {
+        self.ask(host, method::FLOWS, &request).await
     }
 
     async fn capture(&self, host: &Name, request: CaptureRequest) -> Result<FrameStream, ApiError> {
