@@ -432,6 +432,7 @@ fn instance_plan(world: &World, i: &Object<Instance>) -> Option<InstancePlan> {
         request_id: i.metadata.request_id.clone(),
         once: i.spec.job.is_some(),
         kept: ended && !deleting,
+        numa_nodes: i.status.numa_nodes.clone(),
         part_digests: i.spec.part_digests.clone(),
     })
 }

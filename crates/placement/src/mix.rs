@@ -134,8 +134,9 @@ impl Cell {
     /// Whether the request's parts have room on as many nodes. A host without several nodes is a single one.
     pub(crate) fn fits_nodes(&self, request: &Request, host: u32) -> bool {
         let Some(shape) = Shape::of(request) else { return true };
-        if !self.known(host).is_numa() {
-            return shape.span == 1;
+        let known = self.known(host);
+        if !known.is_numa() || !known.pins {
+            return shape.span == 1 && known.pins;
         }
         match self.topology.table.column(shape) {
             Some(column) => column.get(host as usize).is_some_and(|fit| *fit > 0),
@@ -143,10 +144,21 @@ impl Cell {
         }
     }
 
+    /// What each node of a host has free, and no more than the host has; a host without several is one node.
+    pub(crate) fn free_by_node(&self, host: u32) -> Vec<Node> {
+        let hot = &self.hot[host as usize];
+        let whole = Node { cpu: hot.cpu, memory: hot.memory };
+        let offered = self.known(host).nodes.iter().filter(|node| node.offered).map(|node| node.free());
+        let free = offered.map(|n| Node { cpu: n.cpu.min(whole.cpu), memory: n.memory.min(whole.memory) });
+        let free: Vec<Node> = free.collect();
+        if free.is_empty() { vec![whole] } else { free }
+    }
+
     /// How many more of a request its nodes have room for.
     pub(crate) fn room_on_nodes(&self, request: &Request, host: u32) -> u64 {
         let Some(shape) = Shape::of(request) else { return u64::MAX };
         match self.nodes_free(host) {
+            _ if !self.known(host).pins => 0,
             Some(free) => u64::from(free.count(shape)),
             None if shape.span == 1 => u64::MAX,
             None => 0,

@@ -8,6 +8,7 @@ fn host(zone: u32, cores: u32, memory: u64) -> HostSpec {
     HostSpec {
         zone: ZoneId(zone),
         rack: RackId(0),
+        fault: FaultId(0),
         state: HostState::Ready,
         runtimes: Runtimes::ALL,
         capacity: Capacity { cpu: cores * 1000, memory: memory * GI, scratch: 100 * GI, slots: 100 },
@@ -18,6 +19,7 @@ fn host(zone: u32, cores: u32, memory: u64) -> HostSpec {
         labels: Vec::new(),
         rtt: None,
         nodes: Vec::new(),
+        pins: true,
     }
 }
 
@@ -336,7 +338,8 @@ fn a_request_fits_in_one_node_or_has_equal_parts_on_several() {
     assert_eq!((refusal.at(Filter::Memory), refusal.at(Filter::Numa)), (1, 1));
     assert_eq!(
         refusal.to_string(),
-        "no host of 2 can take it: 1 lacks memory (30Gi wanted, at most 24Gi free), 1 without room on its NUMA nodes"
+        "no host of 2 can take it: 1 lacks memory (30Gi wanted, at most 24Gi free), 1 without room on its NUMA \
+         nodes (no node has more than 12Gi of memory free, 15Gi wanted)"
     );
 }
 
