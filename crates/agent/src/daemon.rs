@@ -98,6 +98,7 @@ pub async fn run(
         secrets,
         fabric,
         networks,
+        numa: config.numa.clone(),
         handle: config.handle.clone(),
         logs_dir,
         starts: Semaphore::new(STARTS_AT_ONCE),

@@ -14,6 +14,7 @@ use nexus_model::plan::{Desired, InstancePlan, InstanceReport};
 use nexus_model::{Timestamp, Uid};
 use tokio::sync::{Semaphore, watch};
 
+use crate::numa::Numa;
 use crate::AgentHandle;
 use crate::board::Board;
 use crate::config::Engines;
@@ -48,6 +49,7 @@ pub(crate) struct Shared {
     pub secrets: Option<Arc<Secrets>>,
     pub fabric: Option<Fabric>,
     pub networks: Option<Networks>,
+    pub numa: Numa,
     pub handle: AgentHandle,
     pub logs_dir: PathBuf,
     /// Starts at once.

@@ -343,6 +343,7 @@ fn instance(n: u8, epoch: u64) -> InstancePlan {
         request_id: None,
         once: false,
         kept: false,
+        numa_nodes: Vec::new(),
         part_digests: Default::default(),
     }
 }
@@ -382,6 +383,7 @@ impl Host {
         let config = AgentConfig {
             name: name("host-1"),
             host: HostSpec { address, ..HostSpec::default() },
+            numa: Default::default(),
             servers: Arc::new(ServerBook::open(&nexus_env::RealDisk, self.dir.path(), servers.to_vec())),
             data_dir: self.dir.path().to_owned(),
             boot_id: "boot".into(),

@@ -77,7 +77,7 @@ fn the_guide_for_placement_does_what_it_says_and_latency_is_that_of_the_way() {
     let _turn = turn();
     let cloud = small_cloud();
     // Before anything is measured nothing meets a latency: what waits is placed as soon as something is.
-    guide::follow(&cloud.path(""), "placement.md", 6, &[("IMAGE", &cloud.path("busybox"))], |heading, printed| {
+    guide::follow(&cloud.path(""), "placement.md", 7, &[("IMAGE", &cloud.path("busybox"))], |heading, printed| {
         match heading {
             "Classes" => {
                 cloud.wait_ready("my-app", 1);
@@ -102,6 +102,16 @@ fn the_guide_for_placement_does_what_it_says_and_latency_is_that_of_the_way() {
                 assert!(cache.keys().all(|host| web.contains_key(host)), "{cache:?}");
                 let batch = cloud.json(&["get", "app", "batch"]);
                 assert!(batch["spec"].get("constraints").is_none(), "{batch}");
+            }
+            "NUMA nodes" => {
+                let instance = cloud.instances("steady").remove(0);
+                let node = instance["status"]["numaNodes"][0].as_u64().expect("it is kept to a node");
+                assert!(printed.contains("Cpus_allowed_list:"), "{printed}");
+                let on = instance["status"]["host"].as_str().unwrap();
+                let rooms = host(&cloud, on)["status"]["numaNodes"].clone();
+                let room = rooms.as_array().unwrap().iter().find(|room| room["id"] == node).unwrap();
+                assert_ne!(room["reservedMemory"], json!("0"), "{rooms}");
+                assert!(cloud.ok(&["describe", "host", on]).contains("NUMA nodes:"));
             }
             "When nothing fits" => {
                 assert!(

@@ -131,6 +131,7 @@ pub fn hosts(world: &Arc<World>, site: &Site) -> Vec<Arc<Host>> {
                     scratch: Bytes(10 << 30),
                     instances: 12,
                 },
+                numa_nodes: [0, 1].map(|id| NumaNode { id, cpus: id.to_string(), cpu: MilliCpu(500), memory: Bytes(1 << 30) }).into(),
                 ..HostSpec::default()
             };
             let place = FIRST + (number * 100 + index) as u64;

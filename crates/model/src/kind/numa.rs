@@ -56,7 +56,7 @@ pub struct NumaRoom {
 #[error("{0:?} is no list of processors: write 0-7 or 0-3,8-11")]
 pub struct CpuListError(String);
 
-/// Processors by number, in runs, ascending and apart (the kernel's "list format", cpuset(7)).
+/// Processors, or nodes, by number, in runs, ascending and apart (the kernel's "list format", cpuset(7)).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CpuList(Vec<(u16, u16)>);
 
@@ -68,6 +68,11 @@ impl CpuList {
     /// How many.
     pub fn count(&self) -> u32 {
         self.0.iter().map(|(first, last)| u32::from(last - first) + 1).sum()
+    }
+
+    /// Whether a number is in it.
+    pub fn has(&self, number: u16) -> bool {
+        self.0.iter().any(|(first, last)| (*first..=*last).contains(&number))
     }
 
     /// Those that are in both lists.

@@ -384,6 +384,48 @@ fn a_group_that_stays_together_starts_where_more_have_room_and_goes_nowhere_else
 }
 
 #[test]
+fn what_fails_as_one_is_kept_even_with_members_elsewhere_and_after_a_move() {
+    let at = |fault| HostSpec { fault: FaultId(fault), ..host(0, 8, 32) };
+    let mut cell = cell([at(0), at(0), at(1)]);
+    let even = |elsewhere: &[(u32, u32)]| Request { elsewhere: elsewhere.to_vec(), ..spread(SpreadLevel::Fault, true) };
+    // Two of the group behind feed 1, in another cell: nothing of it is here yet.
+    for place in [Cell::place, Cell::place_indexed] {
+        assert_eq!(place(&cell, &even(&[(1, 2)])).unwrap().host, HostId(0));
+    }
+    assert_eq!(run(&mut cell, &even(&[(1, 2)]), 2), [HostId(0), HostId(1)]);
+    assert_eq!(cell.domain_counts(GroupId(1), SpreadLevel::Fault), [(0, 2)]);
+    assert_eq!(run(&mut cell, &even(&[(1, 1)]), 1), [HostId(2)]);
+    let fuller = Request { spread: Spread { floor: Some(1), ..even(&[]).spread }, ..even(&[]) };
+    assert_eq!(cell.place(&fuller).unwrap().host, HostId(2));
+    cell.update_host(HostId(1), HostUpdate { fault: Some(FaultId(1)), ..HostUpdate::default() }).unwrap();
+    assert_eq!(cell.domain_counts(GroupId(1), SpreadLevel::Fault), [(0, 1), (1, 2)]);
+    assert_eq!(cell.peers(HostId(1), &even(&[(1, 4)])), Ok((6, 1)));
+    let refusal = cell.place(&Request { excluded: vec![HostId(0)], ..even(&[(0, 5)]) }).map(|d| d.host);
+    assert_eq!(refusal, Ok(HostId(1)), "the excluded one's domain holds nothing up");
+    let held = spread(SpreadLevel::Fault, true);
+    cell.audit([(HostId(0), &held), (HostId(1), &held), (HostId(2), &held)]).unwrap();
+}
+
+#[test]
+fn a_host_that_keeps_nothing_to_a_node_takes_what_floats_alone() {
+    let without = |spec: HostSpec| HostSpec { pins: false, ..spec };
+    let mut cell = cell([without(host(0, 8, 32)), without(numa(&[8, 8], 32)), numa(&[4, 4], 32)]);
+    assert_eq!(pin(&mut cell, pinned(1, 3000, 8)), Ok((2, vec![0])));
+    let refusal = cell.place(&pinned(1, 5000, 8)).unwrap_err();
+    assert_eq!(cell.place_indexed(&pinned(1, 5000, 8)).unwrap_err(), refusal);
+    assert_eq!(
+        refusal.to_string(),
+        "no host of 3 can take it: 1 without room on its NUMA nodes (no node has more than 4 CPUs free, 5 CPUs wanted), 2 \
+         that can't keep an instance to a NUMA node"
+    );
+    assert_eq!(cell.headroom(&pinned(1, 4000, 8)), 1);
+    assert!(cell.place(&container(5000, 8)).is_ok());
+    assert_eq!(cell.breach(HostId(0), &pinned(1, 100, 1)), Ok(Some(Filter::Numa)));
+    cell.update_host(HostId(0), HostUpdate { pins: Some(true), ..HostUpdate::default() }).unwrap();
+    assert_eq!(cell.place(&pinned(1, 5000, 8)).unwrap().host, HostId(0));
+}
+
+#[test]
 fn fault_domains_share_no_rack() {
     let in_rack = |rack| HostSpec { rack: RackId(rack), ..host(0, 2, 8) };
     let mut cell = cell([in_rack(0), in_rack(0), in_rack(1)]);
