@@ -179,12 +179,8 @@ mod tests {
         let kernel = read(&RealDisk, dir.path());
         assert_eq!(kernel.iter().map(|node| node.id).collect::<Vec<_>>(), [0, 1], "memory alone is no node");
         let numa = declare(&kernel, &[], allowed("0-15", "0-2"), &capacity(16_000, 48));
-        let node = |id, cpus: &str, cpu, gi| NumaNode {
-            id,
-            cpus: cpus.into(),
-            cpu: MilliCpu(cpu),
-            memory: Bytes(gi * GI),
-        };
+        let node =
+            |id, cpus: &str, cpu, gi| NumaNode { id, cpus: cpus.into(), cpu: MilliCpu(cpu), memory: Bytes(gi * GI) };
         assert_eq!(numa.nodes, [node(0, "0-3,8-11", 8000, 12), node(1, "4-7,12-15", 8000, 36)]);
         assert_eq!(numa.sets[&1], CpuSet { cpus: "4-7,12-15".into(), mems: Some("1".into()) });
         assert_eq!(numa.set_of(&[]), Ok(None));
@@ -192,10 +188,10 @@ mod tests {
         assert!(numa.set_of(&[5]).unwrap_err().contains("NUMA node 5: it has no such node"));
         // The agent's group has only some of them.
         let numa = declare(&kernel, &[], allowed("0-5", "0-2"), &capacity(6_000, 48));
-        assert_eq!(numa.nodes.iter().map(|n| (n.cpus.as_str(), n.cpu.0)).collect::<Vec<_>>(), [
-            ("0-3", 4000),
-            ("4-5", 2000)
-        ]);
+        assert_eq!(
+            numa.nodes.iter().map(|n| (n.cpus.as_str(), n.cpu.0)).collect::<Vec<_>>(),
+            [("0-3", 4000), ("4-5", 2000)]
+        );
         // With one left, it is the whole host, whose memory it is not kept to.
         let numa = declare(&kernel, &[], allowed("0-3", "0"), &capacity(4_000, 48));
         assert_eq!(numa.nodes, [node(0, "0-3", 4000, 48)]);

@@ -14,7 +14,6 @@ use nexus_model::plan::{Desired, InstancePlan, InstanceReport};
 use nexus_model::{Timestamp, Uid};
 use tokio::sync::{Semaphore, watch};
 
-use crate::numa::Numa;
 use crate::AgentHandle;
 use crate::board::Board;
 use crate::config::Engines;
@@ -23,6 +22,7 @@ use crate::health;
 use crate::identity::{Identities, Identity};
 use crate::launch::{Launcher, log_dir};
 use crate::networks::Networks;
+use crate::numa::Numa;
 use crate::observer::{Observer, View};
 use crate::outcome::{self, Outcome};
 use crate::parts::{Next, Parts};

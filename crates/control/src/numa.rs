@@ -62,7 +62,8 @@ pub fn differences(world: &World, host: &Object<Host>, reserved: &Capacity) -> V
     let rooms = rooms(host, reserved, world.instances_on(name));
     let mut differences = Vec::new();
     if rooms != host.status.numa_nodes {
-        differences.push(format!("host {name}: {:?} counted on its NUMA nodes, {rooms:?} reserved", host.status.numa_nodes));
+        differences
+            .push(format!("host {name}: {:?} counted on its NUMA nodes, {rooms:?} reserved", host.status.numa_nodes));
     }
     let books = world.scheduler.as_ref().map(|scheduler| scheduler.node_books(name)).unwrap_or_default();
     for ((node, room), free) in host.spec.numa_nodes.iter().zip(&rooms).zip(books) {
@@ -70,7 +71,9 @@ pub fn differences(world: &World, host: &Object<Host>, reserved: &Capacity) -> V
         let memory = node.memory.0.saturating_sub(room.reserved_memory.0);
         if (free.cpu, free.memory) != (cpu, memory) {
             let id = node.id;
-            differences.push(format!("host {name}: the scheduler has {free:?} free on NUMA node {id}, {cpu} m and {memory} bytes are"));
+            differences.push(format!(
+                "host {name}: the scheduler has {free:?} free on NUMA node {id}, {cpu} m and {memory} bytes are"
+            ));
         }
     }
     differences

@@ -13,7 +13,8 @@ use nexus_model::kind::{self, BlastRadius, Host, HostState, Instance, Runtime, S
 use nexus_model::{Bytes, Digest, MilliCpu, Name, Object, Uid};
 use nexus_placement as placement;
 use placement::{
-    Cell, ClassId, Decision, FaultId, Filter, GroupId, HostId, ImageId, LabelId, Names, RackId, Refusal, SpreadLevel, ZoneId,
+    Cell, ClassId, Decision, FaultId, Filter, GroupId, HostId, ImageId, LabelId, Names, RackId, Refusal, SpreadLevel,
+    ZoneId,
 };
 
 use crate::rules::rebalance::Standing;

@@ -331,3 +331,47 @@ fn two_hosts_drained_at_once_leave_an_app_its_budget_and_no_request_is_lost() {
     load.finish();
     cloud.down();
 }
+
+/// On a machine of two processors or more: a host is told that they are two nodes.
+#[test]
+fn instances_are_kept_to_the_processors_of_their_node_and_share_none() {
+    let _turn = turn();
+    let cloud = small_cloud();
+    let file = cloud.data_dir().join("config/zone-a-1/agent.toml");
+    let node = |id: u8, cpus: u8| format!("\n[[numa_nodes]]\nid = {id}\ncpus = \"{cpus}\"\nmemory = \"1Gi\"\n");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text + &node(0, 0) + &node(9, 1)).unwrap();
+    cloud.ok(&["local", "restart", "agent@zone-a-1"]);
+    let rooms = |cloud: &Cloud| host(cloud, "zone-a-1")["status"]["numaNodes"].clone();
+    let free = cloud.wait("the host to tell its nodes", || match rooms(&cloud) {
+        rooms if rooms[1]["id"] == 9 => Ok(rooms[1]["freeCpu"].clone()),
+        rooms => Err(rooms.to_string()),
+    });
+    cloud.ok(&["host", "label", "zone-a-1", "told=yes"]);
+    let image = cloud.path("busybox").to_str().unwrap().to_owned();
+    let demands = ["--cpu", "800m", "--constraints", "label.told=yes, numa=single"];
+    cloud.ok(&[&["deploy", "pair", "--image", &image, "--replicas", "2"][..], &demands].concat());
+    let allowed = |cloud: &Cloud| -> BTreeMap<u64, String> {
+        let of = |instance: Value| {
+            let name = instance["metadata"]["name"].as_str().unwrap().to_owned();
+            let args = ["exec", &name, "--", "busybox", "grep", "Cpus_allowed_list", "/proc/self/status"];
+            let list = cloud.ok(&args).split_whitespace().last().unwrap_or_default().to_owned();
+            (instance["status"]["numaNodes"][0].as_u64().unwrap(), list)
+        };
+        cloud.wait_ready("pair", 2).into_iter().map(of).collect()
+    };
+    assert_eq!(allowed(&cloud), BTreeMap::from([(0, "0".to_owned()), (9, "1".to_owned())]));
+    let (_, why) = cloud.fails(&[&["deploy", "more", "--image", "pair", "--dry-run"][..], &demands].concat());
+    assert!(why.contains("1 without room on its NUMA nodes (no node has more than "), "{why}");
+    let described = cloud.ok(&["describe", "host", "zone-a-1"]);
+    assert!(described.contains("NUMA nodes:") && described.contains("RESERVED"), "{described}");
+    // A life of the agent later they are where they were; and when they are gone, so is what they held.
+    cloud.ok(&["local", "restart", "agent@zone-a-1"]);
+    assert_eq!(allowed(&cloud).len(), 2);
+    cloud.ok(&["delete", "app", "pair", "--wait"]);
+    cloud.wait("the node to be free", || match rooms(&cloud) {
+        rooms if rooms[1]["freeCpu"] == free && rooms[1]["reservedMemory"] == "0" => Ok(()),
+        rooms => Err(rooms.to_string()),
+    });
+    cloud.down();
+}

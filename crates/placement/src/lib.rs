@@ -37,6 +37,6 @@ pub use score::Score;
 pub use search::Decision;
 pub use telemetry::Telemetry;
 pub use types::{
-    Capacity, ClassId, DomainId, FaultId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, MAX_NODES,
-    Node, Nodes, RackId, Request, Runtime, Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
+    Capacity, ClassId, DomainId, FaultId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load,
+    MAX_NODES, Node, Nodes, RackId, Request, Runtime, Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
 };

@@ -107,8 +107,13 @@ fn togetherness() -> impl Strategy<Value = (u8, Option<DomainId>, bool, Vec<(u32
 }
 
 fn spread() -> impl Strategy<Value = Spread> {
-    let level =
-        prop_oneof![Just(SpreadLevel::None), Just(SpreadLevel::Host), Just(SpreadLevel::Zone), Just(SpreadLevel::Rack), Just(SpreadLevel::Fault)];
+    let level = prop_oneof![
+        Just(SpreadLevel::None),
+        Just(SpreadLevel::Host),
+        Just(SpreadLevel::Zone),
+        Just(SpreadLevel::Rack),
+        Just(SpreadLevel::Fault)
+    ];
     (level, any::<bool>(), prop::option::weighted(0.1, 0u32..3)).prop_map(|(level, required, floor)| Spread {
         level,
         required,

@@ -116,7 +116,7 @@ pub struct Capacity {
 pub const MAX_NODES: usize = 8;
 
 /// One NUMA node: processors with the memory next to them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Node {
     /// Millicores.
     pub cpu: u32,

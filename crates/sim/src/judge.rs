@@ -118,7 +118,8 @@ pub fn history(log: &Log, trace: &Trace) {
                     continue;
                 };
                 // What has run to its end holds nothing of its host any more.
-                let InstanceStatus { host: Some(host), epoch, slot, numa_nodes: nodes, finished: None, .. } = instance.status
+                let InstanceStatus { host: Some(host), epoch, slot, numa_nodes: nodes, finished: None, .. } =
+                    instance.status
                 else {
                     continue;
                 };

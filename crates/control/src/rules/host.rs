@@ -5,9 +5,9 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::HostReport;
 use nexus_model::{AnyObject, Name, Object};
 
+use crate::numa;
 use crate::rules::network::nic;
 use crate::rules::{drain, instance};
-use crate::numa;
 use crate::scheduler::Scheduler;
 use crate::step::{Dirty, Step};
 use crate::world::addresses_of;
@@ -85,6 +85,8 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
     if new.spec != host.spec || new.status != host.status {
         if new.spec != host.spec {
             new.metadata.generation += 1;
+            // It may have what somebody waits for.
+            step.mark(Dirty::Host(report.host.clone()));
         }
         if new.status.boot_id != host.status.boot_id {
             step.event(None, host.owner_ref(), Severity::Warning, "Rebooted", "the host has booted anew");

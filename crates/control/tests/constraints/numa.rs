@@ -126,6 +126,10 @@ fn hosts_that_tell_no_nodes_are_one_node_and_those_that_keep_nothing_to_one_are_
     assert_eq!(town.rooms("one-1"), [(0, 1500, 500)]);
     let why = town.waits("pinned");
     assert!(why.contains("2 lack cpu") && why.contains("1 that can't keep an instance to a NUMA node"), "{why}");
+    // The controller is there after a boot, and the agent says so.
+    town.hosts.get_mut(&name("no-1")).unwrap().numa_trouble.clear();
+    town.pass(Duration::from_secs(2));
+    assert_eq!((town.waits("pinned"), town.nodes_of("pinned")), (String::new(), vec![0, 0]));
     // An agent that is upgraded tells its nodes: what runs there stays as it is counted.
     town.hosts.get_mut(&name("a-1")).unwrap().numa_nodes = nodes(&[1000, 1000]);
     town.pass(Duration::from_secs(2));
@@ -146,13 +150,15 @@ fn hosts_that_tell_no_nodes_are_one_node_and_those_that_keep_nothing_to_one_are_
 
 #[test]
 fn a_function_is_kept_to_no_node() {
-    let mut town = town();
-    let refused = town.submit(&town.app("wasm", 1, "numa=single", |spec| {
-        spec.runtime = Runtime::Function;
-        spec.ports.clear();
-    }));
-    let error = refused.unwrap_err();
-    assert_eq!((error.code, error.errors[0].field.as_str()), (Code::Invalid, "spec.constraints"));
+    let wasm = |constraints: &str| AppSpec {
+        runtime: Runtime::Function,
+        ports: Vec::new(),
+        constraints: constraints.parse().unwrap(),
+        ..web(1)
+    };
+    let errors = App::validate(&wasm("numa=single"));
+    assert_eq!(errors.iter().map(|e| e.field.as_str()).collect::<Vec<_>>(), ["spec.constraints"]);
+    assert_eq!(App::validate(&wasm("numa=single, numa=any")), []);
 }
 
 #[test]

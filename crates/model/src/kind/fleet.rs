@@ -6,9 +6,7 @@ use indexmap::IndexMap;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Column, Home, Kind, MAX_NUMA_NODES, MAX_TROUBLE, NumaNode, NumaRoom, Runtime, Scope, Verbs, numa,
-};
+use super::{Column, Home, Kind, MAX_NUMA_NODES, MAX_TROUBLE, NumaNode, NumaRoom, Runtime, Scope, Verbs, numa};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
 
 #[derive(Debug, Clone)]
@@ -441,22 +439,21 @@ impl Kind for Host {
         Column::new("DRAINING", "/spec/draining").wide(),
         Column::new("ADDRESS", "/spec/address").wide(),
     ];
-    const IMMUTABLE: &'static [&'static str] =
-        &[
-            "zone",
-            "cell",
-            "rack",
-            "faultDomain",
-            "address",
-            "prefix6",
-            "prefix4",
-            "runtimes",
-            "capacity",
-            "classes",
-            "storage",
-            "numaNodes",
-            "numaTrouble",
-        ];
+    const IMMUTABLE: &'static [&'static str] = &[
+        "zone",
+        "cell",
+        "rack",
+        "faultDomain",
+        "address",
+        "prefix6",
+        "prefix4",
+        "runtimes",
+        "capacity",
+        "classes",
+        "storage",
+        "numaNodes",
+        "numaTrouble",
+    ];
     type Spec = HostSpec;
     type Status = HostStatus;
 

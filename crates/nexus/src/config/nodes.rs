@@ -72,7 +72,8 @@ mod tests {
         let node = |text: &str| text.parse::<NodeConfig>();
         let two = [node("0=cpus:0-3,8-11,memory:16Gi").unwrap(), node("1=cpus:4-7,memory:16Gi").unwrap()];
         assert_eq!((two[0].id, two[0].cpus.as_str(), two[0].memory), (0, "0-3,8-11", Bytes(16 << 30)));
-        for odd in ["0", "0=cpus:0-3", "x=cpus:0,memory:1Gi", "0=cpus:,memory:1Gi", "0=cpus:0,memory:0", "0=memory:1Gi"] {
+        for odd in ["0", "0=cpus:0-3", "x=cpus:0,memory:1Gi", "0=cpus:,memory:1Gi", "0=cpus:0,memory:0", "0=memory:1Gi"]
+        {
             assert!(node(odd).is_err(), "{odd:?} is read");
         }
         assert_eq!(check(&two), Ok(()));

@@ -186,8 +186,8 @@ async fn numa(env: &Env, config: &AgentConfig) -> std::io::Result<Numa> {
     let capacity = config.capacity;
     let declare = move || {
         let list = |text: String| text.parse().map_err(|e| format!("{e}"));
-        let allowed = cpuset(&parent)
-            .and_then(|(cpus, memory)| Ok(numa::Allowed { cpus: list(cpus)?, memory: list(memory)? }));
+        let allowed =
+            cpuset(&parent).and_then(|(cpus, memory)| Ok(numa::Allowed { cpus: list(cpus)?, memory: list(memory)? }));
         let kernel = numa::read(&*disk, std::path::Path::new(numa::NODES));
         numa::declare(&kernel, &own, allowed, &capacity)
     };

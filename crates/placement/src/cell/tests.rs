@@ -339,7 +339,7 @@ fn a_request_fits_in_one_node_or_has_equal_parts_on_several() {
     assert_eq!(
         refusal.to_string(),
         "no host of 2 can take it: 1 lacks memory (30Gi wanted, at most 24Gi free), 1 without room on its NUMA \
-         nodes (no node has more than 12Gi of memory free, 15Gi wanted)"
+         nodes (room on 2 nodes of one host wanted)"
     );
 }
 

@@ -16,8 +16,8 @@ pub use bench::{BenchReport, Packing, pack_until_full, run_benchmark, run_strate
 pub use strategy::Strategy;
 
 use crate::types::{
-    Capacity, ClassId, FaultId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, Load, RackId, Request, Runtime,
-    Runtimes, Spread, SpreadLevel, ZoneId,
+    Capacity, ClassId, FaultId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, Load, RackId, Request,
+    Runtime, Runtimes, Spread, SpreadLevel, ZoneId,
 };
 use crate::{Cell, Drift};
 use std::collections::VecDeque;
