@@ -357,7 +357,13 @@ pub struct AgentConfig {
     /// Its NUMA nodes, in place of what the kernel says of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub numa_nodes: Vec<NodeConfig>,
+    /// What the link with `address` sends, in bits a second. With it, the link is shared out: control goes before tenants.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uplink_rate: Option<u64>,
 }
+
+/// Rates of a link, in bits a second.
+const UPLINK_RATES: std::ops::RangeInclusive<u64> = 1_000_000..=1_000_000_000_000;
 
 /// `nexus keeper`: the owner of a host's processes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -603,6 +609,9 @@ impl Config for AgentConfig {
         }
         if self.images_disk_percent > 100 {
             return Err(("images_disk_percent", "between 0 and 100".to_owned()));
+        }
+        if self.uplink_rate.is_some_and(|rate| !UPLINK_RATES.contains(&rate)) {
+            return Err(("uplink_rate", "between 1000000 and 1000000000000 bits a second".to_owned()));
         }
         classes::check_devices(&self.devices, &self.classes).map_err(|why| ("devices", why))?;
         nodes::check(&self.numa_nodes).map_err(|why| ("numa_nodes", why))?;

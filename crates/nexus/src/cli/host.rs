@@ -140,6 +140,7 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
         devices: Default::default(),
         storage: Default::default(),
         numa_nodes: Vec::new(),
+        uplink_rate: None,
     };
     let agent = args.has.apply(agent)?;
     let keeper_path = home.configure(KEEPER, &keeper)?;
