@@ -19,6 +19,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::{mpsc, watch};
 
 use crate::AgentHandle;
+use crate::numa::Numa;
 
 /// Makes an identity of a verified certificate chain.
 pub type Identify = dyn Fn(&[CertificateDer<'_>]) -> Option<String> + Send + Sync;
@@ -29,6 +30,8 @@ pub type Authorize = dyn Fn(&nexus_wire::Caller, &str) -> bool + Send + Sync;
 pub struct AgentConfig {
     pub name: Name,
     pub host: HostSpec,
+    /// What instances are kept to that are placed on a NUMA node. `host` declares the nodes.
+    pub numa: Numa,
     /// The region's servers; what they tell of each other goes into it.
     pub servers: Arc<ServerBook>,
     /// The cached plan and the instances' log files.

@@ -107,6 +107,7 @@ pub async fn run(
         secrets,
         fabric,
         networks,
+        numa: config.numa.clone(),
         handle: config.handle.clone(),
         logs_dir,
         planned: planned.clone(),

@@ -20,6 +20,7 @@ fn instance(n: u8, project: &str) -> InstancePlan {
         desired: Desired::Running,
         once: false,
         kept: false,
+        numa_nodes: Vec::new(),
         part_digests: Default::default(),
         template: Template::default(),
         image: ImagePlan { format: ImageFormat::Oci, digest: Digest::of(b"i") },

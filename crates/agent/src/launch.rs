@@ -105,6 +105,7 @@ impl Launcher {
         let Some(runtime) = shared.engines.runtimes.get(&own.template.runtime) else {
             return Err(format!("this host has no runtime for {:?}", own.template.runtime));
         };
+        let cpuset = shared.numa.set_of(&plan.numa_nodes)?;
         let secrets = match &shared.secrets {
             Some(secrets) => {
                 secrets.prepare(plan.uid, own).await?;
@@ -153,6 +154,7 @@ impl Launcher {
             address4: plan.address4,
             identity,
             secrets,
+            cpuset,
             part: part.map(|name| PartOf { instance: plan.uid, name: name.clone() }),
             shared: folder.map(|(made, wanted)| SharedMount { source: made.path, destination: wanted.path }),
             logs: LogFiles {

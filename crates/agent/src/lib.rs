@@ -23,6 +23,7 @@ mod inside;
 pub mod keeper;
 mod launch;
 mod networks;
+pub mod numa;
 mod observer;
 mod outcome;
 mod parts;

@@ -51,6 +51,7 @@ fn plan(refs: serde_json::Value, newest: &[(&str, u64)]) -> Arc<InstancePlan> {
         request_id: None,
         once: false,
         kept: false,
+        numa_nodes: Vec::new(),
         part_digests: Default::default(),
     })
 }

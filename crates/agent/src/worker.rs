@@ -22,6 +22,7 @@ use crate::health;
 use crate::identity::{Identities, Identity};
 use crate::launch::{Launcher, log_dir};
 use crate::networks::Networks;
+use crate::numa::Numa;
 use crate::observer::{Observer, View};
 use crate::outcome::{self, Outcome};
 use crate::parts::{Next, Parts};
@@ -48,6 +49,7 @@ pub(crate) struct Shared {
     pub secrets: Option<Arc<Secrets>>,
     pub fabric: Option<Fabric>,
     pub networks: Option<Networks>,
+    pub numa: Numa,
     pub handle: AgentHandle,
     pub logs_dir: PathBuf,
     /// The plan that is on disk.

@@ -1,5 +1,7 @@
 //! The daemon against a fake runtime that outlives it, and servers that are real but for what they know.
 
+#[path = "daemon/numa.rs"]
+mod numa;
 #[path = "daemon/parts.rs"]
 mod parts;
 
@@ -87,6 +89,7 @@ impl Pki {
 /// A runtime whose instances are rows in a table: they outlive any daemon.
 #[derive(Default)]
 struct Fake {
+    cpusets: Mutex<BTreeMap<Uid, Option<nexus_compute::CpuSet>>>,
     prepared: Mutex<BTreeSet<Digest>>,
     rows: Mutex<BTreeMap<Uid, Observed>>,
     starts: Mutex<Vec<(Uid, u64, Instant)>>,
@@ -131,6 +134,7 @@ impl Runtime for Fake {
 
     async fn start(&self, sandbox: &Sandbox) -> Result<(), RuntimeError> {
         self.starts.lock().unwrap().push((sandbox.uid, sandbox.epoch, Instant::now()));
+        self.cpusets.lock().unwrap().insert(sandbox.uid, sandbox.cpuset.clone());
         if sandbox.identity.as_ref().is_some_and(|folder| UnixStream::connect(folder.join(IDENTITY_SOCKET)).is_ok()) {
             self.identified.lock().unwrap().insert(sandbox.uid);
         }
@@ -343,6 +347,7 @@ fn instance(n: u8, epoch: u64) -> InstancePlan {
         request_id: None,
         once: false,
         kept: false,
+        numa_nodes: Vec::new(),
         part_digests: Default::default(),
     }
 }
@@ -382,6 +387,7 @@ impl Host {
         let config = AgentConfig {
             name: name("host-1"),
             host: HostSpec { address, ..HostSpec::default() },
+            numa: numa::one_node(),
             servers: Arc::new(ServerBook::open(&nexus_env::RealDisk, self.dir.path(), servers.to_vec())),
             data_dir: self.dir.path().to_owned(),
             boot_id: "boot".into(),

@@ -146,6 +146,7 @@ fn room(hosts: &[Host]) -> impl FnMut(&Vm, usize) -> anyhow::Result<Place> + use
         cell.add_host(placement::HostSpec {
             zone: ZoneId(0),
             rack: RackId(host.rack),
+            fault: placement::FaultId(host.rack),
             state: placement::HostState::Ready,
             runtimes: Runtimes::ALL,
             capacity: placement::Capacity {
@@ -161,6 +162,7 @@ fn room(hosts: &[Host]) -> impl FnMut(&Vm, usize) -> anyhow::Result<Place> + use
             labels: Vec::new(),
             rtt: None,
             nodes: host.nodes.clone(),
+            pins: true,
         });
     }
     let mut groups = BTreeMap::new();

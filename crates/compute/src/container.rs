@@ -38,6 +38,7 @@ use crate::keep::{Entry, Keep, KeepError, Kept, KeptState, Spawn};
 use crate::{CpuTime, ExecIo, Observed, PartOf, Runtime, RuntimeError, Sandbox, Shared, State};
 use turns::{Turn, Turns};
 
+pub use cgroup::cpuset;
 pub use devices::Units;
 pub use shim::{run_once, shim_main};
 

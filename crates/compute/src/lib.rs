@@ -13,6 +13,6 @@ pub mod keep;
 pub mod runtime;
 
 pub use runtime::{
-    CpuTime, ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, PartOf, Runtime, RuntimeError, Sandbox, SecretFolder,
-    SecretMounts, Shared, SharedMount, State,
+    CpuSet, CpuTime, ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, PartOf, Runtime, RuntimeError, Sandbox,
+    SecretFolder, SecretMounts, Shared, SharedMount, State,
 };

@@ -37,6 +37,9 @@ pub struct Sandbox {
     pub identity: Option<PathBuf>,
     #[serde(default)]
     pub secrets: SecretMounts,
+    /// The processors and memory that it is kept to; all of the host's, without it. Functions are kept to none.
+    #[serde(default)]
+    pub cpuset: Option<CpuSet>,
     /// Of an init step or a sidecar: of which instance. `uid` is its own then, and `template` says what it runs.
     #[serde(default)]
     pub part: Option<PartOf>,
@@ -44,6 +47,15 @@ pub struct Sandbox {
     #[serde(default)]
     pub shared: Option<SharedMount>,
     pub logs: LogFiles,
+}
+
+/// Processors, and the NUMA nodes whose memory is used, as lists of the kernel's: `0-3,8-11` (cpuset(7)).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CpuSet {
+    pub cpus: String,
+    #[serde(default)]
+    pub mems: Option<String>,
 }
 
 /// Whose part a sandbox is.

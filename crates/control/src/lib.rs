@@ -9,6 +9,7 @@
 //! * [`autoscale`]: how many instances an app has, where the cloud is to decide that.
 //! * [`traffic`]: what gateways say of requests, in memory.
 //! * [`surroundings`]: what an app's constraints mean in a world; [`latency`]: how far hosts are from gateways.
+//! * `numa`: what is taken of hosts' NUMA nodes, recounted.
 //! * [`secrets`]: the sealed values that the writer passes on unseen.
 //! * [`outbox`]: what is told to others' servers.
 //! * [`audit`]: the record that every accepted change leaves.
@@ -30,6 +31,7 @@ pub mod intent;
 pub mod latency;
 mod link;
 pub mod nets;
+mod numa;
 mod outbox;
 pub mod region;
 pub mod rules;

@@ -12,12 +12,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use nexus_model::kind::{self, BlastRadius, Host, HostState, Instance, Runtime, Spread};
 use nexus_model::{Bytes, Digest, MilliCpu, Name, Object, Uid};
 use nexus_placement as placement;
-use placement::{Cell, ClassId, Filter, GroupId, HostId, ImageId, LabelId, Names, RackId, Refusal, ZoneId};
+use placement::{
+    Cell, ClassId, Decision, FaultId, Filter, GroupId, HostId, ImageId, LabelId, Names, RackId, Refusal, SpreadLevel,
+    ZoneId,
+};
 
 use crate::rules::rebalance::Standing;
 use crate::shard;
 use crate::surroundings::Surroundings;
 use crate::world::app_uid;
+
+mod nodes;
+
+use nodes::Pinned;
 
 /// Hands out small numbers for names.
 #[derive(Debug)]
@@ -131,15 +138,27 @@ pub struct Scheduler {
     /// The slot that each host gave last.
     last_slot: BTreeMap<Name, u16>,
     zones: Interner<Name>,
-    racks: Interner<Name>,
+    /// With their zones: two zones may both have a first rack.
+    racks: Interner<(Name, Name)>,
+    /// With their zones, and whether they are named, a rack, or a host.
+    faults: Interner<(Name, FaultOf, Name)>,
     classes: Interner<Name>,
     images: Interner<Digest>,
     groups: Interner<Uid>,
     labels: Interner<(String, String)>,
+    pinned: Pinned,
     /// What each host carries: see `labels`.
     carried: BTreeMap<Name, Vec<LabelId>>,
     /// Rows that a host could not hold; never other than zero unless a host's capacity shrank.
     pub oversold: u64,
+}
+
+/// What a fault domain is named for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum FaultOf {
+    Operator,
+    Rack,
+    Host,
 }
 
 /// A host and the address slot on it.
@@ -147,6 +166,8 @@ pub struct Scheduler {
 pub struct Placed {
     pub host: Name,
     pub slot: u16,
+    /// The nodes that it is to be kept to, by the host's own numbers.
+    pub numa_nodes: Vec<u16>,
     /// The project's shard was full: the host is in another cell.
     pub spilled: bool,
 }
@@ -196,7 +217,16 @@ impl Scheduler {
         let cpu = u64::from(capacity.cpu);
         fill.capacity += cpu;
         fill.capacity -= self.capacities.insert(name.clone(), cpu).unwrap_or(0);
-        if let Some((cell, id)) = self.hosts.get(name) {
+        let (zone, rack) = (spec.zone.clone(), spec.rack.as_ref());
+        let fault = match (&spec.fault_domain, rack) {
+            (Some(named), _) => (zone.clone(), FaultOf::Operator, named.clone()),
+            (None, Some(rack)) => (zone.clone(), FaultOf::Rack, rack.clone()),
+            (None, None) => (zone.clone(), FaultOf::Host, name.clone()),
+        };
+        let fault = FaultId(self.faults.id(&fault));
+        let rack = RackId(self.racks.id(&(zone, rack.unwrap_or(name).clone())));
+        let (nodes, pins) = (nodes::of(spec), spec.numa_trouble.is_empty());
+        if let Some((cell, id)) = self.hosts.get(name).cloned() {
             let update = placement::HostUpdate {
                 state: Some(host_state(host)),
                 runtimes: Some(runtimes),
@@ -206,16 +236,19 @@ impl Scheduler {
                 load: None,
                 storage: Some(storage),
                 labels: Some(labels),
-                nodes: None,
+                nodes: Some(nodes),
+                pins: Some(pins),
+                fault: Some(fault),
             };
-            let cell = self.cells.get_mut(cell).expect("a host's cell is known");
-            cell.update_host(*id, update).expect("the handle came from this cell");
+            let cell = self.cells.get_mut(&cell).expect("a host's cell is known");
+            cell.update_host(id, update).expect("the handle came from this cell");
+            self.pinned.declare(cell, id, host);
             return;
         }
-        let rack = spec.rack.clone().unwrap_or_else(|| name.clone());
         let spec = placement::HostSpec {
             zone: ZoneId(self.zones.id(&spec.zone)),
-            rack: RackId(self.racks.id(&rack)),
+            rack,
+            fault,
             state: host_state(host),
             runtimes,
             capacity,
@@ -225,7 +258,8 @@ impl Scheduler {
             storage,
             labels,
             rtt: None,
-            nodes: Vec::new(),
+            nodes,
+            pins,
         };
         let cell = host.spec.cell.clone();
         if !self.cells.contains_key(&cell) {
@@ -233,7 +267,9 @@ impl Scheduler {
             self.shards.clear();
         }
         self.in_cell.entry(cell.clone()).or_default().insert(name.clone());
-        let id = self.cells.entry(cell.clone()).or_default().add_host(spec);
+        let into = self.cells.entry(cell.clone()).or_default();
+        let id = into.add_host(spec);
+        self.pinned.declare(into, id, host);
         self.hosts.insert(name.clone(), (cell.clone(), id));
         self.by_id.insert((cell, id), name.clone());
     }
@@ -256,6 +292,7 @@ impl Scheduler {
             self.slots.remove(name);
             self.last_slot.remove(name);
             self.carried.remove(name);
+            self.pinned.forget(name);
         }
     }
 
@@ -303,7 +340,8 @@ impl Scheduler {
         }
         if let (Some(instance), Some((host, slot))) = (old, place(old)) {
             self.slots.entry(host.clone()).or_default().remove(&slot);
-            let request = self.request(instance);
+            let mut request = self.request(instance);
+            self.pinned.take(&host, instance, &mut request);
             if let Some((cell, id)) = self.hosts.get(&host)
                 && let Some(cell) = self.cells.get_mut(cell)
                 && cell.release(*id, &request).is_err()
@@ -315,7 +353,8 @@ impl Scheduler {
         }
         if let (Some(instance), Some((host, slot))) = (new, place(new)) {
             self.slots.entry(host.clone()).or_default().insert(slot);
-            let request = self.request(instance);
+            let mut request = self.request(instance);
+            self.pinned.put(&host, instance, &mut request);
             if let Some((cell, id)) = self.hosts.get(&host)
                 && let Some(cell) = self.cells.get_mut(cell)
                 && cell.reserve(*id, &request).is_err()
@@ -434,7 +473,9 @@ impl Scheduler {
             Spread::Host => placement::SpreadLevel::Host,
             Spread::Rack => placement::SpreadLevel::Rack,
             Spread::Zone => placement::SpreadLevel::Zone,
+            Spread::FaultDomain => placement::SpreadLevel::Fault,
         };
+        request.span = u8::from(instance.spec.template.constraints.single_node());
         request.spread.required = around.even;
         request.zones =
             around.zones.as_ref().map(|zones| zones.iter().map(|zone| ZoneId(self.zones.id(zone))).collect());
@@ -462,10 +503,25 @@ impl Scheduler {
                 *counts.entry((own, domain)).or_default() += count;
             }
         }
+        if matches!(request.spread.level, SpreadLevel::Rack | SpreadLevel::Fault) {
+            let members: BTreeMap<u32, u32> = self.elsewhere(None, request).into_iter().collect();
+            return counts.into_keys().map(|(_, domain)| members.get(&domain).copied().unwrap_or(0)).min();
+        }
         if request.spread.level == placement::SpreadLevel::Zone {
             return counts.into_keys().map(|(_, zone)| self.in_zone(group, ZoneId(zone))).min();
         }
         counts.into_values().min()
+    }
+
+    /// The members of a request's group in cells other than this one, by the rack or fault domain that it is spread over.
+    fn elsewhere(&self, cell: Option<&Name>, request: &placement::Request) -> Vec<(u32, u32)> {
+        let Some(group) = request.group else { return Vec::new() };
+        let others = self.cells.iter().filter(|(name, _)| Some(*name) != cell).map(|(_, other)| other);
+        let mut counts: BTreeMap<u32, u32> = BTreeMap::new();
+        for (domain, n) in others.flat_map(|other| other.domain_counts(group, request.spread.level)) {
+            *counts.entry(domain).or_default() += n;
+        }
+        counts.into_iter().collect()
     }
 
     /// The instances of a group in a zone, over all its cells.
@@ -483,8 +539,9 @@ impl Scheduler {
         request: &placement::Request,
         around: &Surroundings,
         floor: Option<u32>,
-    ) -> Result<HostId, Refusal> {
+    ) -> Result<Decision, Refusal> {
         let mut request = request.clone();
+        request.elsewhere = self.elsewhere(Some(cell), &request);
         let leaving = around.leaving.iter().filter_map(|host| self.hosts.get(host));
         request.excluded = leaving.filter(|(of, _)| of == cell).map(|(_, id)| *id).collect();
         request.spread.floor = floor;
@@ -497,22 +554,24 @@ impl Scheduler {
             // The zone has been judged as a whole.
             request.spread.required = false;
         }
-        self.cells[cell].place(&request).map(|decision| decision.host)
+        self.cells[cell].place(&request)
     }
 
     /// How an instance that is placed nowhere would stand on a host.
     pub fn standing(&mut self, instance: &Object<Instance>, around: &Surroundings, host: &Name) -> Option<Standing> {
-        let request = self.wish(instance, around);
+        let mut request = self.wish(instance, around);
         let (cell_name, id) = self.hosts.get(host)?;
+        request.elsewhere = self.elsewhere(Some(cell_name), &request);
         let cell = &self.cells[cell_name];
         let zone = ZoneId(*self.zones.ids.get(self.zone_of.get(cell_name)?)?);
         let group = request.group?;
-        let (in_rack, on_host) = cell.peers(*id, group).ok()?;
+        let (about, on_host) = cell.peers(*id, &request).ok()?;
         let spread = around.spread;
         Some(Standing {
             broken: cell.breach(*id, &request).ok()?.map(Filter::name),
             in_zone: if spread == Spread::Zone { self.in_zone(group, zone) } else { 0 },
-            in_rack: if spread == Spread::Rack { in_rack } else { 0 },
+            about,
+            around: if spread == Spread::Rack { "rack" } else { "fault domain" },
             on_host: if spread == Spread::None { 0 } else { on_host },
             burden: cell.load(*id).ok()?.0,
         })
@@ -534,7 +593,7 @@ impl Scheduler {
             .map(|(name, cell)| {
                 let mine: u32 = match around.spread {
                     Spread::None => 0,
-                    Spread::Host | Spread::Rack | Spread::Zone => {
+                    Spread::Host | Spread::Rack | Spread::FaultDomain | Spread::Zone => {
                         cell.group_counts(group).0.iter().map(|(_, n)| *n).sum()
                     }
                 };
@@ -548,7 +607,7 @@ impl Scheduler {
         let floor = self.floor(&request, &asked);
         for name in asked {
             match self.ask(name, &request, around, floor) {
-                Ok(host) => return Ok(self.placed(name.clone(), host, false)),
+                Ok(decision) => return Ok(self.placed(name.clone(), &decision, instance, false)),
                 Err(refusal) => refusals.push(refusal),
             }
         }
@@ -560,9 +619,9 @@ impl Scheduler {
         let floor = if beyond.is_empty() { None } else { self.floor(&request, &everywhere) };
         for name in beyond {
             match self.ask(name, &request, around, floor) {
-                Ok(host) => {
+                Ok(decision) => {
                     let cell = name.clone();
-                    return Ok(self.placed(cell, host, true));
+                    return Ok(self.placed(cell, &decision, instance, true));
                 }
                 Err(refusal) => refusals.push(refusal),
             }
@@ -570,8 +629,9 @@ impl Scheduler {
         Err(self.explain(&refusals, &request, around))
     }
 
-    fn placed(&mut self, cell: Name, id: HostId, spilled: bool) -> Placed {
-        let host = self.by_id[&(cell, id)].clone();
+    fn placed(&mut self, cell: Name, decision: &Decision, instance: &Object<Instance>, spilled: bool) -> Placed {
+        let host = self.by_id[&(cell, decision.host)].clone();
+        let numa_nodes = self.pinned.chosen(&host, decision.nodes, instance);
         let used = self.slots.entry(host.clone()).or_default();
         // The one after the last, round and round: a gateway that hears of nothing goes on sending requests to the address
         // of an instance that is gone, so it must be long before somebody else's has it.
@@ -579,7 +639,7 @@ impl Scheduler {
         let free = |s: &u16| !used.contains(s);
         let slot = SLOTS.filter(|s| *s > last).find(free).or_else(|| SLOTS.into_iter().find(free));
         let slot = slot.expect("placement keeps a host's instances to its slots");
-        Placed { host, slot, spilled }
+        Placed { host, slot, numa_nodes, spilled }
     }
 
     /// The refusals of all cells as one sentence that counts hosts per filter, and what there is in place of zones and labels

@@ -45,6 +45,8 @@ impl Surroundings {
                 Constraint::Spread(spread) => (here.spread, here.even) = (*spread, true),
                 Constraint::With(name) => here.with.push((name.clone(), app(name))),
                 Constraint::NotWith(name) => here.without.extend(app(name).map(|uid| (name.clone(), uid))),
+                // Of the instance alone: the scheduler reads it there.
+                Constraint::Numa(_) => {}
             }
         }
         for zone in nic::zones(world, project, &instance.spec.template.nics) {

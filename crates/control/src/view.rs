@@ -125,7 +125,7 @@ impl View {
         if let Some(sender) = state.plans.get(host) {
             return sender.subscribe();
         }
-        let plan = build_plan(&state.world, host, *self.revision.borrow());
+        let plan = host_plan(&state.world, host, *self.revision.borrow());
         let (sender, receiver) = watch::channel(Arc::new(plan));
         state.plans.insert(host.clone(), sender);
         receiver
@@ -383,7 +383,7 @@ fn may_sleep(app: &Object<App>) -> bool {
 
 fn publish_plan(state: &State, host: &Name, revision: u64) {
     if let Some(sender) = state.plans.get(host) {
-        let plan = build_plan(&state.world, host, revision);
+        let plan = host_plan(&state.world, host, revision);
         sender.send_if_modified(|old| {
             let same = old.instances == plan.instances && old.prepare == plan.prepare;
             // The same plan at a later revision is news only to those who read it next.
@@ -432,7 +432,8 @@ pub(crate) async fn load(
     Ok((world, revision.unwrap_or_default()))
 }
 
-fn build_plan(world: &World, host: &Name, revision: u64) -> HostPlan {
+/// What one host is to run, by what a world says.
+pub fn host_plan(world: &World, host: &Name, revision: u64) -> HostPlan {
     let mut instances: Vec<InstancePlan> = world.instances_on(host).filter_map(|i| instance_plan(world, i)).collect();
     instances.sort_by_key(|i| i.uid);
     let prepare = ahead::prepare(world, host);
@@ -469,6 +470,7 @@ fn instance_plan(world: &World, i: &Object<Instance>) -> Option<InstancePlan> {
         request_id: i.metadata.request_id.clone(),
         once: i.spec.job.is_some(),
         kept: ended && !deleting,
+        numa_nodes: i.status.numa_nodes.clone(),
         part_digests: i.spec.part_digests.clone(),
     })
 }

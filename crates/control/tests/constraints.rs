@@ -1,6 +1,8 @@
 //! Constraints, classes and rebalancing: where instances may go, what is said when they can't, and what an operator may move.
 
 mod common;
+#[path = "constraints/numa.rs"]
+mod numa;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -14,6 +16,7 @@ use nexus_env::SeededRng;
 use nexus_model::kind::*;
 use nexus_model::plan::{HostTelemetry, HostTrip, RoundTripReport};
 use nexus_model::{ApiError, Bytes, Code, MilliCpu, Name, Object, Timestamp};
+use nexus_store::{KeyValue, Revision};
 use serde_json::json;
 
 /// A region whose hosts run what they are told and report each half second.
@@ -24,6 +27,8 @@ struct Town {
     revision: u64,
     hosts: BTreeMap<Name, HostSpec>,
     telemetry: BTreeMap<Name, (f32, HostTelemetry)>,
+    bootstrap: Bootstrap,
+    committed: BTreeMap<String, (Vec<u8>, u64)>,
 }
 
 impl Town {
@@ -32,9 +37,11 @@ impl Town {
         let names = zones.iter().map(|(zone, _)| name(zone)).collect();
         let bootstrap =
             Bootstrap { region: name("local"), domain: "localhost".into(), zones: names, cells: Vec::new() };
-        let core = Core::new(World::default(), bootstrap, Cells::new(Duration::ZERO, "server-a".into(), 1));
+        let core = Core::new(World::default(), bootstrap.clone(), Cells::new(Duration::ZERO, "server-a".into(), 1));
         let (hosts, telemetry) = Default::default();
-        let mut town = Self { core, rng: SeededRng::new(7), at: Duration::ZERO, revision: 0, hosts, telemetry };
+        let (at, committed) = (Duration::ZERO, BTreeMap::new());
+        let rng = SeededRng::new(7);
+        let mut town = Self { core, rng, at, revision: 0, hosts, telemetry, bootstrap, committed };
         town.with(|core, at| core.bootstrap(at));
         town.submit(&create::<Image>(Some("default"), "web", image("web"))).unwrap();
         for (zone, hosts) in zones {
@@ -57,9 +64,28 @@ impl Town {
         }
         for pack in self.core.take_packs() {
             self.revision += 1;
+            for (key, value) in &pack.ops {
+                match value {
+                    Some(value) => self.committed.insert(key.clone(), (value.to_vec(), self.revision)),
+                    None => self.committed.remove(key),
+                };
+            }
             self.core.committed(&pack, self.revision);
         }
         answer
+    }
+
+    /// Another server leads, and knows what was committed.
+    fn change_leader(&mut self) {
+        let mut world = World::default();
+        for (key, (value, revision)) in &self.committed {
+            let revision = Revision(*revision);
+            let (key, value) = (key.clone().into(), value.clone().into());
+            world.take_in(&KeyValue { key, value, create_revision: revision, mod_revision: revision }).unwrap();
+        }
+        self.core = Core::new(world, self.bootstrap.clone(), Cells::new(self.at, "server-b".into(), 2));
+        self.with(|core, at| core.bootstrap(at));
+        assert_eq!(self.core.check_invariants(), Vec::<String>::new());
     }
 
     fn join(&mut self, host: &str, zone: &str, change: impl FnOnce(&mut HostSpec)) {
@@ -119,7 +145,13 @@ impl Town {
 
     /// Why a dry run is refused.
     fn refused(&mut self, app: &str, constraints: &str) -> String {
-        let wanted = Intent { dry_run: true, ..self.app(app, 1, constraints, |_| {}) };
+        self.refused_sized(app, constraints, 200)
+    }
+
+    /// The same of an instance that takes so many thousandths of a processor.
+    fn refused_sized(&mut self, app: &str, constraints: &str, cpu: u32) -> String {
+        let sized = |spec: &mut AppSpec| spec.resources.cpu = MilliCpu(cpu);
+        let wanted = Intent { dry_run: true, ..self.app(app, 1, constraints, sized) };
         let error = self.submit(&wanted).unwrap_err();
         assert_eq!(error.code, Code::Unschedulable);
         error.detail

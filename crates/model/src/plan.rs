@@ -160,6 +160,9 @@ pub struct InstancePlan {
     /// Of what is to be gone: its output stays. A release that does not know this removes that too.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub kept: bool,
+    /// The NUMA nodes of the host that it is kept to; all, without any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub numa_nodes: Vec<u16>,
     /// The content of the other images that its parts name, by image name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub part_digests: BTreeMap<Name, Digest>,

@@ -4,6 +4,7 @@
 //! to the folder that the file is in. Nothing secret stands in them: they name the files that hold keys.
 
 mod classes;
+mod nodes;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -18,6 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use self::classes::StorageFolder;
+pub use self::nodes::NodeConfig;
 use crate::role::agent::default_images_percent;
 use crate::role::server::image_gc::{LEAST_GRACE, default_grace};
 use crate::role::server::outbound::Network;
@@ -317,6 +319,9 @@ pub struct AgentConfig {
     pub cell: Name,
     #[serde(default)]
     pub rack: Option<Name>,
+    /// What the host fails with, where that is not its rack.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault_domain: Option<Name>,
     /// Wire listener (mTLS), and the address that the host registers with.
     pub address: SocketAddr,
     /// The /64 from which instances get their infrastructure addresses.
@@ -349,6 +354,9 @@ pub struct AgentConfig {
     /// Storage classes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub storage: BTreeMap<Name, StorageFolder>,
+    /// Its NUMA nodes, in place of what the kernel says of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub numa_nodes: Vec<NodeConfig>,
     /// What the link with `address` sends, in bits a second. With it, the link is shared out: control goes before tenants.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uplink_rate: Option<u64>,
@@ -606,6 +614,7 @@ impl Config for AgentConfig {
             return Err(("uplink_rate", "between 1000000 and 1000000000000 bits a second".to_owned()));
         }
         classes::check_devices(&self.devices, &self.classes).map_err(|why| ("devices", why))?;
+        nodes::check(&self.numa_nodes).map_err(|why| ("numa_nodes", why))?;
         if self.prefix6.segments()[4..].iter().any(|s| *s != 0) {
             return Err(("prefix6", format!("{}: the last 64 bits must be zero", self.prefix6)));
         }

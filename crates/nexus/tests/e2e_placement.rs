@@ -77,7 +77,7 @@ fn the_guide_for_placement_does_what_it_says_and_latency_is_that_of_the_way() {
     let _turn = turn();
     let cloud = small_cloud();
     // Before anything is measured nothing meets a latency: what waits is placed as soon as something is.
-    guide::follow(&cloud.path(""), "placement.md", 6, &[("IMAGE", &cloud.path("busybox"))], |heading, printed| {
+    guide::follow(&cloud.path(""), "placement.md", 7, &[("IMAGE", &cloud.path("busybox"))], |heading, printed| {
         match heading {
             "Classes" => {
                 cloud.wait_ready("my-app", 1);
@@ -102,6 +102,16 @@ fn the_guide_for_placement_does_what_it_says_and_latency_is_that_of_the_way() {
                 assert!(cache.keys().all(|host| web.contains_key(host)), "{cache:?}");
                 let batch = cloud.json(&["get", "app", "batch"]);
                 assert!(batch["spec"].get("constraints").is_none(), "{batch}");
+            }
+            "NUMA nodes" => {
+                let instance = cloud.instances("steady").remove(0);
+                let node = instance["status"]["numaNodes"][0].as_u64().expect("it is kept to a node");
+                assert!(printed.contains("Cpus_allowed_list:"), "{printed}");
+                let on = instance["status"]["host"].as_str().unwrap();
+                let rooms = host(&cloud, on)["status"]["numaNodes"].clone();
+                let room = rooms.as_array().unwrap().iter().find(|room| room["id"] == node).unwrap();
+                assert_ne!(room["reservedMemory"], json!("0"), "{rooms}");
+                assert!(cloud.ok(&["describe", "host", on]).contains("NUMA nodes:"));
             }
             "When nothing fits" => {
                 assert!(
@@ -319,5 +329,50 @@ fn two_hosts_drained_at_once_leave_an_app_its_budget_and_no_request_is_lost() {
     assert!(error.contains("spec.disruption") && error.contains("host leave zone-a-2 --force"), "{error}");
     cloud.wait_ready("site", 4);
     load.finish();
+    cloud.down();
+}
+
+/// On a machine of two processors or more: a host is told that they are two nodes.
+#[test]
+fn instances_are_kept_to_the_processors_of_their_node_and_share_none() {
+    let _turn = turn();
+    let cloud = small_cloud();
+    let file = cloud.data_dir().join("config/zone-a-1/agent.toml");
+    let node = |id: u8, cpus: u8| format!("\n[[numa_nodes]]\nid = {id}\ncpus = \"{cpus}\"\nmemory = \"1Gi\"\n");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text + &node(0, 0) + &node(9, 1)).unwrap();
+    cloud.ok(&["local", "restart", "agent@zone-a-1"]);
+    let rooms = |cloud: &Cloud| host(cloud, "zone-a-1")["status"]["numaNodes"].clone();
+    let free = cloud.wait("the host to tell its nodes", || match rooms(&cloud) {
+        rooms if rooms[1]["id"] == 9 => Ok(rooms[1]["freeCpu"].clone()),
+        rooms => Err(rooms.to_string()),
+    });
+    cloud.ok(&["host", "label", "zone-a-1", "told=yes"]);
+    let image = cloud.path("busybox").to_str().unwrap().to_owned();
+    let demands = ["--cpu", "800m", "--constraints", "label.told=yes, numa=single"];
+    cloud.ok(&[&["deploy", "pair", "--image", &image, "--replicas", "2"][..], &demands].concat());
+    let allowed = |cloud: &Cloud| -> BTreeMap<u64, String> {
+        let of = |instance: Value| {
+            let name = instance["metadata"]["name"].as_str().unwrap().to_owned();
+            let args = ["exec", &name, "--", "busybox", "grep", "Cpus_allowed_list", "/proc/self/status"];
+            let list = cloud.ok(&args).split_whitespace().last().unwrap_or_default().to_owned();
+            (instance["status"]["numaNodes"][0].as_u64().unwrap(), list)
+        };
+        cloud.wait_ready("pair", 2).into_iter().map(of).collect()
+    };
+    assert_eq!(allowed(&cloud), BTreeMap::from([(0, "0".to_owned()), (9, "1".to_owned())]));
+    let more = ["deploy", "more", "--image", "pair", "--dry-run", "--cpu", "300m"];
+    let (_, why) = cloud.fails(&[&more[..], &demands[2..]].concat());
+    assert!(why.contains("1 without room on its NUMA nodes (no node has more than "), "{why}");
+    let described = cloud.ok(&["describe", "host", "zone-a-1"]);
+    assert!(described.contains("NUMA nodes:") && described.contains("RESERVED"), "{described}");
+    // A life of the agent later they are where they were; and when they are gone, so is what they held.
+    cloud.ok(&["local", "restart", "agent@zone-a-1"]);
+    assert_eq!(allowed(&cloud).len(), 2);
+    cloud.ok(&["delete", "app", "pair", "--wait"]);
+    cloud.wait("the node to be free", || match rooms(&cloud) {
+        rooms if rooms[1]["freeCpu"] == free && rooms[1]["reservedMemory"] == "0" => Ok(()),
+        rooms => Err(rooms.to_string()),
+    });
     cloud.down();
 }

@@ -5,7 +5,7 @@
 //! be oversold; only a capacity that shrinks under its reservations, or [`Cell::adopt`], can leave a host over-full,
 //! and such a host takes nothing more until it has drained.
 
-use crate::group::Group;
+use crate::group::{Group, Site};
 use crate::hostset::HostSet;
 use crate::mix::Topology;
 use crate::numa::{self, NodeUse};
@@ -13,8 +13,8 @@ use crate::pool::{Place, PoolKey, Pools, bucket_of};
 use crate::refusal::Filter;
 use crate::score::{fraction, load_term, nominal};
 use crate::types::{
-    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, RackId, Request,
-    Runtimes, UnknownHost, ZoneId,
+    Capacity, ClassId, FaultId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, RackId,
+    Request, Runtimes, UnknownHost, ZoneId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -77,6 +77,7 @@ pub(crate) struct Reserved {
 pub(crate) struct Host {
     zone: ZoneId,
     rack: RackId,
+    fault: FaultId,
     state: HostState,
     runtimes: Runtimes,
     capacity: Capacity,
@@ -92,9 +93,14 @@ pub(crate) struct Host {
     rtt: Option<u32>,
     /// Several nodes, or none. One whose capacity went away stays while some of it is reserved.
     pub(crate) nodes: Vec<NodeUse>,
+    pub(crate) pins: bool,
 }
 
 impl Host {
+    fn site(&self) -> Site {
+        Site { zone: self.zone, rack: self.rack, fault: self.fault }
+    }
+
     fn key(&self) -> PoolKey {
         PoolKey {
             zone: self.zone,
@@ -201,6 +207,7 @@ impl Cell {
         let mut host = Host {
             zone: spec.zone,
             rack: spec.rack,
+            fault: spec.fault,
             state: spec.state,
             runtimes: spec.runtimes,
             capacity: spec.capacity,
@@ -212,6 +219,7 @@ impl Cell {
             labels: spec.labels,
             rtt: spec.rtt,
             nodes: Vec::new(),
+            pins: spec.pins,
         };
         numa::set_nodes(&mut host.nodes, &spec.nodes);
         host.labels.sort_unstable();
@@ -256,6 +264,15 @@ impl Cell {
         if let Some(mut labels) = update.labels {
             labels.sort_unstable();
             self.known_mut(index).labels = labels;
+        }
+        if let Some(pins) = update.pins {
+            self.known_mut(index).pins = pins;
+        }
+        if let Some(to) = update.fault {
+            let from = std::mem::replace(&mut self.known_mut(index).fault, to);
+            if from != to {
+                self.groups.values_mut().for_each(|group| group.move_fault(index, from, to));
+            }
         }
         let moves = update.state.is_some() || update.runtimes.is_some() || update.capacity.is_some();
         if moves || update.classes.is_some() || update.nodes.is_some() {
@@ -382,7 +399,7 @@ impl Cell {
         if let Some(group) = request.group {
             has(Filter::Spread, self.groups.get(&group).is_some_and(|g| g.on_host(id.0) >= 1))?;
         }
-        let (zone, rack) = (host.zone, host.rack);
+        let site = host.site();
         self.move_classes(id.0, request, false);
         self.move_storage(id.0, request, false);
         numa::give_back(&mut self.known_mut(id.0).nodes, request);
@@ -394,7 +411,7 @@ impl Cell {
         if let Some(id_of_group) = request.group
             && let Some(group) = self.groups.get_mut(&id_of_group)
         {
-            group.take(id.0, zone, rack, request.domain);
+            group.take(id.0, site, request.domain);
             if group.is_empty() {
                 self.groups.remove(&id_of_group);
             }
@@ -424,6 +441,10 @@ impl Cell {
         self.known(index).rack
     }
 
+    pub(crate) fn fault_of(&self, index: u32) -> FaultId {
+        self.known(index).fault
+    }
+
     fn book(&mut self, index: u32, request: &Request) {
         self.move_classes(index, request, true);
         self.move_storage(index, request, true);
@@ -433,9 +454,9 @@ impl Cell {
         host.reserved.memory += u128::from(request.memory);
         host.reserved.scratch += u128::from(request.scratch);
         host.reserved.instances += 1;
-        let (zone, rack) = (host.zone, host.rack);
+        let site = host.site();
         if let Some(group) = request.group {
-            self.groups.entry(group).or_default().add(index, zone, rack, request.domain);
+            self.groups.entry(group).or_default().add(index, site, request.domain);
         }
         self.refresh(index);
         self.learn(request);

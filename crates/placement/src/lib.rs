@@ -32,11 +32,11 @@ mod types;
 pub mod workload;
 
 pub use cell::{Cell, CellTotals, Counts, Drift, HostSnapshot, ReserveError};
-pub use refusal::{Filter, Names, Numbers, Refusal, Shortfall, TooFar};
+pub use refusal::{Crowded, Filter, Names, Numbers, Refusal, Shortfall, TooFar};
 pub use score::Score;
 pub use search::Decision;
 pub use telemetry::Telemetry;
 pub use types::{
-    Capacity, ClassId, DomainId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load, MAX_NODES,
-    Node, Nodes, RackId, Request, Runtime, Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
+    Capacity, ClassId, DomainId, FaultId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, LabelId, Load,
+    MAX_NODES, Node, Nodes, RackId, Request, Runtime, Runtimes, Spread, SpreadLevel, UnknownHost, ZoneId,
 };

@@ -135,8 +135,8 @@ impl Shape {
 /// More than this many of a shape on one host count as so many.
 pub(crate) const MOST: u32 = 255;
 
-/// What a host with several nodes has free.
-#[derive(Clone, Copy, Debug)]
+/// What a host with several nodes has free. Hosts with the same are worth the same to any mix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Free {
     nodes: [Node; MAX_NODES],
     capacity: [Node; MAX_NODES],

@@ -46,6 +46,7 @@ fn spec() -> impl Strategy<Value = HostSpec> {
         |(zone, state, runtimes, capacity, classes, images, load, (rack, storage, labels, rtt, parts))| HostSpec {
             zone: ZoneId(zone),
             rack: RackId(zone * 2 + rack),
+            fault: FaultId((zone + rack) % 3),
             state,
             runtimes,
             capacity,
@@ -56,6 +57,7 @@ fn spec() -> impl Strategy<Value = HostSpec> {
             labels,
             rtt,
             nodes: nodes(capacity, &parts),
+            pins: rtt != Some(1),
         },
     )
 }
@@ -97,15 +99,21 @@ fn wishes() -> impl Strategy<Value = Wishes> {
     prop_oneof![2 => Just(Wishes::default()), 1 => some]
 }
 
-/// Span, fault domain, together.
-fn togetherness() -> impl Strategy<Value = (u8, Option<DomainId>, bool)> {
+/// Span, fault domain, together, and members of the group elsewhere.
+fn togetherness() -> impl Strategy<Value = (u8, Option<DomainId>, bool, Vec<(u32, u32)>)> {
     let span = prop_oneof![4 => Just(0u8), 4 => Just(1u8), 2 => Just(2u8), 1 => 3u8..12];
-    (span, prop::option::weighted(0.3, (0u32..3).prop_map(DomainId)), prop::bool::weighted(0.2))
+    let elsewhere = prop::collection::btree_map(0u32..4, 1u32..3, 0..3).prop_map(|counts| counts.into_iter().collect());
+    (span, prop::option::weighted(0.3, (0u32..3).prop_map(DomainId)), prop::bool::weighted(0.2), elsewhere)
 }
 
 fn spread() -> impl Strategy<Value = Spread> {
-    let level =
-        prop_oneof![Just(SpreadLevel::None), Just(SpreadLevel::Host), Just(SpreadLevel::Zone), Just(SpreadLevel::Rack)];
+    let level = prop_oneof![
+        Just(SpreadLevel::None),
+        Just(SpreadLevel::Host),
+        Just(SpreadLevel::Zone),
+        Just(SpreadLevel::Rack),
+        Just(SpreadLevel::Fault)
+    ];
     (level, any::<bool>(), prop::option::weighted(0.1, 0u32..3)).prop_map(|(level, required, floor)| Spread {
         level,
         required,
@@ -131,8 +139,9 @@ fn request() -> impl Strategy<Value = Request> {
             spread,
             (max_per_host, zones, excluded),
             (storage, labels, max_rtt, with, without),
-            (span, domain, together),
+            (span, domain, together, elsewhere),
         )| Request {
+            elsewhere,
             span,
             domain,
             together,
@@ -166,6 +175,8 @@ fn update() -> impl Strategy<Value = HostUpdate> {
         prop::option::weighted(0.2, traits()),
     )
         .prop_map(|(state, capacity, classes, images, load, runtimes, traits)| HostUpdate {
+            fault: traits.as_ref().map(|(rack, ..)| FaultId(*rack)),
+            pins: traits.as_ref().map(|(.., rtt, _)| rtt.is_none_or(|rtt| rtt > 4)),
             storage: traits.clone().map(|(_, storage, ..)| storage),
             nodes: traits.clone().map(|(.., parts)| nodes(capacity.unwrap_or_default(), &parts)),
             labels: traits.map(|(_, _, labels, ..)| labels),
@@ -298,6 +309,7 @@ proptest! {
             cell.add_host(HostSpec {
                 zone: ZoneId(n % zones),
                 rack: RackId(0),
+                fault: FaultId(0),
                 state: HostState::Ready,
                 runtimes: Runtimes::ALL,
                 capacity: Capacity { cpu: 64_000, memory: 64 << 30, scratch: 0, slots: 100 },
@@ -308,6 +320,7 @@ proptest! {
                 labels: Vec::new(),
                 rtt: None,
                 nodes: Vec::new(),
+                pins: true,
             });
         }
         let level = if by_zone { SpreadLevel::Zone } else { SpreadLevel::Host };
@@ -340,6 +353,7 @@ proptest! {
             cell.add_host(HostSpec {
                 zone: ZoneId(0),
                 rack: RackId(n as u32 % 5),
+                fault: FaultId(n as u32 % 3),
                 state: HostState::Ready,
                 runtimes: Runtimes::ALL,
                 capacity,
@@ -350,6 +364,7 @@ proptest! {
                 labels: Vec::new(),
                 rtt: None,
                 nodes: vec![node; 2],
+                pins: true,
             });
         }
         let mut placed: Vec<(HostId, Request)> = Vec::new();

@@ -3,7 +3,7 @@
 //! Each host is counted once, at the first filter of [`Filter::ALL`] that turned it away, so the counts add up to the
 //! number of hosts.
 
-use crate::types::{ClassId, GroupId, LabelId};
+use crate::types::{ClassId, GroupId, LabelId, Node};
 use std::fmt;
 
 /// The filters, in the order in which they are applied.
@@ -22,7 +22,7 @@ pub enum Filter {
     Storage,
     /// It runs as many instances as it may.
     Slots,
-    /// Too few of its NUMA nodes have room for their part.
+    /// Too few of its NUMA nodes have room for their part, or it can't keep an instance to a node.
     Numa,
     /// It is not in a zone that was asked for.
     Zone,
@@ -120,6 +120,59 @@ pub struct TooFar {
     pub unmeasured: u32,
 }
 
+/// What the hosts' NUMA nodes were like that had no room for a part of the request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Crowded {
+    /// On so many nodes of a host.
+    pub span: u8,
+    /// Of each node.
+    pub wanted: Node,
+    /// The most that any node has free, of each by itself.
+    pub most: Node,
+    /// The most memory free on a node that has the cpu.
+    pub memory_with_cpu: Option<u64>,
+    /// Hosts that can't keep an instance to a node at all.
+    pub unpinned: u32,
+}
+
+impl Crowded {
+    pub(crate) fn of(span: u8, wanted: Node, free: &[Node]) -> Self {
+        let most = |of: fn(&Node) -> u64| free.iter().map(of).max().unwrap_or(0);
+        Crowded {
+            span,
+            wanted,
+            most: Node { cpu: most(|n| n.cpu.into()) as u32, memory: most(|n| n.memory) },
+            memory_with_cpu: free.iter().filter(|n| n.cpu >= wanted.cpu).map(|n| n.memory).max(),
+            unpinned: 0,
+        }
+    }
+
+    fn merge(&mut self, other: Crowded) {
+        self.most.cpu = self.most.cpu.max(other.most.cpu);
+        self.most.memory = self.most.memory.max(other.most.memory);
+        self.memory_with_cpu = self.memory_with_cpu.max(other.memory_with_cpu);
+        self.unpinned += other.unpinned;
+    }
+
+    /// What came nearest.
+    fn nearest(&self) -> String {
+        let (wanted, most) = (self.wanted, self.most);
+        match self.memory_with_cpu {
+            _ if most.cpu < wanted.cpu => {
+                format!("no node has more than {} free, {} wanted", cpus(most.cpu), cpus(wanted.cpu))
+            }
+            _ if most.memory < wanted.memory => {
+                format!("no node has more than {} of memory free, {} wanted", bytes(most.memory), bytes(wanted.memory))
+            }
+            Some(memory) if memory < wanted.memory => {
+                let (cpu, free, memory) = (cpus(wanted.cpu), bytes(memory), bytes(wanted.memory));
+                format!("no node with {cpu} free has more than {free} of memory free, {memory} wanted")
+            }
+            _ => format!("room on {} nodes of one host wanted", self.span),
+        }
+    }
+}
+
 /// What a description calls things that the caller has interned.
 pub trait Names {
     fn class(&self, id: ClassId) -> String {
@@ -149,6 +202,8 @@ pub struct Refusal {
     pub shortfalls: Vec<Shortfall>,
     /// When [`Filter::Latency`] turned hosts away.
     pub too_far: Option<TooFar>,
+    /// When [`Filter::Numa`] did.
+    pub crowded: Option<Crowded>,
     /// The labels that hosts were turned away for, in order, with how many lacked each.
     pub labels: Vec<(LabelId, u32)>,
     /// The groups that hosts were turned away for by [`Filter::With`] and [`Filter::Without`], likewise.
@@ -162,6 +217,7 @@ impl Refusal {
             counts: Box::new([0; Filter::ALL.len()]),
             shortfalls: Vec::new(),
             too_far: None,
+            crowded: None,
             labels: Vec::new(),
             groups: Vec::new(),
         }
@@ -188,6 +244,13 @@ impl Refusal {
         let seen = self.too_far.get_or_insert(TooFar { unmeasured: 0, ..other });
         seen.lowest = seen.lowest.into_iter().chain(other.lowest).min();
         seen.unmeasured += other.unmeasured;
+    }
+
+    pub(crate) fn crowd(&mut self, other: Crowded) {
+        match &mut self.crowded {
+            Some(seen) => seen.merge(other),
+            none => *none = Some(other),
+        }
     }
 
     pub(crate) fn unlabelled(&mut self, label: LabelId, hosts: u32) {
@@ -229,6 +292,7 @@ impl Refusal {
                 all.lacking(s.filter, s.class, s.wanted, s.most_free);
             }
             refusal.too_far.into_iter().for_each(|far| all.farther(far));
+            refusal.crowded.into_iter().for_each(|crowded| all.crowd(crowded));
             refusal.labels.iter().for_each(|(label, n)| all.unlabelled(*label, *n));
             refusal.groups.iter().for_each(|(filter, group, n)| all.company(*filter, *group, *n));
         }
@@ -295,8 +359,19 @@ impl Refusal {
                 format!("{hosts} {lack} {}", what.join(" or "))
             }
             Filter::Slots => format!("{hosts} at {} instance limit", if hosts == 1 { "its" } else { "their" }),
-            Filter::Numa if hosts == 1 => "1 without room on its NUMA nodes".to_owned(),
-            Filter::Numa => format!("{hosts} without room on their NUMA nodes"),
+            Filter::Numa => {
+                let crowded = self.crowded.unwrap_or_default();
+                let whose = if hosts - crowded.unpinned == 1 { "its" } else { "their" };
+                let full = match hosts - crowded.unpinned {
+                    0 => None,
+                    full => Some(format!("{full} without room on {whose} NUMA nodes ({})", crowded.nearest())),
+                };
+                let unpinned = match crowded.unpinned {
+                    0 => None,
+                    n => Some(format!("{n} that can't keep an instance to a NUMA node")),
+                };
+                full.into_iter().chain(unpinned).collect::<Vec<_>>().join(", ")
+            }
             Filter::Zone => format!("{hosts} in other zones"),
             Filter::Label => {
                 let what: Vec<_> = self.labels.iter().map(|(id, _)| names.label(*id)).collect();
@@ -345,6 +420,15 @@ fn quantity(filter: Filter, n: u64) -> String {
         Filter::Cpu => format!("{n}m"),
         Filter::Memory | Filter::Scratch | Filter::Storage => bytes(n),
         _ => n.to_string(),
+    }
+}
+
+/// Millicores as people read them: `3 CPUs`, `1 CPU`, `250m of a CPU`.
+fn cpus(n: u32) -> String {
+    match n {
+        1000 => "1 CPU".to_owned(),
+        n if n.is_multiple_of(1000) => format!("{} CPUs", n / 1000),
+        n => format!("{n}m of a CPU"),
     }
 }
 

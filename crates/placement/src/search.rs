@@ -17,16 +17,19 @@
 //! Spread makes tiers: the search runs over the zones with the fewest of the group and over hosts that hold none of it;
 //! only if that fails are the hosts that do hold some compared one by one, and then the next zones.
 
+mod filters;
+mod refuse;
+
 use crate::cell::{Cell, quarter_floor};
 use crate::group::Group;
 use crate::hostset::{HostSet, Ones};
-use crate::pool::{Grid, NO_POOL, SIDE, range, step};
+use crate::pool::{Grid, SIDE, range, step};
 use crate::refusal::{Filter, Refusal};
 use crate::score::{
     self, ROOM, SLACK, Score, UNIT, WEIGHT_CLASS, WEIGHT_IMAGE, WEIGHT_LOAD, fraction, load_term, packing,
     packing_bound, room_term,
 };
-use crate::types::{GroupId, HostId, LabelId, Nodes, RackId, Request, SpreadLevel, ZoneId};
+use crate::types::{HostId, Nodes, Request, SpreadLevel, ZoneId};
 
 /// Up to here a scan of every host is as fast as the index, and exact.
 const SCAN_UP_TO: u32 = 512;
@@ -51,7 +54,8 @@ pub struct Decision {
 #[derive(Clone, Copy)]
 enum Floor {
     Zone(u32),
-    Rack(u32),
+    /// Of racks, or of what fails as one.
+    About(u32),
     Host(u32),
 }
 
@@ -62,8 +66,8 @@ enum Fresh {
     Any,
     /// Those that do.
     Host,
-    /// Those whose rack does.
-    Rack,
+    /// Those whose rack does, or with which some of it would fail.
+    About,
 }
 
 /// A request with what the cell knows about it.
@@ -172,14 +176,16 @@ impl Cell {
         let zone = (!request.allows_zone(self.zone_of(host.0))).then_some(Filter::Zone);
         let label = self.lacks_label(request, host.0).map(|_| Filter::Label);
         let far = (rtt.is_some() && !self.is_near(request, host.0)).then_some(Filter::Latency);
-        Ok(zone.or(label).or(far).or_else(|| self.wrong_company(request, host.0).map(|(filter, _)| filter)))
+        let pinned = (request.span > 0 && !self.known(host.0).pins).then_some(Filter::Numa);
+        Ok(zone.or(label).or(far).or(pinned).or_else(|| self.wrong_company(request, host.0).map(|(filter, _)| filter)))
     }
 
-    /// How many of a group are in the host's rack and on the host.
-    pub fn peers(&self, host: HostId, group: GroupId) -> Result<(u32, u32), crate::UnknownHost> {
+    /// How many of a request's group are in the host's rack, or fail with it, where it is spread over those, and how many
+    /// are on the host.
+    pub fn peers(&self, host: HostId, request: &Request) -> Result<(u32, u32), crate::UnknownHost> {
         self.host(host)?;
-        let group = self.groups.get(&group);
-        Ok(group.map_or((0, 0), |group| (group.in_rack(self.rack_of(host.0)), group.on_host(host.0))))
+        let group = request.group.and_then(|group| self.groups.get(&group));
+        Ok((self.peers_about(request, group, host.0), group.map_or(0, |group| group.on_host(host.0))))
     }
 
     /// Every host that passes the filters, ascending: what a strategy of one's own would choose from.
@@ -198,12 +204,11 @@ impl Cell {
     fn plan<'a>(&'a self, request: &'a Request) -> Plan<'a> {
         // A group without a reservation is even everywhere.
         let group = request.group.and_then(|id| self.groups.get(&id));
-        let level = if group.is_some() { request.spread.level } else { SpreadLevel::None };
+        let held = group.is_some() || request.spread.level.is_about() && !request.elsewhere.is_empty();
+        let level = if held { request.spread.level } else { SpreadLevel::None };
         let image = request.image.and_then(|id| self.images.get(&id));
-        let floor = match group {
-            Some(group) if request.spread.required => self.floor(request, group),
-            _ => None,
-        };
+        let (none, demanded) = (Group::default(), held && request.spread.required);
+        let floor = if demanded { self.floor(request, group.unwrap_or(&none)) } else { None };
         Plan {
             request,
             group,
@@ -215,190 +220,16 @@ impl Cell {
         }
     }
 
-    /// The least count of the group in any domain that is eligible, by domain: what a caller with several cells needs to
-    /// say what required spread allows. Empty without a group or a level.
-    pub fn domains(&self, request: &Request) -> Vec<(u32, u32)> {
-        let none = Group::default();
-        let group = request.group.and_then(|id| self.groups.get(&id)).unwrap_or(&none);
-        let mut domains = std::collections::BTreeMap::new();
-        for (host, _) in self.live_hosts().filter(|(host, _)| self.eligible(*host, request)) {
-            let (domain, count) = match request.spread.level {
-                SpreadLevel::None => continue,
-                SpreadLevel::Host => (host, group.on_host(host)),
-                SpreadLevel::Rack => (self.rack_of(host).0, group.in_rack(self.rack_of(host))),
-                SpreadLevel::Zone => (self.zone_of(host).0, group.in_zone(self.zone_of(host))),
-            };
-            domains.insert(domain, count);
-        }
-        domains.into_iter().collect()
-    }
-
-    /// Whether the host could ever take the request: ready, runtime, classes, zone, labels, round trip, not excluded.
-    pub(crate) fn eligible(&self, host: u32, request: &Request) -> bool {
-        let pool = self.hot[host as usize].place.pool;
-        pool != NO_POOL
-            && self.pools.heads[pool as usize].eligible(request)
-            && !request.excluded.contains(&HostId(host))
-            && self.lacks_label(request, host).is_none()
-            && self.is_near(request, host)
-    }
-
-    fn lacks_label(&self, request: &Request, host: u32) -> Option<LabelId> {
-        if request.labels.is_empty() {
-            return None;
-        }
-        let has = self.known(host).labels();
-        request.labels.iter().copied().find(|label| has.binary_search(label).is_err())
-    }
-
-    fn is_near(&self, request: &Request, host: u32) -> bool {
-        request.max_rtt.is_none_or(|below| self.known(host).rtt().is_some_and(|rtt| rtt < below))
-    }
-
-    /// The group whose presence (or absence) on the host speaks against it.
-    fn wrong_company(&self, request: &Request, host: u32) -> Option<(Filter, GroupId)> {
-        let holds = |id: &GroupId| self.groups.get(id).is_some_and(|group| group.holds(host));
-        let lonely = request.with.iter().find(|id| !holds(id)).map(|id| (Filter::With, *id));
-        lonely.or_else(|| request.without.iter().find(|id| holds(id)).map(|id| (Filter::Without, *id)))
-    }
-
-    fn floor(&self, request: &Request, group: &Group) -> Option<Floor> {
-        let of = |level: SpreadLevel, count: u32| match level {
-            SpreadLevel::None => None,
-            SpreadLevel::Host => Some(Floor::Host(count)),
-            SpreadLevel::Rack => Some(Floor::Rack(count)),
-            SpreadLevel::Zone => Some(Floor::Zone(count)),
-        };
-        if request.spread.level == SpreadLevel::None {
-            return None;
-        }
-        if let Some(floor) = request.spread.floor {
-            return of(request.spread.level, floor);
-        }
-        if request.is_choosy() || request.spread.level == SpreadLevel::Rack {
-            // Hosts of one pool differ: each is asked.
-            let emptiest = self.domains(request).into_iter().map(|(_, n)| n).min();
-            return emptiest.and_then(|n| of(request.spread.level, n));
-        }
-        // Eligible hosts per zone: whole pools, less the excluded hosts that stand in them.
-        let mut zones: Vec<(ZoneId, u32)> = Vec::new();
-        for head in self.pools.heads.iter().filter(|head| head.len > 0 && head.eligible(request)) {
-            match zones.iter_mut().find(|(zone, _)| *zone == head.key.zone) {
-                Some((_, n)) => *n += head.len,
-                None => zones.push((head.key.zone, head.len)),
-            }
-        }
-        for (at, id) in request.excluded.iter().enumerate() {
-            let Some(Some(_)) = self.hosts.get(id.0 as usize) else { continue };
-            let pool = self.hot[id.0 as usize].place.pool;
-            let counted = pool != NO_POOL && self.pools.heads[pool as usize].eligible(request);
-            if counted
-                && !request.excluded[..at].contains(id)
-                && let Some((_, n)) = zones.iter_mut().find(|(zone, _)| *zone == self.zone_of(id.0))
-            {
-                *n -= 1;
-            }
-        }
-        if request.spread.level == SpreadLevel::Zone {
-            let emptiest = zones.iter().filter(|(_, n)| *n > 0).map(|(zone, _)| group.in_zone(*zone)).min();
-            return emptiest.map(Floor::Zone);
-        }
-        let eligible: u32 = zones.iter().map(|(_, n)| n).sum();
-        let mut holders = 0;
-        let mut fewest = u32::MAX;
-        for (_, n) in group.hosts().filter(|(host, _)| self.eligible(*host, request)) {
-            holders += 1;
-            fewest = fewest.min(n);
-        }
-        Some(Floor::Host(if holders < eligible { 0 } else { fewest }))
-    }
-
-    fn first_failure(&self, plan: &Plan, host: u32) -> Option<Filter> {
-        let request = plan.request;
-        let hot = &self.hot[host as usize];
-        if hot.place.pool == NO_POOL {
-            return Some(Filter::Ready);
-        }
-        let key = &self.pools.heads[hot.place.pool as usize].key;
-        if !key.runtimes.has(request.runtime) {
-            return Some(Filter::Runtime);
-        }
-        if !request.classes.is_empty() && !self.has_classes(request, host) {
-            return Some(Filter::Class);
-        }
-        if hot.cpu < request.cpu {
-            return Some(Filter::Cpu);
-        }
-        if hot.memory < request.memory {
-            return Some(Filter::Memory);
-        }
-        if hot.scratch < request.scratch {
-            return Some(Filter::Scratch);
-        }
-        if request.storage.is_some_and(|(class, bytes)| self.known(host).storage_free(class) < bytes) {
-            return Some(Filter::Storage);
-        }
-        if hot.slots == 0 {
-            return Some(Filter::Slots);
-        }
-        if request.span > 0 && !self.fits_nodes(request, host) {
-            return Some(Filter::Numa);
-        }
-        if !request.allows_zone(key.zone) {
-            return Some(Filter::Zone);
-        }
-        if plan.choosy {
-            if self.lacks_label(request, host).is_some() {
-                return Some(Filter::Label);
-            }
-            if !self.is_near(request, host) {
-                return Some(Filter::Latency);
-            }
-        }
-        if request.excluded.contains(&HostId(host)) {
-            return Some(Filter::Excluded);
-        }
-        if plan.choosy
-            && let Some((filter, _)) = self.wrong_company(request, host)
-        {
-            return Some(filter);
-        }
-        if request.together && plan.group.is_some_and(|group| !group.holds(host)) {
-            return Some(Filter::Together);
-        }
-        if let (Some(domain), Some(group)) = (request.domain, plan.group)
-            && group.in_other_domain(self.rack_of(host), domain)
-        {
-            return Some(Filter::Domain);
-        }
-        if let (Some(max), Some(_)) = (request.max_per_host, request.group)
-            && plan.group.map_or(0, |g| g.on_host(host)) >= max
-        {
-            return Some(Filter::PerHost);
-        }
-        let within = match (plan.floor, plan.group) {
-            (Some(Floor::Zone(floor)), Some(group)) => group.in_zone(key.zone) <= floor,
-            (Some(Floor::Rack(floor)), Some(group)) => group.in_rack(self.rack_of(host)) <= floor,
-            (Some(Floor::Host(floor)), Some(group)) => group.on_host(host) <= floor,
-            _ => true,
-        };
-        if within { None } else { Some(Filter::Spread) }
-    }
-
-    fn has_classes(&self, request: &Request, host: u32) -> bool {
-        let known = self.known(host);
-        request.classes.iter().all(|(class, _)| known.class_free(*class) >= request.wants(*class))
-    }
-
     fn score_of(&self, plan: &Plan, host: u32) -> Score {
         let hot = &self.hot[host as usize];
         let known = self.zone_of(host);
         let (mut domain_peers, mut host_peers) = (0, 0);
+        if plan.level.is_about() {
+            domain_peers = self.peers_about(plan.request, plan.group, host);
+        }
         if let Some(group) = plan.group {
-            match plan.level {
-                SpreadLevel::Zone => domain_peers = group.in_zone(known),
-                SpreadLevel::Rack => domain_peers = group.in_rack(self.rack_of(host)),
-                SpreadLevel::Host | SpreadLevel::None => {}
+            if plan.level == SpreadLevel::Zone {
+                domain_peers = group.in_zone(known);
             }
             if plan.level != SpreadLevel::None {
                 host_peers = group.on_host(host);
@@ -433,18 +264,18 @@ impl Cell {
         if let Some(group) = plan.group.filter(|_| plan.request.together) {
             return self.best_of(plan, group.hosts().map(|(host, _)| host).inspect(|_| *examined += 1));
         }
+        if plan.level.is_about() {
+            // Once every rack holds some, racks are told apart by their counts, which no pool knows.
+            return self.search(plan, None, Fresh::About, examined).or_else(|| {
+                *examined += self.live;
+                self.best_of(plan, self.live_hosts().map(|(host, _)| host))
+            });
+        }
         let Some(group) = plan.group.filter(|_| plan.level != SpreadLevel::None) else {
             return self.search(plan, None, Fresh::Any, examined);
         };
         if plan.level == SpreadLevel::Host {
             return self.choose_in(plan, group, None, examined);
-        }
-        if plan.level == SpreadLevel::Rack {
-            // Once every rack holds some, racks are told apart by their counts, which no pool knows.
-            return self.search(plan, None, Fresh::Rack, examined).or_else(|| {
-                *examined += self.live;
-                self.best_of(plan, self.live_hosts().map(|(host, _)| host))
-            });
         }
         let mut zones: Vec<(u32, ZoneId)> = Vec::new();
         for head in self.pools.heads.iter().filter(|head| head.len > 0 && plan.request.allows_zone(head.key.zone)) {
@@ -490,11 +321,10 @@ impl Cell {
 
     /// Whether a search leaves the host out.
     fn is_stale(&self, plan: &Plan, fresh: Fresh, host: u32) -> bool {
-        let rack = |group: &Group, rack: RackId| group.in_rack(rack) > 0;
         match fresh {
             Fresh::Any => false,
             Fresh::Host => plan.group.is_some_and(|group| group.holds(host)),
-            Fresh::Rack => plan.group.is_some_and(|group| rack(group, self.rack_of(host))),
+            Fresh::About => self.peers_about(plan.request, plan.group, host) > 0,
         }
     }
 
@@ -646,127 +476,6 @@ impl Cell {
                 continue;
             }
             best.offer(merit, host);
-        }
-    }
-
-    /// Counts one host into a refusal.
-    fn tell(&self, plan: &Plan, host: u32, refusal: &mut Refusal) {
-        let Some(filter) = self.first_failure(plan, host) else { return };
-        refusal.count(filter, 1);
-        let (request, hot) = (plan.request, &self.hot[host as usize]);
-        match filter {
-            Filter::Class => {
-                let known = self.known(host);
-                let free = |class| known.class_free(class);
-                if let Some((class, _)) = request.classes.iter().find(|(c, _)| free(*c) < request.wants(*c)) {
-                    refusal.lacking(filter, Some(*class), request.wants(*class), free(*class));
-                }
-            }
-            Filter::Cpu => refusal.lacking(filter, None, u64::from(request.cpu), u64::from(hot.cpu)),
-            Filter::Memory => refusal.lacking(filter, None, request.memory, hot.memory),
-            Filter::Scratch => refusal.lacking(filter, None, request.scratch, hot.scratch),
-            Filter::Storage => {
-                if let Some((class, bytes)) = request.storage {
-                    refusal.lacking(filter, Some(class), bytes, self.known(host).storage_free(class));
-                }
-            }
-            Filter::Label => self.lacks_label(request, host).into_iter().for_each(|label| refusal.unlabelled(label, 1)),
-            Filter::Latency => refusal.far(request.max_rtt.unwrap_or(0), self.known(host).rtt()),
-            Filter::With | Filter::Without => {
-                if let Some((filter, group)) = self.wrong_company(request, host) {
-                    refusal.company(filter, group, 1);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// Counts every host by the filter that turned it away. Whole pools, rows and buckets are counted at once where one
-    /// filter must have turned away all of them, so that a full cell refuses about as fast as an open one accepts.
-    fn refuse(&self, plan: &Plan) -> Refusal {
-        let request = plan.request;
-        let mut refusal = Refusal::new(self.live);
-        refusal.count(Filter::Ready, self.live - self.pools.len());
-        for (head, grid) in self.pools.heads.iter().zip(&self.pools.grids).filter(|(head, _)| head.len > 0) {
-            if !head.key.runtimes.has(request.runtime) {
-                refusal.count(Filter::Runtime, head.len);
-                continue;
-            }
-            if let Some((class, _)) = request.classes.iter().find(|(class, _)| request.wants(*class) > 0) {
-                let (wanted, most) = (request.wants(*class), head.most_free(*class));
-                if most < wanted {
-                    refusal.count(Filter::Class, head.len);
-                    refusal.lacking(Filter::Class, Some(*class), wanted, most);
-                    continue;
-                }
-            }
-            // With classes, each host's stock decides before its cpu does; hosts with classes are few.
-            let by_host = request.classes.iter().any(|(c, _)| request.wants(*c) > 0);
-            let too_big = |want: u64, unit: u64| want > unit;
-            let row = if too_big(u64::from(request.cpu), head.key.cpu_unit) {
-                SIDE
-            } else {
-                step(fraction(u64::from(request.cpu), head.key.cpu_unit))
-            };
-            let column = if too_big(request.memory, head.key.memory_unit) {
-                SIDE
-            } else {
-                step(fraction(request.memory, head.key.memory_unit))
-            };
-            // From the freest row down, so that the first row short of cpu holds the most that is free.
-            let mut short_seen = false;
-            for at in (0..SIDE).rev().filter(|at| head.rows >> at & 1 == 1) {
-                if at < row && !by_host {
-                    refusal.count(Filter::Cpu, grid.row_len(at));
-                    // Rounded up: no host of the row has more cpu free than this.
-                    let most =
-                        (u128::from(range(at).1) * u128::from(head.key.cpu_unit)).div_ceil(u128::from(UNIT)) as u64;
-                    if !std::mem::replace(&mut short_seen, true)
-                        && refusal.most_free(Filter::Cpu).is_none_or(|seen| seen <= most)
-                    {
-                        for host in Ones(grid.row(at)).flat_map(|c| grid.bucket(at, c as usize)) {
-                            refusal.lacking(
-                                Filter::Cpu,
-                                None,
-                                u64::from(request.cpu),
-                                u64::from(self.hot[*host as usize].cpu),
-                            );
-                        }
-                    }
-                    continue;
-                }
-                self.refuse_row(plan, grid, (at, row), column, by_host, &mut refusal);
-            }
-        }
-        refusal.finish()
-    }
-
-    /// Counts a row whose hosts may have enough cpu.
-    fn refuse_row(
-        &self,
-        plan: &Plan,
-        grid: &Grid,
-        (row, first_row): (usize, usize),
-        column: usize,
-        by_host: bool,
-        refusal: &mut Refusal,
-    ) {
-        let mut short_seen = false;
-        for at in (0..SIDE).rev().filter(|at| grid.row(row) >> at & 1 == 1) {
-            let bucket = grid.bucket(row, at);
-            // Hosts past the first row have the cpu, and hosts before the column lack the memory.
-            if row > first_row && at < column && !by_host {
-                refusal.count(Filter::Memory, bucket.len() as u32);
-                if !std::mem::replace(&mut short_seen, true) {
-                    for host in bucket {
-                        refusal.lacking(Filter::Memory, None, plan.request.memory, self.hot[*host as usize].memory);
-                    }
-                }
-            } else {
-                for host in bucket {
-                    self.tell(plan, *host, refusal);
-                }
-            }
         }
     }
 }

@@ -24,6 +24,10 @@ id!(
     RackId
 );
 id!(
+    /// What fails as one, as an operator sees it: hosts behind one power feed or switch, in one room. Often a rack.
+    FaultId
+);
+id!(
     /// A class of what hosts have and instances take: compute, such as one model of GPU, or storage.
     ClassId
 );
@@ -112,7 +116,7 @@ pub struct Capacity {
 pub const MAX_NODES: usize = 8;
 
 /// One NUMA node: processors with the memory next to them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Node {
     /// Millicores.
     pub cpu: u32,
@@ -165,6 +169,7 @@ pub struct Load(pub u16);
 pub struct HostSpec {
     pub zone: ZoneId,
     pub rack: RackId,
+    pub fault: FaultId,
     pub state: HostState,
     pub runtimes: Runtimes,
     pub capacity: Capacity,
@@ -180,6 +185,8 @@ pub struct HostSpec {
     /// Its NUMA nodes, which together have no more than `capacity`: 2 to [`MAX_NODES`]; those beyond are not offered. A
     /// host with none or one is a single node.
     pub nodes: Vec<Node>,
+    /// Whether it can keep an instance to a node: requests that want nodes go only where that is so.
+    pub pins: bool,
 }
 
 /// What changed about a host; `None` leaves a part as it is. Zone and rack never change: remove the host and add it.
@@ -194,6 +201,8 @@ pub struct HostUpdate {
     pub storage: Option<Vec<(ClassId, u64)>>,
     pub labels: Option<Vec<LabelId>>,
     pub nodes: Option<Vec<Node>>,
+    pub pins: Option<bool>,
+    pub fault: Option<FaultId>,
 }
 
 /// Over what a group is kept even.
@@ -206,8 +215,17 @@ pub enum SpreadLevel {
     Host,
     /// The rack with the fewest of the group first, and in it the host with the fewest.
     Rack,
+    /// The same of what fails as one.
+    Fault,
     /// The zone with the fewest of the group first, and in it the host with the fewest.
     Zone,
+}
+
+impl SpreadLevel {
+    /// Whether it is over what hosts have around them that no pool knows: racks, and what fails as one.
+    pub(crate) fn is_about(self) -> bool {
+        matches!(self, SpreadLevel::Rack | SpreadLevel::Fault)
+    }
 }
 
 /// How a group is kept even.
@@ -240,6 +258,8 @@ pub struct Request {
     /// What it is spread with. The cell counts a group's reservations per zone and host.
     pub group: Option<GroupId>,
     pub spread: Spread,
+    /// Members of the group outside the cell, by the rack or what else the group is spread over; sorted, each once.
+    pub elsewhere: Vec<(u32, u32)>,
     /// At most this many of the group on one host.
     pub max_per_host: Option<u32>,
     /// Only in these zones.
@@ -280,6 +300,7 @@ impl Request {
             image: None,
             group: None,
             spread: Spread::default(),
+            elsewhere: Vec::new(),
             max_per_host: None,
             zones: None,
             excluded: Vec::new(),

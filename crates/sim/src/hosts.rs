@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nexus_control::region::ReportError;
-use nexus_model::kind::{Capacity, HostSpec, InstancePhase, Runtime};
+use nexus_model::kind::{Capacity, HostSpec, InstancePhase, NumaNode, Runtime};
 use nexus_model::plan::{Desired, HostPlan, HostReport, InstanceReport};
 use nexus_model::{Bytes, MilliCpu, Name, Timestamp, Uid};
 use nexus_store::PeerError;
@@ -131,6 +131,9 @@ pub fn hosts(world: &Arc<World>, site: &Site) -> Vec<Arc<Host>> {
                     scratch: Bytes(10 << 30),
                     instances: 12,
                 },
+                numa_nodes: [0, 1]
+                    .map(|id| NumaNode { id, cpus: id.to_string(), cpu: MilliCpu(500), memory: Bytes(1 << 30) })
+                    .into(),
                 ..HostSpec::default()
             };
             let place = FIRST + (number * 100 + index) as u64;

@@ -32,6 +32,7 @@ struct Placed {
     slot: Option<u16>,
     cpu: u64,
     memory: u64,
+    nodes: Vec<u16>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -117,7 +118,9 @@ pub fn history(log: &Log, trace: &Trace) {
                     continue;
                 };
                 // What has run to its end holds nothing of its host any more.
-                let InstanceStatus { host: Some(host), epoch, slot, finished: None, .. } = instance.status else {
+                let InstanceStatus { host: Some(host), epoch, slot, numa_nodes: nodes, finished: None, .. } =
+                    instance.status
+                else {
                     continue;
                 };
                 let uid = instance.metadata.uid.to_string();
@@ -136,8 +139,14 @@ pub fn history(log: &Log, trace: &Trace) {
                 }
                 let resources = instance.spec.template.parts().reserved();
                 let (cpu, memory) = (u64::from(resources.cpu.0), resources.memory.0);
+                let single = instance.spec.template.constraints.single_node();
+                if single != (nodes.len() == 1) {
+                    let text = format!("revision {revision}: {uid} on {host} is kept to {nodes:?}");
+                    trace.violation("who wants one node has one", text);
+                }
+                trace.count(if single { "placed: on a NUMA node" } else { "placed: anywhere on a host" });
                 touched.insert(host.clone());
-                rows.insert(key, (uid, Placed { host, epoch, slot, cpu, memory }));
+                rows.insert(key, (uid, Placed { host, epoch, slot, cpu, memory, nodes }));
             }
         }
         for host_name in touched {
@@ -157,6 +166,17 @@ pub fn history(log: &Log, trace: &Trace) {
                     on_it.len()
                 );
                 trace.violation("no host is oversold", text);
+            }
+            for node in &host.spec.numa_nodes {
+                let kept = on_it.values().filter(|p| p.nodes.contains(&node.id));
+                let (cpu, memory) = kept.fold((0, 0), |(c, m), p| (c + p.cpu, m + p.memory));
+                if cpu > u64::from(node.cpu.0) || memory > node.memory.0 {
+                    let text = format!(
+                        "revision {revision}: {cpu} m and {memory} bytes on NUMA node {} of {host_name}",
+                        node.id
+                    );
+                    trace.violation("no NUMA node is oversold", text);
+                }
             }
             let slots: BTreeSet<_> = on_it.values().map(|p| p.slot).collect();
             if slots.len() != on_it.len() {

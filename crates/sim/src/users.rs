@@ -70,7 +70,10 @@ pub fn intent(plural: &str, project: Option<Name>, object: Name, change: Change,
 
 pub fn app(object: &Name, project: &Name, replicas: u32) -> Change {
     let resources = Resources { cpu: MilliCpu(100), memory: Bytes(64 << 20), ..Resources::default() };
-    let spec = AppSpec { image: name("web"), replicas, resources, ..App::example() };
+    // Every other one keeps its instances to single nodes.
+    let pinned = object.as_str().bytes().map(u32::from).sum::<u32>() % 2 == 0;
+    let constraints = if pinned { Constraints(vec![Constraint::Numa(Numa::Single)]) } else { Constraints::default() };
+    let spec = AppSpec { image: name("web"), replicas, resources, constraints, ..App::example() };
     Change::Create { object: Object::<App>::new(Metadata::new(object.clone(), Some(project.clone())), spec).to_any() }
 }
 

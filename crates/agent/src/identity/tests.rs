@@ -126,6 +126,7 @@ fn plan(number: u8, app: &str) -> InstancePlan {
         request_id: None,
         once: false,
         kept: false,
+        numa_nodes: Vec::new(),
         part_digests: Default::default(),
     }
 }

@@ -8,7 +8,7 @@ fn part(text: &str) -> Part {
     serde_json::from_value(serde_json::json!({"name": text})).unwrap()
 }
 
-fn with_parts(n: u8, init: &[&str], sidecars: &[&str]) -> InstancePlan {
+pub fn with_parts(n: u8, init: &[&str], sidecars: &[&str]) -> InstancePlan {
     let mut plan = instance(n, 1);
     plan.template.init = init.iter().map(|p| part(p)).collect();
     plan.template.sidecars = sidecars.iter().map(|p| part(p)).collect();

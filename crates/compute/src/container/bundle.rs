@@ -234,6 +234,13 @@ pub(super) fn plan(inputs: Inputs<'_>) -> Result<Plan, String> {
             "readonlyPaths": READ_ONLY,
         },
     });
+    if let Some(set) = &sandbox.cpuset {
+        let cpu = &mut spec["linux"]["resources"]["cpu"];
+        cpu["cpus"] = set.cpus.as_str().into();
+        if let Some(mems) = &set.mems {
+            cpu["mems"] = mems.as_str().into();
+        }
+    }
     if !devices.is_empty() {
         spec["linux"]["devices"] = devices.into();
     }

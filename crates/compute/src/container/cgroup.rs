@@ -37,6 +37,42 @@ fn version_1_mounts(mountinfo: &str) -> Vec<PathBuf> {
     mounts
 }
 
+/// The processors and the memory nodes that groups below `parent` may be given, as lists; or why they can't be given any.
+pub fn cpuset(parent: &Path) -> Result<(String, String), String> {
+    let relative = parent.strip_prefix("/").unwrap_or(parent);
+    let mountinfo = || fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("reading the mounts: {e}"));
+    let unified = Path::new(ROOT).join("cgroup.controllers").exists();
+    let root = match unified {
+        true => PathBuf::from(ROOT),
+        false => cpuset_mount(&mountinfo()?).ok_or("the cgroup controller cpuset is not mounted")?,
+    };
+    let whole = root.join(relative);
+    let there = whole.ancestors().find(|dir| dir.exists()).filter(|dir| dir.starts_with(&root)).unwrap_or(&root);
+    let read = |name: &str| fs::read_to_string(there.join(name)).map(|text| text.trim().to_owned());
+    if unified && !read("cgroup.controllers").unwrap_or_default().split(' ').any(|c| c == "cpuset") {
+        return Err(format!("the cgroup controller cpuset is not passed on to {}", there.display()));
+    }
+    let [cpus, mems] = match unified {
+        true => ["cpuset.cpus.effective", "cpuset.mems.effective"],
+        false => ["cpuset.effective_cpus", "cpuset.effective_mems"],
+    };
+    let list = |name: &str| match read(name) {
+        Ok(list) if !list.is_empty() => Ok(list),
+        Ok(_) => Err(format!("{} of {} is empty", name, there.display())),
+        Err(e) => Err(format!("reading {name} of {}: {e}", there.display())),
+    };
+    Ok((list(cpus)?, list(mems)?))
+}
+
+/// Where version 1 has the controller of processors and nodes.
+fn cpuset_mount(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let options = after.strip_prefix("cgroup ")?.split(' ').nth(1)?;
+        options.split(',').any(|o| o == "cpuset").then(|| before.split(' ').nth(4).map(PathBuf::from))?
+    })
+}
+
 /// Whether memory can be limited together with swap.
 pub(super) fn limits_swap() -> bool {
     let unified = Path::new(ROOT).join("cgroup.controllers").exists();
@@ -107,6 +143,9 @@ mod tests {
         let text = "31 23 0:26 / /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory\n\
                     32 23 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
                     33 23 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
+        assert_eq!(cpuset_mount(text), None);
+        let line = "34 23 0:29 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset\n";
+        assert_eq!(cpuset_mount(&format!("{text}{line}")), Some(PathBuf::from("/sys/fs/cgroup/cpuset")));
         assert_eq!(version_1_mounts(text), [Path::new("/sys/fs/cgroup/memory"), Path::new("/sys/fs/cgroup/cpu")]);
     }
 

@@ -12,7 +12,7 @@ use nexus_compute::container::{ContainerConfig, ContainerRuntime};
 use nexus_compute::image::{BlobStore, UnpackLimits};
 use nexus_compute::keep::{Keep, KeepError, LogFiles};
 use nexus_compute::{
-    ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, PartOf, Runtime, RuntimeError, Sandbox, SharedMount, State,
+    CpuSet, ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, Observed, PartOf, Runtime, RuntimeError, Sandbox, SharedMount, State,
 };
 use nexus_env::RealClock;
 use nexus_model::kind::Template;
@@ -76,6 +76,7 @@ impl World {
             identity: None,
             secrets: Default::default(),
             part: None,
+            cpuset: None,
             shared: None,
             logs: LogFiles { dir: self.dir.path().join("logs").join(uid.to_string()), max_bytes: 1 << 20, keep: 1 },
         }
@@ -304,6 +305,42 @@ async fn memory_beyond_the_limit_kills_and_says_so() {
     world.assert_clean().await;
 }
 
+/// The last processor that a list names, such as `0-3`.
+fn last_of(list: &str) -> &str {
+    list.trim().rsplit([',', '-']).next().unwrap()
+}
+
+async fn an_instance_is_kept_to_its_processors_and_memory() {
+    let world = World::new();
+    let (cpus, mems) = nexus_compute::container::cpuset(&world.cgroup).unwrap();
+    let (cpu, node) = (last_of(&cpus), last_of(&mems));
+    let allowed = |out: &str, what: &str| {
+        let line = out.lines().find_map(|line| line.strip_prefix(what)).unwrap_or_else(|| panic!("{what} in {out}"));
+        line.trim().to_owned()
+    };
+    let script = "grep _allowed_list /proc/self/status";
+    let (code, _, out) = world.output(&world.shell(script)).await;
+    assert_eq!((code, allowed(&out, "Cpus_allowed_list:").as_str()), (Some(0), cpus.as_str()), "without a wish, all");
+    let set = CpuSet { cpus: cpu.to_owned(), mems: Some(node.to_owned()) };
+    let (code, _, out) = world.output(&Sandbox { cpuset: Some(set), ..world.shell(script) }).await;
+    assert_eq!(code, Some(0), "{out}");
+    assert_eq!(allowed(&out, "Cpus_allowed_list:"), cpu);
+    assert_eq!(allowed(&out, "Mems_allowed_list:"), node);
+    // Commands that are run in it are kept to the same, and a processor that isn't there is an error.
+    let set = CpuSet { cpus: cpu.to_owned(), mems: None };
+    let lasting = Sandbox { cpuset: Some(set), ..world.lasting() };
+    world.runtime.start(&lasting).await.unwrap();
+    let (status, out, _) = world.exec(lasting.uid, &["sh", "-c", script], "").await;
+    assert_eq!((status.unwrap(), allowed(&out, "Cpus_allowed_list:").as_str()), (0, cpu));
+    world.runtime.remove(lasting.uid).await.unwrap();
+    let set = CpuSet { cpus: "4000".to_owned(), mems: None };
+    let wrong = Sandbox { cpuset: Some(set), ..world.lasting() };
+    let started = world.runtime.start(&wrong).await;
+    assert!(started.is_err() || ended(&world.runtime, wrong.uid).await.0 != Some(0));
+    world.runtime.remove(wrong.uid).await.unwrap();
+    world.assert_clean().await;
+}
+
 async fn processes_beyond_the_limit_are_refused() {
     let world = World::new();
     let mut sandbox = world.shell("i=0; while [ $i -lt 30 ]; do sleep 100 & i=$((i+1)); done; echo all");
@@ -519,6 +556,7 @@ crate::tests![
     a_container_sees_the_socket_of_its_identity_and_can_change_nothing_there,
     layers_stack_with_whiteouts,
     memory_beyond_the_limit_kills_and_says_so,
+    an_instance_is_kept_to_its_processors_and_memory,
     processes_beyond_the_limit_are_refused,
     a_full_scratch_layer_hurts_only_the_app,
     an_instance_changes_nothing_of_the_image,

@@ -107,6 +107,7 @@ impl World {
             identity: None,
             secrets: Default::default(),
             part: None,
+            cpuset: None,
             shared: None,
             logs: LogFiles { dir: self.dir.path().join(format!("logs-{uid}")), max_bytes: 1 << 20, keep: 2 },
         }

@@ -5,6 +5,7 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::HostReport;
 use nexus_model::{AnyObject, Name, Object};
 
+use crate::numa;
 use crate::rules::network::nic;
 use crate::rules::{drain, instance};
 use crate::scheduler::Scheduler;
@@ -22,8 +23,11 @@ pub fn recount(step: &mut Step<'_>, name: &Name, given: Option<u16>) {
     let last_slot = given.unwrap_or(host.status.last_slot);
     let (classes, storage) = Scheduler::reserved_classes(step.world.instances_on(name));
     let same = (&host.status.reserved_classes, &host.status.reserved_storage) == (&classes, &storage);
+    let numa_nodes = numa::rooms(&host, &reserved, step.world.instances_on(name));
+    let same = same && host.status.numa_nodes == numa_nodes;
     if host.status.reserved != reserved || host.status.last_slot != last_slot || !same {
         let mut host = host;
+        host.status.numa_nodes = numa_nodes;
         (host.status.reserved_classes, host.status.reserved_storage) = (classes, storage);
         host.status.reserved = reserved;
         host.status.last_slot = last_slot;
@@ -38,6 +42,7 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
     if known.is_some_and(|host| says_the_same(host, report)) {
         return Ok(());
     }
+    let declared = numa::bounded(&report.spec);
     let Some(host) = known.cloned() else {
         step.world.refuse_unreadable::<Host>(None, &report.host).map_err(|e| e.detail)?;
         let cell = choose_cell(step, &report.spec)?;
@@ -46,7 +51,8 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
             return Err(format!("its address or prefix is that of host {other}"));
         }
         let metadata = step.new_metadata(report.host.clone(), None);
-        let mut host = Object::<Host>::new(metadata, HostSpec { cell, ..report.spec.clone() });
+        let mut host = Object::<Host>::new(metadata, HostSpec { cell, ..declared });
+        host.status.numa_nodes = numa::rooms(&host, &Capacity::default(), std::iter::empty());
         host.status.boot_id = Some(report.boot_id.clone());
         host.status.agent_version = Some(report.agent_version.clone());
         host.status.certificate_ends = report.certificate_ends;
@@ -63,8 +69,11 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
         draining: host.spec.draining,
         zone: host.spec.zone.clone(),
         cell: host.spec.cell.clone(),
-        ..report.spec.clone()
+        ..declared
     };
+    if new.spec != host.spec {
+        new.status.numa_nodes = numa::rooms(&new, &host.status.reserved, step.world.instances_on(&report.host));
+    }
     new.status.boot_id = Some(report.boot_id.clone());
     new.status.agent_version = Some(report.agent_version.clone());
     new.status.certificate_ends = report.certificate_ends;
@@ -76,6 +85,8 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
     if new.spec != host.spec || new.status != host.status {
         if new.spec != host.spec {
             new.metadata.generation += 1;
+            // It may have what somebody waits for.
+            step.mark(Dirty::Host(report.host.clone()));
         }
         if new.status.boot_id != host.status.boot_id {
             step.event(None, host.owner_ref(), Severity::Warning, "Rebooted", "the host has booted anew");
@@ -93,6 +104,7 @@ fn says_the_same(host: &Object<Host>, report: &HostReport) -> bool {
         cordoned: _,
         draining: _,
         rack,
+        fault_domain,
         address,
         prefix6,
         prefix4,
@@ -100,11 +112,14 @@ fn says_the_same(host: &Object<Host>, report: &HostReport) -> bool {
         capacity,
         classes,
         storage,
+        numa_nodes,
+        numa_trouble,
     } = &host.spec;
     let said = &report.spec;
     (rack, address, prefix6, prefix4) == (&said.rack, &said.address, &said.prefix6, &said.prefix4)
         && (runtimes, capacity, classes) == (&said.runtimes, &said.capacity, &said.classes)
-        && storage == &said.storage
+        && (storage, fault_domain) == (&said.storage, &said.fault_domain)
+        && (numa_nodes, numa_trouble) == (&said.numa_nodes, &said.numa_trouble)
         && host.status.boot_id.as_deref() == Some(report.boot_id.as_str())
         && host.status.agent_version.as_deref() == Some(report.agent_version.as_str())
         && host.status.images == report.images

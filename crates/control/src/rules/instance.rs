@@ -46,11 +46,13 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
             s.host = Some(placed.host.clone());
             s.zone = Some(host.spec.zone.clone());
             s.slot = Some(placed.slot);
+            s.numa_nodes = placed.numa_nodes.clone();
             s.epoch = host.status.epoch + 1;
             (s.address6, s.address4) = (Some(six), Some(four));
             s.message = String::new();
             let beyond = if placed.spilled { ", beyond the project's usual cells, which are full" } else { "" };
-            let message = format!("on host {} in {}{beyond}", placed.host, host.spec.zone);
+            let node = placed.numa_nodes.iter().map(|id| format!(", NUMA node {id}")).collect::<String>();
+            let message = format!("on host {}{node} in {}{beyond}", placed.host, host.spec.zone);
             set_condition(&mut s.conditions, "Scheduled", ConditionStatus::True, "Placed", &message, step.now);
             step.put(new);
             nic::follow(step, uid);

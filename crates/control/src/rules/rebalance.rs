@@ -42,9 +42,11 @@ pub struct Move {
 pub struct Standing {
     /// The constraint that the host does not meet.
     pub broken: Option<&'static str>,
-    /// Others of its app in the zone, where it is spread over zones, and in the rack, likewise.
+    /// Others of its app in the zone, where it is spread over zones, and in the rack or fault domain, likewise.
     pub in_zone: u32,
-    pub in_rack: u32,
+    pub about: u32,
+    /// What `about` counts, for people.
+    pub around: &'static str,
     /// Others of its app on the host, where it is spread at all.
     pub on_host: u32,
     /// Of the host, in thousandths.
@@ -53,7 +55,7 @@ pub struct Standing {
 
 /// Why `there` is better than `here`, if it is.
 fn gain(here: &Standing, there: &Standing) -> Option<String> {
-    let tier = |s: &Standing| (s.broken.is_some(), s.in_zone, s.in_rack, s.on_host);
+    let tier = |s: &Standing| (s.broken.is_some(), s.in_zone, s.about, s.on_host);
     if tier(there) > tier(here) {
         return None;
     }
@@ -65,7 +67,7 @@ fn gain(here: &Standing, there: &Standing) -> Option<String> {
     }
     for (what, here, there) in [
         ("zone", here.in_zone, there.in_zone),
-        ("rack", here.in_rack, there.in_rack),
+        (here.around, here.about, there.about),
         ("host", here.on_host, there.on_host),
     ] {
         if there < here {
@@ -112,6 +114,7 @@ fn try_move(step: &mut Step<'_>, uid: Uid) -> Option<Move> {
     let (from, project) = (before.status.host.clone()?, before.metadata.project.clone()?);
     let mut homeless = before.clone();
     (homeless.status.host, homeless.status.slot) = (None, None);
+    homeless.status.numa_nodes.clear();
     step.put(homeless.clone());
     let around = Surroundings::of(step.world, &homeless);
     let scheduler = step.world.scheduler.as_mut().expect("only the writer plans");
@@ -128,6 +131,7 @@ fn try_move(step: &mut Step<'_>, uid: Uid) -> Option<Move> {
     let name = before.metadata.name.clone();
     homeless.status.zone = step.world.host(&placed.host).map(|host| host.spec.zone.clone());
     (homeless.status.host, homeless.status.slot) = (Some(placed.host.clone()), Some(placed.slot));
+    homeless.status.numa_nodes = placed.numa_nodes;
     step.put(homeless);
     Some(Move { project, instance: name, uid, from, to: placed.host, why })
 }
@@ -152,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_move_is_for_constraints_then_evenness_then_relief() {
-        let here = Standing { broken: None, in_zone: 1, in_rack: 0, on_host: 1, burden: 100 };
+        let here = Standing { broken: None, in_zone: 1, about: 0, around: "rack", on_host: 1, burden: 100 };
         assert_eq!(gain(&here, &here), None);
         assert_eq!(gain(&here, &Standing { burden: 0, ..here.clone() }), None, "not for a little");
         let less = Standing { on_host: 0, ..here.clone() };

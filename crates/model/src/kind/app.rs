@@ -153,13 +153,14 @@ pub struct HealthChecks {
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Spread {
     None,
     Host,
     #[default]
     Zone,
     Rack,
+    FaultDomain,
 }
 
 /// Bounds of a function's requests.
@@ -543,6 +544,8 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         check(t.command.is_empty() && t.args.is_empty(), "spec.command", "a function has no command");
         check(t.storage_class.is_none(), "spec.storageClass", "a function has no writable layer");
         check(t.nics.is_empty(), "spec.nics", "a function has no interfaces of its own");
+        let shared = "a function shares its process with others of its project: leave numa=single out";
+        check(!t.constraints.single_node(), "spec.constraints", shared);
     }
     let mut own = |ok: bool, field: &str, message: &str| check(ok, &format!("spec.{field}"), message);
     check_resources(&mut own, &t.resources);

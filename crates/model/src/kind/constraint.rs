@@ -5,9 +5,10 @@
 //! | `latency<20ms` | whose round trip to the nearest live gateway has been measured and is below that; `us` for microseconds |
 //! | `zone in (a,b)`, `zone=a` | of these zones |
 //! | `label.KEY=VALUE` | that carry the label |
-//! | `spread=zone`, `spread=rack`, `spread=host` | whose zone (rack, host) has no more of the app's instances than the one with the fewest that could take one |
+//! | `spread=zone`, `spread=fault-domain`, `spread=rack`, `spread=host` | whose zone (fault domain, rack, host) has no more of the app's instances than the one with the fewest that could take one |
 //! | `with=APP` | that run an instance of another app of the project |
 //! | `not-with=APP` | that run none of it; it holds for both apps, whichever names the other |
+//! | `numa=single` | with a NUMA node that has room for a whole instance, which is then kept to that node; `numa=any` takes it back |
 //!
 //! Every constraint of an app must be met. They are looked at when an instance is placed: what runs is not moved because
 //! its host no longer meets them. Written as a list of texts, or as one text with commas between.
@@ -39,13 +40,23 @@ pub enum Constraint {
     Spread(Spread),
     With(Name),
     NotWith(Name),
+    Numa(Numa),
+}
+
+/// From how many of its host's NUMA nodes an instance takes what it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Numa {
+    /// Any, a part here and a part there.
+    Any,
+    /// One, which it is kept to.
+    Single,
 }
 
 /// Why a text is no [`Constraint`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no constraint: write latency<20ms, zone in (a,b), label.KEY=VALUE, spread=zone (or rack, host), with=APP or \
-     not-with=APP"
+    "{0:?} is no constraint: write latency<20ms, zone in (a,b), label.KEY=VALUE, spread=zone (or fault-domain, rack, host), \
+     with=APP, not-with=APP or numa=single"
 )]
 pub struct ConstraintError(String);
 
@@ -54,7 +65,7 @@ const PATTERN: &str = concat!(
     r"(latency *< *[1-9][0-9]{0,4}(ms|us)",
     r"|zone *in *\( *N( *, *N){0,15} *\)|zone=N",
     r"|label\.([A-Za-z0-9._-]{1,253}/)?[A-Za-z0-9._-]{1,63}=[A-Za-z0-9._-]{0,63}",
-    r"|spread=(zone|rack|host)|(not-)?with=N)",
+    r"|spread=(zone|fault-domain|rack|host)|(not-)?with=N|numa=(any|single))",
 );
 const NAME: &str = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?";
 
@@ -95,10 +106,13 @@ impl FromStr for Constraint {
         }
         match text.split_once('=') {
             Some(("spread", "zone")) => Ok(Self::Spread(Spread::Zone)),
+            Some(("spread", "fault-domain")) => Ok(Self::Spread(Spread::FaultDomain)),
             Some(("spread", "rack")) => Ok(Self::Spread(Spread::Rack)),
             Some(("spread", "host")) => Ok(Self::Spread(Spread::Host)),
             Some(("with", app)) => Ok(Self::With(name(app)?)),
             Some(("not-with", app)) => Ok(Self::NotWith(name(app)?)),
+            Some(("numa", "any")) => Ok(Self::Numa(Numa::Any)),
+            Some(("numa", "single")) => Ok(Self::Numa(Numa::Single)),
             _ => Err(wrong()),
         }
     }
@@ -114,11 +128,14 @@ impl fmt::Display for Constraint {
                 write!(f, "zone in ({})", zones.join(","))
             }
             Self::Label(key, value) => write!(f, "label.{key}={value}"),
+            Self::Spread(Spread::FaultDomain) => f.write_str("spread=fault-domain"),
             Self::Spread(Spread::Rack) => f.write_str("spread=rack"),
             Self::Spread(Spread::Host) => f.write_str("spread=host"),
             Self::Spread(Spread::Zone | Spread::None) => f.write_str("spread=zone"),
             Self::With(app) => write!(f, "with={app}"),
             Self::NotWith(app) => write!(f, "not-with={app}"),
+            Self::Numa(Numa::Any) => f.write_str("numa=any"),
+            Self::Numa(Numa::Single) => f.write_str("numa=single"),
         }
     }
 }
@@ -138,6 +155,15 @@ impl Constraints {
 
     pub fn iter(&self) -> impl Iterator<Item = &Constraint> {
         self.0.iter()
+    }
+
+    /// Whether an instance is to be kept to one NUMA node. The last word on it counts.
+    pub fn single_node(&self) -> bool {
+        let said = self.0.iter().rev().find_map(|c| match c {
+            Constraint::Numa(numa) => Some(*numa),
+            _ => None,
+        });
+        said == Some(Numa::Single)
     }
 
     /// The apps that it is to be with, and those that it is not to be with.
@@ -249,10 +275,13 @@ mod tests {
             ("label.example.com/disk=nvme", Constraint::Label("example.com/disk".into(), "nvme".into())),
             ("label.gpu=", Constraint::Label("gpu".into(), String::new())),
             ("spread=zone", Constraint::Spread(Spread::Zone)),
+            ("spread=fault-domain", Constraint::Spread(Spread::FaultDomain)),
             ("spread=rack", Constraint::Spread(Spread::Rack)),
             ("spread=host", Constraint::Spread(Spread::Host)),
             ("with=db", Constraint::With(name("db"))),
             ("not-with=batch", Constraint::NotWith(name("batch"))),
+            ("numa=single", Constraint::Numa(Numa::Single)),
+            ("numa=any", Constraint::Numa(Numa::Any)),
         ] {
             assert_eq!(one(text).unwrap(), constraint);
             assert_eq!(constraint.to_string(), text);
@@ -294,6 +323,9 @@ mod tests {
             "with=a\n",
             "rack=a",
             "with=-a",
+            "numa=",
+            "numa=2",
+            "spread=fault",
         ];
         for text in wrong {
             assert!(one(text).is_err(), "{text:?} is read");

@@ -6,7 +6,7 @@ use indexmap::IndexMap;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use super::{Column, Home, Kind, Runtime, Scope, Verbs};
+use super::{Column, Home, Kind, MAX_NUMA_NODES, MAX_TROUBLE, NumaNode, NumaRoom, Runtime, Scope, Verbs, numa};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
 
 #[derive(Debug, Clone)]
@@ -296,6 +296,9 @@ pub struct HostSpec {
     pub cell: Name,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rack: Option<Name>,
+    /// What it fails with, where that is not its rack: a power feed, a row, a room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault_domain: Option<Name>,
     /// Where servers reach the agent.
     #[schemars(with = "String", regex(pattern = ADDRESS_PATTERN))]
     pub address: SocketAddr,
@@ -313,6 +316,15 @@ pub struct HostSpec {
     #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
     #[schemars(schema_with = "storage_schema")]
     pub storage: StorageClasses,
+    /// Its NUMA nodes, by number, with their shares of the capacity. Of an agent that tells none, the host is one node of
+    /// everything.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = MAX_NUMA_NODES))]
+    pub numa_nodes: Vec<NumaNode>,
+    /// Why instances can't be kept to one of its nodes, if that is so: nothing with `numa=single` is placed here then.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = MAX_TROUBLE))]
+    pub numa_trouble: String,
     /// No new instance is placed here while true.
     #[serde(default)]
     pub cordoned: bool,
@@ -329,6 +341,7 @@ impl Default for HostSpec {
             zone: name.clone(),
             cell: name,
             rack: None,
+            fault_domain: None,
             address: SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
             prefix6: Ipv6Addr::UNSPECIFIED,
             prefix4: Ipv4Addr::UNSPECIFIED,
@@ -336,6 +349,8 @@ impl Default for HostSpec {
             capacity: Capacity::default(),
             classes: Classes::new(),
             storage: StorageClasses::new(),
+            numa_nodes: Vec::new(),
+            numa_trouble: String::new(),
             cordoned: false,
             draining: false,
         }
@@ -383,6 +398,9 @@ pub struct HostStatus {
     /// Bytes of storage classes that are reserved.
     #[serde(skip_serializing_if = "IndexMap::is_empty")]
     pub reserved_storage: StorageClasses,
+    /// What is reserved and what is free on each of its NUMA nodes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub numa_nodes: Vec<NumaRoom>,
     /// The lowest round trip between it and a gateway, in microseconds. Written down when it has changed by a quarter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub round_trip_us: Option<u32>,
@@ -421,8 +439,21 @@ impl Kind for Host {
         Column::new("DRAINING", "/spec/draining").wide(),
         Column::new("ADDRESS", "/spec/address").wide(),
     ];
-    const IMMUTABLE: &'static [&'static str] =
-        &["zone", "cell", "rack", "address", "prefix6", "prefix4", "runtimes", "capacity", "classes", "storage"];
+    const IMMUTABLE: &'static [&'static str] = &[
+        "zone",
+        "cell",
+        "rack",
+        "faultDomain",
+        "address",
+        "prefix6",
+        "prefix4",
+        "runtimes",
+        "capacity",
+        "classes",
+        "storage",
+        "numaNodes",
+        "numaTrouble",
+    ];
     type Spec = HostSpec;
     type Status = HostStatus;
 
@@ -434,6 +465,7 @@ impl Kind for Host {
         if spec.prefix4.octets()[3] != 0 {
             errors.push(FieldError::new("spec.prefix4", "the last 8 bits must be zero"));
         }
+        errors.extend(numa::validate(spec));
         errors
     }
 

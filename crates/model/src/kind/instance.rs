@@ -88,6 +88,9 @@ pub struct InstanceStatus {
     /// Which of its host's addresses it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<u16>,
+    /// The NUMA nodes of its host that it is kept to, by the kernel's numbers. None of one that takes from any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub numa_nodes: Vec<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub address6: Option<Ipv6Addr>,
@@ -131,6 +134,7 @@ impl Kind for Instance {
         Column::new("RESTARTS", "/status/restarts"),
         Column::new("HOST", "/status/host"),
         Column::new("ZONE", "/status/zone"),
+        Column::new("NUMA", "/status/numaNodes/0").wide(),
         Column::new("ADDRESS", "/status/address6").wide(),
         Column::new("WHY", "/status/message").wide(),
     ];

@@ -7,7 +7,8 @@ use nexus_model::kind::{Classes, validate_classes};
 use nexus_model::{Bytes, Name};
 
 use super::deploy::class;
-use crate::config::{AgentConfig, Config as _, StorageFolder};
+use super::resource::new_name;
+use crate::config::{AgentConfig, Config as _, NodeConfig, StorageFolder};
 use crate::exit::Fail;
 
 /// Runs a host's agent
@@ -15,7 +16,8 @@ use crate::exit::Fail;
 #[command(after_help = "Examples:\n  \
     nexus agent --config /var/lib/nexus-host/agent.toml\n  \
     nexus agent --config agent.toml --class gpu-v100=2:/dev/nvidia0,/dev/nvidia1\n  \
-    nexus agent --config agent.toml --storage-class high-iops=/srv/nvme:200Gi")]
+    nexus agent --config agent.toml --storage-class high-iops=/srv/nvme:200Gi\n  \
+    nexus agent --config agent.toml --fault-domain feed-2")]
 pub struct AgentArgs {
     /// The agent's configuration, in TOML
     #[arg(long, value_name = "FILE")]
@@ -41,6 +43,12 @@ pub struct HasArgs {
     /// [default size: nine tenths of what is free]
     #[arg(long = "storage-class", value_name = "NAME=DIR[:SIZE]", value_parser = storage)]
     storage: Vec<(Name, StorageFolder)>,
+    /// What the host fails with, such as a power feed or a row, for spread=fault-domain [default: its rack]
+    #[arg(long, value_name = "NAME", value_parser = new_name)]
+    fault_domain: Option<Name>,
+    /// A NUMA node, such as 0=cpus:0-7,memory:16Gi: all nodes, in place of what the kernel says of them
+    #[arg(long = "numa-node", value_name = "ID=cpus:LIST,memory:SIZE")]
+    numa_nodes: Vec<NodeConfig>,
     /// What the link to other hosts sends, in bits a second, such as 10G: the cloud's own traffic then goes before tenants' on it
     #[arg(long, value_name = "RATE", value_parser = rate)]
     uplink_rate: Option<u64>,
@@ -97,6 +105,12 @@ impl HasArgs {
             }
         }
         config.storage.extend(self.storage.iter().cloned());
+        if self.fault_domain.is_some() {
+            config.fault_domain.clone_from(&self.fault_domain);
+        }
+        if !self.numa_nodes.is_empty() {
+            config.numa_nodes.clone_from(&self.numa_nodes);
+        }
         config.uplink_rate = self.uplink_rate.or(config.uplink_rate);
         if let Some(wrong) = validate_classes("--class", &config.classes).first() {
             return Err(Fail::usage(format!("{}: {}", wrong.field, wrong.message)).into());

@@ -69,6 +69,9 @@ async fn describe(cloud: &Cloud, kind: &'static KindDescriptor, object: &Value) 
     if kind.kind == "Instance" {
         section(&mut out, "Parts", &part_table(std::slice::from_ref(object), now));
     }
+    if kind.kind == "Host" {
+        section(&mut out, "NUMA nodes", &node_table(object));
+    }
     if kind.kind == "Cell" {
         for (title, content) in cell::sections(cloud, object).await? {
             section(&mut out, title, &content);
@@ -152,6 +155,34 @@ fn conditions(object: &Value, now: Timestamp) -> String {
         vec![word("/type"), word("/status"), word("/reason"), age_of(&c["since"], now), word("/message")]
     };
     Printer::new(&["TYPE", "STATUS", "REASON", "SINCE", "MESSAGE"]).lines(conditions.iter().map(row).collect())
+}
+
+/// A host's NUMA nodes: what they have, what is kept to them, and what is free.
+fn node_table(host: &Value) -> String {
+    let rooms = host["status"]["numaNodes"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut rows = Vec::new();
+    for node in host["spec"]["numaNodes"].as_array().into_iter().flatten() {
+        let room = rooms.iter().find(|room| room["id"] == node["id"]).unwrap_or(&Value::Null);
+        let word = |of: &Value, key: &str| match &of[key] {
+            Value::Null => "-".to_owned(),
+            Value::String(text) => plain(text),
+            other => other.to_string(),
+        };
+        rows.push(vec![
+            word(node, "id"),
+            word(node, "cpus"),
+            word(node, "cpu"),
+            word(room, "reservedCpu"),
+            word(room, "freeCpu"),
+            word(node, "memory"),
+            word(room, "reservedMemory"),
+            word(room, "freeMemory"),
+        ]);
+    }
+    if rows.is_empty() {
+        return String::new();
+    }
+    Printer::new(&["NODE", "CPUS", "CPU", "RESERVED", "FREE", "MEMORY", "RESERVED", "FREE"]).lines(rows)
 }
 
 fn instance_table(mut instances: Vec<Value>, now: Timestamp) -> String {
@@ -259,5 +290,18 @@ mod tests {
         assert!(text.contains("(1m ago)") && text.contains("Labels:      a=b\n"), "{text}");
         let table = conditions(&object, now);
         assert!(table.lines().nth(1).unwrap().starts_with("Ready   False    Waiting"), "{table}");
+    }
+
+    #[test]
+    fn a_hosts_nodes_are_shown_with_what_is_free() {
+        let host = json!({
+            "spec": {"numaNodes": [{"id": 1, "cpus": "8-15", "cpu": "8", "memory": "16Gi"}, {"id": 2, "cpus": "3"}]},
+            "status": {"numaNodes": [{"id": 1, "reservedCpu": "5", "freeCpu": "3", "freeMemory": "4Gi"}]},
+        });
+        let table = node_table(&host);
+        let rows: Vec<Vec<&str>> = table.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[0], ["1", "8-15", "8", "5", "3", "16Gi", "-", "4Gi"]);
+        assert_eq!(rows[1][..3], ["2", "3", "-"]);
+        assert_eq!(node_table(&json!({})), "");
     }
 }

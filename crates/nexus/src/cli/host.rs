@@ -123,6 +123,7 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
         zone: joined.zone,
         cell: joined.cell.clone(),
         rack: args.rack.clone(),
+        fault_domain: None,
         address: args.wire,
         prefix6: joined.prefix6,
         prefix4: joined.prefix4,
@@ -138,6 +139,7 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
         images_disk_percent: crate::role::agent::default_images_percent(),
         devices: Default::default(),
         storage: Default::default(),
+        numa_nodes: Vec::new(),
         uplink_rate: None,
     };
     let agent = args.has.apply(agent)?;

@@ -298,6 +298,7 @@ fn host_configurations(
         zone: host.zone.clone(),
         cell: host.cell.clone(),
         rack: None,
+        fault_domain: None,
         address: host.wire(),
         prefix6: host.prefix6,
         prefix4: host.prefix4,
@@ -318,6 +319,7 @@ fn host_configurations(
             .map(|(class, size)| (class.clone(), storage_folder(dir, name, class, *size)))
             .collect(),
         uplink_rate: None,
+        numa_nodes: Vec::new(),
     };
     let cgroups = cgroup::hierarchies().context("reading the mounted cgroup hierarchies")?;
     let init = HostInitConfig {

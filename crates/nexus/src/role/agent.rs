@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use nexus_agent::images::WireImages;
+use nexus_agent::numa::{self, Numa};
 use nexus_agent::{AgentHandle, Engines, HostNetworksEngine, keeper};
-use nexus_compute::container::{ContainerConfig, ContainerRuntime, Units};
+use nexus_compute::container::{ContainerConfig, ContainerRuntime, Units, cpuset};
 use nexus_compute::function::{FunctionConfig, FunctionRuntime};
 use nexus_compute::image::{BlobStore, UnpackLimits};
 use nexus_compute::keep::Keep;
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::renew::{Certificates, Kept, WireSigner};
 use super::server::{identity, tls_clock};
 use super::{admin, stopped};
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, NodeConfig};
 
 /// How full a host's disk may be before it parts with images that nothing on it needs.
 pub fn default_images_percent() -> u8 {
@@ -105,12 +106,14 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let handle = AgentHandle::default();
     let certificates = Certificates::new(vec![Kept { files: config.tls.clone(), identity }]);
     let ends = certificates.clone();
+    let numa = numa(&env, &config).await.context("reading the NUMA nodes")?;
     let daemon = nexus_agent::AgentConfig {
         name: config.name.clone(),
         host: HostSpec {
             zone: config.zone.clone(),
             cell: config.cell.clone(),
             rack: config.rack.clone(),
+            fault_domain: config.fault_domain.clone(),
             address: config.address,
             prefix6: config.prefix6,
             prefix4: config.prefix4,
@@ -118,8 +121,11 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             capacity: config.capacity,
             classes: config.classes.clone(),
             storage: storage(&config)?,
+            numa_nodes: numa.nodes.clone(),
+            numa_trouble: numa.trouble.clone(),
             ..HostSpec::default()
         },
+        numa,
         servers: servers.clone(),
         data_dir: config.data_dir.clone(),
         boot_id,
@@ -175,6 +181,25 @@ fn units(config: &AgentConfig) -> BTreeMap<Name, Units> {
         (class.clone(), nodes.chunks(each.max(1)).map(<[_]>::to_vec).collect())
     };
     config.devices.iter().map(of).collect()
+}
+
+/// The host's NUMA nodes, and what it does about them.
+async fn numa(env: &Env, config: &AgentConfig) -> std::io::Result<Numa> {
+    let (disk, parent) = (env.disk.clone(), std::path::Path::new("/").join(&config.cgroup_parent));
+    let own: Vec<_> = config.numa_nodes.iter().filter_map(NodeConfig::raw).collect();
+    let capacity = config.capacity;
+    let declare = move || {
+        let list = |text: String| text.parse().map_err(|e| format!("{e}"));
+        let allowed =
+            cpuset(&parent).and_then(|(cpus, memory)| Ok(numa::Allowed { cpus: list(cpus)?, memory: list(memory)? }));
+        let kernel = numa::read(&*disk, std::path::Path::new(numa::NODES));
+        numa::declare(&kernel, &own, allowed, &capacity)
+    };
+    let declared = on_disk(&env.disk, declare).await?;
+    if !declared.trouble.is_empty() {
+        tracing::warn!(why = declared.trouble, "no instance can be kept to a NUMA node here");
+    }
+    Ok(declared)
 }
 
 /// What the host declares of storage classes: sizes as configured, or as the folders are now.

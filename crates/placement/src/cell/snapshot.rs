@@ -4,8 +4,8 @@ use super::{Cell, Host};
 use crate::numa;
 use crate::pool::{Place, bucket_of};
 use crate::types::{
-    Capacity, ClassId, DomainId, GroupId, HostId, HostState, ImageId, LabelId, Load, MAX_NODES, Node, RackId, Request,
-    Runtimes, UnknownHost, ZoneId,
+    Capacity, ClassId, DomainId, FaultId, GroupId, HostId, HostState, ImageId, LabelId, Load, MAX_NODES, Node, RackId,
+    Request, Runtimes, SpreadLevel, UnknownHost, ZoneId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,6 +26,7 @@ pub struct HostSnapshot {
     pub id: HostId,
     pub zone: ZoneId,
     pub rack: RackId,
+    pub fault: FaultId,
     pub state: HostState,
     pub runtimes: Runtimes,
     pub capacity: Capacity,
@@ -44,6 +45,8 @@ pub struct HostSnapshot {
     pub rtt: Option<u32>,
     /// Its NUMA nodes: capacity, free. None of a host that is a single node.
     pub nodes: Vec<(Node, Node)>,
+    /// Whether it can keep an instance to a node.
+    pub pins: bool,
     /// More is reserved than the host has: it has shrunk, or was adopted so.
     pub oversold: bool,
 }
@@ -87,6 +90,7 @@ impl Cell {
             id,
             zone: host.zone,
             rack: host.rack,
+            fault: host.fault,
             state: host.state,
             runtimes: host.runtimes,
             capacity: host.capacity,
@@ -99,6 +103,7 @@ impl Cell {
             labels: host.labels().to_vec(),
             rtt: host.rtt(),
             nodes: host.nodes.iter().map(|node| (node.capacity, node.free())).collect(),
+            pins: host.pins,
             oversold: host.oversold(),
         })
     }
@@ -176,6 +181,15 @@ impl Cell {
         }
     }
 
+    /// How many of a group are in each rack, or in each of what fails as one, ascending. Empty of other levels.
+    pub fn domain_counts(&self, group: GroupId, level: SpreadLevel) -> Vec<(u32, u32)> {
+        match (self.groups.get(&group), level) {
+            (Some(group), SpreadLevel::Rack) => group.racks().iter().map(|(rack, n)| (rack.0, *n)).collect(),
+            (Some(group), SpreadLevel::Fault) => group.faults().iter().map(|(fault, n)| (fault.0, *n)).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// Recounts the cell against the caller's record of reservations, and its index against its hosts. For invariant
     /// checkers: it walks everything.
     pub fn audit<'a>(&self, record: impl IntoIterator<Item = (HostId, &'a Request)>) -> Result<(), Drift> {
@@ -238,15 +252,18 @@ impl Cell {
                 return Err(Drift::Group(*id));
             };
             let mut zones: BTreeMap<ZoneId, u32> = BTreeMap::new();
+            let mut faults: BTreeMap<FaultId, u32> = BTreeMap::new();
             let (counts, domains) = counts;
             for (host, n) in counts {
                 *zones.entry(self.zone_of(*host)).or_default() += n;
+                *faults.entry(self.fault_of(*host)).or_default() += n;
             }
             let same_hosts = group.hosts().eq(counts.iter().map(|(host, n)| (*host, *n)));
             if !same_hosts
                 || !counts.keys().all(|host| group.holds(*host))
                 || !group.zones().into_iter().eq(zones)
                 || group.domains() != domains
+                || *group.faults() != faults
             {
                 return Err(Drift::Group(*id));
             }

@@ -8,6 +8,7 @@ fn host(zone: u32, cores: u32, memory: u64) -> HostSpec {
     HostSpec {
         zone: ZoneId(zone),
         rack: RackId(0),
+        fault: FaultId(0),
         state: HostState::Ready,
         runtimes: Runtimes::ALL,
         capacity: Capacity { cpu: cores * 1000, memory: memory * GI, scratch: 100 * GI, slots: 100 },
@@ -18,6 +19,7 @@ fn host(zone: u32, cores: u32, memory: u64) -> HostSpec {
         labels: Vec::new(),
         rtt: None,
         nodes: Vec::new(),
+        pins: true,
     }
 }
 
@@ -336,7 +338,8 @@ fn a_request_fits_in_one_node_or_has_equal_parts_on_several() {
     assert_eq!((refusal.at(Filter::Memory), refusal.at(Filter::Numa)), (1, 1));
     assert_eq!(
         refusal.to_string(),
-        "no host of 2 can take it: 1 lacks memory (30Gi wanted, at most 24Gi free), 1 without room on its NUMA nodes"
+        "no host of 2 can take it: 1 lacks memory (30Gi wanted, at most 24Gi free), 1 without room on its NUMA \
+         nodes (room on 2 nodes of one host wanted)"
     );
 }
 
@@ -378,6 +381,48 @@ fn a_group_that_stays_together_starts_where_more_have_room_and_goes_nowhere_else
     let refusal = cell.place(&member).unwrap_err();
     assert_eq!((refusal.at(Filter::Cpu), refusal.at(Filter::Together)), (1, 2));
     assert_eq!(cell.place_indexed(&member).unwrap_err(), refusal);
+}
+
+#[test]
+fn what_fails_as_one_is_kept_even_with_members_elsewhere_and_after_a_move() {
+    let at = |fault| HostSpec { fault: FaultId(fault), ..host(0, 8, 32) };
+    let mut cell = cell([at(0), at(0), at(1)]);
+    let even = |elsewhere: &[(u32, u32)]| Request { elsewhere: elsewhere.to_vec(), ..spread(SpreadLevel::Fault, true) };
+    // Two of the group behind feed 1, in another cell: nothing of it is here yet.
+    for place in [Cell::place, Cell::place_indexed] {
+        assert_eq!(place(&cell, &even(&[(1, 2)])).unwrap().host, HostId(0));
+    }
+    assert_eq!(run(&mut cell, &even(&[(1, 2)]), 2), [HostId(0), HostId(1)]);
+    assert_eq!(cell.domain_counts(GroupId(1), SpreadLevel::Fault), [(0, 2)]);
+    assert_eq!(run(&mut cell, &even(&[(1, 1)]), 1), [HostId(2)]);
+    let fuller = Request { spread: Spread { floor: Some(1), ..even(&[]).spread }, ..even(&[]) };
+    assert_eq!(cell.place(&fuller).unwrap().host, HostId(2));
+    cell.update_host(HostId(1), HostUpdate { fault: Some(FaultId(1)), ..HostUpdate::default() }).unwrap();
+    assert_eq!(cell.domain_counts(GroupId(1), SpreadLevel::Fault), [(0, 1), (1, 2)]);
+    assert_eq!(cell.peers(HostId(1), &even(&[(1, 4)])), Ok((6, 1)));
+    let refusal = cell.place(&Request { excluded: vec![HostId(0)], ..even(&[(0, 5)]) }).map(|d| d.host);
+    assert_eq!(refusal, Ok(HostId(1)), "the excluded one's domain holds nothing up");
+    let held = spread(SpreadLevel::Fault, true);
+    cell.audit([(HostId(0), &held), (HostId(1), &held), (HostId(2), &held)]).unwrap();
+}
+
+#[test]
+fn a_host_that_keeps_nothing_to_a_node_takes_what_floats_alone() {
+    let without = |spec: HostSpec| HostSpec { pins: false, ..spec };
+    let mut cell = cell([without(host(0, 8, 32)), without(numa(&[8, 8], 32)), numa(&[4, 4], 32)]);
+    assert_eq!(pin(&mut cell, pinned(1, 3000, 8)), Ok((2, vec![0])));
+    let refusal = cell.place(&pinned(1, 5000, 8)).unwrap_err();
+    assert_eq!(cell.place_indexed(&pinned(1, 5000, 8)).unwrap_err(), refusal);
+    assert_eq!(
+        refusal.to_string(),
+        "no host of 3 can take it: 1 without room on its NUMA nodes (no node has more than 4 CPUs free, 5 CPUs wanted), 2 \
+         that can't keep an instance to a NUMA node"
+    );
+    assert_eq!(cell.headroom(&pinned(1, 4000, 8)), 1);
+    assert!(cell.place(&container(5000, 8)).is_ok());
+    assert_eq!(cell.breach(HostId(0), &pinned(1, 100, 1)), Ok(Some(Filter::Numa)));
+    cell.update_host(HostId(0), HostUpdate { pins: Some(true), ..HostUpdate::default() }).unwrap();
+    assert_eq!(cell.place(&pinned(1, 5000, 8)).unwrap().host, HostId(0));
 }
 
 #[test]

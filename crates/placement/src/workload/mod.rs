@@ -16,8 +16,8 @@ pub use bench::{BenchReport, Packing, pack_until_full, run_benchmark, run_strate
 pub use strategy::Strategy;
 
 use crate::types::{
-    Capacity, ClassId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, Load, RackId, Request, Runtime,
-    Runtimes, Spread, SpreadLevel, ZoneId,
+    Capacity, ClassId, FaultId, GroupId, HostId, HostSpec, HostState, HostUpdate, ImageId, Load, RackId, Request,
+    Runtime, Runtimes, Spread, SpreadLevel, ZoneId,
 };
 use crate::{Cell, Drift};
 use std::collections::VecDeque;
@@ -172,6 +172,7 @@ impl Workload {
             let spec = HostSpec {
                 zone: ZoneId(n % ZONES),
                 rack: RackId(n / 40),
+                fault: FaultId(n / 40),
                 state: HostState::Ready,
                 runtimes,
                 capacity: Capacity {
@@ -187,6 +188,7 @@ impl Workload {
                 labels: Vec::new(),
                 rtt: None,
                 nodes: Vec::new(),
+                pins: true,
             };
             capacity.0 += u64::from(spec.capacity.cpu);
             capacity.1 += spec.capacity.memory;

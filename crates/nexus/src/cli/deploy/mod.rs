@@ -33,6 +33,7 @@ enum RuntimeArg {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum SpreadArg {
     Zone,
+    FaultDomain,
     Rack,
     Host,
     None,
@@ -111,8 +112,8 @@ pub struct DeployArgs {
     /// The storage class of the disk that the writable layer is on
     #[arg(long, value_name = "NAME", value_parser = resource::new_name)]
     storage_class: Option<Name>,
-    /// What hosts must be like, with commas between: latency<20ms, zone in (a,b), label.KEY=VALUE, spread=zone|rack|host,
-    /// with=APP, not-with=APP; none with an empty text
+    /// What hosts must be like, with commas between: latency<20ms, zone in (a,b), label.KEY=VALUE, spread=zone|fault-domain|rack|host,
+    /// with=APP, not-with=APP, numa=single; none with an empty text
     #[arg(long, value_name = "CONSTRAINTS")]
     constraints: Option<Constraints>,
     /// An instance is ready when a GET of this path on its first port succeeds
@@ -176,6 +177,7 @@ impl DeployArgs {
             args: self.args.clone(),
             spread: self.spread.map(|s| match s {
                 SpreadArg::Zone => Spread::Zone,
+                SpreadArg::FaultDomain => Spread::FaultDomain,
                 SpreadArg::Rack => Spread::Rack,
                 SpreadArg::Host => Spread::Host,
                 SpreadArg::None => Spread::None,
