@@ -18,6 +18,7 @@ use crate::fabric::Fabric;
 use crate::identity::issuer::WireIssuer;
 use crate::identity::{Identities, keys};
 use crate::networks::Networks;
+use crate::targets::Kept;
 use crate::observer::{Observer, View};
 use crate::parts::parts_of;
 use crate::secrets::{Secrets, mount_memory};
@@ -82,7 +83,8 @@ pub async fn run(
     let networks = match engines.networks.clone() {
         Some(engine) => {
             let told = told::keep(&env, &config, "networks.json", servers.clone(), &mut tasks).await;
-            Some(Networks::start(engine, told, names.clone(), &config.handle, &mut tasks))
+            let kept = Kept { disk: env.disk.clone(), path: config.data_dir.join("targets.json") };
+            Some(Networks::start(engine, told, names.clone(), kept, &config.handle, &mut tasks).await)
         }
         None => None,
     };

@@ -49,7 +49,7 @@ impl HostDoor for EchoHost {
 
     async fn check(&self, host: &Name) -> Result<NetworkCheck, ApiError> {
         let differences = vec![format!("{host} lacks a route")];
-        Ok(NetworkCheck { revision: Some(7), networks: 1, nics: 2, differences })
+        Ok(NetworkCheck { revision: Some(7), networks: 1, nics: 2, differences, failing: Vec::new() })
     }
 
     /// One packet, and what was asked for.
