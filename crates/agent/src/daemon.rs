@@ -18,11 +18,11 @@ use crate::fabric::Fabric;
 use crate::identity::issuer::WireIssuer;
 use crate::identity::{Identities, keys};
 use crate::networks::Networks;
-use crate::targets::Kept;
 use crate::observer::{Observer, View};
 use crate::parts::parts_of;
 use crate::secrets::{Secrets, mount_memory};
 use crate::servers::Servers;
+use crate::targets::Kept;
 use crate::worker::{Order, Shared, Worker};
 use crate::{ahead, plans, report, room, serve, telemetry, told};
 

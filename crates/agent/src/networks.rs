@@ -182,7 +182,8 @@ impl Networks {
         let applied = self.applied.borrow().clone();
         let closed = applied.closed.clone();
         let failing = self.failing.borrow().clone();
-        let mut differences = self.engine.check(health::marked(&told, &failing), closed).await.map_err(|e| e.to_string())?;
+        let mut differences =
+            self.engine.check(health::marked(&told, &failing), closed).await.map_err(|e| e.to_string())?;
         if !applied.trouble.is_empty() {
             differences.push(format!("nothing newer can be set: {}", applied.trouble));
         }

@@ -3,9 +3,9 @@
 use std::sync::Mutex;
 
 use async_trait::async_trait;
-use nexus_model::plan::{Mac, NicPlace, PLAN_VERSION, RuleProtocol, TraceHop, TracedPacket};
 use nexus_model::kind::BalancerCheck;
 use nexus_model::plan::{BalancedProtocol, BalancerPlan, ListenerPlan, TargetPlan};
+use nexus_model::plan::{Mac, NicPlace, PLAN_VERSION, RuleProtocol, TraceHop, TracedPacket};
 use nexus_network::vpc::capture::Capture;
 use tokio::sync::mpsc;
 
@@ -150,8 +150,7 @@ async fn world_on(kept: Kept, first: Option<Arc<HostNetworks>>) -> World {
     let engine = Arc::new(Fake::default());
     let (told, names) = (watch::Sender::new(first), watch::Sender::new(None));
     let (mut tasks, handle) = (JoinSet::new(), AgentHandle::default());
-    let starting =
-        Networks::start(engine.clone(), told.subscribe(), names.subscribe(), kept, &handle, &mut tasks);
+    let starting = Networks::start(engine.clone(), told.subscribe(), names.subscribe(), kept, &handle, &mut tasks);
     let networks = starting.await;
     World { engine, networks, told, handle, _names: names, _tasks: tasks }
 }

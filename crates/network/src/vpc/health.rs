@@ -212,7 +212,8 @@ pub fn sentences(told: &HostNetworks, failing: &Failing) -> Vec<String> {
                 };
                 let all = listener.targets.iter().all(|t| why(t).is_some());
                 let rest = if all { ", nor does any other, so all are used" } else { "" };
-                let about = format!("load balancer {}/{}, {protocol} {}", network.project, balancer.name, listener.port);
+                let about =
+                    format!("load balancer {}/{}, {protocol} {}", network.project, balancer.name, listener.port);
                 let sentence = |(at, why): (SocketAddr, &String)| format!("{about}: {at} fails its check: {why}{rest}");
                 let its = listener.targets.iter().filter_map(|t| Some((SocketAddr::new(t.address, t.port), why(t)?)));
                 out.extend(its.map(sentence));
@@ -301,7 +302,8 @@ async fn answers(stream: std::net::TcpStream, asked: &Asked) -> Result<(), Strin
 
 async fn get(stream: &mut TcpStream, asked: &Asked, expected: &ExpectedAnswer) -> io::Result<Result<(), String>> {
     let (path, host) = (&expected.path, SocketAddr::new(asked.address, asked.port));
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: nexus-health\r\nConnection: close\r\n\r\n");
+    let request =
+        format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: nexus-health\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut head = Vec::new();
     while !head.contains(&b'\n') && head.len() < MAX_HEAD {

@@ -9,8 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use nexus_model::plan::{
-    BalancedProtocol, Direction, HostNetworks, ListenerPlan, NetworkPlan, NicPlan, PeeringPlan, RoutePlan, RuleProtocol, Trace, TraceHop, TraceVerdict,
-    TracedPacket, Via,
+    BalancedProtocol, Direction, HostNetworks, ListenerPlan, NetworkPlan, NicPlan, PeeringPlan, RoutePlan,
+    RuleProtocol, Trace, TraceHop, TraceVerdict, TracedPacket, Via,
 };
 use nexus_model::{Name, Uid};
 

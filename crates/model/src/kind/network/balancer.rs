@@ -186,7 +186,8 @@ impl Kind for LoadBalancer {
                 check((1..=10).contains(&health.failures), "check.failures", "between 1 and 10");
                 check((1..=10).contains(&health.successes), "check.successes", "between 1 and 10");
                 if let Some(ExpectedAnswer { path, status }) = &health.http {
-                    let good = path.starts_with('/') && path.len() <= 1024 && path.bytes().all(|b| b.is_ascii_graphic());
+                    let good =
+                        path.starts_with('/') && path.len() <= 1024 && path.bytes().all(|b| b.is_ascii_graphic());
                     check(good, "check.http.path", "begins with / and has no space");
                     let known = status.is_none_or(|s| (100..=599).contains(&s));
                     check(known, "check.http.status", "between 100 and 599");

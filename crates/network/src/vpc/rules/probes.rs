@@ -51,10 +51,8 @@ impl Maker<'_> {
             });
             let key = |(address, port): (IpAddr, u16)| vec![Value::of(address), Value::one(6_u8), Value::one(port)];
             let checked: BTreeSet<Key> = checked.map(key).collect();
-            let (name, fields) = (
-                format!("checked{}", family.digit()),
-                [Field::Destination(family), Field::Protocol, Field::Port],
-            );
+            let (name, fields) =
+                (format!("checked{}", family.digit()), [Field::Destination(family), Field::Protocol, Field::Port]);
             self.table.set(name.clone(), fields, checked);
             let by_tunnel = Test::is(Field::LinkIn, link(links::TUNNEL));
             Rule::then([by_tunnel, from(family), Test::within(fields, name)], Verdict::Accept)
