@@ -14,6 +14,7 @@ use nexus_model::{Digest, Name, Timestamp, Uid};
 use nexus_network::firewall::{Firewall, Net};
 use nexus_network::vpc::capture::Capture;
 use nexus_network::vpc::flows::Flow;
+pub(crate) use nexus_network::vpc::health::{Asked, Found};
 use nexus_wire::ServerBook;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::{mpsc, watch};
@@ -169,6 +170,8 @@ pub trait NetworkEngine: Send + Sync {
     async fn serve(&self, by: watch::Receiver<Option<Arc<HostNetworks>>>);
     /// Sends a packet; whether it came through, as far as that can be known.
     async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError>;
+    /// Asks targets, all of one network, whether they answer; tells of each.
+    async fn ask(&self, endpoint: IpAddr, targets: Vec<Asked>, found: mpsc::Sender<Found>);
     async fn capture(&self, network: Uid, request: &CaptureRequest) -> Result<Capture, PlugError>;
     /// Tells the flows of a network as they come, until nobody listens; counts those that had no place.
     async fn flows(&self, network: Uid, out: mpsc::Sender<Flow>, lost: Arc<AtomicU64>) -> Result<(), PlugError>;

@@ -23,6 +23,7 @@ use crate::observer::{Observer, View};
 use crate::parts::parts_of;
 use crate::secrets::{Secrets, mount_memory};
 use crate::servers::Servers;
+use crate::targets::Kept;
 use crate::worker::{Order, Shared, Worker};
 use crate::{ahead, plans, report, room, serve, telemetry, told};
 
@@ -89,7 +90,8 @@ pub async fn run(
         Some(engine) => {
             let told = told::keep(&env, &config, "networks.json", servers.clone(), &mut tasks).await;
             let flows = Flows::new(env.clone(), config.data_dir.join("flows"), engine.clone());
-            Some(Networks::start(engine, told, names.clone(), flows, &config.handle, &mut tasks))
+            let kept = Kept { disk: env.disk.clone(), path: config.data_dir.join("targets.json") };
+            Some(Networks::start(engine, told, names.clone(), flows, kept, &config.handle, &mut tasks).await)
         }
         None => None,
     };

@@ -35,6 +35,7 @@ mod secrets;
 mod serve;
 mod servers;
 pub mod step;
+mod targets;
 mod telemetry;
 mod told;
 mod worker;

@@ -3,7 +3,8 @@
 //! ```text
 //! told ─────────────┐
 //! a worker asks ────┼─▶ engine.apply ─▶ which NICs are plugged ─▶ workers
-//! a look now and then┘
+//! a look now and then┤
+//! targets that fail ─┘
 //! ```
 //!
 //! An instance with NICs starts when they are plugged and filtered. The kernel forwards and filters without the agent: one that
@@ -21,6 +22,7 @@ use nexus_model::plan::{
 };
 use nexus_network::firewall::Net;
 use nexus_network::vpc::capture::Capture;
+use nexus_network::vpc::health::{self, Failing};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
@@ -28,6 +30,7 @@ use crate::AgentHandle;
 use crate::config::{NetworkEngine, NicAt, Plugged, ProbeOf};
 use crate::fabric::{self, Names};
 use crate::flows::Flows;
+use crate::targets::{self, Kept};
 
 /// Between looks whether somebody has removed something of ours, and at the counters.
 const LOOK: Duration = Duration::from_secs(15);
@@ -66,29 +69,41 @@ pub(crate) struct Networks {
     applied: watch::Receiver<Applied>,
     captures: Arc<Semaphore>,
     flows: Flows,
+    /// Targets of balancers that don't answer this host.
+    failing: watch::Receiver<Arc<Failing>>,
 }
 
 impl Networks {
     /// Begins to keep this host's part of tenants' networks.
-    pub fn start(
+    pub async fn start(
         engine: Arc<dyn NetworkEngine>,
         told: Told,
         names: Names,
         flows: Flows,
+        kept: Kept,
         handle: &AgentHandle,
         tasks: &mut JoinSet<()>,
     ) -> Self {
         let (asked, applied) = (watch::Sender::new(0), watch::Sender::default());
-        let captures = Arc::new(Semaphore::new(CAPTURES));
-        let networks =
-            Self { engine: engine.clone(), told, asked: asked.clone(), applied: applied.subscribe(), captures, flows };
+        let found = watch::Sender::new(Arc::new(kept.load().await));
+        let networks = Self {
+            engine: engine.clone(),
+            told,
+            asked: asked.clone(),
+            applied: applied.subscribe(),
+            captures: Arc::new(Semaphore::new(CAPTURES)),
+            flows,
+            failing: found.subscribe(),
+        };
         handle.has_networks();
         let (told, asked, handle) = (networks.told.clone(), asked.subscribe(), handle.clone());
         let by = watch::Sender::new(None);
         let (serving, follow) = (engine.clone(), by.subscribe());
         tasks.spawn(async move { serving.serve(follow).await });
         tasks.spawn(networks.flows.clone().run(by.subscribe()));
-        tasks.spawn(Reconciler { engine, told, names, asked, applied, by, handle }.run());
+        let failing = found.subscribe();
+        tasks.spawn(targets::run(engine.clone(), by.subscribe(), found, kept));
+        tasks.spawn(Reconciler { engine, told, names, asked, failing, applied, by, handle }.run());
         networks
     }
 
@@ -171,7 +186,9 @@ impl Networks {
         let Some(told) = told else { return Ok(NetworkCheck::default()) };
         let applied = self.applied.borrow().clone();
         let closed = applied.closed.clone();
-        let mut differences = self.engine.check(told.clone(), closed).await.map_err(|e| e.to_string())?;
+        let failing = self.failing.borrow().clone();
+        let mut differences =
+            self.engine.check(health::marked(&told, &failing), closed).await.map_err(|e| e.to_string())?;
         if !applied.trouble.is_empty() {
             differences.push(format!("nothing newer can be set: {}", applied.trouble));
         }
@@ -191,6 +208,7 @@ impl Networks {
             networks: told.networks.len() as u64,
             nics: here(&told).count() as u64,
             differences,
+            failing: health::sentences(&told, &failing).into_iter().take(MAX_DIFFERENCES).collect(),
         })
     }
 
@@ -263,6 +281,7 @@ struct Reconciler {
     told: Told,
     names: Names,
     asked: watch::Receiver<u64>,
+    failing: watch::Receiver<Arc<Failing>>,
     applied: watch::Sender<Applied>,
     /// What the kernel was brought to last.
     by: watch::Sender<Option<Arc<HostNetworks>>>,
@@ -274,7 +293,8 @@ impl Reconciler {
     async fn run(mut self) {
         loop {
             let turn = *self.asked.borrow_and_update();
-            let told = self.told.borrow_and_update().clone();
+            let failing = self.failing.borrow_and_update().clone();
+            let told = self.told.borrow_and_update().as_ref().map(|told| health::marked(told, &failing));
             let closed = Arc::new(closed(self.names.borrow_and_update().as_deref()));
             // As long as nothing was told, what an agent before this one has set stays.
             let done = match &told {
@@ -289,6 +309,7 @@ impl Reconciler {
                         Ok(()) => tokio::time::sleep(GATHER).await,
                         Err(_) => return,
                     },
+                    changed = self.failing.changed() => if changed.is_err() { return },
                     changed = self.asked.changed() => if changed.is_err() { return },
                     // Names change all the time, and this of them hardly ever.
                     () = fabric::changed(&mut self.names) => {

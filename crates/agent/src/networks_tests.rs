@@ -6,13 +6,17 @@ use std::sync::atomic::AtomicU64;
 use async_trait::async_trait;
 use nexus_env::{Env, MemDisk};
 use nexus_model::Timestamp;
-use nexus_model::plan::{FlowLogs, Mac, NicPlace, PLAN_VERSION, RuleProtocol, TraceHop, TracedPacket};
+use nexus_model::kind::BalancerCheck;
+use nexus_model::plan::{
+    BalancedProtocol, BalancerPlan, FlowLogs, ListenerPlan, Mac, NicPlace, PLAN_VERSION, RuleProtocol, TargetPlan, TraceHop,
+    TracedPacket,
+};
 use nexus_network::vpc::capture::Capture;
 use nexus_network::vpc::flows::Flow;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::config::{Drops, PlugError};
+use crate::config::{Asked, Drops, Found, PlugError};
 
 #[derive(Default)]
 struct Fake {
@@ -22,12 +26,17 @@ struct Fake {
     trouble: Mutex<Option<String>>,
     differences: Mutex<Vec<String>>,
     removed: Mutex<usize>,
+    /// Targets of balancers that don't answer.
+    silent: Mutex<Vec<IpAddr>>,
+    /// What was applied last.
+    wanted: Mutex<Option<Arc<HostNetworks>>>,
 }
 
 #[async_trait]
 impl NetworkEngine for Fake {
     async fn apply(&self, wanted: Arc<HostNetworks>, _: Arc<Vec<Net>>) -> Result<Plugged, PlugError> {
         self.applied.lock().unwrap().push(wanted.revision);
+        *self.wanted.lock().unwrap() = Some(wanted.clone());
         self.differences.lock().unwrap().clear();
         if let Some(why) = self.trouble.lock().unwrap().clone() {
             return Err(PlugError(why));
@@ -77,6 +86,14 @@ impl NetworkEngine for Fake {
 
     async fn probe(&self, _: ProbeOf) -> Result<Option<bool>, PlugError> {
         Ok(Some(false))
+    }
+
+    async fn ask(&self, _: IpAddr, targets: Vec<Asked>, found: mpsc::Sender<Found>) {
+        for asked in targets {
+            let silent = self.silent.lock().unwrap().contains(&asked.address);
+            let answer = if silent { Err("no answer".to_owned()) } else { Ok(()) };
+            found.send((asked, Some(answer))).await.unwrap();
+        }
     }
 
     async fn capture(&self, _: Uid, _: &CaptureRequest) -> Result<Capture, PlugError> {
@@ -141,18 +158,24 @@ struct World {
     _tasks: JoinSet<()>,
 }
 
-fn world(first: Option<Arc<HostNetworks>>) -> World {
+async fn world(first: Option<Arc<HostNetworks>>) -> World {
+    let disk: Arc<dyn nexus_env::Disk> = Arc::new(nexus_env::MemDisk::new(1));
+    world_on(Kept { disk, path: "/targets.json".into() }, first).await
+}
+
+async fn world_on(kept: Kept, first: Option<Arc<HostNetworks>>) -> World {
     let engine = Arc::new(Fake::default());
     let (told, names) = (watch::Sender::new(first), watch::Sender::new(None));
     let (mut tasks, handle) = (JoinSet::new(), AgentHandle::default());
     let flows = Flows::new(Env::real().with_disk(Arc::new(MemDisk::new(1))), "/flows".into(), engine.clone());
-    let networks = Networks::start(engine.clone(), told.subscribe(), names.subscribe(), flows, &handle, &mut tasks);
+    let starting = Networks::start(engine.clone(), told.subscribe(), names.subscribe(), flows, kept, &handle, &mut tasks);
+    let networks = starting.await;
     World { engine, networks, told, handle, _names: names, _tasks: tasks }
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_instance_waits_for_its_nics_and_hears_why() {
-    let w = world(None);
+    let w = world(None).await;
     assert_eq!(w.networks.ready(uid(5), &[]).await, Ok(()), "without NICs there is nothing to wait for");
     let why = w.networks.ready(uid(1), &[uid(11)]).await.unwrap_err();
     assert!(why.contains("not told this host"), "{why}");
@@ -181,7 +204,7 @@ async fn an_instance_waits_for_its_nics_and_hears_why() {
 
 #[tokio::test(start_paused = true)]
 async fn what_somebody_took_away_comes_back_and_a_host_without_networks_keeps_nothing() {
-    let w = world(told(1, 1));
+    let w = world(told(1, 1)).await;
     let mut news = w.networks.news();
     news.wait_for(|a| a.by.is_some()).await.unwrap();
     w.engine.differences.lock().unwrap().push("table inet nexus is gone".into());
@@ -204,7 +227,7 @@ async fn what_somebody_took_away_comes_back_and_a_host_without_networks_keeps_no
 
 #[tokio::test(start_paused = true)]
 async fn only_nics_of_this_host_are_traced() {
-    let w = world(told(1, 1));
+    let w = world(told(1, 1)).await;
     let packet = TracedPacket { to: [10, 0, 0, 2].into(), protocol: RuleProtocol::Tcp, port: 80 };
     let ask = |nic, probe| TraceRequest { nic, packet, probe };
     w.networks.news().wait_for(|a| a.by.is_some()).await.unwrap();
@@ -261,4 +284,70 @@ async fn flows_are_noted_while_their_network_wants_it_and_go_with_it() {
     while !read(request(None, 10)).await.flows.is_empty() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+/// The same with a balancer that has two targets, asked every second, out and back after two answers.
+fn balanced(revision: u64) -> Option<Arc<HostNetworks>> {
+    let mut told = HostNetworks::clone(&told(revision, 1).unwrap());
+    let target = |n: u8| TargetPlan { address: [10, 0, 0, n].into(), port: 80, weight: 1, failing: false };
+    let check = BalancerCheck { interval_seconds: 1, failures: 2, ..BalancerCheck::default() };
+    let listener = ListenerPlan {
+        port: 80,
+        protocol: BalancedProtocol::Tcp,
+        source_hash: false,
+        targets: vec![target(1), target(2)],
+        check: Some(check),
+    };
+    Arc::make_mut(&mut told.networks[0]).balancers = vec![BalancerPlan {
+        uid: uid(50),
+        name: "front".parse().unwrap(),
+        address: [10, 0, 0, 9].into(),
+        listeners: vec![listener],
+    }];
+    Some(Arc::new(told))
+}
+
+impl Fake {
+    /// The targets that are marked in what was applied last.
+    fn marked(&self) -> Vec<u8> {
+        let wanted = self.wanted.lock().unwrap().clone();
+        let targets = wanted.iter().flat_map(|w| &w.networks[0].balancers[0].listeners[0].targets);
+        let failing = targets.filter(|t| t.failing).filter_map(|t| match t.address {
+            IpAddr::V4(a) => Some(a.octets()[3]),
+            IpAddr::V6(_) => None,
+        });
+        failing.collect()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_target_that_does_not_answer_goes_out_stays_out_over_a_restart_and_comes_back() {
+    let disk: Arc<dyn nexus_env::Disk> = Arc::new(nexus_env::MemDisk::new(1));
+    let kept = Kept { disk, path: "/targets.json".into() };
+    let first = world_on(kept.clone(), balanced(1)).await;
+    first.engine.silent.lock().unwrap().push([10, 0, 0, 2].into());
+    let wait = async |world: &World, marked: &[u8]| {
+        while world.engine.wanted.lock().unwrap().is_none() || world.engine.marked() != marked {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    wait(&first, &[]).await;
+    wait(&first, &[2]).await;
+    let check = first.networks.check().await.unwrap();
+    assert_eq!(check.failing, ["load balancer shop/front, tcp 80: 10.0.0.2:80 fails its check: no answer"]);
+    assert_eq!(check.differences, Vec::<String>::new());
+    drop(first);
+    // Before anything was asked, the first that is applied says so.
+    let second = world_on(kept.clone(), balanced(1)).await;
+    second.engine.silent.lock().unwrap().push([10, 0, 0, 2].into());
+    wait(&second, &[2]).await;
+    assert_eq!(second.engine.applied.lock().unwrap().len(), 1);
+    // A newer plan does not make it answer.
+    second.told.send_replace(balanced(2));
+    while second.engine.applied.lock().unwrap().last() != Some(&2) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(second.engine.marked(), [2]);
+    second.engine.silent.lock().unwrap().clear();
+    wait(&second, &[]).await;
+    assert_eq!(kept.load().await.len(), 0);
 }

@@ -1,6 +1,6 @@
 //! Instances' networks and tenants' by `nexus-network`.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -11,11 +11,11 @@ use nexus_model::plan::{CaptureRequest, HostNetworks, Trace, TracedPacket};
 use nexus_network::firewall::{Firewall, Net};
 use nexus_network::vpc::capture::{Capture, Filter};
 use nexus_network::vpc::flows::{self, Flow};
-use nexus_network::vpc::{Engine, answer, drops, links, probe, verdict};
+use nexus_network::vpc::{Engine, answer, drops, health, links, probe, verdict};
 use nexus_network::{InstanceAddress, InstanceNet, NetnsRef};
 use tokio::sync::{mpsc, watch};
 
-use crate::config::{Drops, InstancePlug, NetworkEngine, PlugError, Plugged, ProbeOf};
+use crate::config::{Asked, Drops, Found, InstancePlug, NetworkEngine, PlugError, Plugged, ProbeOf};
 
 #[async_trait]
 impl InstancePlug for InstanceNet {
@@ -116,6 +116,11 @@ impl NetworkEngine for HostNetworksEngine {
     async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError> {
         let netns = NetnsRef::Path(self.instances.path(&probe.instance.to_string()));
         probe::probe(netns, links::inside(probe.index), probe.from, probe.packet).await.map_err(failed)
+    }
+
+    async fn ask(&self, endpoint: IpAddr, targets: Vec<Asked>, found: mpsc::Sender<Found>) {
+        let Some(network) = targets.first().map(|t| t.network) else { return };
+        health::ask(NetnsRef::Path(self.engine.namespace(network)), endpoint, targets, found).await;
     }
 
     async fn capture(&self, network: Uid, request: &CaptureRequest) -> Result<Capture, PlugError> {

@@ -155,6 +155,13 @@ impl Cloud {
         Ok(serde_json::from_slice(&answer.body)?)
     }
 
+    /// All objects of a kind in the default project, up to 500.
+    pub fn list(&self, plural: &str) -> anyhow::Result<Value> {
+        let answer = self.api(0)?.get(&format!("{PROJECT}/{plural}?limit=500"))?;
+        expect_success("GET", plural, &answer)?;
+        Ok(serde_json::from_slice(&answer.body)?)
+    }
+
     /// The instances of an app that are not on their way out.
     pub fn instances(&self, app: &str) -> anyhow::Result<Vec<Value>> {
         let answer = self.api(0)?.get(&format!("{PROJECT}/instances"))?;

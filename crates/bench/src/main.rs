@@ -62,7 +62,11 @@ const BENCHES: &[Bench] = &[
     Bench { name: "store", about: "the metadata store beside etcd; a large state; a leader's death", run: store::run },
     Bench { name: "watch", about: "5,000 watches of the metadata store under load", run: watch::run },
     Bench { name: "rollout", about: "a rollout of 50 containers, surge 25 %", run: rollout::run },
-    Bench { name: "network", about: "tenants' networks: between two hosts, a NIC, 1,000 NICs", run: network::run },
+    Bench {
+        name: "network",
+        about: "tenants' networks: between two hosts, NICs, a balancer, a change on ten hosts",
+        run: network::run,
+    },
     Bench { name: "local", about: "the local cloud: coming up, and idle", run: local::run },
     Bench { name: "regions", about: "three regions: idle, and when the leading one is lost", run: regions::run },
 ];

@@ -3,7 +3,11 @@
 //! takes until something answers it, and a host's thousand NICs.
 //!
 //! Hosts and containers are network namespaces on one wire, in this process's own. Both ways are measured in turn, so that
-//! what else the machine does meets both. IPv4 within, IPv6 on the wire.
+//! what else the machine does meets both. IPv4 within, IPv6 on the wire. [`balance`] and [`change`] tell of themselves.
+//! `NEXUS_BENCH_PARTS=throughput,nics,balance,change` picks parts.
+
+mod balance;
+mod change;
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -40,12 +44,29 @@ struct World {
 }
 
 pub fn run() -> anyhow::Result<Vec<Row>> {
+    let parts = std::env::var("NEXUS_BENCH_PARTS").unwrap_or_else(|_| "throughput,nics,balance,change".into());
+    let asked = |part: &str| parts.split(',').any(|p| p == part);
+    let mut rows = Vec::new();
+    // In the machine's own namespaces, before this process leaves them.
+    if asked("change") {
+        rows.extend(change::change()?);
+    }
+    if !["throughput", "nics", "balance"].iter().any(|p| asked(p)) {
+        return Ok(rows);
+    }
     alone()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let world = World::new(5).await?;
-        let mut rows = throughput(&world).await?;
-        rows.extend(thousand(&world).await?);
+        if asked("throughput") {
+            rows.extend(throughput(&world).await?);
+        }
+        if asked("balance") {
+            rows.extend(balance::connections(&world).await?);
+        }
+        if asked("nics") {
+            rows.extend(thousand(&world).await?);
+        }
         Ok(rows)
     })
 }

@@ -22,6 +22,7 @@ pub mod drops;
 mod engine;
 pub mod flows;
 mod hand;
+pub mod health;
 mod inside;
 pub mod links;
 mod network;

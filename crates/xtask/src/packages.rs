@@ -60,6 +60,7 @@ pub const PACKAGES: &[Package] = &[
     package(Need::Test, "npm", "installs it"),
     package(Need::Test, "etcd-server", "the metadata engine beside our own, and the peer of its bench"),
     package(Need::Test, "etcd-client", "sets up users of etcd"),
+    package(Need::Bench, "haproxy", "the peer of the load balancer"),
     package(Need::Bench, "runc", "the peer of the container runtime"),
     package(Need::Bench, "nginx-light", "the peer of the API and the gateway"),
     package(Need::Bench, "wrk", "makes the load of HTTP benches"),

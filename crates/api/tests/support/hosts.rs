@@ -50,7 +50,7 @@ impl HostDoor for EchoHost {
 
     async fn check(&self, host: &Name) -> Result<NetworkCheck, ApiError> {
         let differences = vec![format!("{host} lacks a route")];
-        Ok(NetworkCheck { revision: Some(7), networks: 1, nics: 2, differences })
+        Ok(NetworkCheck { revision: Some(7), networks: 1, nics: 2, differences, failing: Vec::new() })
     }
 
     fn hosts_of(&self, _: &Name, _: Uid) -> Vec<Name> {

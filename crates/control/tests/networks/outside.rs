@@ -187,6 +187,40 @@ fn a_load_balancer_and_a_zone_go_by_the_instances_that_are_ready() {
 }
 
 #[test]
+fn a_load_balancers_check_is_told_to_hosts_and_has_bounds() {
+    let mut lab = Lab::new(&[("zone-a", 1)]);
+    lab.network("shop", "web");
+    lab.app("front", 1, json!([{"subnet": "web"}]));
+    let spec = |protocol: &str, check: serde_json::Value| {
+        let to = json!([{"to": {"app": "front"}, "port": 8080}]);
+        let listener = json!({"port": 80, "protocol": protocol, "targets": to, "check": check});
+        json!({"subnet": "web", "listeners": [listener]})
+    };
+    for (protocol, check, why) in [
+        ("tcp", json!({"intervalSeconds": 0}), "check.intervalSeconds"),
+        ("tcp", json!({"timeoutSeconds": 61}), "check.timeoutSeconds"),
+        ("tcp", json!({"failures": 0}), "check.failures"),
+        ("tcp", json!({"successes": 11}), "check.successes"),
+        ("tcp", json!({"port": 0}), "check.port"),
+        ("udp", json!({}), "name it"),
+        ("tcp", json!({"http": {"path": "no"}}), "check.http.path"),
+        ("tcp", json!({"http": {"path": "/a b"}}), "check.http.path"),
+        ("tcp", json!({"http": {"path": "/", "status": 99}}), "check.http.status"),
+        ("tcp", json!({"proxyProtocol": true}), "proxyProtocol"),
+    ] {
+        refused(lab.make("load-balancers", "front", spec(protocol, check)), Code::Invalid, why);
+    }
+    lab.make("load-balancers", "front", spec("udp", json!({"port": 8081}))).unwrap();
+    let told = |lab: &Lab| lab.told("zone-a-1").networks[0].balancers[0].listeners[0].check.clone().unwrap();
+    let check = told(&lab);
+    let usual = (check.interval_seconds, check.timeout_seconds, check.failures, check.successes);
+    assert_eq!((check.port, check.http, usual), (Some(8081), None, (5, 2, 3, 2)));
+    let http = json!({"http": {"path": "/healthz", "status": 204}, "intervalSeconds": 1});
+    lab.patch("load-balancers", "front", spec("tcp", http)).unwrap();
+    assert_eq!(told(&lab).http.unwrap().status, Some(204));
+}
+
+#[test]
 fn a_prefix_list_is_told_as_what_is_in_it() {
     let mut lab = Lab::new(&[("zone-a", 1)]);
     lab.network("shop", "web");

@@ -66,7 +66,7 @@ pub(super) const SCRATCH_PATTERN: &str = concat!(
 /// More than any host has, and little enough that sums stay far from overflow.
 pub(super) const MAX_BYTES: u64 = 1 << 60;
 /// A path of HTTP.
-const PATH_PATTERN: &str = "^/[!-~]{0,1023}$";
+pub(super) const PATH_PATTERN: &str = "^/[!-~]{0,1023}$";
 /// No zero byte.
 pub(super) const TEXT_PATTERN: &str = r"^[^\x00]*$";
 /// The name of a variable.

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::kind::BalancerCheck;
 use crate::{Cidr, Name, Timestamp, Uid};
 
 /// Everything of tenants' networks that one host is to have.
@@ -273,8 +274,11 @@ pub struct ListenerPlan {
     pub protocol: BalancedProtocol,
     /// A client keeps its target, as long as the targets stay the same.
     pub source_hash: bool,
-    /// All healthy targets; of its address family.
+    /// Those of instances that are ready; of its address family.
     pub targets: Vec<TargetPlan>,
+    /// How each host finds out which of them answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<BalancerCheck>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
@@ -291,6 +295,9 @@ pub struct TargetPlan {
     pub port: u16,
     /// 1 to 256: its share of new connections.
     pub weight: u16,
+    /// Does not answer the host that says so to itself; servers never say it. New connections go to others, if there are any.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub failing: bool,
 }
 
 /// Names that only the network sees.
@@ -464,6 +471,9 @@ pub struct NetworkCheck {
     pub nics: u64,
     /// Each in a sentence.
     pub differences: Vec<String>,
+    /// Targets of load balancers that don't answer this host, each in a sentence. That is no difference.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failing: Vec<String>,
 }
 
 /// The most differences that one answer names.

@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use nexus_model::Uid;
+use nexus_model::{Cidr, Uid};
 
 use crate::{fnv, link_name};
 
@@ -50,13 +50,33 @@ pub fn transit(vni: u32) -> (Ipv4Addr, Ipv6Addr) {
     (four, Ipv6Addr::new(0xfd6e, 0x7875, 0, 0, 0, 0, (vni >> 16) as u16 & 0xff, vni as u16))
 }
 
+/// The networks of [`prober`].
+pub const PROBERS: (Cidr, Cidr) = (
+    Cidr { address: IpAddr::V4(Ipv4Addr::new(244, 0, 0, 0)), length: 6 },
+    Cidr { address: IpAddr::V6(Ipv6Addr::new(0xfd6e, 0x7875, 1, 0, 0, 0, 0, 0)), length: 64 },
+);
+
+/// The addresses by which a host asks balancers' targets whether they answer: every host can work out those of every other.
+/// Targets never see them, but their gateway. That of IPv4 is of a reserved network (RFC 1112 section 4) that no tenant's
+/// network overlaps; its 26 bits leave two of a network's hundred hosts the same address once in 13,000 networks.
+pub fn prober(endpoint: IpAddr) -> (Ipv4Addr, Ipv6Addr) {
+    let hash = hash(endpoint);
+    let [.., a, b, c, d] = hash.to_be_bytes();
+    let four = Ipv4Addr::new(244 | (a & 3), b, c, d);
+    (four, Ipv6Addr::from_bits(0xfd6e_7875_0001 << 80 | u128::from(hash)))
+}
+
+fn hash(endpoint: IpAddr) -> u64 {
+    match endpoint {
+        IpAddr::V4(a) => fnv(&a.octets()),
+        IpAddr::V6(a) => fnv(&a.octets()),
+    }
+}
+
 /// The end of a host's tunnels: its hardware address, and the next hop by which others name it. Every host can work out
 /// those of every other.
 pub fn hop(endpoint: IpAddr) -> ([u8; 6], Ipv6Addr) {
-    let hash = match endpoint {
-        IpAddr::V4(a) => fnv(&a.octets()),
-        IpAddr::V6(a) => fnv(&a.octets()),
-    };
+    let hash = hash(endpoint);
     let [a, b, c, d, e, ..] = hash.to_be_bytes();
     // Locally administered, unicast.
     ([0x02, a, b, c, d, e], Ipv6Addr::from_bits(0xfe80 << 112 | u128::from(hash)))

@@ -8,7 +8,7 @@
 //! input             gateway    pings of the gateway, DHCP, router and neighbour discovery, and nothing else
 //! forward           forward    by the link of arrival: sent → (egress rules) → received → (ingress rules)
 //!                              from_tunnel, from_outside, from_peer0 … → received
-//! postrouting, nat  leave      floating addresses, NAT, clients that are their own balancer's target
+//! postrouting, nat  leave      floating addresses, NAT, clients that are their own balancer's target, probes of targets
 //! ```
 //!
 //! An answer to what was let through passes unseen. In the other direction a connection is looked at once for each generation of
@@ -18,6 +18,7 @@
 
 mod groups;
 mod host;
+mod probes;
 mod routes;
 pub mod spans;
 pub mod table;
@@ -92,8 +93,9 @@ fn nic_link(nic: &NicPlan) -> Value {
 
 /// All rules of one network's namespace.
 pub fn network(hosts: &HostNetworks, plan: &NetworkPlan) -> Table {
-    let table = Table::new(TABLE, plan.flow_logs != FlowLogs::None);
-    let mut maker = Maker { hosts, plan, nics: local(hosts, plan).collect(), table };
+    let checks = plan.balancers.iter().flat_map(|b| &b.listeners).any(|l| l.check.is_some());
+    let (nics, table) = (local(hosts, plan).collect(), Table::new(TABLE, plan.flow_logs != FlowLogs::None));
+    let mut maker = Maker { hosts, plan, nics, table, checks };
     maker.table.salt = crate::fnv(format!("{:?}", plan.route_tables).as_bytes());
     maker.names();
     maker.genuine();
@@ -114,6 +116,8 @@ struct Maker<'a> {
     plan: &'a NetworkPlan,
     nics: Vec<&'a NicPlan>,
     table: Table,
+    /// Hosts ask targets of its balancers whether they answer.
+    checks: bool,
 }
 
 impl<'a> Maker<'a> {
@@ -160,10 +164,10 @@ impl<'a> Maker<'a> {
             let source = Field::Source(family);
             let spoofed_mac = self.refuse("spoofed_mac");
             let spoofed = self.refuse("spoofed_address");
-            let mut odd = vec![
-                Rule::then([Test::outside([Field::LinkIn, Field::MacSource], "macs")], spoofed_mac),
-                Rule::then([Test::within([Field::LinkIn], "forwarders")], Verdict::Accept),
-            ];
+            let mut odd = vec![Rule::then([Test::outside([Field::LinkIn, Field::MacSource], "macs")], spoofed_mac)];
+            // Nor does one that forwards speak for a host.
+            odd.extend(self.checks.then(|| Rule::then([probes::from(family)], spoofed.clone())));
+            odd.push(Rule::then([Test::within([Field::LinkIn], "forwarders")], Verdict::Accept));
             match family {
                 // Who has no address yet asks for one.
                 Family::V4 => odd.push(Rule::then(
@@ -246,13 +250,14 @@ impl<'a> Maker<'a> {
         }
         asked.push(Rule::then([], closed.clone()));
         self.table.chain("asked", asked);
-        let base = vec![
+        let mut base = self.probes_answered();
+        base.extend([
             Rule::then([Test::from(links::NIC_PREFIX)], Verdict::goto("asked")),
             Rule::then([Test::is(Field::LinkIn, link("lo"))], Verdict::Accept),
             Rule::then([Test::Answer], Verdict::Accept),
             Rule::then(near, Verdict::Accept),
             Rule::then([], closed),
-        ];
+        ]);
         self.table.base("gateway", Base { hook: Hook::Input, nat: false, raw: false }, base);
         // Neighbours are as planned: nobody is to look for a shorter way.
         let redirect = self.refuse("redirect");
@@ -344,6 +349,7 @@ impl<'a> Maker<'a> {
             }
             rules.push(Rule::then(tests, stray.clone()));
         }
+        rules.extend(self.probes_received());
         rules.extend(Self::by_groups_rules(Direction::Ingress));
         rules.push(Rule::then([], Verdict::goto("passed")));
         self.table.chain("received", rules);
@@ -596,6 +602,8 @@ impl<'a> Maker<'a> {
             let marked = Test::Is { field: Field::Mark, values: vec![Value::one(0_u8)], not: true };
             rules.push(Rule::new([up(), Test::Family(family), marked], [Act::From(own)]));
 
+            rules.extend(self.probes_sent(family));
+
             // Nobody takes a packet from themselves: to a client that is its own target the gateway is the client.
             let hairpins = self.nics.iter().filter_map(|nic| {
                 let subnet = self.plan.subnets.get(nic.subnet as usize)?;
@@ -634,9 +642,12 @@ fn offers(rogue: &Verdict) -> Vec<Rule> {
     vec![offer(67, 68), offer(547, 546)]
 }
 
-/// A listener's targets with their weights, as small as they go.
+/// A listener's targets that answer with their weights, as small as they go. When none answers it is all: rather somebody who may
+/// not answer than nobody.
 fn shares(listener: &ListenerPlan, family: Family) -> Vec<Share> {
     let targets = listener.targets.iter().filter(|t| Family::of(t.address) == family && t.weight > 0);
+    let all_fail = targets.clone().all(|t| t.failing);
+    let targets = targets.filter(|t| all_fail || !t.failing);
     let common = targets.clone().fold(0, |a, t| gcd(a, t.weight)).max(1);
     targets.map(|t| Share { address: t.address, port: t.port, weight: (t.weight / common).into() }).collect()
 }

@@ -5,12 +5,12 @@
 
 pub mod walk;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use nexus_model::plan::{
-    Direction, HostNetworks, NetworkPlan, NicPlan, PeeringPlan, RoutePlan, RuleProtocol, Trace, TraceHop, TraceVerdict,
-    TracedPacket, Via,
+    BalancedProtocol, Direction, HostNetworks, ListenerPlan, NetworkPlan, NicPlan, PeeringPlan, RoutePlan,
+    RuleProtocol, Trace, TraceHop, TraceVerdict, TracedPacket, Via,
 };
 use nexus_model::{Name, Uid};
 
@@ -156,9 +156,28 @@ impl<'a> Tracer<'a> {
             let balancer = self.balancer(asked.0);
             let to = ended(&packet);
             let among = if self.choice.of > 1 { format!(", one of {} targets", self.choice.of) } else { String::new() };
-            self.hop(&host, "load balancer", format!("{balancer} hands it to {to}{among}"));
+            let failing = self.failing(asked, packet.protocol);
+            self.hop(&host, "load balancer", format!("{balancer} hands it to {to}{among}{failing}"));
         }
         self.route(&place, Some(nic), packet, MAX_NETWORKS)
+    }
+
+    /// Which targets fail the listener's check, as this host found them.
+    fn failing(&self, (address, port): (IpAddr, u16), protocol: u8) -> String {
+        let number = |l: &ListenerPlan| match l.protocol {
+            BalancedProtocol::Tcp => 6,
+            BalancedProtocol::Udp => 17,
+        };
+        let balancers = self.hosts.networks.iter().flat_map(|n| &n.balancers).filter(|b| b.address == address);
+        let listener = balancers.flat_map(|b| &b.listeners).find(|l| l.port == port && number(l) == protocol);
+        let targets = listener.map_or(&[][..], |l| &l.targets);
+        let failing = targets.iter().filter(|t| t.failing);
+        let failing: Vec<String> = failing.map(|t| SocketAddr::new(t.address, t.port).to_string()).collect();
+        match failing.len() {
+            0 => String::new(),
+            n if n == targets.len() => "; all targets fail their check, so all are used".to_owned(),
+            _ => format!("; not to {}, which fails its check", failing.join(", ")),
+        }
     }
 
     fn balancer(&self, address: IpAddr) -> String {
@@ -429,7 +448,7 @@ fn ended(packet: &Packet) -> String {
     if packet.icmp.is_some() {
         packet.destination.to_string()
     } else {
-        std::net::SocketAddr::new(packet.destination, packet.port).to_string()
+        SocketAddr::new(packet.destination, packet.port).to_string()
     }
 }
 

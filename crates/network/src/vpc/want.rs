@@ -150,6 +150,7 @@ impl NetworkWant {
             }
         }
         want.peerings(plan, network);
+        want.probers(plan, network);
         want.tables(plan, network);
         want
     }
@@ -229,9 +230,7 @@ impl NetworkWant {
             self.apart.insert(endpoint);
             return;
         }
-        let (mac, via) = hop(endpoint);
-        self.neighbours.insert((TUNNEL.to_owned(), via.into(), mac));
-        self.forwards.insert(Forward { mac, endpoint });
+        let via = self.tunnel_to(endpoint);
         for address in addresses(nic) {
             self.way(MAIN, Cidr::host(address), through_tunnel(via));
         }
@@ -254,6 +253,38 @@ impl NetworkWant {
             }
             self.peerings.push(want);
         }
+    }
+
+    /// The way of the answers to hosts that ask this network's targets whether they answer: those that have NICs of it, and those
+    /// that have NICs of a peered network.
+    fn probers(&mut self, plan: &HostNetworks, network: &NetworkPlan) {
+        if !network.balancers.iter().flat_map(|b| &b.listeners).any(|l| l.check.is_some()) {
+            return;
+        }
+        let peered = |n: &NetworkPlan| network.peerings.iter().any(|p| p.network == n.uid);
+        let networks = plan.networks.iter().filter(|n| n.uid == network.uid || peered(n));
+        let hosts: BTreeSet<IpAddr> =
+            networks.flat_map(|n| &n.nics).filter_map(|nic| Some(nic.at.as_ref()?.endpoint)).collect();
+        let (four, six) = links::prober(plan.endpoint);
+        self.addresses.extend([("lo".to_owned(), four.into(), 32), ("lo".to_owned(), six.into(), 128)]);
+        for endpoint in hosts {
+            if endpoint.is_ipv6() != plan.endpoint.is_ipv6() || endpoint == plan.endpoint {
+                continue;
+            }
+            let via = self.tunnel_to(endpoint);
+            let (four, six) = links::prober(endpoint);
+            for address in [IpAddr::from(four), six.into()] {
+                self.way(MAIN, Cidr::host(address), through_tunnel(via));
+            }
+        }
+    }
+
+    /// Lets the tunnel lead to a host; answers the next hop.
+    fn tunnel_to(&mut self, endpoint: IpAddr) -> Ipv6Addr {
+        let (mac, via) = hop(endpoint);
+        self.neighbours.insert((TUNNEL.to_owned(), via.into(), mac));
+        self.forwards.insert(Forward { mac, endpoint });
+        via
     }
 
     /// The way out, if anything leads there.

@@ -12,6 +12,7 @@ use super::*;
 
 mod answers;
 mod groups;
+mod health;
 mod model;
 mod outside;
 mod plans;

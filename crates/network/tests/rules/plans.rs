@@ -151,13 +151,18 @@ pub fn floating(plan: &mut NetworkPlan, address: IpAddr, nic: Uid) {
 
 pub fn balancer(plan: &mut NetworkPlan, address: IpAddr, port: u16, source_hash: bool, targets: &[(IpAddr, u16, u16)]) {
     let n = plan.balancers.len() as u8;
-    let target =
-        |(address, port, weight): &(IpAddr, u16, u16)| TargetPlan { address: *address, port: *port, weight: *weight };
+    let target = |(address, port, weight): &(IpAddr, u16, u16)| TargetPlan {
+        address: *address,
+        port: *port,
+        weight: *weight,
+        failing: false,
+    };
     let listener = ListenerPlan {
         port,
         protocol: BalancedProtocol::Tcp,
         source_hash,
         targets: targets.iter().map(target).collect(),
+        check: None,
     };
     let name = name(&format!("balancer-{n}"));
     plan.balancers.push(BalancerPlan { uid: uid(9, 0, n), name, address, listeners: vec![listener] });

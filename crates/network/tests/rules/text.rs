@@ -65,6 +65,7 @@ pub fn rich() -> Vec<Arc<NetworkPlan>> {
     );
     let two = IpAddr::from(address4(2, 200));
     balancer(&mut b, two, 443, false, &[(address4(2, 2).into(), 8443, 1)]);
+    b.balancers[0].listeners[0].check = Some(nexus_model::kind::BalancerCheck::default());
     vec![Arc::new(a), Arc::new(b)]
 }
 

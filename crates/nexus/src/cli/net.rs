@@ -252,6 +252,9 @@ async fn check(args: &CheckArgs) -> anyhow::Result<()> {
                     for difference in &found.differences {
                         output::text(&format!("  {}", output::plain(difference)))?;
                     }
+                    for target in &found.failing {
+                        output::text(&format!("  {}", output::plain(target)))?;
+                    }
                 }
                 all.insert(host.to_string(), serde_json::to_value(&found)?);
             }

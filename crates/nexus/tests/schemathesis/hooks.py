@@ -101,7 +101,8 @@ def own_network(name):
 
 
 def balancer():
-    return {"subnet": FIXTURE, "listeners": [{"port": 80, "targets": [{"to": {"app": FIXTURE}}]}]}
+    check = {"http": {"path": "/"}, "intervalSeconds": 5}
+    return {"subnet": FIXTURE, "listeners": [{"port": 80, "targets": [{"to": {"app": FIXTURE}}], "check": check}]}
 
 
 EMPTY = digest(b"")

@@ -119,13 +119,14 @@ pub fn balancers(world: &World, network: &Object<Network>, nics: &[NicPlan]) -> 
             let found = found.into_iter().filter(|nic| is_ready(world, nic));
             let found = found.filter_map(|nic| address(nic, its.is_ipv4()));
             let (port, weight) = (target.port.unwrap_or(port), target.weight);
-            found.map(|address| TargetPlan { address, port, weight }).collect()
+            found.map(|address| TargetPlan { address, port, weight, failing: false }).collect()
         };
         let listeners = b.spec.listeners.iter().map(|l| ListenerPlan {
             port: l.port,
             protocol: l.protocol,
             source_hash: l.source_hash,
             targets: l.targets.iter().flat_map(|target| targets(target, l.port)).collect(),
+            check: l.check.clone(),
         });
         let (uid, name) = (b.metadata.uid, b.metadata.name.clone());
         Some(BalancerPlan { uid, name, address: its, listeners: listeners.collect() })

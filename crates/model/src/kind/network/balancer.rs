@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::super::app::PATH_PATTERN;
 use super::super::{Column, Home, Kind, Scope, Verbs};
 use super::NetworkRef;
 use crate::plan::BalancedProtocol;
@@ -54,10 +55,55 @@ pub struct BalancerListener {
     pub source_hash: bool,
     #[schemars(length(max = MAX_TARGETS))]
     pub targets: Vec<BalancerTarget>,
+    /// Besides that an instance must be ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<BalancerCheck>,
 }
 
 fn tcp() -> BalancedProtocol {
     BalancedProtocol::Tcp
+}
+
+/// What an HTTP/1.1 GET without a body must be answered with.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ExpectedAnswer {
+    #[schemars(length(min = 1, max = 1024), regex(pattern = PATH_PATTERN))]
+    pub path: String,
+    /// Any of 200 to 399, without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 100, max = 599))]
+    pub status: Option<u16>,
+}
+
+/// How each host that balances finds out by itself whether targets answer. The target sees its gateway as the one that asks,
+/// whatever its security groups say. A target that does not answer gets no new connections, unless none of the listener's does.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BalancerCheck {
+    /// A TCP connection that opens is enough, without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http: Option<ExpectedAnswer>,
+    /// A TCP port. The target's own, without it; a UDP listener needs one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: Option<u16>,
+    #[schemars(range(min = 1, max = 300))]
+    pub interval_seconds: u32,
+    #[schemars(range(min = 1, max = 60))]
+    pub timeout_seconds: u32,
+    /// So many failures in a row take a target out.
+    #[schemars(range(min = 1, max = 10))]
+    pub failures: u32,
+    /// So many successes in a row bring it back.
+    #[schemars(range(min = 1, max = 10))]
+    pub successes: u32,
+}
+
+impl Default for BalancerCheck {
+    fn default() -> Self {
+        Self { http: None, port: None, interval_seconds: 5, timeout_seconds: 2, failures: 3, successes: 2 }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -131,6 +177,22 @@ impl Kind for LoadBalancer {
                 check((1..=256).contains(&target.weight), &format!("targets[{j}].weight"), "between 1 and 256");
                 check(target.port != Some(0), &format!("targets[{j}].port"), "between 1 and 65535");
             }
+            if let Some(health) = &listener.check {
+                let needs_port = listener.protocol == BalancedProtocol::Udp && health.port.is_none();
+                check(!needs_port, "check.port", "a UDP listener's targets are checked at a TCP port: name it");
+                check(health.port != Some(0), "check.port", "between 1 and 65535");
+                check((1..=300).contains(&health.interval_seconds), "check.intervalSeconds", "between 1 and 300");
+                check((1..=60).contains(&health.timeout_seconds), "check.timeoutSeconds", "between 1 and 60");
+                check((1..=10).contains(&health.failures), "check.failures", "between 1 and 10");
+                check((1..=10).contains(&health.successes), "check.successes", "between 1 and 10");
+                if let Some(ExpectedAnswer { path, status }) = &health.http {
+                    let good =
+                        path.starts_with('/') && path.len() <= 1024 && path.bytes().all(|b| b.is_ascii_graphic());
+                    check(good, "check.http.path", "begins with / and has no space");
+                    let known = status.is_none_or(|s| (100..=599).contains(&s));
+                    check(known, "check.http.status", "between 100 and 599");
+                }
+            }
         }
         errors
     }
@@ -138,7 +200,9 @@ impl Kind for LoadBalancer {
     fn example() -> LoadBalancerSpec {
         let name = |text: &str| text.parse::<Name>().expect("a well-formed name");
         let targets = vec![BalancerTarget { to: Balanced::App(name("web")), port: Some(8080), weight: 1 }];
-        let listener = BalancerListener { port: 80, protocol: tcp(), source_hash: false, targets };
+        let http = Some(ExpectedAnswer { path: "/healthz".to_owned(), status: None });
+        let check = Some(BalancerCheck { http, ..BalancerCheck::default() });
+        let listener = BalancerListener { port: 80, protocol: tcp(), source_hash: false, targets, check };
         LoadBalancerSpec { subnet: name("web"), listeners: vec![listener] }
     }
 }
