@@ -116,7 +116,12 @@ impl Launcher {
         // Not under the permit: a slow download must not keep other instances from starting.
         shared.engines.images.ensure(&own.image).await.map_err(|e| e.to_string())?;
         let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
-        runtime.prepare(own.image.digest).await.map_err(|e| e.to_string())?;
+        let unpack = async {
+            runtime.prepare(own.image.digest).await.map_err(|e| e.to_string())?;
+            runtime.warm(&plan.project).await;
+            Ok::<_, String>(())
+        };
+        // Beside it: NICs take as long as a small image does.
         let plug = async {
             let _plugging = self.plugging.lock().await;
             if let Some(fabric) = &shared.fabric {
@@ -131,7 +136,8 @@ impl Launcher {
             }
             Ok(netns)
         };
-        let (netns, ()) = tokio::join!(plug, runtime.warm(&plan.project));
+        let (netns, unpacked) = tokio::join!(plug, unpack);
+        unpacked?;
         let netns = netns?;
         let folder = folder(&**runtime, plan).await?;
         let sandbox = Sandbox {

@@ -5,13 +5,20 @@ use std::net::IpAddr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::super::{Column, Home, Kind, Scope, Verbs};
+use super::super::{Column, Egress, Home, Kind, Scope, Verbs};
 use crate::{Cidr, Condition, FieldError, Name};
 
 /// Networks of a project in one region.
 pub const MAX_NETWORKS: usize = 50;
 /// CIDRs of one network.
 const MAX_CIDRS: usize = 16;
+
+/// The name of a project's default network, and of the subnet in it.
+pub const DEFAULT_NETWORK: &str = "default";
+/// What a default network that the cloud makes has of IPv4, beside an IPv6 network of its own. All of them have the same.
+pub const DEFAULT_CIDR4: &str = "172.31.0.0/16";
+/// The subnet has so much of each family, and leaves the rest to others.
+pub const DEFAULT_LENGTHS: [u8; 2] = [18, 64];
 
 /// What no network may have, and why.
 const RESERVED: &[(&str, &str)] = &[
@@ -52,6 +59,25 @@ pub struct NetworkSpec {
     /// What belongs to the network: IPv4 of /8 to /28, IPv6 of /40 to /64. Other tenants may have the same.
     #[schemars(length(min = 1, max = MAX_CIDRS))]
     pub cidrs: Vec<Cidr>,
+    /// What subnets without a route table reach outside.
+    #[serde(default, skip_serializing_if = "NetworkEgress::is_none")]
+    pub egress: NetworkEgress,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkEgress {
+    /// Nothing.
+    #[default]
+    None,
+    /// What the project's own `egress` allows, by the address of the host that each NIC is on.
+    Project,
+}
+
+impl NetworkEgress {
+    pub fn is_none(&self) -> bool {
+        *self == Self::None
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -67,6 +93,9 @@ pub struct NetworkStatus {
     pub phase: NetworkPhase,
     /// Its number on the wire between hosts (VXLAN), which no other network of the region has.
     pub vni: u32,
+    /// With `spec.egress: project`, what that allows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Egress>,
     pub conditions: Vec<Condition>,
 }
 
@@ -82,6 +111,7 @@ impl Kind for Network {
         Column::new("CIDR", "/spec/cidrs/0"),
         Column::count("CIDRS", "/spec/cidrs").wide(),
         Column::new("PHASE", "/status/phase"),
+        Column::new("EGRESS", "/spec/egress").wide(),
         Column::new("VNI", "/status/vni").wide(),
     ];
     type Spec = NetworkSpec;
@@ -106,7 +136,7 @@ impl Kind for Network {
 
     fn example() -> NetworkSpec {
         let cidr = |text: &str| text.parse().expect("a well-formed network");
-        NetworkSpec { cidrs: vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")] }
+        NetworkSpec { cidrs: vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")], ..NetworkSpec::default() }
     }
 }
 
@@ -124,7 +154,7 @@ mod tests {
 
     fn errors(cidrs: &[&str]) -> Vec<String> {
         let cidrs = cidrs.iter().map(|c| c.parse().unwrap()).collect();
-        let spec = NetworkSpec { cidrs };
+        let spec = NetworkSpec { cidrs, ..NetworkSpec::default() };
         Network::validate(&spec).into_iter().map(|e| format!("{} {}", e.field, e.message)).collect()
     }
 
