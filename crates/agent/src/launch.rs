@@ -117,7 +117,12 @@ impl Launcher {
         // Not under the permit: a slow download must not keep other instances from starting.
         shared.engines.images.ensure(&own.image).await.map_err(|e| e.to_string())?;
         let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
-        runtime.prepare(own.image.digest).await.map_err(|e| e.to_string())?;
+        let unpack = async {
+            runtime.prepare(own.image.digest).await.map_err(|e| e.to_string())?;
+            runtime.warm(&plan.project).await;
+            Ok::<_, String>(())
+        };
+        // Beside it: NICs take as long as a small image does.
         let plug = async {
             let _plugging = self.plugging.lock().await;
             let plugged = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await;
@@ -136,9 +141,9 @@ impl Launcher {
             }
         };
         // Nothing is in the network yet that could send or answer.
-        let (guarded, netns, (), ()) =
-            tokio::join!(guards, plug, runtime.warm(&plan.project), shared.is_kept(plan));
+        let (guarded, netns, unpacked, ()) = tokio::join!(guards, plug, unpack, shared.is_kept(plan));
         guarded?;
+        unpacked?;
         let netns = netns?;
         let folder = folder(&**runtime, plan).await?;
         let sandbox = Sandbox {

@@ -430,6 +430,11 @@ impl Admit for Project {
         Ok(())
     }
 
+    /// Where one group holds everything; a region of a fleet hears of it by the global group's log.
+    fn changed(step: &mut Step<'_>, new: &Object<Self>) {
+        step.mark(Dirty::Usage(new.metadata.name.clone()));
+    }
+
     fn may_delete(_: &Step<'_>, old: &Object<Self>) -> Result<(), ApiError> {
         if old.metadata.name == SYSTEM_PROJECT {
             return Err(ApiError::new(Code::Conflict, "the project `system` belongs to the cloud itself"));

@@ -31,7 +31,10 @@ pub fn reconcile(step: &mut Step<'_>, dirty: &Dirty) {
         Dirty::App(place) => app::reconcile(step, place),
         Dirty::Child(place) => child::reconcile(step, place),
         Dirty::Instance(uid) => instance::reconcile(step, *uid),
-        Dirty::Usage(project) => usage::reconcile(step, project),
+        Dirty::Usage(project) => {
+            network::default::follow(step, project);
+            usage::reconcile(step, project);
+        }
         Dirty::Project(name) => fleet::add_up(step, name),
         Dirty::Buried(plural, uid) => buried::reconcile(step, plural, *uid),
         Dirty::Host(name) => host::reconcile(step, name),

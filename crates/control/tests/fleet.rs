@@ -268,6 +268,29 @@ fn regions_register_and_a_project_is_known_in_each_with_a_quota_of_its_own() {
 }
 
 #[test]
+fn a_regions_networks_go_by_what_the_project_allows_by_now() {
+    let mut fleet = Fleet::new();
+    fleet.patch(GLOBAL, "projects", None, "default", json!({"spec": {"defaultNetwork": true}}));
+    fleet.pass(1);
+    fleet.create::<App>("eu", D, "web", web(1)).unwrap();
+    fleet.pass(1);
+    let allows = |fleet: &Fleet, region: &str| {
+        let network = fleet.world(region).networks.get(Some(&name("default")), &name("default"));
+        network.map(|n| n.status.egress.clone().expect("it goes by the project's").mode)
+    };
+    assert_eq!((allows(&fleet, "eu"), allows(&fleet, "us")), (Some(EgressMode::Deny), None), "where it is needed");
+    fleet.patch(GLOBAL, "projects", None, "default", json!({"spec": {"egress": {"mode": "allow"}}}));
+    fleet.pass(1);
+    assert_eq!(allows(&fleet, "eu"), Some(EgressMode::Allow));
+    // A writer that takes over with an older copy leaves it as it is until it knows better.
+    let shown = fleet.global.log.len();
+    fleet.take_over("eu", shown);
+    fleet.patch(GLOBAL, "projects", None, "default", json!({"spec": {"egress": {"mode": "deny"}}}));
+    fleet.pass(1);
+    assert_eq!(allows(&fleet, "eu"), Some(EgressMode::Deny));
+}
+
+#[test]
 fn a_global_app_is_shared_out_follows_its_spec_and_ends_everywhere() {
     let mut fleet = Fleet::new();
     fleet.create::<App>(GLOBAL, D, "web", web(5)).unwrap();

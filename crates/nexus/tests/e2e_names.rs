@@ -138,7 +138,12 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
     assert!(client(&cloud, "default", &["sh", "-c", "echo x >> /etc/resolv.conf"]).is_err(), "read-only");
     assert!(client(&cloud, "default", &["cat", "/etc/hosts"]).unwrap().contains(&text(&us["metadata"]["name"])));
 
-    egress_is_what_the_project_says(&cloud);
+    egress_is_what_the_project_says(&cloud, Way::Infrastructure);
+    // The same by a NIC, once the project's instances are in its default network.
+    set_egress(&cloud, "{}", Way::DefaultNetwork);
+    cloud.ok(&["deploy", "client", "--project", "bank", "--env", "MARK=names-bank"]);
+    cloud.wait("the client to have a NIC", || client(&cloud, "bank", &["ip", "addr", "show", "dev", "nic0"]));
+    egress_is_what_the_project_says(&cloud, Way::DefaultNetwork);
     servers_are_killed(&cloud, &us, &webs);
     cloud.ok(&["delete", "app", "client", "--project", "bank", "--wait"]);
     cloud.down();
@@ -148,15 +153,24 @@ fn the_guide_is_followed(cloud: &Cloud, layout: &Path) {
     guide::follow(&cloud.path(""), "names-and-egress.md", 4, &[("IMAGE", &layout)], |_, _| {});
 }
 
-fn set_egress(cloud: &Cloud, egress: &str) {
+/// By which interface what a project begins leaves.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Infrastructure,
+    DefaultNetwork,
+}
+
+fn set_egress(cloud: &Cloud, egress: &str, way: Way) {
     let path = cloud.path("egress.yaml");
-    let spec = format!("{{organization: default, egress: {egress}}}");
+    let by_nic = way == Way::DefaultNetwork;
+    let spec = format!("{{organization: default, egress: {egress}, defaultNetwork: {by_nic}}}");
     let manifest = format!("apiVersion: cloudnexus/v1\nkind: Project\nmetadata: {{name: bank}}\nspec: {spec}\n");
     std::fs::write(&path, manifest).unwrap();
     cloud.ok(&["apply", "-f", path.to_str().unwrap()]);
 }
 
-fn egress_is_what_the_project_says(cloud: &Cloud) {
+fn egress_is_what_the_project_says(cloud: &Cloud, way: Way) {
+    let set_egress = |cloud: &Cloud, egress: &str| set_egress(cloud, egress, way);
     let outside = Outside::open();
     let url = outside.url();
     let fetch = || client(cloud, "bank", &["/usr/bin/curl", "-sS", "-m", "2", &url]);
@@ -173,6 +187,9 @@ fn egress_is_what_the_project_says(cloud: &Cloud) {
     let within = |prefix: &String| from.to_string().starts_with(prefix.trim_end_matches('0'));
     assert!(!hosts.iter().any(within), "{from} is an instance's own address");
     client(cloud, "default", &["/usr/bin/curl", "-sS", "-m", "2", &url]).unwrap_err();
+    if way == Way::DefaultNetwork {
+        a_trace_names_the_way_out(cloud, &outside);
+    }
     set_egress(cloud, "{networks: [198.51.100.0/24]}");
     closed("the other network not to be reached");
     set_egress(cloud, "{mode: allow}");
@@ -185,6 +202,18 @@ fn egress_is_what_the_project_says(cloud: &Cloud) {
     }
     set_egress(cloud, "{mode: deny}");
     closed("nothing outside to be reached again");
+}
+
+fn a_trace_names_the_way_out(cloud: &Cloud, outside: &Outside) {
+    let nics = cloud.json(&["get", "nics", "--project", "bank"]);
+    let nic = text(&nics["items"][0]["metadata"]["name"]);
+    let trace = |to: &str| cloud.json(&["net", "trace", "--project", "bank", "--from", &nic, "--to", to, "--probe"]);
+    let told = trace(&format!("{OUTSIDE}:{}/tcp", outside.port));
+    assert_eq!((&told["verdict"], &told["probed"]), (&"outside".into(), &true.into()), "{told:#}");
+    assert!(told.to_string().contains("by 203.0.113.64/26 of the route table project-egress"), "{told:#}");
+    let told = trace("198.51.100.1:80/tcp");
+    assert_eq!(told["verdict"], "dropped", "{told:#}");
+    assert!(told.to_string().contains("no route of the route table project-egress leads to 198.51.100.1"), "{told:#}");
 }
 
 /// Names and rules need no server, and an agent that restarts without one knows what the one before it knew.

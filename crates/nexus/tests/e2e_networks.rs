@@ -24,6 +24,8 @@ use serde_json::Value;
 /// Where a local host keeps what does not outlive a boot, as its own processes see it.
 const RUN_DIR: &str = "run/nexus";
 const TENANTS: [&str; 2] = ["default", "bank"];
+/// The guide's project with a default network.
+const LAB: &str = "lab";
 
 fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} is not a text")).to_owned()
@@ -95,7 +97,7 @@ fn tenants_with_the_same_addresses_are_apart_and_their_networks_stand_by_themsel
     let files = tempfile::tempdir().unwrap();
     let layout = images::curl(files.path());
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
-    guide::follow(&cloud.path(""), "networks.md", 5, &[("IMAGE", &layout)], |_, _| {});
+    guide::follow(&cloud.path(""), "networks.md", 7, &[("IMAGE", &layout)], |_, _| {});
     cloud.wait_ready("web", 2);
     guide::follow(&cloud.path(""), "troubleshooting-networks.md", 4, &[], |heading, printed| match heading {
         "Ask what becomes of a packet" => {
@@ -120,12 +122,45 @@ fn tenants_with_the_same_addresses_are_apart_and_their_networks_stand_by_themsel
         }
         _ => {}
     });
+    a_default_network_is_what_its_project_is_in(&cloud);
     two_tenants_are_apart(&cloud, &layout);
     traces_are_as_it_is(&cloud);
     what_is_taken_away_comes_back(&cloud);
     servers_and_agents_are_killed(&cloud);
     nothing_is_left(&cloud);
     cloud.down();
+}
+
+/// The guide's apps there name no NICs, but for one that wants none.
+fn a_default_network_is_what_its_project_is_in(cloud: &Cloud) {
+    let webs = nics(cloud, LAB, "web");
+    let hosts: std::collections::BTreeSet<&str> = webs.iter().map(|n| n.host.as_str()).collect();
+    assert_eq!((webs.len(), hosts.len(), nics(cloud, LAB, "client").len()), (2, 2, 1), "one on each host");
+    assert!(nics(cloud, LAB, "apart").is_empty());
+    // Names lead to NICs, by both families, and on any port.
+    for (family, word) in [("ahostsv4", "172.31."), ("ahostsv6", "fd")] {
+        let words = ["/usr/bin/getent", family, "web.lab.internal"];
+        cloud.wait("the name to lead to both NICs", || {
+            let told = client(cloud, LAB, &words)?;
+            let lead: std::collections::BTreeSet<&str> = told.lines().filter(|l| l.starts_with(word)).collect();
+            if lead.iter().filter(|l| l.contains("STREAM")).count() == 2 { Ok(()) } else { Err(told) }
+        });
+    }
+    let from = nics(cloud, LAB, "client").remove(0);
+    for nic in &webs {
+        let url = format!("http://{}/", nic.address);
+        assert_eq!(fetch(cloud, LAB, &url).unwrap(), images::PAGE);
+        let told = trace(cloud, LAB, &from.name, &format!("{}:9/tcp", nic.address));
+        assert_eq!(told["verdict"], "delivered", "{told:#}");
+        assert!(told.to_string().contains("allowed by default/members"), "{told:#}");
+    }
+    let (_, error) = cloud.fails(&["delete", "network", "default", "--project", LAB]);
+    assert!(error.contains("subnet default"), "{error}");
+    for app in ["web", "client", "apart"] {
+        cloud.ok(&["delete", "app", app, "--project", LAB, "--wait"]);
+    }
+    cloud.ok(&["delete", "subnet", "default", "--project", LAB, "--wait"]);
+    cloud.ok(&["delete", "network", "default", "--project", LAB, "--wait"]);
 }
 
 /// The same networks again, for another project.

@@ -9,7 +9,7 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::{AnyObject, Digest, Name, Object, Timestamp, Uid};
 
 use crate::rules::buried::Teardown;
-use crate::rules::network::nic;
+use crate::rules::network::{default, nic};
 use crate::rules::rollout::{self, Goals, Member, Side};
 use crate::rules::usage::{charge_app, charge_with, recharge, surge_of};
 use crate::rules::{drain, fleet, history, instance, secret};
@@ -209,7 +209,8 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     // What a drained host's instances are replaced by is the operator's doing, and not charged.
     let staying = now.iter().filter(|m| !m.drained).count();
     let making = if made.is_ok() {
-        (moves.make_target + moves.make_stable).min(per_step(PER_STEP, app.spec.nics.len()))
+        let nics = default::nics(step.world, app.metadata.project.as_ref(), &app.spec.template());
+        (moves.make_target + moves.make_stable).min(per_step(PER_STEP, nics))
     } else {
         0
     };
@@ -298,7 +299,7 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, co
     let spec = InstanceSpec {
         app: app.metadata.name.clone(),
         template_hash: hash.to_owned(),
-        template: template.clone(),
+        template: default::furnished(step.world, app.metadata.project.as_ref(), template.clone()),
         image_digest: content.image,
         part_digests: content.parts.clone(),
         job: None,

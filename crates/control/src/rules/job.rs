@@ -14,7 +14,7 @@ use nexus_model::{AnyObject, ApiError, Code, Name, Object, Timestamp, Uid};
 
 use crate::rules::app::{Content, Missing, content, per_step, template_hash};
 use crate::rules::buried::Teardown;
-use crate::rules::network::nic;
+use crate::rules::network::{default, nic};
 use crate::rules::usage::{charge_of, recharge};
 use crate::rules::{instance, secret};
 use crate::step::{Dirty, Step};
@@ -231,7 +231,8 @@ pub fn reconcile(step: &mut Step<'_>, place: &Place) {
     {
         let done = IndexSet::parse(&job.status.completed_indexes);
         let mut free = (0..job.spec.completions).filter(|i| !done.contains(*i) && !taken.contains(i));
-        let make = missing.min(per_step(PER_STEP, template.nics.len()));
+        let nics = default::nics(step.world, job.metadata.project.as_ref(), template);
+        let make = missing.min(per_step(PER_STEP, nics));
         for _ in 0..make {
             let index = if job.spec.indexed { free.next() } else { None };
             make_instance(step, &job, template, content, hash, index);
@@ -328,7 +329,7 @@ fn make_instance(
     metadata.owner = Some(job.owner_ref());
     metadata.labels = job.metadata.labels.clone();
     metadata.request_id = job.metadata.request_id.clone();
-    let mut template = template.clone();
+    let mut template = default::furnished(step.world, job.metadata.project.as_ref(), template.clone());
     if let Some(index) = index {
         tell_parts(&mut template, INDEX_VARIABLE, &index.to_string());
     }

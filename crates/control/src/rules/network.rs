@@ -2,6 +2,7 @@
 //!
 //! Whatever is named must be there when it is named, and may not go while it is: so what hosts are told never points nowhere.
 
+pub mod default;
 pub mod nic;
 pub mod outside;
 pub mod peering;
@@ -101,6 +102,7 @@ pub fn admit_network(
 ) -> Result<(), ApiError> {
     let project = project_of(new).clone();
     refuse_infrastructure(step.world, "spec.cidrs", &new.spec.cidrs)?;
+    new.status.egress = default::egress(step.world, new);
     if old.is_some() {
         peering::check_cidrs(step.world, new)?;
     }
@@ -146,8 +148,9 @@ pub fn may_delete_network(step: &Step<'_>, old: &Object<Network>) -> Result<(), 
     refuse_used("network", name, subnets.chain(groups).chain(more))
 }
 
-/// A peering may have waited for a network, or may end with it.
+/// A peering may have waited for a network, or may end with it; an instance may wait for one with room for its subnet.
 pub fn network_changed(step: &mut Step<'_>, network: &Object<Network>) {
+    step.mark(Dirty::Room);
     peering::mark(step, &(network.metadata.project.clone(), network.metadata.name.clone()));
 }
 

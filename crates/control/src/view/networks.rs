@@ -156,6 +156,10 @@ fn plan(world: &World, network: &Object<Network>) -> NetworkPlan {
     let nats: Vec<&Object<NatGateway>> =
         world.nat_gateways.within(project).filter(|n| n.spec.network == m.name).collect();
     let peerings = parts::peerings(world, network);
+    let way_out = network.status.egress.as_ref().map(|egress| parts::way_out(network, egress, nats.len()));
+    // The last table is that of the project's egress, if the network goes by it.
+    let usual = if way_out.is_some() { index(tables.len() + 1) } else { 0 };
+    let (way_out, its_nat) = way_out.unzip();
     let headers = if world.hosts.live.values().any(|h| h.spec.address.is_ipv6()) { HEADERS[1] } else { HEADERS[0] };
     NetworkPlan {
         uid: m.uid,
@@ -164,16 +168,16 @@ fn plan(world: &World, network: &Object<Network>) -> NetworkPlan {
         vni: network.status.vni,
         mtu: UNDERLAY_MTU - headers,
         cidrs: network.spec.cidrs.clone(),
-        subnets: subnets.iter().map(|subnet| parts::subnet(subnet, &tables)).collect(),
+        subnets: subnets.iter().map(|subnet| parts::subnet(subnet, &tables, usual)).collect(),
         groups: std::iter::once(usual_group(network))
             .chain(groups.iter().map(|g| group_plan(world, g, &group_of)))
             .collect(),
-        route_tables: parts::route_tables(world, &tables, &peerings, &nats),
+        route_tables: parts::route_tables(world, &tables, &peerings, &nats).into_iter().chain(way_out).collect(),
         floating: parts::floating(world, project, &nics),
         balancers: parts::balancers(world, network, &nics),
         zones: parts::zones(world, network, &nics),
         peerings: peerings.into_iter().map(|(plan, _)| plan).collect(),
-        nats: nats.iter().map(|nat| parts::nat(nat)).collect(),
+        nats: nats.iter().map(|nat| parts::nat(nat)).chain(its_nat.flatten()).collect(),
         nics,
         flow_logs: network.spec.flow_logs,
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Autoscale, Classes, Column, Constraints, Disruption, Home, Kind, Part, Parts, Rollout, RolloutPhase, RolloutStatus,
-    Scope, SecretRef, SharedFolder, TemplateNic, Verbs, autoscale, network, part, rollout, secret,
+    Scope, SecretRef, SharedFolder, TemplateNetwork, TemplateNic, Verbs, autoscale, network, part, rollout, secret,
 };
 use crate::selector::{LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN};
 use crate::{Bytes, Condition, Digest, FieldError, MilliCpu, Name, Timestamp};
@@ -334,6 +334,9 @@ declare_template! {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = super::MAX_INSTANCE_NICS))]
     nics: Vec<TemplateNic> = Vec::new();
+    /// Without `nics`: whether instances get one in the project's default network. The project's `defaultNetwork` says, without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    network: Option<TemplateNetwork> = None;
     /// Run to completion one after another before the app's own container starts. One that fails is tried again.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "part::init_schema")]
@@ -546,6 +549,15 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         check(t.nics.is_empty(), "spec.nics", "a function has no interfaces of its own");
         let shared = "a function shares its process with others of its project: leave numa=single out";
         check(!t.constraints.single_node(), "spec.constraints", shared);
+        check(
+            t.network != Some(TemplateNetwork::Default),
+            "spec.network",
+            "a function has no interfaces of its own: say none, or nothing",
+        );
+    }
+    if !t.nics.is_empty() {
+        let message = "spec.nics names the networks: leave one of the two out";
+        check(t.network != Some(TemplateNetwork::Default), "spec.network", message);
     }
     let mut own = |ok: bool, field: &str, message: &str| check(ok, &format!("spec.{field}"), message);
     check_resources(&mut own, &t.resources);

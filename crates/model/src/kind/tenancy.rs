@@ -97,6 +97,10 @@ pub struct ProjectSpec {
     pub quota: Quota,
     /// What its containers reach outside of the cloud.
     pub egress: Egress,
+    /// Whether containers for which no NICs are named get one in the project's network `default`, which is made in each region
+    /// when the first of them needs it. Those that run already are left as they are.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub default_network: bool,
 }
 
 /// Networks of one project's egress.
@@ -133,7 +137,13 @@ impl Egress {
 impl Default for ProjectSpec {
     fn default() -> Self {
         let organization = "default".parse().expect("a well-formed name");
-        Self { organization, display_name: String::new(), quota: Quota::default(), egress: Egress::default() }
+        Self {
+            organization,
+            display_name: String::new(),
+            quota: Quota::default(),
+            egress: Egress::default(),
+            default_network: false,
+        }
     }
 }
 
@@ -165,6 +175,7 @@ impl Kind for Project {
     const COLUMNS: &'static [Column] = &[
         Column::new("ORGANIZATION", "/spec/organization"),
         Column::new("EGRESS", "/spec/egress/mode").wide(),
+        Column::new("DEFAULT NETWORK", "/spec/defaultNetwork").wide(),
         Column::new("INSTANCES", "/status/used/instances"),
         Column::new("CPU", "/status/used/cpu"),
         Column::new("MEMORY", "/status/used/memory"),

@@ -9,7 +9,7 @@ use nexus_model::kind::*;
 use nexus_model::plan::Mac;
 use nexus_model::{AnyObject, ApiError, Code, Digest, FieldError, Name, Object, Uid};
 
-use super::{missing, outside, project_of, refuse_more};
+use super::{default, missing, outside, project_of, refuse_more};
 use crate::rules::app::Missing;
 use crate::step::{Dirty, Step};
 use crate::world::{World, key_of};
@@ -264,6 +264,9 @@ pub fn ensure(step: &mut Step<'_>, instance: &Object<Instance>) -> Result<(), Mi
     if missing.is_empty() {
         return Ok(());
     }
+    if let Some(project) = project {
+        default::ensure(step, project, wanted)?;
+    }
     resolve(step.world, project, wanted)?;
     let mut made = Vec::new();
     for (index, template) in missing {
@@ -287,7 +290,7 @@ fn make(
     let project = instance.metadata.project.as_ref();
     let subnet = step.world.subnets.get(project, &template.subnet).cloned();
     let subnet = subnet.ok_or_else(|| ("SubnetNotFound", format!("there is no subnet {}", template.subnet)))?;
-    refuse_full(step.world, &subnet).map_err(|e| ("TooManyNics", e.detail))?;
+    refuse_full(step.world, &subnet).map_err(|e| ("TooManyNics", default::advise(&subnet, e.detail)))?;
     let stem: String = instance.spec.app.as_str().chars().take(50).collect();
     let (stem, uid) = (stem.trim_end_matches('-'), instance.metadata.uid);
     // Whoever has taken such a name keeps it.

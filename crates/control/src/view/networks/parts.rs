@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use nexus_model::kind::{
-    Balanced, BalancerTarget, DnsZone, Instance, LoadBalancer, NatGateway, Network, Nic, RouteTable, RouteVia, Subnet,
-    ZoneData,
+    Balanced, BalancerTarget, DnsZone, Egress, EgressMode, Instance, LoadBalancer, NatGateway, Network, Nic,
+    RouteTable, RouteVia, Subnet, ZoneData,
 };
 use nexus_model::plan::{
     BalancerPlan, FloatingPlan, ListenerPlan, NatPlan, NicPlan, PeeringPlan, RecordData, RecordPlan, RoutePlan,
     RouteTablePlan, SubnetPlan, TargetPlan, Via, ZonePlan,
 };
-use nexus_model::{Name, Object, Uid};
+use nexus_model::{Cidr, Name, Object, Uid};
 
 use super::{fixed, index};
 use crate::rules::network::{peering, route};
@@ -20,8 +20,8 @@ use crate::world::World;
 /// Seconds for which a name that stands for instances may be kept.
 const INSTANCE_TTL: u32 = 5;
 
-/// The first table is that of subnets which name none: nothing leads out of it.
-pub fn subnet(subnet: &Object<Subnet>, tables: &[&Object<RouteTable>]) -> SubnetPlan {
+/// The first table is that of subnets which name none, unless there is a `usual` one: nothing leads out of it.
+pub fn subnet(subnet: &Object<Subnet>, tables: &[&Object<RouteTable>], usual: u32) -> SubnetPlan {
     let (m, spec) = (&subnet.metadata, &subnet.spec);
     let named = |name: &Name| tables.iter().position(|t| t.metadata.name == *name).map(|at| index(at + 1));
     SubnetPlan {
@@ -31,7 +31,7 @@ pub fn subnet(subnet: &Object<Subnet>, tables: &[&Object<RouteTable>]) -> Subnet
         cidr6: spec.cidr6,
         gateway4: spec.gateway4(),
         gateway6: spec.gateway6(),
-        route_table: spec.route_table.as_ref().and_then(named).unwrap_or(0),
+        route_table: spec.route_table.as_ref().map_or(usual, |name| named(name).unwrap_or(0)),
     }
 }
 
@@ -54,6 +54,21 @@ pub fn peerings(world: &World, network: &Object<Network>) -> Vec<(PeeringPlan, N
 
 pub fn nat(nat: &Object<NatGateway>) -> NatPlan {
     NatPlan { uid: nat.metadata.uid, name: nat.metadata.name.clone(), addresses: Vec::new() }
+}
+
+/// The routes to what a project's egress allows, and the NAT that they lead to as the one after `nats` others: each host lends
+/// its own address. Without anything allowed there is no way out at all.
+pub fn way_out(network: &Object<Network>, egress: &Egress, nats: usize) -> (RouteTablePlan, Option<NatPlan>) {
+    let everything = [IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED)];
+    let to: BTreeSet<Cidr> = match egress.mode {
+        EgressMode::Allow => everything.into_iter().map(|address| Cidr { address, length: 0 }).collect(),
+        EgressMode::Deny => egress.networks.iter().map(|c| Cidr { address: c.first(), length: c.length }).collect(),
+    };
+    let name = || fixed("project-egress");
+    let routes: Vec<RoutePlan> = to.into_iter().map(|to| RoutePlan { to, via: Via::Nat(index(nats)) }).collect();
+    let nat = NatPlan { uid: network.metadata.uid, name: name(), addresses: Vec::new() };
+    let nat = (!routes.is_empty()).then_some(nat);
+    (RouteTablePlan { name: name(), routes }, nat)
 }
 
 /// What a route leads to that is not there any more, or not yet, goes nowhere.

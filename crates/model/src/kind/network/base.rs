@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::super::{Column, Home, Kind, Scope, Verbs};
+use super::super::{Column, Egress, Home, Kind, Scope, Verbs};
 use crate::plan::FlowLogs;
 use crate::{Cidr, Condition, FieldError, Name};
 
@@ -13,6 +13,13 @@ use crate::{Cidr, Condition, FieldError, Name};
 pub const MAX_NETWORKS: usize = 50;
 /// CIDRs of one network.
 const MAX_CIDRS: usize = 16;
+
+/// The name of a project's default network, and of the subnet in it.
+pub const DEFAULT_NETWORK: &str = "default";
+/// What a default network that the cloud makes has of IPv4, beside an IPv6 network of its own. All of them have the same.
+pub const DEFAULT_CIDR4: &str = "172.31.0.0/16";
+/// The subnet has so much of each family, and leaves the rest to others.
+pub const DEFAULT_LENGTHS: [u8; 2] = [18, 64];
 
 /// What no network may have, and why.
 const RESERVED: &[(&str, &str)] = &[
@@ -56,6 +63,25 @@ pub struct NetworkSpec {
     /// What hosts note of its packets, for `nexus net flows`: nothing, what was dropped, or new connections too.
     #[serde(default)]
     pub flow_logs: FlowLogs,
+    /// What subnets without a route table reach outside.
+    #[serde(default, skip_serializing_if = "NetworkEgress::is_none")]
+    pub egress: NetworkEgress,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkEgress {
+    /// Nothing.
+    #[default]
+    None,
+    /// What the project's own `egress` allows, by the address of the host that each NIC is on.
+    Project,
+}
+
+impl NetworkEgress {
+    pub fn is_none(&self) -> bool {
+        *self == Self::None
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -71,6 +97,9 @@ pub struct NetworkStatus {
     pub phase: NetworkPhase,
     /// Its number on the wire between hosts (VXLAN), which no other network of the region has.
     pub vni: u32,
+    /// With `spec.egress: project`, what that allows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Egress>,
     pub conditions: Vec<Condition>,
 }
 
@@ -86,6 +115,7 @@ impl Kind for Network {
         Column::new("CIDR", "/spec/cidrs/0"),
         Column::count("CIDRS", "/spec/cidrs").wide(),
         Column::new("PHASE", "/status/phase"),
+        Column::new("EGRESS", "/spec/egress").wide(),
         Column::new("VNI", "/status/vni").wide(),
         Column::new("FLOW-LOGS", "/spec/flowLogs").wide(),
     ];
@@ -113,6 +143,7 @@ impl Kind for Network {
         let cidr = |text: &str| text.parse().expect("a well-formed network");
         let cidrs = vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")];
         NetworkSpec { cidrs, flow_logs: FlowLogs::Dropped }
+        NetworkSpec { cidrs: vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")], ..NetworkSpec::default() }
     }
 }
 
@@ -130,7 +161,7 @@ mod tests {
 
     fn errors(cidrs: &[&str]) -> Vec<String> {
         let cidrs = cidrs.iter().map(|c| c.parse().unwrap()).collect();
-        let spec = NetworkSpec { cidrs };
+        let spec = NetworkSpec { cidrs, ..NetworkSpec::default() };
         Network::validate(&spec).into_iter().map(|e| format!("{} {}", e.field, e.message)).collect()
     }
 

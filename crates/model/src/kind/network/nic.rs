@@ -42,6 +42,16 @@ pub struct TemplateNic {
     pub forwards: bool,
 }
 
+/// Whether instances for which no NICs are named get one in their project's default network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TemplateNetwork {
+    /// They do, whatever the project says.
+    Default,
+    /// They don't.
+    None,
+}
+
 /// What is wrong with the groups and the rate of a NIC that stands at `field`.
 fn validate_parts(field: &str, groups: &[Name], rate: Option<u64>) -> Vec<FieldError> {
     let mut errors = Vec::new();

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use nexus_model::kind::{self, Constraints, Disruption, ImageFormat, Port, Runtime, SecretRef, Spread, TemplateNic};
+use nexus_model::kind::{
+    self, Constraints, Disruption, ImageFormat, Port, Runtime, SecretRef, Spread, TemplateNetwork, TemplateNic,
+};
 use nexus_model::{Bytes, Digest, MilliCpu, Name};
 use serde_json::{Value, json};
 
@@ -37,6 +39,21 @@ enum SpreadArg {
     Rack,
     Host,
     None,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum NetworkArg {
+    Default,
+    None,
+}
+
+impl NetworkArg {
+    fn wanted(self) -> TemplateNetwork {
+        match self {
+            Self::Default => TemplateNetwork::Default,
+            Self::None => TemplateNetwork::None,
+        }
+    }
 }
 
 /// Runs an image as an app, or changes an app that runs
@@ -85,6 +102,9 @@ pub struct DeployArgs {
     /// Gives each instance a NIC in a subnet, with security groups; several times for several, the first is the default route's
     #[arg(long = "nic", value_name = "SUBNET[:GROUP,…]", value_parser = spec::nic)]
     nics: Vec<TemplateNic>,
+    /// Whether each instance gets a NIC in the project's default network [default: as the project says]
+    #[arg(long, value_enum, conflicts_with = "nics")]
+    network: Option<NetworkArg>,
     /// Sets a label of the app
     #[arg(long, value_name = "KEY=VALUE", value_parser = spec::label)]
     label: Vec<(String, String)>,
@@ -169,6 +189,7 @@ impl DeployArgs {
             labels: self.label.clone(),
             secrets: self.secrets.clone(),
             nics: self.nics.clone(),
+            network: self.network.map(NetworkArg::wanted),
             cpu: self.cpu,
             memory: self.memory,
             scratch: self.scratch,

@@ -2,7 +2,8 @@
 
 use indexmap::IndexMap;
 use nexus_model::kind::{
-    Constraints, Disruption, FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread, TemplateNic,
+    Constraints, Disruption, FUNCTION_PORT, ImageFormat, Port, Protocol, Runtime, SecretRef, Spread, TemplateNetwork,
+    TemplateNic,
 };
 use nexus_model::selector::{is_label_key, is_label_value};
 use nexus_model::{API_VERSION, Bytes, MilliCpu, Name};
@@ -38,6 +39,7 @@ pub struct Wanted {
     pub labels: Vec<(String, String)>,
     pub secrets: Vec<SecretRef>,
     pub nics: Vec<TemplateNic>,
+    pub network: Option<TemplateNetwork>,
     pub cpu: Option<MilliCpu>,
     pub memory: Option<Bytes>,
     pub scratch: Option<Bytes>,
@@ -153,6 +155,11 @@ pub fn app(name: &Name, existing: Option<&Value>, wanted: &Wanted, format: Optio
     }
     if !wanted.nics.is_empty() {
         spec.insert("nics".into(), value(&wanted.nics));
+        spec.shift_remove("network");
+    }
+    if let Some(network) = &wanted.network {
+        spec.insert("network".into(), value(network));
+        spec.shift_remove("nics");
     }
     if !wanted.classes.is_empty() {
         let classes: IndexMap<_, _> = wanted.classes.iter().cloned().collect();
@@ -354,6 +361,7 @@ mod tests {
             labels: vec![("tier".into(), "front".into())],
             secrets: vec![secret("A_KEY=db/key").unwrap(), secret("tls").unwrap()],
             nics: vec![nic("front").unwrap(), nic("back:db,admin").unwrap()],
+            network: None,
             cpu: Some("250m".parse().unwrap()),
             memory: Some("128Mi".parse().unwrap()),
             scratch: Some("1Gi".parse().unwrap()),

@@ -1,0 +1,148 @@
+//! The network that instances are in for which nobody has named one.
+//!
+//! An app's template stays as its user wrote it, and so does its hash: an instance gets its NIC when it is made, into its own
+//! copy of the template, and is from then on like one whose app names that NIC. What a project says later is about instances
+//! that are made later.
+//!
+//! The network and its subnet are made with the first NIC that needs them, and are ordinary objects from then on: whoever
+//! makes a network or a subnet `default` first keeps theirs, and what is deleted is made again when it is needed.
+
+use nexus_model::kind::*;
+use nexus_model::{ApiError, Cidr, Name, Object};
+
+use super::{admit_network, admit_subnet, network_changed, subnet_changed};
+use crate::rules::app::Missing;
+use crate::step::Step;
+use crate::world::World;
+
+fn name() -> Name {
+    DEFAULT_NETWORK.parse().expect("a well-formed name")
+}
+
+/// Whether what is made of a template is in its project's default network.
+fn is_in(world: &World, project: Option<&Name>, template: &Template) -> bool {
+    let usual = || project.and_then(|name| world.project(name)).is_some_and(|p| p.spec.default_network);
+    let asked = match template.network {
+        Some(TemplateNetwork::Default) => true,
+        Some(TemplateNetwork::None) => false,
+        None => usual(),
+    };
+    asked && template.runtime == Runtime::Container && template.nics.is_empty()
+}
+
+/// How many NICs each instance of a template gets.
+pub fn nics(world: &World, project: Option<&Name>, template: &Template) -> usize {
+    template.nics.len() + usize::from(is_in(world, project, template))
+}
+
+/// An instance's own copy of a template, with all of its NICs.
+pub fn furnished(world: &World, project: Option<&Name>, mut template: Template) -> Template {
+    if is_in(world, project, &template) {
+        template.nics.push(TemplateNic { subnet: name(), security_groups: Vec::new(), rate: None, forwards: false });
+    }
+    template
+}
+
+/// Makes what an instance's NIC in the default network needs, as far as it is not there.
+pub fn ensure(step: &mut Step<'_>, project: &Name, nics: &[TemplateNic]) -> Result<(), Missing> {
+    let name = name();
+    let asked = nics.iter().any(|nic| nic.subnet == name);
+    if !asked || step.world.subnets.get(Some(project), &name).is_some() {
+        return Ok(());
+    }
+    let failed = |e: ApiError| {
+        let errors: Vec<String> = e.errors.iter().map(|e| e.message.clone()).collect();
+        let why = if errors.is_empty() { e.detail } else { errors.join(", ") };
+        ("NoDefaultNetwork", format!("the project's default network can't be made: {why}"))
+    };
+    let network = match step.world.networks.get(Some(project), &name) {
+        Some(network) => network.clone(),
+        None => make_network(step, project, &name).map_err(failed)?,
+    };
+    let spec = free_part(step.world, project, &network).ok_or_else(|| {
+        let why = "network default has nothing left for a subnet of that name: give it another CIDR, or apply a subnet default";
+        ("NoDefaultNetwork", why.to_owned())
+    })?;
+    step.world.refuse_unreadable::<Subnet>(Some(project), &name).map_err(failed)?;
+    let mut subnet = Object::<Subnet>::new(step.new_metadata(name, Some(project.clone())), spec);
+    admit_subnet(step, None, &mut subnet).map_err(failed)?;
+    step.put(subnet.clone());
+    told(step, &subnet);
+    subnet_changed(step, &subnet);
+    Ok(())
+}
+
+fn make_network(step: &mut Step<'_>, project: &Name, name: &Name) -> Result<Object<Network>, ApiError> {
+    step.world.refuse_unreadable::<Network>(Some(project), name)?;
+    let four = DEFAULT_CIDR4.parse().expect("a well-formed network");
+    let spec = NetworkSpec { cidrs: vec![four, local_prefix(step)], egress: NetworkEgress::Project };
+    let mut network = Object::<Network>::new(step.new_metadata(name.clone(), Some(project.clone())), spec);
+    admit_network(step, None, &mut network)?;
+    step.put(network.clone());
+    told(step, &network);
+    network_changed(step, &network);
+    Ok(network)
+}
+
+/// A network of 48 bits that hardly anybody else has (RFC 4193, section 3.2).
+fn local_prefix(step: &Step<'_>) -> Cidr {
+    let mut octets = [0; 16];
+    octets[0] = 0xfd;
+    octets[1..6].copy_from_slice(&nexus_env::RngExt::bytes::<5>(step.rng()));
+    Cidr { address: std::net::Ipv6Addr::from(octets).into(), length: 48 }
+}
+
+fn told<K: Kind>(step: &mut Step<'_>, made: &Object<K>) {
+    let message = "for instances whose apps name no NICs";
+    step.event(made.metadata.project.as_ref(), made.owner_ref(), Severity::Normal, "Created", message);
+}
+
+/// The beginning of a network's CIDRs, of each family the first that no other subnet has a part of.
+fn free_part(world: &World, project: &Name, network: &Object<Network>) -> Option<SubnetSpec> {
+    let name = &network.metadata.name;
+    let siblings = || world.subnets.within(project).filter(|s| s.spec.network == *name).flat_map(|s| s.spec.cidrs());
+    let part = |four: bool| {
+        let least = DEFAULT_LENGTHS[usize::from(!four)];
+        let of_family = network.spec.cidrs.iter().filter(|c| c.is_ipv4() == four);
+        let mut parts = of_family.map(|c| Cidr { address: c.first(), length: c.length.max(least) });
+        parts.find(|part| !siblings().any(|other| other.overlaps(part)))
+    };
+    let (cidr4, cidr6) = (part(true), part(false));
+    let some = cidr4.is_some() || cidr6.is_some();
+    some.then(|| SubnetSpec { network: name.clone(), cidr4, cidr6, ..SubnetSpec::default() })
+}
+
+/// What may be done when a network has no room for another NIC.
+pub fn advise(subnet: &Object<Subnet>, why: String) -> String {
+    if subnet.metadata.name != *DEFAULT_NETWORK {
+        return why;
+    }
+    format!("{why}, or keep apps that need no network of their own out of it (`network: none`)")
+}
+
+/// What a network's subnets without a route table reach outside; nothing of the project is asked, without it.
+pub fn egress(world: &World, network: &Object<Network>) -> Option<Egress> {
+    if network.spec.egress.is_none() {
+        return None;
+    }
+    let project = network.metadata.project.as_ref().and_then(|name| world.project(name));
+    project.map(|p| p.spec.egress.clone()).or_else(|| network.status.egress.clone())
+}
+
+/// Has a project's networks go by what it allows now.
+pub fn follow(step: &mut Step<'_>, project: &Name) {
+    let world = &*step.world;
+    let other: Vec<Object<Network>> = world
+        .networks
+        .within(project)
+        .filter_map(|network| {
+            let now = egress(world, network);
+            (network.status.egress != now).then(|| {
+                let mut new = network.clone();
+                new.status.egress = now;
+                new
+            })
+        })
+        .collect();
+    other.into_iter().for_each(|network| step.put(network));
+}

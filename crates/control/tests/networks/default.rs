@@ -1,0 +1,217 @@
+//! The network that instances are in for which nobody has named one: when it is made, who is in it, and where it leads.
+
+use nexus_model::plan::{NetworkPlan, RoutePlan, Via};
+
+use super::*;
+
+impl Lab {
+    fn project(&mut self, spec: Value) {
+        let change = Change::Patch { patch: json!({ "spec": spec }) };
+        self.submit(&intent("projects", None, "default", change)).unwrap();
+        self.pass();
+    }
+
+    fn plain(&mut self, app: &str, replicas: u32) {
+        self.app(app, replicas, json!([]));
+    }
+
+    /// How many networks, subnets and NICs there are.
+    fn count(&self) -> [usize; 3] {
+        let w = &self.core.world;
+        [w.networks.live.len(), w.subnets.live.len(), w.nics.live.len()]
+    }
+
+    fn nics_of(&self, app: &str) -> Vec<&Object<Nic>> {
+        let instances = self.instances(app).into_iter();
+        instances.flat_map(|i| self.core.world.nics_of(i.metadata.uid)).collect()
+    }
+
+    /// What hosts are told of the default network, with the routes of its subnet.
+    fn default_plan(&self) -> (NetworkPlan, Vec<RoutePlan>) {
+        let told = self.told("zone-a-1");
+        let plan = told.networks.iter().find(|n| n.name == *"default").expect("hosts are told of it");
+        let subnet = plan.subnets.iter().find(|s| s.name == *"default").unwrap();
+        let table = &plan.route_tables[subnet.route_table as usize];
+        ((**plan).clone(), table.routes.clone())
+    }
+}
+
+#[test]
+fn the_default_network_is_made_with_the_first_instance_that_needs_it_and_once() {
+    let mut lab = Lab::new(&[("zone-a", 2)]);
+    lab.plain("old", 1);
+    assert_eq!(lab.count(), [0, 0, 0]);
+    let before = lab.instances("old")[0].clone();
+    lab.project(json!({"defaultNetwork": true}));
+    assert_eq!(lab.count(), [0, 0, 0], "nobody needs it yet");
+    // Two at once.
+    lab.submit(&create::<App>(Some("default"), "one", web(12))).unwrap();
+    lab.submit(&create::<App>(Some("default"), "two", web(1))).unwrap();
+    lab.pass();
+    assert_eq!(lab.count(), [1, 1, 13]);
+    let network = lab.core.world.networks.get(Some(&name("default")), &name("default")).unwrap().clone();
+    let cidrs: Vec<String> = network.spec.cidrs.iter().map(ToString::to_string).collect();
+    assert!(cidrs[0] == "172.31.0.0/16" && cidrs[1].starts_with("fd") && cidrs[1].ends_with("/48"), "{cidrs:?}");
+    let subnet = lab.core.world.subnets.get(Some(&name("default")), &name("default")).unwrap();
+    assert_eq!(subnet.spec.cidr4, Some("172.31.0.0/18".parse().unwrap()));
+    assert!(subnet.spec.cidr6.is_some_and(|six| six.length == 64 && network.spec.cidrs[1].covers(&six)));
+    for nic in lab.nics_of("one").into_iter().chain(lab.nics_of("two")) {
+        assert_eq!((nic.status.phase, nic.status.index), (NicPhase::Attached, Some(0)));
+        assert!(nic.status.address4.is_some() && nic.status.address6.is_some());
+        let groups = &lab.plan("zone-a-1", nic.metadata.uid).groups;
+        assert_eq!(groups, &[0], "the network's own group");
+    }
+    // What ran before goes on as it is, also when others of its app come.
+    lab.patch("apps", "old", json!({"replicas": 2})).unwrap();
+    lab.pass();
+    let now = lab.instances("old");
+    assert!(now.iter().any(|i| i.metadata.uid == before.metadata.uid), "it was not replaced");
+    assert!(now.len() == 2 && now.iter().all(|i| i.spec.template_hash == before.spec.template_hash));
+    assert_eq!(lab.nics_of("old").len(), 1, "the new one's");
+    let app = lab.core.world.apps.get(Some(&name("default")), &name("old")).unwrap();
+    assert!(app.spec.nics.is_empty() && app.status.phase == AppPhase::Ready, "{:?}", app.status);
+
+    // It is an object as others are: what is used stays, what is not can go, and is made again.
+    refused(lab.delete("networks", "default"), Code::Conflict, "used by subnet default");
+    refused(lab.delete("subnets", "default"), Code::Conflict, "used by nic ");
+    lab.make("security-groups", "web", json!({"network": "default", "rules": []})).unwrap();
+    for app in ["old", "one", "two"] {
+        lab.delete("apps", app).unwrap();
+    }
+    lab.pass();
+    for (plural, object) in [("security-groups", "web"), ("subnets", "default"), ("networks", "default")] {
+        lab.delete(plural, object).unwrap();
+    }
+    lab.pass();
+    assert_eq!(lab.count(), [0, 0, 0]);
+    lab.plain("three", 1);
+    assert_eq!(lab.count(), [1, 1, 1]);
+    let again = lab.core.world.networks.get(Some(&name("default")), &name("default")).unwrap();
+    assert!(again.metadata.uid != network.metadata.uid && again.spec.cidrs[1] != network.spec.cidrs[1]);
+}
+
+#[test]
+fn apps_say_whether_they_are_in_the_default_network() {
+    let mut lab = Lab::new(&[("zone-a", 1)]);
+    let with = |network: TemplateNetwork| AppSpec { network: Some(network), ..web(1) };
+    lab.submit(&create::<App>(Some("default"), "in", with(TemplateNetwork::Default))).unwrap();
+    lab.plain("usual", 1);
+    assert_eq!((lab.nics_of("in").len(), lab.nics_of("usual").len()), (1, 0));
+    lab.project(json!({"defaultNetwork": true}));
+    lab.submit(&create::<App>(Some("default"), "out", with(TemplateNetwork::None))).unwrap();
+    lab.network("shop", "web");
+    lab.app("own", 1, json!([{"subnet": "web"}]));
+    assert_eq!((lab.nics_of("out").len(), lab.nics_of("own").len()), (0, 1));
+    assert_eq!(lab.nics_of("own")[0].spec.subnet, name("web"));
+    // An app that changes its mind is rolled out.
+    lab.patch("apps", "out", json!({"network": null})).unwrap();
+    for _ in 0..4 {
+        lab.pass();
+    }
+    assert_eq!((lab.instances("out").len(), lab.nics_of("out").len()), (1, 1));
+    // Jobs' instances are in it too.
+    lab.make("jobs", "batch", json!({"completions": 2, "parallelism": 2, "template": {"image": "web"}})).unwrap();
+    lab.pass();
+    assert_eq!(lab.nics_of("batch").len(), 2);
+    // Words that contradict each other.
+    let both = json!({"image": "web", "nics": [{"subnet": "web"}], "network": "default"});
+    let errors = |spec: Value| format!("{:?}", App::validate(&serde_json::from_value(spec).unwrap()));
+    assert!(errors(both).contains("spec.network"));
+    assert!(errors(json!({"image": "web", "runtime": "function", "network": "default"})).contains("spec.network"));
+    assert_eq!(errors(json!({"image": "web", "runtime": "function", "network": "none"})), "[]");
+}
+
+#[test]
+fn who_makes_a_default_network_first_keeps_theirs() {
+    let mut lab = Lab::new(&[("zone-a", 1)]);
+    lab.project(json!({"defaultNetwork": true, "egress": {"mode": "allow"}}));
+    lab.make("networks", "default", json!({"cidrs": ["10.5.0.0/24"]})).unwrap();
+    lab.make("subnets", "front", json!({"network": "default", "cidr4": "10.5.0.0/25"})).unwrap();
+    lab.plain("one", 1);
+    let waits = lab.instances("one")[0].status.message.clone();
+    assert!(waits.contains("nothing left for a subnet of that name"), "{waits}");
+    lab.patch("networks", "default", json!({"cidrs": ["10.5.0.0/24", "10.6.0.0/16"]})).unwrap();
+    lab.pass();
+    assert_eq!(lab.nics_of("one")[0].status.address4, four("10.6.0.2"));
+    let (plan, routes) = lab.default_plan();
+    assert_eq!((plan.cidrs.len(), routes.len(), plan.nats.len()), (2, 0, 0), "nobody asked for a way out of it");
+    // Too many networks are said, and one that goes makes room.
+    lab.delete("apps", "one").unwrap();
+    lab.pass();
+    for (plural, object) in [("subnets", "default"), ("subnets", "front"), ("networks", "default")] {
+        lab.delete(plural, object).unwrap();
+    }
+    lab.pass();
+    for n in 0..MAX_NETWORKS {
+        lab.make("networks", &format!("n{n}"), json!({"cidrs": ["10.0.0.0/16"]})).unwrap();
+    }
+    lab.plain("two", 1);
+    let waits = lab.instances("two")[0].status.message.clone();
+    assert!(waits.contains("can't be made: project default has 50 networks here"), "{waits}");
+    lab.delete("networks", "n7").unwrap();
+    lab.pass();
+    assert_eq!(lab.nics_of("two")[0].status.address4, four("172.31.0.2"));
+}
+
+#[test]
+fn a_default_network_leads_to_what_its_project_allows() {
+    let mut lab = Lab::new(&[("zone-a", 1)]);
+    lab.project(json!({"defaultNetwork": true}));
+    lab.plain("one", 1);
+    let (plan, routes) = lab.default_plan();
+    assert_eq!((routes.len(), plan.nats.len()), (0, 0), "nothing, unless the project says otherwise");
+    let to = |routes: &[RoutePlan]| routes.iter().map(|r| r.to.to_string()).collect::<Vec<_>>();
+    lab.project(json!({"egress": {"networks": ["2001:db8:5::/48", "203.0.113.0/24", "203.0.113.0/24"]}}));
+    let (plan, routes) = lab.default_plan();
+    assert_eq!(to(&routes), ["203.0.113.0/24", "2001:db8:5::/48"]);
+    assert!(routes.iter().all(|r| r.via == Via::Nat(0)));
+    assert!(plan.nats.len() == 1 && plan.nats[0].addresses.is_empty(), "each host lends its own address");
+    // Beside a NAT gateway of the tenant's, whose own route table leads to that.
+    lab.make("nat-gateways", "mine", json!({"network": "default"})).unwrap();
+    lab.make("route-tables", "out", json!({"network": "default"})).unwrap();
+    lab.patch("route-tables", "out", json!({"routes": [{"to": "198.51.100.0/24", "via": {"nat": "mine"}}]})).unwrap();
+    assert!(lab.default_plan().1.iter().all(|r| r.via == Via::Nat(1)));
+    lab.patch("subnets", "default", json!({"routeTable": "out"})).unwrap();
+    let (_, routes) = lab.default_plan();
+    assert_eq!((to(&routes), routes[0].via), (vec!["198.51.100.0/24".to_owned()], Via::Nat(0)));
+    lab.patch("subnets", "default", json!({"routeTable": null})).unwrap();
+    lab.project(json!({"egress": {"mode": "allow"}}));
+    assert_eq!(to(&lab.default_plan().1), ["0.0.0.0/0", "::/0"]);
+    // Those who run in it keep their way out, also when new ones don't come.
+    lab.project(json!({"defaultNetwork": false}));
+    assert_eq!(lab.default_plan().1.len(), 2);
+    lab.project(json!({"egress": {"mode": "deny", "networks": []}}));
+    assert_eq!(lab.default_plan().1.len(), 0);
+    // Any network can go by it.
+    lab.network("shop", "web");
+    lab.app("two", 1, json!([{"subnet": "web"}]));
+    lab.project(json!({"egress": {"mode": "allow"}}));
+    let leads = |lab: &Lab| {
+        let told = lab.told("zone-a-1");
+        let plan = told.networks.iter().find(|n| n.name == *"shop").unwrap();
+        plan.route_tables[plan.subnets[0].route_table as usize].routes.len()
+    };
+    assert_eq!(leads(&lab), 0);
+    lab.patch("networks", "shop", json!({"egress": "project"})).unwrap();
+    assert_eq!(leads(&lab), 2);
+}
+
+#[test]
+fn a_default_network_that_is_full_says_so() {
+    let mut lab = Lab::new(&[("zone-a", 1)]);
+    lab.project(json!({"defaultNetwork": true}));
+    lab.plain("one", 1);
+    for n in 1..MAX_NICS {
+        lab.make("nics", &format!("n{n}"), json!({"subnet": "default"})).unwrap();
+    }
+    lab.patch("apps", "one", json!({"replicas": 2})).unwrap();
+    lab.pass();
+    let waits = |lab: &Lab| {
+        lab.instances("one").into_iter().find_map(|i| Some(i.status.message.clone()).filter(|m| !m.is_empty()))
+    };
+    let why = waits(&lab).expect("one waits");
+    assert!(why.contains("network default has 4000 NICs") && why.contains("network: none"), "{why}");
+    lab.delete("nics", "n9").unwrap();
+    lab.pass();
+    assert_eq!((waits(&lab), lab.nics_of("one").len()), (None, 2));
+}
