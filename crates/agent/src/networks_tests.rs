@@ -248,7 +248,7 @@ async fn flows_are_noted_while_their_network_wants_it_and_go_with_it() {
         Arc::make_mut(&mut Arc::make_mut(&mut all).networks[0]).flow_logs = flow_logs;
         Some(all)
     };
-    let w = world(with(1, FlowLogs::All));
+    let w = world(with(1, FlowLogs::All)).await;
     let network = with(1, FlowLogs::All).unwrap().networks[0].uid;
     let request = |after, limit| FlowsRequest { network, since: Timestamp::from_millis(0), after, nic: None, limit };
     let read = async |request: FlowsRequest| w.networks.flows(&request).await.unwrap();

@@ -75,7 +75,8 @@ pub fn ensure(step: &mut Step<'_>, project: &Name, nics: &[TemplateNic]) -> Resu
 fn make_network(step: &mut Step<'_>, project: &Name, name: &Name) -> Result<Object<Network>, ApiError> {
     step.world.refuse_unreadable::<Network>(Some(project), name)?;
     let four = DEFAULT_CIDR4.parse().expect("a well-formed network");
-    let spec = NetworkSpec { cidrs: vec![four, local_prefix(step)], egress: NetworkEgress::Project };
+    let cidrs = vec![four, local_prefix(step)];
+    let spec = NetworkSpec { cidrs, egress: NetworkEgress::Project, ..NetworkSpec::default() };
     let mut network = Object::<Network>::new(step.new_metadata(name.clone(), Some(project.clone())), spec);
     admit_network(step, None, &mut network)?;
     step.put(network.clone());

@@ -142,8 +142,7 @@ impl Kind for Network {
     fn example() -> NetworkSpec {
         let cidr = |text: &str| text.parse().expect("a well-formed network");
         let cidrs = vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")];
-        NetworkSpec { cidrs, flow_logs: FlowLogs::Dropped }
-        NetworkSpec { cidrs: vec![cidr("10.0.0.0/16"), cidr("fd12:3456:789a::/48")], ..NetworkSpec::default() }
+        NetworkSpec { cidrs, flow_logs: FlowLogs::Dropped, ..NetworkSpec::default() }
     }
 }
 
