@@ -236,10 +236,12 @@ impl Sniffer {
         let thread = std::thread::spawn(move || {
             let (mut seen, mut buffer) = (0, vec![0; 1 << 16]);
             loop {
-                match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                // What came before it was stopped is read first, and then nothing more is waited for.
+                let over = stopped.load(Ordering::Relaxed);
+                let flags = if over { MsgFlags::MSG_DONTWAIT } else { MsgFlags::empty() };
+                match recv(fd.as_raw_fd(), &mut buffer, flags) {
                     Ok(length) => seen += u64::from(buffer[..length].windows(bytes.len()).any(|w| w == bytes)),
-                    // What came before it was stopped is read first.
-                    Err(_) if stopped.load(Ordering::Relaxed) => return seen,
+                    Err(_) if over => return seen,
                     Err(_) => {}
                 }
             }
