@@ -23,7 +23,7 @@ use super::links::{self, GATEWAY_LINK, TUNNEL, UPLINK, hop};
 use crate::netlink::{Forward, Limit, MAIN, Policy, Then, Vxlan};
 
 /// The port of RFC 7348.
-const PORT: u16 = 4789;
+pub(super) const PORT: u16 = 4789;
 /// Of the first of a network's route tables; the others follow.
 const TABLES: u32 = 1000;
 const TO_FORWARDERS: u32 = 999;

@@ -313,6 +313,7 @@ fn host_configurations(
         images_disk_percent: crate::role::agent::default_images_percent(),
         devices: BTreeMap::new(),
         storage: host
+        uplink_rate: None,
             .storage
             .iter()
             .map(|(class, size)| (class.clone(), storage_folder(dir, name, class, *size)))
