@@ -135,8 +135,7 @@ impl Launcher {
             }
         };
         // Nothing is in the network yet that could send or answer.
-        let (guarded, netns, (), ()) =
-            tokio::join!(guards, plug, runtime.warm(&plan.project), shared.is_kept(plan));
+        let (guarded, netns, (), ()) = tokio::join!(guards, plug, runtime.warm(&plan.project), shared.is_kept(plan));
         guarded?;
         let netns = netns?;
         let folder = folder(&**runtime, plan).await?;
