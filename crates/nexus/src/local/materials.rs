@@ -312,8 +312,8 @@ fn host_configurations(
         classes: host.classes.clone(),
         images_disk_percent: crate::role::agent::default_images_percent(),
         devices: BTreeMap::new(),
-        storage: host
         uplink_rate: None,
+        storage: host
             .storage
             .iter()
             .map(|(class, size)| (class.clone(), storage_folder(dir, name, class, *size)))
