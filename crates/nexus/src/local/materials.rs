@@ -312,12 +312,12 @@ fn host_configurations(
         classes: host.classes.clone(),
         images_disk_percent: crate::role::agent::default_images_percent(),
         devices: BTreeMap::new(),
-        uplink_rate: None,
         storage: host
             .storage
             .iter()
             .map(|(class, size)| (class.clone(), storage_folder(dir, name, class, *size)))
             .collect(),
+        uplink_rate: None,
     };
     let cgroups = cgroup::hierarchies().context("reading the mounted cgroup hierarchies")?;
     let init = HostInitConfig {
