@@ -594,7 +594,8 @@ fn service(world: &World, exposed: &Exposed<'_>, port: &Port) -> Service {
         })
         .collect();
     backends.sort_by_key(|b| b.uid);
-    let starting = if may_sleep(app) && !backends.iter().any(|b| b.ready) { starting(world, app, port) } else { Vec::new() };
+    let starting =
+        if may_sleep(app) && !backends.iter().any(|b| b.ready) { starting(world, app, port) } else { Vec::new() };
     Service {
         project: app.metadata.project.clone().expect("apps have a project"),
         app: app.metadata.name.clone(),

@@ -182,8 +182,12 @@ impl Table {
                     None => Arc::new(Backend::new(b.uid, address, b.epoch, http2)),
                 }
             };
-            let member =
-                |b: plan::Backend| Member { backend: backend(&b), ready: b.ready, local: b.zone == *zone, newer: b.newer };
+            let member = |b: plan::Backend| Member {
+                backend: backend(&b),
+                ready: b.ready,
+                local: b.zone == *zone,
+                newer: b.newer,
+            };
             let members = newest.into_values().map(member).collect();
             let starting = service.starting.iter().map(backend).collect();
             let old = known.remove(&*name);

@@ -138,7 +138,8 @@ fn serve_main(options: &Options, socket: &Path) -> Result<(), ServeError> {
     let shared = Arc::new(Shared { slots: Arc::new(Semaphore::new(SLOTS as usize)), ticker });
     let programs = HashMap::new();
     let owner = None;
-    let mut executor = Executor { creator, owner, engine, linker, runtime, shared, instances: BTreeMap::new(), programs };
+    let mut executor =
+        Executor { creator, owner, engine, linker, runtime, shared, instances: BTreeMap::new(), programs };
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,

@@ -413,9 +413,8 @@ async fn two_projects_never_share_an_executor(world: &World) {
     runtime.prepare(world.hello).await.unwrap();
     another(world, &[]).await;
     // One stands by, and all come at once.
-    let sandboxes: Vec<_> = (0..6)
-        .map(|n| Sandbox { project: format!("project-{}", n % 3).parse().unwrap(), ..world.sandbox() })
-        .collect();
+    let sandboxes: Vec<_> =
+        (0..6).map(|n| Sandbox { project: format!("project-{}", n % 3).parse().unwrap(), ..world.sandbox() }).collect();
     for started in join_all(sandboxes.iter().map(|sandbox| runtime.start(sandbox))).await {
         started.unwrap();
     }

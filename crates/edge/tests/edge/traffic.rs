@@ -152,7 +152,8 @@ async fn the_first_request_for_an_app_that_sleeps_goes_to_who_starts_as_soon_as_
         () = until(async || instance.count() == 1) => {}
     }
     // As soon as it is known to be ready all go there.
-    edge.gateway.offer(table(3, vec![nexus_model::plan::Service { wakes: true, ..service_of(backend(2, instance.address)) }]));
+    edge.gateway
+        .offer(table(3, vec![nexus_model::plan::Service { wakes: true, ..service_of(backend(2, instance.address)) }]));
     assert!(got.await.iter().all(|answer| answer.body == "awake"));
     assert_eq!(instance.count(), 3);
 }
