@@ -39,9 +39,10 @@ pub struct HostNetworksEngine {
 }
 
 impl HostNetworksEngine {
-    /// The files of networks' namespaces go into `dir`.
-    pub fn new(dir: PathBuf, instances: InstanceNet) -> Self {
-        Self { engine: Engine::new(dir, instances.clone(), NetnsRef::Own), instances }
+    /// The files of networks' namespaces go into `dir`. `uplink_rate` is what the host's link to others sends, in bits a second,
+    /// if control is to go before tenants there.
+    pub fn new(dir: PathBuf, instances: InstanceNet, uplink_rate: Option<u64>) -> Self {
+        Self { engine: Engine::with_uplink(dir, instances.clone(), NetnsRef::Own, uplink_rate), instances }
     }
 
     /// All that is closed, with what the host itself is on.

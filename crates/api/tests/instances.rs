@@ -46,6 +46,10 @@ async fn logs_are_lines_of_one_stream_or_both() {
     w.get(&format!("{INSTANCES}/web-3:logs")).await.problem("not-found");
     w.get(&format!("{INSTANCES}/web-1:logs?tail=-1")).await.problem("bad-request");
     w.call("POST", &format!("{INSTANCES}/web-1:logs"), &[], Value::Null).await.problem("method-not-allowed");
+    w.get(&format!("{INSTANCES}/web-1:logs?part=Not%20a%20name")).await.problem("bad-request");
+    let none = w.get(&format!("{INSTANCES}/web-1:logs?part=proxy")).await;
+    assert!(String::from_utf8_lossy(&none.body).contains("it has: none"));
+    none.problem("not-found");
     w.get(&format!("{INSTANCES}/web-1:restart")).await.problem("not-found");
 
     // A followed stream ends when the server stops.

@@ -10,7 +10,7 @@ use common::{create, image, intent, name, web};
 use nexus_control::cells::Cells;
 use nexus_control::core::{Bootstrap, Core, Moment};
 use nexus_control::fleet::{Adopt, Presence};
-use nexus_control::intent::{Accepted, Change};
+use nexus_control::intent::{Accepted, Change, RolloutOrder};
 use nexus_control::world::{Part, World};
 use nexus_env::SeededRng;
 use nexus_model::kind::*;
@@ -308,6 +308,68 @@ fn a_global_app_is_shared_out_follows_its_spec_and_ends_everywhere() {
     fleet.pass(4);
     assert_eq!(fleet.global.core.world.apps.buried.len(), 0);
     assert_eq!(fleet.replicas("us", "web"), Some(1));
+}
+
+#[test]
+fn a_global_apps_rollout_goes_on_in_each_region_by_itself_and_heeds_what_is_ordered_for_all() {
+    /// Passes until it holds, or fails; no region ever has fewer than its share ready.
+    fn until(fleet: &mut Fleet, what: &str, done: impl Fn(&Fleet) -> bool) {
+        for _ in 0..100 {
+            if done(fleet) {
+                return;
+            }
+            fleet.pass(1);
+            for region in ["eu", "us"] {
+                let ready = fleet.world(region).instances.live.values().filter(|i| i.status.ready).count();
+                assert!(ready >= 2, "{what}: {ready} ready in {region}");
+            }
+        }
+        panic!("{what}: {:#?}", fleet.app(GLOBAL, "web").unwrap().status);
+    }
+    fn runs(fleet: &Fleet, region: &str, version: Option<&str>) -> bool {
+        let mut all = fleet.world(region).instances.live.values();
+        let ended = fleet.app(region, "web").unwrap().status.rollout.as_ref();
+        let complete = ended.is_some_and(|r| r.phase == RolloutPhase::Complete);
+        complete && all.all(|i| i.spec.template.env.get("A").map(String::as_str) == version && i.status.ready)
+    }
+    let told = |fleet: &Fleet| -> Vec<_> {
+        let regions = &fleet.app(GLOBAL, "web").unwrap().status.regions;
+        regions.iter().map(|r| r.rollout.unwrap_or_default()).collect()
+    };
+    let order = |fleet: &mut Fleet, order| fleet.submit(GLOBAL, "apps", D, "web", Change::Rollout { order });
+    let patch = |version: &str| json!({"spec": {"env": {"A": version}}});
+
+    let mut fleet = Fleet::new();
+    fleet.create::<App>(GLOBAL, D, "web", web(4)).unwrap();
+    fleet.pass(6);
+    fleet.patch(GLOBAL, "apps", D, "web", patch("2"));
+    until(&mut fleet, "both regions", |f| runs(f, "eu", Some("2")) && runs(f, "us", Some("2")));
+
+    // A region that is cut off serves on with what it has, and follows when it is back.
+    fleet.group("us").cut = true;
+    fleet.patch(GLOBAL, "apps", D, "web", patch("3"));
+    until(&mut fleet, "one region", |f| runs(f, "eu", Some("3")));
+    assert!(runs(&fleet, "us", Some("2")));
+    assert_eq!(fleet.app(GLOBAL, "web").unwrap().status.updated_replicas, 2);
+    fleet.group("us").cut = false;
+    until(&mut fleet, "the other one", |f| runs(f, "us", Some("3")));
+
+    // A pause holds both up, until both go on.
+    order(&mut fleet, RolloutOrder::Pause).unwrap();
+    fleet.patch(GLOBAL, "apps", D, "web", patch("4"));
+    until(&mut fleet, "the pause", |f| told(f) == [RolloutPhase::Paused; 2]);
+    fleet.pass(20);
+    for region in ["eu", "us"] {
+        let mut all = fleet.world(region).instances.live.values();
+        assert!(all.all(|i| i.spec.template.env["A"] == "3"), "{region} waits");
+    }
+    order(&mut fleet, RolloutOrder::Resume).unwrap();
+    until(&mut fleet, "the fourth", |f| runs(f, "eu", Some("4")) && runs(f, "us", Some("4")));
+
+    // An undo is one for all of them.
+    order(&mut fleet, RolloutOrder::Undo { to: None }).unwrap();
+    until(&mut fleet, "the undo", |f| runs(f, "eu", Some("3")) && runs(f, "us", Some("3")));
+    assert_eq!(told(&fleet), [RolloutPhase::Complete; 2]);
 }
 
 #[test]

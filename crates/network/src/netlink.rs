@@ -2,7 +2,7 @@
 //!
 //! The socket belongs to the network namespace in which its thread was when it was opened, wherever the thread goes
 //! later. Messages are encoded by `netlink-packet-route`; this file and those beneath it decide only which ones are sent:
-//! `links`, `routes`, `neighbours`, `policy` (rules that choose a routing table) and `shape` (rate limits).
+//! `links`, `routes`, `neighbours`, `policy` (rules that choose a routing table) `shape` (rate limits) and `share` (who goes first).
 //!
 //! What tenants' networks put into a namespace that is not theirs alone bears [`PROTOCOL`], so that it is told from others'.
 
@@ -11,6 +11,7 @@ mod neighbours;
 mod policy;
 mod routes;
 mod shape;
+mod share;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -41,6 +42,7 @@ pub(crate) use neighbours::{Forward, LinkAddress, Neighbour};
 pub(crate) use policy::{Policy, Then};
 pub(crate) use routes::{MAIN, RouteKind, RouteState};
 pub(crate) use shape::Limit;
+pub(crate) use share::Class;
 
 /// Who made a route, a rule, an address or a neighbour entry (`RTA_PROTOCOL` and its likes): a number of rtnetlink(7) that
 /// no routing daemon uses.

@@ -349,7 +349,13 @@ pub struct AgentConfig {
     /// Storage classes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub storage: BTreeMap<Name, StorageFolder>,
+    /// What the link with `address` sends, in bits a second. With it, the link is shared out: control goes before tenants.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uplink_rate: Option<u64>,
 }
+
+/// Rates of a link, in bits a second.
+const UPLINK_RATES: std::ops::RangeInclusive<u64> = 1_000_000..=1_000_000_000_000;
 
 /// `nexus keeper`: the owner of a host's processes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -595,6 +601,9 @@ impl Config for AgentConfig {
         }
         if self.images_disk_percent > 100 {
             return Err(("images_disk_percent", "between 0 and 100".to_owned()));
+        }
+        if self.uplink_rate.is_some_and(|rate| !UPLINK_RATES.contains(&rate)) {
+            return Err(("uplink_rate", "between 1000000 and 1000000000000 bits a second".to_owned()));
         }
         classes::check_devices(&self.devices, &self.classes).map_err(|why| ("devices", why))?;
         if self.prefix6.segments()[4..].iter().any(|s| *s != 0) {

@@ -99,6 +99,7 @@ fn parts_of_an_instance_live_and_end_together() {
     a_sidecar_and_an_agent_are_killed(&cloud);
     a_failing_init_step_is_named_and_tried_again(&cloud);
     a_job_ends_with_its_main_part(&cloud);
+    a_part_has_secrets_of_its_own(&cloud);
     the_guide_is_followed(&cloud);
     nothing_is_left(&cloud);
     cloud.down();
@@ -256,6 +257,24 @@ fn a_job_ends_with_its_main_part(cloud: &Cloud) {
         "{bad}"
     );
     cloud.ok(&["delete", "job", "work", "bad", "--wait"]);
+}
+
+fn a_part_has_secrets_of_its_own(cloud: &Cloud) {
+    cloud.ok(&["secret", "set", "db", "user=alice"]);
+    let mut init = part("fetch", "echo user $DB_USER");
+    init["secrets"] = json!([{"name": "db", "env": {"DB_USER": "user"}}]);
+    let mut beside = part("beside", BESIDE);
+    beside["secrets"] = json!([{"name": "db", "path": "/run/secrets/db"}]);
+    apply(cloud, "App", "private", app("exec /bin/busybox sleep 600", json!([init]), json!([beside])));
+    cloud.wait_ready("private", 1);
+    assert!(cloud.ok(&["logs", "private", "--part", "fetch"]).contains("user alice"));
+    let read = ["/bin/busybox", "cat", "/run/secrets/db/user"];
+    assert_eq!(cloud.ok(&[&["exec", "private", "--part", "beside", "--"][..], &read].concat()).trim(), "alice");
+    cloud.fails(&[&["exec", "private", "--"][..], &read].concat());
+    let (_, refused) = cloud.fails(&["delete", "secret", "db"]);
+    assert!(refused.contains("private"), "{refused}");
+    cloud.ok(&["delete", "app", "private", "--wait"]);
+    cloud.ok(&["delete", "secret", "db"]);
 }
 
 fn the_guide_is_followed(cloud: &Cloud) {

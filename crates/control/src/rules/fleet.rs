@@ -200,8 +200,10 @@ pub fn reconcile_app(step: &mut Step<'_>, place: &Place) {
         if let Some(told) = told {
             part.replicas = told.replicas;
             part.ready_replicas = told.ready_replicas;
-            part.updated_replicas = told.updated_replicas;
-            part.rollout = told.rollout.filter(|_| told.generation == app.metadata.generation);
+            // What it says of a template is of the one that it knows.
+            if told.generation == app.metadata.generation {
+                (part.updated_replicas, part.rollout) = (told.updated_replicas, told.rollout);
+            }
             part.message.clone_from(&told.message);
         }
         let current = told.is_some_and(|t| {

@@ -10,12 +10,12 @@ use crate::{Attempt, NetError};
 
 const KIND: &str = "tbf";
 /// The number by which a bucket is known to be ours.
-const HANDLE: TcHandle = TcHandle { major: 0x9c5f, minor: 0 };
+pub(super) const HANDLE: TcHandle = TcHandle { major: 0x9c5f, minor: 0 };
 // linux/pkt_sched.h
 const TCA_TBF_PARMS: u16 = 1;
 const TCA_TBF_RATE64: u16 = 4;
 const TCA_TBF_BURST: u16 = 6;
-const TC_LINKLAYER_ETHERNET: u8 = 1;
+pub(super) const TC_LINKLAYER_ETHERNET: u8 = 1;
 
 /// What a link may send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,8 +30,23 @@ impl Limit {
         Self { bytes: (rate / 8).max(1) }
     }
 
-    fn bytes(self) -> u64 {
+    pub(super) fn of_bytes(bytes: u64) -> Self {
+        Self { bytes }
+    }
+
+    pub(super) fn bytes(self) -> u64 {
         self.bytes
+    }
+
+    /// As far as 32 bits can say it.
+    pub(super) fn short(self) -> u32 {
+        u32::try_from(self.bytes).unwrap_or(u32::MAX)
+    }
+
+    /// What may be sent at once, in the time that it takes: units of 64 ns (`PSCHED_SHIFT` in net/pkt_sched.h).
+    pub(super) fn ticks(self) -> u32 {
+        let nanoseconds = u128::from(self.burst()) * 1_000_000_000 / u128::from(self.bytes.max(1));
+        u32::try_from(nanoseconds >> 6).unwrap_or(u32::MAX)
     }
 
     pub fn bits(self) -> u64 {
@@ -52,7 +67,7 @@ impl Limit {
     fn options(self) -> [u8; 36] {
         let mut out = [0; 36];
         out[1] = TC_LINKLAYER_ETHERNET;
-        out[8..12].copy_from_slice(&u32::try_from(self.bytes()).unwrap_or(u32::MAX).to_ne_bytes());
+        out[8..12].copy_from_slice(&self.short().to_ne_bytes());
         out[24..28].copy_from_slice(&self.queue().to_ne_bytes());
         out
     }
@@ -101,7 +116,16 @@ fn limit_of(message: &RouteNetlinkMessage) -> Option<(u32, Limit)> {
     if found.header.handle != HANDLE {
         return None;
     }
-    let options = found.attributes.iter().find_map(|a| match a {
+    let bytes = options_of(found)?;
+    let parameters = attribute(&bytes, TCA_TBF_PARMS)?;
+    let small = u32::from_ne_bytes(parameters.get(8..12)?.try_into().ok()?);
+    let large = attribute(&bytes, TCA_TBF_RATE64).and_then(|v| v.try_into().ok()).map(u64::from_ne_bytes);
+    Some((found.header.index as u32, Limit { bytes: large.unwrap_or(small.into()) }))
+}
+
+/// What a queue or a class was made with, as it came.
+pub(super) fn options_of(message: &TcMessage) -> Option<Vec<u8>> {
+    let options = message.attributes.iter().find_map(|a| match a {
         TcAttribute::Options(options) => Some(options),
         _ => None,
     })?;
@@ -112,14 +136,11 @@ fn limit_of(message: &RouteNetlinkMessage) -> Option<(u32, Limit)> {
             nla.emit_value(&mut bytes);
         }
     }
-    let parameters = attribute(&bytes, TCA_TBF_PARMS)?;
-    let small = u32::from_ne_bytes(parameters.get(8..12)?.try_into().ok()?);
-    let large = attribute(&bytes, TCA_TBF_RATE64).and_then(|v| v.try_into().ok()).map(u64::from_ne_bytes);
-    Some((found.header.index as u32, Limit { bytes: large.unwrap_or(small.into()) }))
+    Some(bytes)
 }
 
 /// The value of one attribute among several.
-fn attribute(mut bytes: &[u8], kind: u16) -> Option<&[u8]> {
+pub(super) fn attribute(mut bytes: &[u8], kind: u16) -> Option<&[u8]> {
     while bytes.len() >= 4 {
         let length = usize::from(u16::from_ne_bytes([bytes[0], bytes[1]]));
         let found = u16::from_ne_bytes([bytes[2], bytes[3]]);

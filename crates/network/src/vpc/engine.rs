@@ -42,6 +42,8 @@ struct Own {
     instances: InstanceNet,
     host: NetnsRef,
     faults: Faults,
+    /// What the link with the host's endpoint sends, in bits a second, if it is ours to share out.
+    uplink_rate: Option<u64>,
     /// One at a time, also when a caller has stopped waiting. The instances that had NICs last time; unknown at first.
     had: Mutex<Option<BTreeSet<Uid>>>,
 }
@@ -70,17 +72,23 @@ struct Report {
 impl Engine {
     /// `dir` is for the files by which networks' namespaces are found, and for nothing else.
     pub fn new(dir: impl Into<PathBuf>, instances: InstanceNet, host: NetnsRef) -> Self {
-        Self::with(dir.into(), instances, host, Faults::default())
+        Self::with(dir.into(), instances, host, Faults::default(), None)
+    }
+
+    /// The same on a host whose link to others sends so many bits a second: on it the cloud's own traffic goes before tenants',
+    /// when not all of it fits.
+    pub fn with_uplink(dir: impl Into<PathBuf>, instances: InstanceNet, host: NetnsRef, rate: Option<u64>) -> Self {
+        Self::with(dir.into(), instances, host, Faults::default(), rate)
     }
 
     /// An engine all of whose changes fail once this count is used up.
     #[doc(hidden)]
     pub fn failing(dir: impl Into<PathBuf>, instances: InstanceNet, host: NetnsRef, after: Arc<AtomicI64>) -> Self {
-        Self::with(dir.into(), instances, host, Faults::after(after))
+        Self::with(dir.into(), instances, host, Faults::after(after), None)
     }
 
-    fn with(dir: PathBuf, instances: InstanceNet, host: NetnsRef, faults: Faults) -> Self {
-        Self { own: Arc::new(Own { dir, instances, host, faults, had: Mutex::new(None) }) }
+    fn with(dir: PathBuf, instances: InstanceNet, host: NetnsRef, faults: Faults, uplink_rate: Option<u64>) -> Self {
+        Self { own: Arc::new(Own { dir, instances, host, faults, uplink_rate, had: Mutex::new(None) }) }
     }
 
     /// Where a network's namespace is, made or not.
@@ -123,7 +131,8 @@ impl Own {
         let site = Site { mode, faults: &self.faults, dir: &self.dir, instance: &instance };
 
         let mut host = Hand::open(mode, &self.faults, "the host".into())?;
-        host.filter(&rules::host_text(wanted, closed))?;
+        let shared = if self.uplink_rate.is_some() { rules::shared_text() } else { String::new() };
+        host.filter(&(rules::host_text(wanted, closed) + &shared))?;
 
         let wants: Vec<NetworkWant> = wanted.networks.iter().map(|n| NetworkWant::of(wanted, n)).collect();
         let there = networks(&self.dir)?;
@@ -150,7 +159,7 @@ impl Own {
             report.nics(want, outcome);
         }
 
-        outside::settle(&mut host, &self.dir, Some(wanted.endpoint), &wants)?;
+        outside::settle(&mut host, &self.dir, Some(wanted.endpoint), self.uplink_rate, &wants)?;
         report.differences.append(&mut host.differences);
         report.applied.changes += host.changes;
         match host.troubles.into_iter().next() {
@@ -258,7 +267,7 @@ impl Own {
         *had = None;
         self.inside(Mode::Apply, &[], &mut [], &mut had, &mut report)?;
         let mut host = Hand::open(Mode::Apply, &self.faults, "the host".into())?;
-        outside::settle(&mut host, &self.dir, None, &[])?;
+        outside::settle(&mut host, &self.dir, None, None, &[])?;
         first = first.or(host.troubles.into_iter().next());
         if let Some((uid, trouble)) = report.applied.networks.into_iter().next() {
             let failed: Result<(), io::Error> = Err(io::Error::other(trouble));

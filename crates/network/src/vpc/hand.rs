@@ -130,7 +130,8 @@ impl<'a> Hand<'a> {
     /// which text stands; the same is not loaded again, so that counters go on.
     pub fn filter(&mut self, text: &str) -> Result<(), NetError> {
         let mark = format!("of_{:016x}", fnv(text.as_bytes()));
-        let tables: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("table ")?.strip_suffix(" {")).collect();
+        let tables: BTreeSet<&str> =
+            text.lines().filter_map(|l| l.strip_prefix("table ")?.strip_suffix(" {")).collect();
         let there = nft("looking at a network's packet filter", &["list", "chains"], "")?;
         let opens = format!("chain {mark} {{");
         if there.lines().filter(|l| l.trim() == opens).count() == tables.len() {
@@ -251,6 +252,35 @@ impl<'a> Hand<'a> {
             if self.removable(before) {
                 self.step(|| format!("there is a routing rule {p} unasked"), |l| l.take_policy(p));
             }
+        }
+        Ok(())
+    }
+
+    /// That this link, and no other, is shared out: control before tenants.
+    pub fn share(&mut self, wanted: Option<(u32, Limit)>) -> Result<(), NetError> {
+        let there = self.links.shares()?;
+        if let Some((link, whole)) = wanted
+            && !there.contains(&(link, Some(whole)))
+        {
+            let called = self.called(link);
+            if self.links.has_foreign_queue(link)? {
+                self.differs(|| {
+                    format!("{called} has a queue of somebody else's, so control does not go before tenants")
+                });
+            } else {
+                let anew = there.iter().any(|(l, _)| *l == link);
+                let share = |l: &mut Netlink| {
+                    if anew {
+                        l.take_limit(link)?;
+                    }
+                    l.put_share(link, whole)
+                };
+                self.step(|| format!("on {called} control does not go before tenants"), share);
+            }
+        }
+        for (link, _) in there.into_iter().filter(|(link, _)| wanted.is_none_or(|(w, _)| w != *link)) {
+            let called = self.called(link);
+            self.step(|| format!("{called} is shared out unasked"), |l| l.take_limit(link));
         }
         Ok(())
     }

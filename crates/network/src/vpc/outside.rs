@@ -1,5 +1,5 @@
 //! The host's side of tenants' ways out: links to networks, routes to their addresses, and answers for floating addresses
-//! on the link that has the host's endpoint.
+//! on the link that has the host's endpoint, on which control goes before tenants.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,7 +10,7 @@ use super::announce::announce;
 use super::hand::{Hand, Mode, Others};
 use super::links::{self, HOST_PREFIX};
 use super::want::{FIRST_END, NetworkWant, SECOND_END};
-use crate::netlink::{LinkAddress, LinkKind, MAIN, Neighbour, Netlink, RouteKind, RouteState};
+use crate::netlink::{Limit, LinkAddress, LinkKind, LinkState, MAIN, Neighbour, Netlink, RouteKind, RouteState};
 use crate::netns::sysctl;
 use crate::{Attempt, NetError};
 
@@ -22,6 +22,7 @@ pub(super) fn settle(
     hand: &mut Hand<'_>,
     dir: &Path,
     endpoint: Option<IpAddr>,
+    rate: Option<u64>,
     wants: &[NetworkWant],
 ) -> Result<(), NetError> {
     let there = hand.links.link_states()?;
@@ -66,28 +67,30 @@ pub(super) fn settle(
     hand.addresses(&addresses)?;
     hand.neighbours(&neighbours)?;
     hand.routes(&routes, Others::LeftAlone, true)?;
-    answer(hand, dir, endpoint, &answered)
+    let uplink = uplink(hand, endpoint)?;
+    answer(hand, dir, uplink.as_ref(), &answered)?;
+    hand.share(uplink.zip(rate).map(|(link, rate)| (link.index, Limit::of(rate))))
+}
+
+/// The link that has the host's endpoint.
+fn uplink(hand: &mut Hand<'_>, endpoint: Option<IpAddr>) -> Result<Option<LinkState>, NetError> {
+    let Some(endpoint) = endpoint else { return Ok(None) };
+    let addresses = hand.links.addresses()?;
+    let link = addresses.iter().find(|(a, _)| a.address == endpoint).map(|(a, _)| a.link);
+    let states = hand.links.link_states()?;
+    Ok(states.into_iter().find(|l| Some(l.index) == link && l.name != "lo"))
 }
 
 /// Answers ARP and neighbour discovery for these addresses, and tells the wire of new ones.
 fn answer(
     hand: &mut Hand<'_>,
     dir: &Path,
-    endpoint: Option<IpAddr>,
+    uplink: Option<&LinkState>,
     wanted: &BTreeSet<IpAddr>,
 ) -> Result<(), NetError> {
     let there: BTreeSet<(u32, IpAddr)> = hand.links.proxies()?.into_iter().collect();
-    let uplink = match endpoint {
-        Some(endpoint) if !wanted.is_empty() => {
-            let addresses = hand.links.addresses()?;
-            let link = addresses.iter().find(|(a, _)| a.address == endpoint).map(|(a, _)| a.link);
-            let states = hand.links.link_states()?;
-            states.into_iter().find(|l| Some(l.index) == link && l.name != "lo")
-        }
-        _ => None,
-    };
     let mut keys = BTreeSet::new();
-    if let Some(uplink) = &uplink {
+    if let Some(uplink) = uplink.filter(|_| !wanted.is_empty()) {
         let settings = [
             (format!("ipv6/conf/{}/proxy_ndp", uplink.name), "1"),
             (format!("ipv4/neigh/{}/proxy_delay", uplink.name), "0"),

@@ -37,7 +37,7 @@ pub use routes::{Way, way};
 use table::{Act, Base, Family, Field, Hook, Key, MapTo, Rule, Share, Table, Target, Test, Value, Verdict, told};
 
 use super::links;
-pub use super::text::{host_text, network_text};
+pub use super::text::{host_text, network_text, shared_text};
 
 /// The table in a network's namespace.
 pub const TABLE: &str = "nexus";

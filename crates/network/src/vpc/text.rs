@@ -11,8 +11,11 @@ use super::rules::table::{
     Act, Base, Chain, Family, Field, Hook, Key, Map, MapTo, Rule, Set, Share, Table, Target, Test, Value, Verdict,
 };
 use super::rules::{self, local};
+use super::want::PORT;
 use crate::firewall::Net;
 use crate::fnv;
+use crate::instance::LINK_PREFIX;
+use crate::netlink::Class;
 
 /// The netfilter log group to which a network's namespace tells its flows.
 pub const FLOW_GROUP: u16 = 1;
@@ -36,6 +39,29 @@ pub fn network_text(hosts: &HostNetworks, plan: &NetworkPlan) -> String {
 /// The table `inet nexus-vpc` of the host's namespace. No tenant reaches what is `closed`.
 pub fn host_text(hosts: &HostNetworks, closed: &[Net]) -> String {
     text(&rules::host(hosts, closed))
+}
+
+/// Chains of the same table that say of what the host sends whose it is, where its link is shared out. What a tenant writes into
+/// its packets does not count: an inner packet's class is not the tunnel's, and what is passed on is the tenants'.
+pub fn shared_text() -> String {
+    let (table, up, instance, port) = (rules::HOST_TABLE, links::HOST_PREFIX, LINK_PREFIX, PORT);
+    let (control, tenants) = (Class::Control, Class::Tenants);
+    format!(
+        "table inet {table} {{
+ chain share_sent {{
+  type filter hook output priority mangle; policy accept;
+  udp dport {port} meta priority set {tenants} accept
+  ip dscp cs6 meta priority set {control}
+  ip6 dscp cs6 meta priority set {control}
+ }}
+ chain share_passed {{
+  type filter hook forward priority mangle; policy accept;
+  iifname \"{up}*\" meta priority set {tenants}
+  iifname \"{instance}*\" meta priority set {tenants}
+ }}
+}}
+"
+    )
 }
 
 /// Nobody says that another's address is theirs, but for NICs that forward, which ask by the addresses for which they do. It

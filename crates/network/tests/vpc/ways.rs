@@ -238,6 +238,98 @@ fn a_nic_sends_and_gets_no_more_than_its_rate() {
     });
 }
 
+/// What a class of a shared link has sent, in bytes, and how many packets it has dropped.
+fn class(host: &NetnsRef, minor: u8) -> (u64, u64) {
+    let told = run(host, "tc -s class show dev uplink");
+    let mut lines = told.lines().skip_while(|l| !l.starts_with(&format!("class htb 9c5f:{minor}0 ")));
+    let sent: Vec<&str> = lines.nth(1).unwrap_or_else(|| panic!("{told}")).split([' ', ',']).collect();
+    let after = |word: &str| sent[sent.iter().position(|w| *w == word).unwrap() + 1].parse().unwrap();
+    (after("Sent"), after("(dropped"))
+}
+
+/// Sends so much to another host as servers and agents do, with whatever else is on the way.
+fn control(from: &NetnsRef, to: &NetnsRef, at: IpAddr, bytes: usize) {
+    let listener = inside(to, move || TcpListener::bind((at, 0)).unwrap());
+    let endpoint = nexus_env::Endpoint::Tcp(listener.local_addr().unwrap());
+    let reading =
+        std::thread::spawn(move || std::io::copy(&mut listener.accept().unwrap().0, &mut std::io::sink()).unwrap());
+    inside(from, move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            use nexus_env::Transport as _;
+            use tokio::io::AsyncWriteExt as _;
+            let mut stream = nexus_env::RealTransport.connect(&endpoint).await.unwrap();
+            stream.write_all(&vec![0; bytes]).await.unwrap();
+            stream.shutdown().await.unwrap();
+        });
+    });
+    assert_eq!(reading.join().unwrap(), bytes as u64);
+}
+
+#[test]
+fn control_goes_before_tenants_on_a_link_that_is_full() {
+    isolated("vpc::ways::control_goes_before_tenants_on_a_link_that_is_full", async || {
+        for v6 in [true, false] {
+            let mut cloud = Cloud::new(2, v6).await;
+            for (n, engine) in cloud.engines.iter_mut().enumerate() {
+                let (dir, host) = (cloud.world._dir.path().join(format!("vpc-{n}")), &cloud.world.hosts[n].netns);
+                *engine = Engine::with_uplink(dir, cloud.world.nets[n].clone(), host.clone(), Some(20_000_000));
+            }
+            let hosts: Vec<NetnsRef> = cloud.world.hosts.iter().map(|h| h.netns.clone()).collect();
+            // What somebody else has chosen for a link stays, and it is told.
+            run(&hosts[1], "tc qdisc add dev uplink root handle 7: tbf rate 1gbit burst 100kb latency 50ms");
+            cloud.networks = vec![network(1)];
+            let a = cloud.instance(0, 10).await;
+            let b = cloud.instance(1, 11).await;
+            cloud.nic(0, 5, 0, 10, 0);
+            cloud.nic(0, 6, 1, 11, 0);
+            cloud.apply().await;
+            assert_eq!(cloud.apply().await, 0);
+            assert_eq!(cloud.differences(0).await, Vec::<String>::new());
+            let told = cloud.differences(1).await;
+            assert!(told.len() == 1 && told[0].contains("uplink has a queue of somebody else's"), "{told:?}");
+            assert!(run(&hosts[1], "tc qdisc show dev uplink").contains("tbf 7:"));
+
+            open(&a, &b, four(6)).carries(500_000);
+            assert!(class(&hosts[0], 3).0 > 500_000);
+            let there = cloud.endpoint(1);
+            let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+            let flood = {
+                let (a, stop) = (a.clone(), stop.clone());
+                std::thread::spawn(move || {
+                    inside(&a, move || {
+                        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+                        // Says of itself that it is control, which is not for tenants to say.
+                        let _ = socket2::SockRef::from(&socket).set_tos_v4(48 << 2);
+                        while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                            let _ = socket.send_to(&[0; 1300], (four(6), 9));
+                        }
+                    });
+                })
+            };
+            let deadline = Instant::now() + DEADLINE;
+            while class(&hosts[0], 3).1 == 0 {
+                assert!(Instant::now() < deadline, "the link is never full");
+            }
+            control(&hosts[0], &hosts[1], there, 500_000);
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            flood.join().unwrap();
+            let (sent, dropped) = class(&hosts[0], 1);
+            assert!(sent > 500_000 && dropped == 0, "{sent} bytes of control, {dropped} packets lost");
+
+            run(&hosts[0], "tc class del dev uplink classid 9c5f:10");
+            assert_eq!(cloud.differences(0).await.len(), 1);
+            cloud.apply().await;
+            assert_eq!(cloud.differences(0).await, Vec::<String>::new());
+            for engine in &cloud.engines {
+                engine.remove().await.unwrap();
+            }
+            assert!(!run(&hosts[0], "tc qdisc show dev uplink").contains("htb"));
+            assert!(run(&hosts[1], "tc qdisc show dev uplink").contains("tbf 7:"));
+        }
+    });
+}
+
 #[test]
 fn tunnel_packets_from_elsewhere_than_our_hosts_are_dropped() {
     isolated("vpc::ways::tunnel_packets_from_elsewhere_than_our_hosts_are_dropped", async || {

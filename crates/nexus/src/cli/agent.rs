@@ -41,6 +41,9 @@ pub struct HasArgs {
     /// [default size: nine tenths of what is free]
     #[arg(long = "storage-class", value_name = "NAME=DIR[:SIZE]", value_parser = storage)]
     storage: Vec<(Name, StorageFolder)>,
+    /// What the link to other hosts sends, in bits a second, such as 10G: the cloud's own traffic then goes before tenants' on it
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    uplink_rate: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -57,6 +60,17 @@ fn compute(text: &str) -> Result<Compute, String> {
     };
     let (name, units) = class(counted)?;
     Ok(Compute { class: name, units, nodes })
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    let (number, factor) = match text.char_indices().last() {
+        Some((at, 'k')) => (&text[..at], 1_000),
+        Some((at, 'M')) => (&text[..at], 1_000_000),
+        Some((at, 'G')) => (&text[..at], 1_000_000_000),
+        _ => (text, 1),
+    };
+    let bits = number.parse::<u64>().ok().and_then(|n| n.checked_mul(factor));
+    bits.ok_or_else(|| format!("{text:?}: write bits a second, such as 10G or 500M"))
 }
 
 fn storage(text: &str) -> Result<(Name, StorageFolder), String> {
@@ -83,6 +97,7 @@ impl HasArgs {
             }
         }
         config.storage.extend(self.storage.iter().cloned());
+        config.uplink_rate = self.uplink_rate.or(config.uplink_rate);
         if let Some(wrong) = validate_classes("--class", &config.classes).first() {
             return Err(Fail::usage(format!("{}: {}", wrong.field, wrong.message)).into());
         }
@@ -108,5 +123,7 @@ mod tests {
         assert_eq!(folder.path, PathBuf::from("/srv/a:b"));
         assert_eq!(storage("fast=/srv/nvme").unwrap().1.size, None);
         assert!(storage("fast").is_err());
+        assert_eq!((rate("10G"), rate("500M"), rate("64000")), (Ok(10_000_000_000), Ok(500_000_000), Ok(64_000)));
+        assert!(rate("fast").is_err() && rate("G").is_err() && rate("").is_err());
     }
 }

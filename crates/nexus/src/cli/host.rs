@@ -138,6 +138,7 @@ async fn join_host(args: &HostJoinArgs) -> anyhow::Result<()> {
         images_disk_percent: crate::role::agent::default_images_percent(),
         devices: Default::default(),
         storage: Default::default(),
+        uplink_rate: None,
     };
     let agent = args.has.apply(agent)?;
     let keeper_path = home.configure(KEEPER, &keeper)?;

@@ -317,6 +317,7 @@ fn host_configurations(
             .iter()
             .map(|(class, size)| (class.clone(), storage_folder(dir, name, class, *size)))
             .collect(),
+        uplink_rate: None,
     };
     let cgroups = cgroup::hierarchies().context("reading the mounted cgroup hierarchies")?;
     let init = HostInitConfig {
