@@ -100,7 +100,7 @@ fn haproxy(world: &World, place: &NetnsRef, own: IpAddr, targets: [IpAddr; 2]) -
     let file = world.dir.path().join("haproxy.cfg");
     let text = format!(
         "global
-  maxconn 20000
+  maxconn 4000
 defaults
   mode tcp
   timeout connect 5s

@@ -29,6 +29,9 @@ const SILENCE: Duration = Duration::from_secs(1);
 const SETTLING: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// When somebody heard last, and when what was heard was sent.
+type Heard = Mutex<Option<(Instant, Instant)>>;
+
 pub fn change() -> anyhow::Result<Vec<Row>> {
     let cloud = Cloud::up_as(&["--zones", "2", "--hosts-per-zone", "5", "--timeout", "120"])?;
     let archive = cloud.scratch("busybox.tar");
@@ -73,9 +76,7 @@ pub fn change() -> anyhow::Result<Vec<Row>> {
     let places = places(&cloud)?;
     let place = |a: &IpAddr| places.get(a).cloned().with_context(|| format!("no process has {a}"));
 
-    // When each heard last, and when what it heard was sent.
-    let heard: Arc<Vec<Mutex<Option<(Instant, Instant)>>>> =
-        Arc::new(targets.iter().map(|_| Mutex::default()).collect());
+    let heard: Arc<Vec<Heard>> = Arc::new(targets.iter().map(|_| Mutex::default()).collect());
     let stop = Arc::new(AtomicBool::new(false));
     let begin = Instant::now();
     let mut threads = Vec::new();
