@@ -314,12 +314,12 @@ fn host_configurations(
         images_disk_percent: crate::role::agent::default_images_percent(),
         devices: BTreeMap::new(),
         storage: host
-        uplink_rate: None,
             .storage
             .iter()
             .map(|(class, size)| (class.clone(), storage_folder(dir, name, class, *size)))
             .collect(),
         numa_nodes: Vec::new(),
+        uplink_rate: None,
     };
     let cgroups = cgroup::hierarchies().context("reading the mounted cgroup hierarchies")?;
     let init = HostInitConfig {
