@@ -5,8 +5,8 @@ use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 
-use super::shape::{HANDLE, Limit, TC_LINKLAYER_ETHERNET, attribute, options_of};
 use super::Netlink;
+use super::shape::{HANDLE, Limit, TC_LINKLAYER_ETHERNET, attribute, options_of};
 use crate::{Attempt, NetError};
 
 const KIND: &str = "htb";

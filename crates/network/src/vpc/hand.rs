@@ -130,7 +130,8 @@ impl<'a> Hand<'a> {
     /// which text stands; the same is not loaded again, so that counters go on.
     pub fn filter(&mut self, text: &str) -> Result<(), NetError> {
         let mark = format!("of_{:016x}", fnv(text.as_bytes()));
-        let tables: BTreeSet<&str> = text.lines().filter_map(|l| l.strip_prefix("table ")?.strip_suffix(" {")).collect();
+        let tables: BTreeSet<&str> =
+            text.lines().filter_map(|l| l.strip_prefix("table ")?.strip_suffix(" {")).collect();
         let there = nft("looking at a network's packet filter", &["list", "chains"], "")?;
         let opens = format!("chain {mark} {{");
         if there.lines().filter(|l| l.trim() == opens).count() == tables.len() {
@@ -263,7 +264,9 @@ impl<'a> Hand<'a> {
         {
             let called = self.called(link);
             if self.links.has_foreign_queue(link)? {
-                self.differs(|| format!("{called} has a queue of somebody else's, so control does not go before tenants"));
+                self.differs(|| {
+                    format!("{called} has a queue of somebody else's, so control does not go before tenants")
+                });
             } else {
                 let anew = there.iter().any(|(l, _)| *l == link);
                 let share = |l: &mut Netlink| {

@@ -331,6 +331,11 @@ fn settle(hand: &mut Hand<'_>, want: &NetworkWant, there: &BTreeMap<String, Link
     hand.neighbours(&neighbours.collect())?;
     if let Some(tunnel) = index(TUNNEL) {
         hand.forwards(tunnel, &want.forwards)?;
+        for endpoint in &want.apart {
+            hand.differs(|| {
+                format!("no tunnel leads to {endpoint}: hosts need addresses of one family, IPv4 or IPv6, to reach each other")
+            });
+        }
     }
     let routes = want.routes.iter().filter_map(|(&(table, to, length), way)| {
         let kind = match way {

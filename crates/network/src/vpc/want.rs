@@ -52,6 +52,8 @@ pub(super) struct NetworkWant {
     pub addresses: BTreeSet<(String, IpAddr, u8)>,
     pub neighbours: BTreeSet<(String, IpAddr, [u8; 6])>,
     pub forwards: BTreeSet<Forward>,
+    /// Hosts to which no tunnel can lead.
+    pub apart: BTreeSet<IpAddr>,
     pub routes: BTreeMap<(u32, IpAddr, u8), Way>,
     pub policies: BTreeSet<Policy>,
     pub limits: BTreeMap<String, Limit>,
@@ -132,6 +134,7 @@ impl NetworkWant {
             addresses: BTreeSet::new(),
             neighbours: BTreeSet::new(),
             forwards: BTreeSet::new(),
+            apart: BTreeSet::new(),
             routes: BTreeMap::new(),
             policies: BTreeSet::new(),
             limits: BTreeMap::new(),
@@ -218,8 +221,12 @@ impl NetworkWant {
     }
 
     fn nic_elsewhere(&mut self, plan: &HostNetworks, nic: &NicPlan, endpoint: IpAddr) {
+        if endpoint == plan.endpoint {
+            return;
+        }
         // A tunnel of IPv6 can't lead to an end in IPv4.
-        if endpoint.is_ipv6() != plan.endpoint.is_ipv6() || endpoint == plan.endpoint {
+        if endpoint.is_ipv6() != plan.endpoint.is_ipv6() {
+            self.apart.insert(endpoint);
             return;
         }
         let (mac, via) = hop(endpoint);

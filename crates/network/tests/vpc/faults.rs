@@ -155,6 +155,29 @@ fn one_network_that_cannot_be_stops_no_other() {
 }
 
 #[test]
+fn a_host_to_which_no_tunnel_can_lead_is_named() {
+    isolated("vpc::faults::a_host_to_which_no_tunnel_can_lead_is_named", async || {
+        let mut cloud = Cloud::new(2, true).await;
+        cloud.networks = vec![network(1)];
+        let a = cloud.instance(0, 10).await;
+        let b = cloud.instance(1, 11).await;
+        cloud.nic(0, 5, 0, 10, 0);
+        cloud.six = false;
+        let far = cloud.nic(0, 6, 1, 11, 0);
+        let four = cloud.endpoint(1);
+        cloud.six = true;
+        cloud.engines[0].apply(cloud.told(0), Vec::new()).await.unwrap();
+        let told = cloud.differences(0).await;
+        assert!(told.len() == 1 && told[0].contains(&format!("no tunnel leads to {four}")), "{told:?}");
+        let endpoint = cloud.endpoint(1);
+        cloud.nic_mut(far).at.as_mut().unwrap().endpoint = endpoint;
+        cloud.apply().await;
+        cloud.all_right().await;
+        assert!(meets(&a, &b, 6, DEADLINE));
+    });
+}
+
+#[test]
 fn a_host_that_was_cut_off_is_there_again_when_it_is_healed() {
     isolated("vpc::faults::a_host_that_was_cut_off_is_there_again_when_it_is_healed", async || {
         let (cloud, at) = full().await;

@@ -251,9 +251,8 @@ fn class(host: &NetnsRef, minor: u8) -> (u64, u64) {
 fn control(from: &NetnsRef, to: &NetnsRef, at: IpAddr, bytes: usize) {
     let listener = inside(to, move || TcpListener::bind((at, 0)).unwrap());
     let endpoint = nexus_env::Endpoint::Tcp(listener.local_addr().unwrap());
-    let reading = std::thread::spawn(move || {
-        std::io::copy(&mut listener.accept().unwrap().0, &mut std::io::sink()).unwrap()
-    });
+    let reading =
+        std::thread::spawn(move || std::io::copy(&mut listener.accept().unwrap().0, &mut std::io::sink()).unwrap());
     inside(from, move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

@@ -95,7 +95,11 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         images: images.clone(),
         net: Arc::new(instances.clone()),
         firewall: Some(Firewall::own()),
-        networks: Some(Arc::new(HostNetworksEngine::new(config.run_dir.join("networks"), instances, config.uplink_rate))),
+        networks: Some(Arc::new(HostNetworksEngine::new(
+            config.run_dir.join("networks"),
+            instances,
+            config.uplink_rate,
+        ))),
         runtimes,
         keep,
     };
