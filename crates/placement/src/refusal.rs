@@ -203,7 +203,7 @@ pub struct Refusal {
     /// When [`Filter::Latency`] turned hosts away.
     pub too_far: Option<TooFar>,
     /// When [`Filter::Numa`] did.
-    pub crowded: Option<Crowded>,
+    pub crowded: Option<Box<Crowded>>,
     /// The labels that hosts were turned away for, in order, with how many lacked each.
     pub labels: Vec<(LabelId, u32)>,
     /// The groups that hosts were turned away for by [`Filter::With`] and [`Filter::Without`], likewise.
@@ -249,7 +249,7 @@ impl Refusal {
     pub(crate) fn crowd(&mut self, other: Crowded) {
         match &mut self.crowded {
             Some(seen) => seen.merge(other),
-            none => *none = Some(other),
+            none => *none = Some(Box::new(other)),
         }
     }
 
@@ -292,7 +292,7 @@ impl Refusal {
                 all.lacking(s.filter, s.class, s.wanted, s.most_free);
             }
             refusal.too_far.into_iter().for_each(|far| all.farther(far));
-            refusal.crowded.into_iter().for_each(|crowded| all.crowd(crowded));
+            refusal.crowded.iter().for_each(|crowded| all.crowd(**crowded));
             refusal.labels.iter().for_each(|(label, n)| all.unlabelled(*label, *n));
             refusal.groups.iter().for_each(|(filter, group, n)| all.company(*filter, *group, *n));
         }
@@ -360,7 +360,7 @@ impl Refusal {
             }
             Filter::Slots => format!("{hosts} at {} instance limit", if hosts == 1 { "its" } else { "their" }),
             Filter::Numa => {
-                let crowded = self.crowded.unwrap_or_default();
+                let crowded = self.crowded.as_deref().copied().unwrap_or_default();
                 let whose = if hosts - crowded.unpinned == 1 { "its" } else { "their" };
                 let full = match hosts - crowded.unpinned {
                     0 => None,
