@@ -8,8 +8,8 @@ use nexus_env::{Env, MemDisk};
 use nexus_model::Timestamp;
 use nexus_model::kind::BalancerCheck;
 use nexus_model::plan::{
-    BalancedProtocol, BalancerPlan, FlowLogs, ListenerPlan, Mac, NicPlace, PLAN_VERSION, RuleProtocol, TargetPlan, TraceHop,
-    TracedPacket,
+    BalancedProtocol, BalancerPlan, FlowLogs, ListenerPlan, Mac, NicPlace, PLAN_VERSION, RuleProtocol, TargetPlan,
+    TraceHop, TracedPacket,
 };
 use nexus_network::vpc::capture::Capture;
 use nexus_network::vpc::flows::Flow;
@@ -168,7 +168,8 @@ async fn world_on(kept: Kept, first: Option<Arc<HostNetworks>>) -> World {
     let (told, names) = (watch::Sender::new(first), watch::Sender::new(None));
     let (mut tasks, handle) = (JoinSet::new(), AgentHandle::default());
     let flows = Flows::new(Env::real().with_disk(Arc::new(MemDisk::new(1))), "/flows".into(), engine.clone());
-    let starting = Networks::start(engine.clone(), told.subscribe(), names.subscribe(), flows, kept, &handle, &mut tasks);
+    let starting =
+        Networks::start(engine.clone(), told.subscribe(), names.subscribe(), flows, kept, &handle, &mut tasks);
     let networks = starting.await;
     World { engine, networks, told, handle, _names: names, _tasks: tasks }
 }

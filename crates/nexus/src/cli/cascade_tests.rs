@@ -1,3 +1,5 @@
+//! Plans of what goes along with what uses a network, and in which order.
+
 use super::*;
 
 fn object(plural: &'static str, text: &str, spec: Value) -> (&'static str, Value) {
