@@ -200,11 +200,7 @@ impl Pool {
         let taken = self.take(project);
         let id = match taken {
             Some(id) => id,
-            None => {
-                let id = self.begin().await?;
-                self.owners().insert(id.clone(), Owner::Project(project.clone()));
-                id
-            }
+            None => self.begin(Owner::Project(project.clone())).await?,
         };
         self.wanted.notify_one();
         Ok(id)
@@ -220,8 +216,7 @@ impl Pool {
         let _alone = self.choosing.lock().await;
         self.adopt().await?;
         if !self.has_idle() {
-            let id = self.begin().await?;
-            self.owners().insert(id, Owner::Nobody);
+            self.begin(Owner::Nobody).await?;
         }
         Ok(())
     }
@@ -244,8 +239,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Starts one, and waits until it answers.
-    async fn begin(&self) -> Result<String, RuntimeError> {
+    /// Starts one, and waits until it answers. Whose it is is known from its first moment: the agent may end meanwhile.
+    async fn begin(&self, owner: Owner) -> Result<String, RuntimeError> {
         let all = self.all().await?;
         let taken: Vec<u32> = all.keys().filter_map(|id| number_in(id)).collect();
         let number = (1..MOST).find(|n| !taken.contains(n)).ok_or_else(|| RuntimeError::Failed {
@@ -258,19 +253,30 @@ impl Pool {
         let mut spawn = self.command("serve", id.clone(), FIRST_USER + number, &["--socket", &socket]);
         let dir = self.dir.join("logs").join(number.to_string());
         spawn.logs = Some(LogFiles { dir, max_bytes: 1 << 20, keep: 1 });
-        self.keep.spawn(spawn).await?;
+        self.owners().insert(id.clone(), owner);
+        let begun = match self.keep.spawn(spawn).await {
+            Ok(_) => self.answers(&id).await,
+            Err(error) => Err(error.into()),
+        };
+        if begun.is_err() {
+            self.owners().remove(&id);
+        }
+        begun.map(|()| id)
+    }
+
+    async fn answers(&self, id: &str) -> Result<(), RuntimeError> {
         let deadline = Instant::now() + START;
         let mut pause = RETRY_FIRST;
         loop {
-            let Err(source) = self.list(&id).await else { return Ok(id) };
+            let Err(source) = self.list(id).await else { return Ok(()) };
             if pause == RETRY {
                 let attempt = "starting an executor".to_owned();
                 if Instant::now() >= deadline {
                     return Err(RuntimeError::Host { attempt, source });
                 }
-                if let Some(Kept { state: KeptState::Exited { code, message, .. }, .. }) = self.all().await?.get(&id) {
+                if let Some(Kept { state: KeptState::Exited { code, message, .. }, .. }) = self.all().await?.get(id) {
                     let message = format!("it ended at once with status {code:?}: {message}");
-                    self.keep.forget(&id).await?;
+                    self.keep.forget(id).await?;
                     return Err(RuntimeError::Failed { attempt, message });
                 }
             }
@@ -281,12 +287,17 @@ impl Pool {
 
     /// Ends an executor that has nothing left to serve, and forgets one that has ended.
     pub async fn retire(&self, id: &str) -> Result<(), RuntimeError> {
-        // One that can't be asked has ended, or will be asked again by the next removal.
-        if !matches!(self.ask(id, Request::ExitIfIdle, Vec::new()).await, Ok(Reply::Done)) {
-            return Ok(());
+        let deadline = Instant::now() + EXIT;
+        loop {
+            match self.ask(id, Request::ExitIfIdle, Vec::new()).await {
+                Ok(Reply::Done) => break,
+                // One that is being started can't be asked yet.
+                Err(_) if Instant::now() < deadline && self.runs(id).await? => sleep(RETRY).await,
+                // It serves, it has ended, or it will be asked again by the next removal.
+                _ => return Ok(()),
+            }
         }
         self.owners().remove(id);
-        let deadline = Instant::now() + EXIT;
         while Instant::now() < deadline {
             match self.all().await?.get(id).map(|kept| &kept.state) {
                 Some(KeptState::Running { .. }) => sleep(RETRY).await,

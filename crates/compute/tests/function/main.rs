@@ -437,6 +437,8 @@ async fn the_next_agent_goes_on_with_the_executor_that_stands_by(world: &World) 
     let upkeep = Upkeep::of(&first);
     first.prepare(world.hello).await.unwrap();
     let pid = another(world, &[]).await;
+    // Once it has answered: one that can't be asked is passed over.
+    first.warm(&world.sandbox().project).await;
     drop((upkeep, first));
     let (second, sandbox) = (Arc::new(world.runtime()), world.sandbox());
     let upkeep = Upkeep::of(&second);
