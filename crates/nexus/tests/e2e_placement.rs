@@ -355,7 +355,12 @@ fn instances_are_kept_to_the_processors_of_their_node_and_share_none() {
         let of = |instance: Value| {
             let name = instance["metadata"]["name"].as_str().unwrap().to_owned();
             let args = ["exec", &name, "--", "busybox", "grep", "Cpus_allowed_list", "/proc/self/status"];
-            let list = cloud.ok(&args).split_whitespace().last().unwrap_or_default().to_owned();
+            // An agent that begins anew does not answer for a moment.
+            let list = cloud.wait("the instance's host to answer", || {
+                let output = cloud.run(&args);
+                let said = String::from_utf8_lossy(&output.stdout).split_whitespace().last().map(str::to_owned);
+                said.ok_or_else(|| String::from_utf8_lossy(&output.stderr).into_owned())
+            });
             (instance["status"]["numaNodes"][0].as_u64().unwrap(), list)
         };
         cloud.wait_ready("pair", 2).into_iter().map(of).collect()
