@@ -95,11 +95,11 @@ pub(crate) fn if_none_match(headers: &HeaderMap) -> Result<Option<IfNoneMatch>, 
 
 pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
     let Some(key) = single(headers, &IDEMPOTENCY_KEY)? else { return Ok(None) };
-    let printable = key.bytes().all(|b| (b' '..=b'~').contains(&b));
+    let printable = key.bytes().all(|b| b.is_ascii_graphic());
     if (1..=128).contains(&key.len()) && printable {
         Ok(Some(key.to_owned()))
     } else {
-        Err(bad("Idempotency-Key has 1 to 128 printable ASCII characters"))
+        Err(bad("Idempotency-Key has 1 to 128 printable ASCII characters and no spaces"))
     }
 }
 
