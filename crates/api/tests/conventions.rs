@@ -127,6 +127,7 @@ async fn every_error_is_a_problem_that_says_what_to_do() {
     }
     w.call("POST", &format!("{APPS}?dryrun=true"), &[], app("web")).await.problem("bad-request");
     w.call("POST", APPS, &[("idempotency-key", "")], app("web")).await.problem("bad-request");
+    w.call("POST", APPS, &[("idempotency-key", "k 1")], app("web")).await.problem("bad-request");
     w.call("DELETE", &format!("{APPS}/web"), &[("if-match", "7")], Value::Null).await.problem("bad-request");
     w.call("POST", APPS, &[], app("panics")).await.problem("internal");
     assert_eq!(w.get(APPS).await.status, StatusCode::OK);
@@ -256,7 +257,7 @@ async fn a_retry_gets_the_first_answer_and_a_dry_run_changes_nothing() {
     let dry = w.call("POST", &format!("{APPS}?dryRun=true"), &[], app("web")).await;
     assert_eq!((dry.status, dry.header("location")), (StatusCode::OK, ""));
     w.get(&format!("{APPS}/web")).await.problem("not-found");
-    let key = [("idempotency-key", "k 1")];
+    let key = [("idempotency-key", "k-1")];
     let first = w.call("POST", APPS, &key, app("web")).await;
     let again = w.call("POST", APPS, &key, app("web")).await;
     assert_eq!((first.status, again.status), (StatusCode::CREATED, StatusCode::CREATED));
