@@ -98,6 +98,13 @@ struct Host {
     _keeper: Owned,
 }
 
+impl Drop for Host {
+    fn drop(&mut self) {
+        // As an agent that ends, before its keeper does.
+        self.tokio.block_on(self.runtime.close());
+    }
+}
+
 impl Host {
     fn new(component: &Path) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("nexus-bench-").tempdir()?;
