@@ -141,7 +141,8 @@ impl Launcher {
             }
         };
         // Nothing is in the network yet that could send or answer.
-        let (guarded, netns, unpacked, ()) = tokio::join!(guards, plug, unpack, shared.is_kept(plan));
+        let (guarded, netns, unpacked, kept) = tokio::join!(guards, plug, unpack, shared.is_kept(plan));
+        kept?;
         guarded?;
         unpacked?;
         let netns = netns?;

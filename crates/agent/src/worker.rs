@@ -34,6 +34,8 @@ const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 /// Between the moment when an instance that serves is to go and the moment when it is told so: gateways hear of it meanwhile and
 /// send it nothing more, and what is short ends.
 const LAME: Duration = Duration::from_millis(500);
+/// How long a start waits until the plan that asks for it is on disk.
+const KEEPING: Duration = Duration::from_secs(10);
 /// A new instance is probed this soon, then less and less often until it is ready.
 pub(crate) const FIRST_PROBE: Duration = Duration::from_millis(20);
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
@@ -67,12 +69,15 @@ impl Shared {
         Timestamp::from_millis(self.env.now_millis())
     }
 
-    /// Waits until the plan that has this instance is on disk: what was started must be known after a crash.
-    pub async fn is_kept(&self, plan: &InstancePlan) {
+    /// Waits until the plan that has this instance is on disk: what was started must be known after a crash. Not for ever: a disk
+    /// that hangs must not keep others from being started.
+    pub async fn is_kept(&self, plan: &InstancePlan) -> Result<(), String> {
         let same = |i: &InstancePlan| i.uid == plan.uid && i.epoch >= plan.epoch;
         let kept = |held: &Option<Arc<HostPlan>>| held.as_ref().is_some_and(|held| held.instances.iter().any(same));
-        // Without whoever pulls plans the agent ends.
-        let _ = self.planned.clone().wait_for(kept).await;
+        match tokio::time::timeout(KEEPING, self.planned.clone().wait_for(kept)).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err("the host's plan is not on its disk yet".to_owned()),
+        }
     }
 }
 
