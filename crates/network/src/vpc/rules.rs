@@ -83,6 +83,14 @@ pub fn nat_address(hosts: &HostNetworks, nat: &NatPlan, family: Family) -> Optio
     nat.addresses.iter().find(|(host, a)| *host == hosts.host && Family::of(*a) == family).map(|(_, a)| *a)
 }
 
+/// Whether anything of a network leads outside on this host.
+pub fn leads_out(hosts: &HostNetworks, plan: &NetworkPlan) -> bool {
+    let out = |route: &RoutePlan| matches!(route.via, Via::Internet | Via::Nat(_));
+    plan.route_tables.iter().flat_map(|t| &t.routes).any(out)
+        || plan.nats.iter().flat_map(|n| &n.addresses).any(|(host, _)| *host == hosts.host)
+        || plan.floating.iter().any(|f| local(hosts, plan).any(|n| n.uid == f.nic))
+}
+
 pub(crate) fn link(name: impl Into<String>) -> Value {
     Value::Link(name.into())
 }
@@ -106,8 +114,11 @@ pub fn network(hosts: &HostNetworks, plan: &NetworkPlan) -> Table {
     maker.peerings();
     maker.sent();
     maker.forward();
-    maker.arrive();
-    maker.leave();
+    // What no packet needs, no packet pays for.
+    if maker.translates() {
+        maker.arrive();
+        maker.leave();
+    }
     maker.table
 }
 
@@ -123,6 +134,14 @@ struct Maker<'a> {
 impl<'a> Maker<'a> {
     fn refuse(&mut self, reason: &str) -> Verdict {
         self.table.refuse(reason)
+    }
+
+    /// Whether addresses are changed here: of what passes outside, of what is balanced, of probes.
+    fn translates(&self) -> bool {
+        let peered = self.plan.peerings.iter().filter_map(|p| peer(self.hosts, p));
+        leads_out(self.hosts, self.plan)
+            || !self.plan.balancers.is_empty()
+            || peered.into_iter().any(|n| !n.balancers.is_empty())
     }
 
     fn forwarders(&self) -> bool {
@@ -159,7 +178,13 @@ impl<'a> Maker<'a> {
 
     /// Who sends bears their own names. One lookup for all that is right; the rest is looked at in turn.
     fn genuine(&mut self) {
-        let mut base = Vec::new();
+        // Who came by the tunnel was looked at where it began.
+        let mut base = vec![Rule::then([Test::is(Field::LinkIn, link(links::TUNNEL))], Verdict::Accept)];
+        let own = |f: Family| {
+            let fields = [Field::LinkIn, Field::MacSource, Field::Source(f)];
+            Rule::then([Test::within(fields, format!("own{}", f.digit()))], Verdict::Accept)
+        };
+        base.extend(Family::BOTH.map(own));
         for family in Family::BOTH {
             let source = Field::Source(family);
             let spoofed_mac = self.refuse("spoofed_mac");
@@ -196,9 +221,8 @@ impl<'a> Maker<'a> {
             odd.push(Rule::then([], spoofed.clone()));
             let (digit, name) = (family.digit(), format!("odd{}", family.digit()));
             self.table.chain(name.clone(), odd);
-            let own = Test::outside([Field::LinkIn, Field::MacSource, source], format!("own{digit}"));
             let nics = Test::from(links::NIC_PREFIX);
-            base.push(Rule::then([nics, Test::Family(family), own], Verdict::Goto(name)));
+            base.push(Rule::then([nics, Test::Family(family)], Verdict::Goto(name)));
             // Nobody outside is one of us.
             let outside = Test::is(Field::LinkIn, link(links::UPLINK));
             base.push(Rule::then([outside, Test::within([source], format!("cidrs{digit}"))], spoofed));
@@ -504,8 +528,9 @@ impl<'a> Maker<'a> {
     fn forward(&mut self) {
         let no_way = self.refuse("no_way");
         let rules = vec![
-            Rule::then([Test::Answer], Verdict::Accept),
+            // Most packets end here.
             Rule::then(self.simple(&[Test::Known]), Verdict::Accept),
+            Rule::then([Test::Answer], Verdict::Accept),
             Rule::then([Test::from(links::NIC_PREFIX)], Verdict::goto("sent")),
             Rule::by_map([], [Field::LinkIn], "from"),
             Rule::then([], no_way),

@@ -282,7 +282,7 @@ fn test(test: &Test) -> String {
         Test::Answer => "ct direction reply ct state established,related".into(),
         Test::Related => "ct state related".into(),
         Test::Invalid => "ct state invalid".into(),
-        Test::Known => format!("ct direction original ct mark {GENERATION}"),
+        Test::Known => format!("ct mark {GENERATION}"),
         Test::New => "ct state new".into(),
         Test::Translated => "ct status dnat".into(),
         Test::Flood { meter, rate, burst } => {

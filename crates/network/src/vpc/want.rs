@@ -20,6 +20,7 @@ use nexus_model::plan::{HostNetworks, NetworkPlan, NicPlan, SubnetPlan, Via};
 use nexus_model::{Cidr, Uid};
 
 use super::links::{self, GATEWAY_LINK, TUNNEL, UPLINK, hop};
+use super::rules;
 use crate::netlink::{Forward, Limit, MAIN, Policy, Then, Vxlan};
 
 /// The port of RFC 7348.
@@ -152,6 +153,10 @@ impl NetworkWant {
         want.peerings(plan, network);
         want.probers(plan, network);
         want.tables(plan, network);
+        // Where all is in the main table nothing needs a rule to be found, and the kernel looks there at once.
+        if want.routes.keys().all(|(table, ..)| *table == MAIN) {
+            want.policies.clear();
+        }
         want
     }
 
@@ -299,9 +304,7 @@ impl NetworkWant {
                 self.outside.insert(*address);
             }
         }
-        let leads_out = |via: &Via| matches!(via, Via::Internet | Via::Nat(_));
-        let routed = network.route_tables.iter().flat_map(|t| &t.routes).any(|r| leads_out(&r.via));
-        self.uplink = routed || !self.outside.is_empty();
+        self.uplink = rules::leads_out(plan, network);
         if self.uplink {
             let (four, six) = links::transit(network.vni);
             let up = UPLINK.to_owned();

@@ -8,7 +8,7 @@ use nexus_model::plan::HostNetworks;
 
 use super::spans;
 use super::table::{Act, Base, Family, Field, Hook, Key, Rule, Table, Test, Value, Verdict};
-use super::{address, link, local, nat_address};
+use super::{address, leads_out, link, local, nat_address};
 use crate::firewall::Net;
 use crate::instance::LINK_PREFIX;
 use crate::vpc::links;
@@ -60,50 +60,62 @@ pub fn host(hosts: &HostNetworks, closed: &[Net]) -> Table {
         let nets = spans::union(nets.map(|(a, l)| spans::of(&nexus_model::Cidr { address: *a, length: *l })));
         table.set(format!("closed{digit}"), [to], nets.into_iter().map(|(a, b)| vec![Value::Span(a, b)]).collect());
     }
-    tunnels(&mut table, hosts);
-    from_networks(&mut table);
-    let masquerade =
-        |f: Family| Rule::new([Test::within([Field::Source(f)], format!("transits{}", f.digit()))], [Act::Masquerade]);
-    let base = Base { hook: Hook::Postrouting, nat: true, raw: false };
-    table.base("leaving", base, Family::BOTH.map(masquerade).to_vec());
+    // Without a way out nothing here is a connection, and no packet pays for the kernel's looking whether it is.
+    let ways_out = hosts.networks.iter().any(|n| leads_out(hosts, n));
+    tunnels(&mut table, hosts, ways_out);
+    if ways_out {
+        from_networks(&mut table);
+        let masquerade = |f: Family| {
+            Rule::new([Test::within([Field::Source(f)], format!("transits{}", f.digit()))], [Act::Masquerade])
+        };
+        let base = Base { hook: Hook::Postrouting, nat: true, raw: false };
+        table.base("leaving", base, Family::BOTH.map(masquerade).to_vec());
+    }
     table
 }
 
-/// Tunnel packets of our networks come from our hosts. They are no connections: nothing is to be remembered of them.
-fn tunnels(table: &mut Table, hosts: &HostNetworks) {
+/// Tunnel packets of our networks come from our hosts. They are no connections: nothing is to be remembered of them. As they are most
+/// of what there is, they are looked at once and at nothing else here.
+fn tunnels(table: &mut Table, hosts: &HostNetworks, ways_out: bool) {
     let forged = table.refuse("forged_tunnel");
     let spoofed = table.refuse("spoofed_address");
+    let to_host = table.refuse("to_host");
     let family = Family::of(hosts.endpoint);
     let tunnel = |end: Field| {
         vec![
-            Test::is(end, Value::of(hosts.endpoint)),
             Test::is(Field::Protocol, Value::one(17_u8)),
             Test::is(Field::Port, Value::one(VXLAN_PORT)),
+            Test::is(end, Value::of(hosts.endpoint)),
         ]
     };
     let ours = format!("tunnels{}", family.digit());
-    let mut arriving = Vec::new();
-    for family in Family::BOTH {
+    let mut from_tenants = Vec::new();
+    for family in Family::BOTH.into_iter().filter(|_| ways_out) {
         let own = Test::outside([Field::LinkIn, Field::Source(family)], format!("own{}", family.digit()));
-        let from = [Test::from(links::HOST_PREFIX), Test::Family(family), own];
         let near = Test::any(Field::IcmpType(Family::V6), [135, 136]);
         if family == Family::V6 {
-            arriving.push(Rule::then([Test::from(links::HOST_PREFIX), near], Verdict::Accept));
+            from_tenants.push(Rule::then([near], Verdict::Accept));
         }
-        arriving.push(Rule::then(from, spoofed.clone()));
+        from_tenants.push(Rule::then([Test::Family(family), own], spoofed.clone()));
     }
+    if !ways_out {
+        // Of a link that is about to go.
+        from_tenants.push(Rule::then([], to_host));
+    }
+    table.chain("from_tenants", from_tenants);
+    // First of all: no tenant is one of our hosts.
+    let mut arriving = vec![Rule::then([Test::from(links::HOST_PREFIX)], Verdict::Jump("from_tenants".into()))];
     let numbers: Vec<u128> = hosts.networks.iter().map(|n| n.vni.into()).collect();
     let arrives = tunnel(Field::Destination(family));
+    let mut known = arrives.clone();
+    known.push(Test::within([Field::Source(family)], ours.clone()));
+    arriving.push(Rule::new(known, [Act::Untracked, Act::Then(Verdict::Accept)]));
     if !numbers.is_empty() {
-        let mut tests = arrives.clone();
-        tests.push(Test::outside([Field::Source(family)], ours.clone()));
+        let mut tests = arrives;
         // Other networks' packets are somebody else's.
         tests.push(Test::any(Field::Vni, numbers));
         arriving.push(Rule::then(tests, forged));
     }
-    let mut known = arrives;
-    known.push(Test::within([Field::Source(family)], ours.clone()));
-    arriving.push(Rule::new(known, [Act::Untracked]));
     table.base("arriving", Base { hook: Hook::Prerouting, nat: false, raw: true }, arriving);
     let mut sent = tunnel(Field::Source(family));
     sent.push(Test::within([Field::Destination(family)], ours));
@@ -118,11 +130,10 @@ fn from_networks(table: &mut Table) {
     let not_public = table.refuse("not_public");
     let from = || Test::from(links::HOST_PREFIX);
     let near = [Test::any(Field::IcmpType(Family::V6), [135, 136]), Test::is(Field::HopLimit, Value::one(255_u8))];
-    let input = vec![
-        Rule::then([vec![from()], near.to_vec()].concat(), Verdict::Accept),
-        Rule::then([from(), Test::Answer], Verdict::Accept),
-        Rule::then([from()], to_host),
-    ];
+    let for_host =
+        vec![Rule::then(near, Verdict::Accept), Rule::then([Test::Answer], Verdict::Accept), Rule::then([], to_host)];
+    table.chain("for_host", for_host);
+    let input = vec![Rule::then([from()], Verdict::goto("for_host"))];
     table.base("input", Base { hook: Hook::Input, nat: false, raw: false }, input);
 
     let meter = table.flood("connections", NEW_CONNECTIONS.0, NEW_CONNECTIONS.1);

@@ -167,7 +167,7 @@ pub enum Test {
     Related,
     /// Fits no connection and begins none.
     Invalid,
-    /// In the direction in which its connection began, which these very rules let through before.
+    /// Of a connection that these very rules let through before, in either direction.
     Known,
     New,
     /// Its destination was changed.
