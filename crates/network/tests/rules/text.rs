@@ -196,6 +196,79 @@ proptest! {
     }
 }
 
+/// How many base chains a table has that change addresses, and how many after the raw ones that pass judgement.
+fn hooks(table: &Table) -> (usize, usize) {
+    let bases = || table.chains.iter().filter_map(|(_, c)| c.base);
+    (bases().filter(|b| b.nat).count(), bases().filter(|b| !b.nat && !b.raw).count())
+}
+
+#[test]
+fn a_packet_meets_no_hook_that_its_network_does_not_need() {
+    let mut plain = network(1);
+    plain.groups = vec![open_group(1, 0)];
+    plain.nics = vec![nic(1, 2, 0, &[0])];
+    let of = |networks: Vec<NetworkPlan>| {
+        let networks: Vec<_> = networks.into_iter().map(Arc::new).collect();
+        let hosts = on_host(0, 2, &networks);
+        (hooks(&rules::network(&hosts, &networks[0])).0, hooks(&rules::host(&hosts, &[])))
+    };
+    assert_eq!(of(vec![plain.clone()]), (0, (0, 0)));
+    let mut balanced = plain.clone();
+    balancer(&mut balanced, address4(1, 200).into(), 80, false, &[(address4(1, 2).into(), 8080, 1)]);
+    assert_eq!(of(vec![balanced]), (2, (0, 0)), "a balancer is the network's own");
+    let (mut here, mut there) = (plain.clone(), network(2));
+    peer(&mut here, &mut there, 0);
+    assert_eq!(of(vec![here.clone(), there.clone()]), (0, (0, 0)));
+    balancer(&mut there, address4(2, 200).into(), 80, false, &[(address4(2, 2).into(), 8080, 1)]);
+    assert_eq!(of(vec![here, there]), (2, (0, 0)), "a peer's balancer is done by the client's host");
+    for via in [Via::Internet, Via::Nat(0)] {
+        let mut out = plain.clone();
+        nat(&mut out, Vec::new());
+        route(&mut out, "0.0.0.0/0", via);
+        assert_eq!(of(vec![out]), (2, (1, 2)), "{via:?}");
+    }
+    let mut known = plain.clone();
+    let nic = known.nics[0].uid;
+    floating(&mut known, "203.0.113.5".parse().unwrap(), nic);
+    assert_eq!(of(vec![known]), (2, (1, 2)));
+}
+
+#[test]
+fn no_tenant_speaks_as_another_host_whether_there_is_a_way_out_or_not() {
+    for ways_out in [false, true] {
+        let mut plan = network(1);
+        if ways_out {
+            route(&mut plan, "0.0.0.0/0", Via::Internet);
+        }
+        let networks = [Arc::new(plan)];
+        let table = rules::host(&on_host(0, 2, &networks), &[]);
+        let arrives = |link_in: &str, source: IpAddr, vni: u32| {
+            let mut packet = Packet {
+                link_in: link_in.into(),
+                link_out: String::new(),
+                mac: None,
+                source,
+                destination: endpoint(0),
+                protocol: 17,
+                source_port: 40_000,
+                port: 4789,
+                icmp: None,
+                hop_limit: 64,
+                mark: 0,
+                vni,
+                translated: false,
+            };
+            hook(&table, Hook::Prerouting, &mut packet, &mut Choice::default())
+        };
+        let own = networks[0].vni;
+        assert_eq!(arrives("eth0", endpoint(1), own), Ok(()));
+        assert_eq!(arrives("eth0", "192.0.2.1".parse().unwrap(), own), Err("forged_tunnel".into()));
+        assert_eq!(arrives("eth0", "192.0.2.1".parse().unwrap(), own + 1), Ok(()), "somebody else's");
+        let refused = arrives(&links::host(networks[0].uid), endpoint(1), own);
+        assert_eq!(refused, Err(if ways_out { "spoofed_address" } else { "to_host" }.into()));
+    }
+}
+
 #[test]
 fn sets_hold_no_spans_that_overlap() {
     let networks = rich();
