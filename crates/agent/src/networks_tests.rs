@@ -167,7 +167,7 @@ async fn world_on(kept: Kept, first: Option<Arc<HostNetworks>>) -> World {
     let engine = Arc::new(Fake::default());
     let (told, names) = (watch::Sender::new(first), watch::Sender::new(None));
     let (mut tasks, handle) = (JoinSet::new(), AgentHandle::default());
-    let flows = Flows::new(Env::real().with_disk(Arc::new(MemDisk::new(1))), "/flows".into(), engine.clone());
+    let flows = Flows::new(Env::real().with_disk(kept.disk.clone()), "/flows".into(), engine.clone());
     let starting =
         Networks::start(engine.clone(), told.subscribe(), names.subscribe(), flows, kept, &handle, &mut tasks);
     let networks = starting.await;
@@ -262,14 +262,16 @@ async fn flows_are_noted_while_their_network_wants_it_and_go_with_it() {
         Arc::make_mut(&mut Arc::make_mut(&mut all).networks[0]).flow_logs = flow_logs;
         Some(all)
     };
-    let w = world(with(1, FlowLogs::All)).await;
+    let kept = Kept { disk: Arc::new(MemDisk::new(1)), path: "/targets.json".into() };
+    let w = world_on(kept.clone(), with(1, FlowLogs::All)).await;
     let network = with(1, FlowLogs::All).unwrap().networks[0].uid;
     let request = |after, limit| FlowsRequest { network, since: Timestamp::from_millis(0), after, nic: None, limit };
     let read = async |request: FlowsRequest| w.networks.flows(&request).await.unwrap();
-    let all = async |wanted: usize| {
-        until(async || Some(read(request(None, 10)).await).filter(|found| found.flows.len() == wanted)).await
+    let all = async |w: &World, wanted: usize| {
+        let noted = async || w.networks.flows(&request(None, 10)).await.unwrap();
+        until(async || Some(noted().await).filter(|found| found.flows.len() == wanted)).await
     };
-    let noted = all(2).await;
+    let noted = all(&w, 2).await;
     assert_eq!((noted.last, noted.lost), (2, 0));
     let dropped: Vec<Option<&str>> = noted.flows.iter().map(|f| f.dropped.as_deref()).collect();
     assert_eq!(dropped, [None, Some("no_ingress_rule")], "the oldest first");
@@ -285,12 +287,15 @@ async fn flows_are_noted_while_their_network_wants_it_and_go_with_it() {
     assert_eq!(read(request(Some(99), 10)).await.flows.len(), 2, "a log that was begun anew is told whole");
     let later = FlowsRequest { since: Timestamp::from_millis(i64::MAX), ..request(None, 10) };
     assert!(read(later).await.flows.is_empty());
-    // Without the wish nothing more is noted, and what was is kept; with the network it goes.
+    // Without the wish nothing more is noted, and what was is kept, over a restart too; with the network it goes.
     w.told.send_replace(with(2, FlowLogs::None));
     w.networks.news().wait_for(|a| a.by.as_ref().is_some_and(|by| by.revision == 2)).await.unwrap();
     assert_eq!(read(request(None, 10)).await.flows.len(), 2);
-    w.told.send_replace(told(3, 0));
-    all(0).await;
+    drop(w);
+    let again = world_on(kept, with(2, FlowLogs::None)).await;
+    all(&again, 2).await;
+    again.told.send_replace(told(3, 0));
+    all(&again, 0).await;
 }
 
 /// The same with a balancer that has two targets, asked every second, out and back after two answers.
