@@ -304,7 +304,9 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, co
         part_digests: content.parts.clone(),
         job: None,
     };
-    step.put(Object::<Instance>::new(metadata, spec));
+    let instance = Object::<Instance>::new(metadata, spec);
+    step.put(instance.clone());
+    default::tell(step, &instance);
     instance::reconcile(step, uid);
 }
 

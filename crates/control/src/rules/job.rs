@@ -341,7 +341,9 @@ fn make_instance(
         part_digests: content.parts.clone(),
         job: Some(InstanceJob { index }),
     };
-    step.put(Object::<Instance>::new(metadata, spec));
+    let instance = Object::<Instance>::new(metadata, spec);
+    step.put(instance.clone());
+    default::tell(step, &instance);
     instance::reconcile(step, uid);
 }
 
