@@ -465,6 +465,10 @@ impl Scheduler {
         LabelId(self.labels.id(&(String::new(), String::new())))
     }
 
+    pub fn has_hosts(&self) -> bool {
+        !self.hosts.is_empty()
+    }
+
     /// Why no host here can have tenants' networks, if that is so of all that have joined.
     pub fn all_unwired(&self) -> Option<&str> {
         let (_, why) = self.unwired.first_key_value().filter(|_| self.unwired.len() >= self.hosts.len())?;

@@ -329,7 +329,7 @@ fn make_instance(
     metadata.owner = Some(job.owner_ref());
     metadata.labels = job.metadata.labels.clone();
     metadata.request_id = job.metadata.request_id.clone();
-    let mut template = default::furnished(step.world, job.metadata.project.as_ref(), template.clone());
+    let mut template = template.clone();
     if let Some(index) = index {
         tell_parts(&mut template, INDEX_VARIABLE, &index.to_string());
     }
@@ -341,9 +341,7 @@ fn make_instance(
         part_digests: content.parts.clone(),
         job: Some(InstanceJob { index }),
     };
-    let instance = Object::<Instance>::new(metadata, spec);
-    step.put(instance.clone());
-    default::tell(step, &instance);
+    step.put(Object::<Instance>::new(metadata, spec));
     instance::reconcile(step, uid);
 }
 

@@ -267,6 +267,26 @@ fn a_project_has_a_default_network_unless_it_says_otherwise_or_is_older() {
 }
 
 #[test]
+fn what_waits_for_the_first_host_is_in_the_default_network_if_that_host_can() {
+    for can in [true, false] {
+        let mut lab = Lab::new(&[]);
+        lab.submit(&create::<Zone>(None, "zone-a", ZoneSpec::default())).unwrap();
+        lab.plain("early", 3);
+        assert_eq!((lab.instances("early").len(), lab.count()), (3, [0, 0, 0]));
+        let capacity = Capacity { cpu: MilliCpu(64_000), memory: Bytes(64 << 30), scratch: Bytes(64 << 30), instances: 200 };
+        let mut spec = common::host("zone-a", ANY_CELL, 1, capacity);
+        if !can {
+            spec.network_trouble = "Operation not supported".into();
+        }
+        lab.hosts.insert(name("zone-a-1"), spec);
+        lab.pass();
+        assert_eq!(lab.nics_of("early").len(), if can { 3 } else { 0 });
+        assert!(lab.instances("early").iter().all(|i| i.status.host.is_some()));
+        assert_eq!(lab.events("NoDefaultNetwork").len(), if can { 0 } else { 3 });
+    }
+}
+
+#[test]
 fn nothing_that_has_nics_is_placed_on_a_host_that_can_t_have_tenants_networks() {
     let mut lab = Lab::new(&[("zone-a", 2)]);
     lab.trouble("zone-a-1", "making the tunnel 1 from 127.0.0.1: Operation not supported");

@@ -1,8 +1,8 @@
 //! The network that instances are in for which nobody has named one.
 //!
-//! An app's template stays as its user wrote it, and so does its hash: an instance gets its NIC when it is made, into its own
-//! copy of the template, and is from then on like one whose app names that NIC. What a project says later is about instances
-//! that are made later.
+//! An app's template stays as its user wrote it, and so does its hash: an instance gets its NIC when a host is first looked for,
+//! into its own copy of the template, and is from then on like one whose app names that NIC. What a project says later is about
+//! instances that are made later.
 //!
 //! Every project has one, unless it says otherwise or is older than that (see [`ProjectSpec::has_default_network`]). A NIC that
 //! nobody has asked for by name keeps nothing from running: where no host can have tenants' networks, instances run without it,
@@ -37,7 +37,11 @@ fn is_implied(world: &World, project: Option<&Name>, template: &Template) -> boo
 
 /// Why what is implied is left out, if it is.
 fn left_out(world: &World) -> Option<&str> {
-    world.scheduler.as_ref().and_then(Scheduler::all_unwired)
+    match world.scheduler.as_ref() {
+        // What hosts will be able to do is known when there are some. Nothing is placed before.
+        Some(scheduler) if !scheduler.has_hosts() => Some("no host has joined yet"),
+        other => other.and_then(Scheduler::all_unwired),
+    }
 }
 
 /// Whether what is made of a template is in its project's default network.
@@ -51,15 +55,16 @@ pub fn nics(world: &World, project: Option<&Name>, template: &Template) -> usize
     template.nics.len() + usize::from(is_in(world, project, template))
 }
 
-/// An instance's own copy of a template, with all of its NICs.
-pub fn furnished(world: &World, project: Option<&Name>, mut template: Template) -> Template {
-    if is_in(world, project, &template) {
-        template.nics.push(TemplateNic { subnet: name(), security_groups: Vec::new(), rate: None, forwards: false });
+/// Gives an instance that has no host yet its NIC in the default network, if it is to have one.
+pub fn furnish(step: &mut Step<'_>, instance: &mut Object<Instance>) {
+    if is_in(step.world, instance.metadata.project.as_ref(), &instance.spec.template) {
+        let nic = TemplateNic { subnet: name(), security_groups: Vec::new(), rate: None, forwards: false };
+        instance.spec.template.nics.push(nic);
+        step.put(instance.clone());
     }
-    template
 }
 
-/// Says of an instance that was just made that it should have had a NIC, if that is so.
+/// Says of an instance that was just placed that it should have had a NIC, if that is so.
 pub fn tell(step: &mut Step<'_>, instance: &Object<Instance>) {
     let project = instance.metadata.project.as_ref();
     if is_implied(step.world, project, &instance.spec.template)
