@@ -689,7 +689,10 @@ impl Scheduler {
             if key.is_empty() {
                 let one = self.unwired.first_key_value().map(|(host, why)| format!(" (host {host}: {why})"));
                 let advice = "an app that needs none can do without (`network: none`)";
-                text.push_str(&format!("; it has NICs, which not every host can have{}: {advice}", one.unwrap_or_default()));
+                text.push_str(&format!(
+                    "; it has NICs, which not every host can have{}: {advice}",
+                    one.unwrap_or_default()
+                ));
                 continue;
             }
             let carried = self.carried.values().flatten().map(|label| &self.labels.names[label.0 as usize]);

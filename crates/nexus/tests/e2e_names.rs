@@ -138,7 +138,9 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
     has_default_network(&cloud, "bank", false);
     cloud.ok(&["deploy", "client", "--project", "bank", "--env", "MARK=names-bank-bare"]);
     let has_nic = || client(&cloud, "bank", &["ip", "addr", "show", "dev", "nic0"]);
-    cloud.wait("the client to have none", || has_nic().map_or_else(|e| if e.contains("nic0") { Ok(()) } else { Err(e) }, Err));
+    cloud.wait("the client to have none", || {
+        has_nic().map_or_else(|e| if e.contains("nic0") { Ok(()) } else { Err(e) }, Err)
+    });
     let said = client(&cloud, "bank", &["nslookup", "web.default.internal"]).unwrap_err();
     assert!(said.contains("NXDOMAIN"), "{said}");
     for web in &webs {

@@ -254,7 +254,8 @@ fn a_project_has_a_default_network_unless_it_says_otherwise_or_is_older() {
     assert_eq!(of(&lab, "shop").spec.default_network, Some(false), "it keeps what it has");
 
     // An earlier release's project says nothing of it, and has none until somebody says otherwise.
-    let stored = r#"{"organization": "default", "displayName": "", "quota": {"instances": 5}, "egress": {"mode": "deny"}}"#;
+    let stored =
+        r#"{"organization": "default", "displayName": "", "quota": {"instances": 5}, "egress": {"mode": "deny"}}"#;
     let old: ProjectSpec = serde_json::from_str(stored).unwrap();
     assert!(old.default_network.is_none() && !old.has_default_network());
     assert!(!serde_json::to_string(&old).unwrap().contains("defaultNetwork"), "nor does a release read it otherwise");
@@ -273,7 +274,8 @@ fn what_waits_for_the_first_host_is_in_the_default_network_if_that_host_can() {
         lab.submit(&create::<Zone>(None, "zone-a", ZoneSpec::default())).unwrap();
         lab.plain("early", 3);
         assert_eq!((lab.instances("early").len(), lab.count()), (3, [0, 0, 0]));
-        let capacity = Capacity { cpu: MilliCpu(64_000), memory: Bytes(64 << 30), scratch: Bytes(64 << 30), instances: 200 };
+        let capacity =
+            Capacity { cpu: MilliCpu(64_000), memory: Bytes(64 << 30), scratch: Bytes(64 << 30), instances: 200 };
         let mut spec = common::host("zone-a", ANY_CELL, 1, capacity);
         if !can {
             spec.network_trouble = "Operation not supported".into();
@@ -302,7 +304,8 @@ fn nothing_that_has_nics_is_placed_on_a_host_that_can_t_have_tenants_networks() 
     assert_eq!(hosts(&lab, "out").len(), 2, "what has none is anywhere");
 
     // Where some can, it waits for those, and says what to do.
-    lab.submit(&intent("hosts", None, "zone-a-2", Change::Patch { patch: json!({"spec": {"cordoned": true}}) })).unwrap();
+    lab.submit(&intent("hosts", None, "zone-a-2", Change::Patch { patch: json!({"spec": {"cordoned": true}}) }))
+        .unwrap();
     lab.pass();
     lab.plain("waits", 1);
     let why = lab.instances("waits")[0].status.message.clone();
@@ -312,7 +315,8 @@ fn nothing_that_has_nics_is_placed_on_a_host_that_can_t_have_tenants_networks() 
     // Where none can, one's agent of an older release, nothing that nobody asked for keeps it from running, and it says so.
     lab.strangers.insert(name("zone-a-2"));
     lab.pass();
-    lab.submit(&intent("hosts", None, "zone-a-2", Change::Patch { patch: json!({"spec": {"cordoned": false}}) })).unwrap();
+    lab.submit(&intent("hosts", None, "zone-a-2", Change::Patch { patch: json!({"spec": {"cordoned": false}}) }))
+        .unwrap();
     lab.pass();
     lab.plain("bare", 1);
     assert_eq!((lab.nics_of("bare").len(), hosts(&lab, "bare").contains(&None)), (0, false));
@@ -324,5 +328,8 @@ fn nothing_that_has_nics_is_placed_on_a_host_that_can_t_have_tenants_networks() 
     assert_eq!(hosts(&lab, "asked"), [None].into(), "what is asked for is waited for");
     // Hosts that can again take what waits.
     lab.trouble("zone-a-1", "");
-    assert_eq!((hosts(&lab, "asked"), hosts(&lab, "waits")), ([Some(name("zone-a-1"))].into(), [Some(name("zone-a-1"))].into()));
+    assert_eq!(
+        (hosts(&lab, "asked"), hosts(&lab, "waits")),
+        ([Some(name("zone-a-1"))].into(), [Some(name("zone-a-1"))].into())
+    );
 }
