@@ -147,6 +147,9 @@ pub fn history(log: &Log, trace: &Trace) {
                     let text = format!("revision {revision}: {uid} on {host} is kept to {nodes:?}");
                     trace.violation("who wants one node has one", text);
                 }
+                if !instance.spec.template.nics.is_empty() {
+                    trace.count("placed: with NICs");
+                }
                 trace.count(if single { "placed: on a NUMA node" } else { "placed: anywhere on a host" });
                 touched.insert(host.clone());
                 rows.insert(key, (uid, Placed { host, epoch, slot, cpu, memory, nodes }));
