@@ -128,6 +128,8 @@ impl Launcher {
             let plugged = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await;
             let netns = plugged.map_err(|e| e.to_string())?;
             match &shared.networks {
+                // What it asks others for is what needs them, and waits for them: see `connect`.
+                Some(_) if own.template.runtime == kind::Runtime::Function => {}
                 Some(networks) => networks.ready(plan.uid, &plan.nics).await?,
                 None if plan.nics.is_empty() => {}
                 None => return Err("this host has no part in tenants' networks".to_owned()),
@@ -169,6 +171,13 @@ impl Launcher {
                 keep: LOG_FILES,
             },
         };
-        runtime.start(&sandbox).await.map_err(|e| e.to_string())
+        runtime.start(&sandbox).await.map_err(|e| e.to_string())?;
+        if let Some(networks) = &shared.networks
+            && own.template.runtime == kind::Runtime::Function
+            && !plan.nics.is_empty()
+        {
+            networks.plug();
+        }
+        Ok(())
     }
 }

@@ -136,6 +136,17 @@ impl Networks {
         }
     }
 
+    /// Waits until an instance that runs has its NICs. At once, if they are known to be plugged.
+    pub async fn plugged(&self, instance: Uid, nics: &[Uid]) -> Result<(), String> {
+        let there = nics.iter().all(|nic| self.applied.borrow().nics.plugged.contains(&(*nic, instance)));
+        if there { Ok(()) } else { self.ready(instance, nics).await }
+    }
+
+    /// Has the NICs of an instance plugged whose namespace has just been made, and does not wait for it.
+    pub fn plug(&self) {
+        self.asked.send_modify(|asked| *asked += 1);
+    }
+
     /// Why an instance has not all of its NICs, if it has not: of those that it was made with, and those that were given to it since.
     pub fn trouble(&self, instance: Uid, nics: &[Uid]) -> Option<String> {
         let (applied, told) = (self.applied.borrow(), self.told.borrow());
