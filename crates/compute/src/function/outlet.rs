@@ -386,6 +386,30 @@ mod tests {
         assert_eq!(asking.await.unwrap().map(|_| ()), Err(why));
     }
 
+    struct Nobody;
+
+    #[async_trait::async_trait]
+    impl Connections for Nobody {
+        async fn connect(&self, _: Uid, _: &str, _: u16) -> Result<OwnedFd, NoConnection> {
+            Err(NoConnection::of(NoConnectionKind::Refused, "x".repeat(100_000)))
+        }
+
+        async fn roots(&self) -> io::Result<Vec<Vec<u8>>> {
+            Ok(Vec::new())
+        }
+    }
+
+    #[tokio::test]
+    async fn an_executor_gets_connections_for_its_own_instances_alone() {
+        let (own, other) = (Uid::from_random([1; 16]), Uid::from_random([2; 16]));
+        let serves = move |id: &str, uid: Uid| id == "executor-1" && uid == own;
+        let ask = |instance| Ask::Connect { instance, host: "web".into(), port: 80, within: 60_000 };
+        let of_another = answer("executor-1", &ask(other), &serves, &Nobody).await.unwrap_err();
+        assert_eq!(of_another.kind, NoConnectionKind::Prohibited, "{of_another}");
+        let of_its_own = answer("executor-1", &ask(own), &serves, &Nobody).await.unwrap_err();
+        assert_eq!((of_its_own.kind, of_its_own.why.len()), (NoConnectionKind::Refused, MAX_REASON));
+    }
+
     #[tokio::test]
     async fn without_an_agent_a_question_ends_at_its_time() {
         let none = Outlet::new().connect(Uid::from_random([1; 16]), "web", 80, Duration::from_millis(10)).await;
