@@ -56,7 +56,8 @@ impl Connections for Connector {
         };
         let mut open = Vec::new();
         let mut refused = None;
-        for address in sorted(addresses) {
+        // An IPv4 address in the clothes of IPv6 is one of IPv4, to the kernel too.
+        for address in sorted(addresses.into_iter().map(|a| a.to_canonical()).collect()) {
             match self.may_reach(&plan, address, port).await {
                 Ok(()) => open.push(address),
                 Err(why) => refused = refused.or(Some(why)),

@@ -112,7 +112,7 @@ impl Fabric {
     pub fn may_reach(&self, project: &Name, address: IpAddr) -> bool {
         let names = self.names.borrow().clone();
         let told = names.iter().flat_map(|n| &n.projects).find(|told| told.project == *project);
-        told.is_some_and(|told| is_open(told, address))
+        told.is_none_or(|told| is_open(told, address))
     }
 
     /// Waits until packets of an instance are filtered as they should.

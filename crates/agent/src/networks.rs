@@ -165,6 +165,15 @@ impl Networks {
         Some(format!("its NIC {name} is not plugged in: {why}"))
     }
 
+    /// The same, but for what has only not been done yet.
+    pub fn failure(&self, instance: Uid, nics: &[Uid]) -> Option<String> {
+        let failed = {
+            let applied = self.applied.borrow();
+            !applied.trouble.is_empty() || nics.iter().any(|nic| applied.nics.troubles.contains_key(nic))
+        };
+        if failed { self.trouble(instance, nics) } else { None }
+    }
+
     /// What becomes of a packet that a NIC of this host sends, by what the kernel is programmed by; with a probe, sent in truth.
     pub async fn trace(&self, request: &TraceRequest) -> Result<Trace, String> {
         let by = self.by()?;

@@ -30,7 +30,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::agent::blocking;
@@ -46,6 +46,10 @@ const MAX_REASON: usize = 1024;
 
 /// Questions of one executor that are looked into at once; more wait in the socket.
 const QUESTIONS: usize = 256;
+
+/// Questions of one executor in a second: what is opened for it takes the agent's time, which is everybody's.
+const RATE: u32 = 1000;
+const SECOND: Duration = Duration::from_secs(1);
 
 /// How long an agent may take beyond what the question allows.
 const SLACK: Duration = Duration::from_secs(1);
@@ -265,8 +269,16 @@ async fn serve(
     let ours = adopt(ours)?;
     let places = Arc::new(Semaphore::new(QUESTIONS));
     let mut answering = JoinSet::new();
+    let (mut begun, mut asked) = (Instant::now(), 0);
     loop {
         while answering.try_join_next().is_some() {}
+        if begun.elapsed() >= SECOND {
+            (begun, asked) = (Instant::now(), 0);
+        } else if asked >= RATE {
+            sleep_until(begun + SECOND).await;
+            continue;
+        }
+        asked += 1;
         let place = places.clone().acquire_owned().await.expect("never closed");
         let Some((ask, fds)) = receive::<Ask>(&ours).await? else { return Ok(()) };
         let Ok([back]) = <[OwnedFd; 1]>::try_from(fds) else { continue };

@@ -27,7 +27,7 @@ fn is_in(world: &World, project: Option<&Name>, template: &Template) -> bool {
         Some(TemplateNetwork::None) => false,
         None => usual(),
     };
-    asked && template.runtime == Runtime::Container && template.nics.is_empty()
+    asked && template.nics.is_empty()
 }
 
 /// How many NICs each instance of a template gets.
