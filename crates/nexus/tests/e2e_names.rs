@@ -25,8 +25,11 @@ use cloud::Cloud;
 use process::web_server;
 use serde_json::Value;
 
-/// Documentation's (RFC 5737): nobody has it, so this machine may play the world outside.
-const OUTSIDE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 77);
+/// Documentation's (RFC 5737), within 203.0.113.64/26: nobody has it, so this machine may play the world outside. Another for each
+/// run, for one that ends takes its address away.
+fn outside_address() -> Ipv4Addr {
+    Ipv4Addr::new(203, 0, 113, 65 + (std::process::id() % 60) as u8)
+}
 
 fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} is not a text")).to_owned()
@@ -54,7 +57,7 @@ struct Outside {
 impl Outside {
     fn open() -> Self {
         address("add");
-        let listener = TcpListener::bind((OUTSIDE, 0)).unwrap();
+        let listener = TcpListener::bind((outside_address(), 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
         let came: Arc<Mutex<Vec<IpAddr>>> = Arc::default();
         let noted = came.clone();
@@ -69,7 +72,7 @@ impl Outside {
     }
 
     fn url(&self) -> String {
-        format!("http://{OUTSIDE}:{}/", self.port)
+        format!("http://{}:{}/", outside_address(), self.port)
     }
 }
 
@@ -82,7 +85,7 @@ impl Drop for Outside {
 fn address(verb: &str) {
     let mut ip = Command::new("ip");
     // Left by a run that was killed, it is there already.
-    let _ = ip.args(["addr", verb, &format!("{OUTSIDE}/32"), "dev", "lo"]).stderr(Stdio::null()).status();
+    let _ = ip.args(["addr", verb, &format!("{}/32", outside_address()), "dev", "lo"]).stderr(Stdio::null()).status();
 }
 
 /// The same without any server: from this machine, within the container's root and network.
@@ -282,7 +285,7 @@ fn a_trace_names_the_way_out(cloud: &Cloud, outside: &Outside) {
     let nics = cloud.json(&["get", "nics", "--project", "bank"]);
     let nic = text(&nics["items"][0]["metadata"]["name"]);
     let trace = |to: &str| cloud.json(&["net", "trace", "--project", "bank", "--from", &nic, "--to", to, "--probe"]);
-    let told = trace(&format!("{OUTSIDE}:{}/tcp", outside.port));
+    let told = trace(&format!("{}:{}/tcp", outside_address(), outside.port));
     assert_eq!((&told["verdict"], &told["probed"]), (&"outside".into(), &true.into()), "{told:#}");
     assert!(told.to_string().contains("by 203.0.113.64/26 of the route table project-egress"), "{told:#}");
     let told = trace("198.51.100.1:80/tcp");
