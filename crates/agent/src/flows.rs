@@ -96,7 +96,10 @@ impl Flows {
                     }
                     stays
                 });
-                self.forget(&told).await;
+                // What an earlier agent noted is read, though nothing is added to it.
+                for uid in self.there(&told).await {
+                    self.log(uid).await;
+                }
                 for network in kept {
                     let log = self.log(network.uid).await;
                     *log.names.lock().unwrap_or_else(PoisonError::into_inner) = names(&told, network);
@@ -132,24 +135,27 @@ impl Flows {
         self.logs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes what is of networks that this host has no part in.
-    async fn forget(&self, told: &HostNetworks) {
-        let stays = |uid: &Uid| told.networks.iter().any(|n| n.uid == *uid);
-        self.logs().retain(|uid, _| stays(uid));
+    /// The networks of which there are files; those go that are of networks which this host has no part in.
+    async fn there(&self, told: &HostNetworks) -> Vec<Uid> {
+        let networks: Vec<Uid> = told.networks.iter().map(|n| n.uid).collect();
+        self.logs().retain(|uid, _| networks.contains(uid));
         let (disk, dir) = (self.env.disk.clone(), self.dir.clone());
-        let kept: Vec<String> = told.networks.iter().map(|n| n.uid.to_string()).collect();
-        let gone = on_disk(&self.env.disk, move || {
-            if !disk.exists(&dir)? {
-                return Ok(());
+        let there = on_disk(&self.env.disk, move || {
+            let mut kept = Vec::new();
+            if disk.exists(&dir)? {
+                for entry in disk.list(&dir)? {
+                    match networks.iter().find(|uid| uid.to_string() == entry.name) {
+                        Some(uid) => kept.push(*uid),
+                        None => disk.remove_dir_all(&dir.join(&entry.name))?,
+                    }
+                }
             }
-            for entry in disk.list(&dir)?.into_iter().filter(|e| !kept.contains(&e.name)) {
-                disk.remove_dir_all(&dir.join(&entry.name))?;
-            }
-            io::Result::Ok(())
+            io::Result::Ok(kept)
         });
-        if let Err(error) = gone.await.and_then(|gone| gone) {
+        there.await.and_then(|there| there).unwrap_or_else(|error| {
             tracing::warn!(%error, "flow logs of networks that are gone can't be removed");
-        }
+            Vec::new()
+        })
     }
 
     /// Writes down what is told of a network, until it is aborted.
