@@ -177,7 +177,8 @@ fn tenants(step: &mut Step<'_>) {
     for (project, organization) in [(fixed("default"), &default), (fixed(SYSTEM_PROJECT), &system)] {
         if is_missing::<Project>(step.world, &project) {
             let metadata = step.new_metadata(project, None);
-            let spec = ProjectSpec { organization: organization.clone(), ..ProjectSpec::default() };
+            let mut spec = ProjectSpec { organization: organization.clone(), ..ProjectSpec::default() };
+            spec.complete(None);
             step.put(Object::<Project>::new(metadata, spec));
         }
     }

@@ -247,6 +247,7 @@ fn create<K: Admit>(step: &mut Step<'_>, intent: &Intent, object: &AnyObject) ->
     metadata.annotations = wanted.annotations;
     metadata.deletion_protection = wanted.deletion_protection;
     let mut new = Object::<K>::new(metadata, wanted.spec);
+    K::complete(None, &mut new.spec);
     check_size(&new)?;
     if let Some(project) = intent.target.project.as_ref().filter(|_| step.world.part != Part::Global) {
         usage::open(step, project)?;
@@ -267,8 +268,9 @@ fn update<K: Admit>(
     step: &mut Step<'_>,
     intent: &Intent,
     old: Object<K>,
-    wanted: Wanted<K>,
+    mut wanted: Wanted<K>,
 ) -> Result<Accepted, ApiError> {
+    K::complete(Some(&old.spec), &mut wanted.spec);
     let (before, after) = (
         serde_json::to_value(&old.spec).expect("specs are plain data"),
         serde_json::to_value(&wanted.spec).expect("specs are plain data"),
@@ -357,6 +359,9 @@ fn delete<K: Admit>(step: &mut Step<'_>, intent: &Intent, old: Object<K>) -> Res
 
 /// What is particular to a kind when users change it.
 pub trait Admit: Stored {
+    /// Fills in what was left unsaid and is then as it was, or as it is at first (`old` absent).
+    fn complete(_old: Option<&Self::Spec>, _new: &mut Self::Spec) {}
+
     /// Checks a create (`old` absent) or update against the world, and fills in what is derived.
     fn admit(_step: &mut Step<'_>, _old: Option<&Object<Self>>, _new: &mut Object<Self>) -> Result<(), ApiError> {
         Ok(())
@@ -417,6 +422,10 @@ impl Admit for Organization {
 }
 
 impl Admit for Project {
+    fn complete(old: Option<&ProjectSpec>, new: &mut ProjectSpec) {
+        new.complete(old);
+    }
+
     fn admit(step: &mut Step<'_>, _: Option<&Object<Self>>, new: &mut Object<Self>) -> Result<(), ApiError> {
         // What a project owns is found by the project's name, so the name waits for the last of it.
         if step.world.projects.buried.values().any(|p| p.metadata.name == new.metadata.name) {

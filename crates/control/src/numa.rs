@@ -12,8 +12,10 @@ pub fn bounded(spec: &HostSpec) -> HostSpec {
     spec.numa_nodes.sort_by_key(|node| node.id);
     spec.numa_nodes.dedup_by_key(|node| node.id);
     spec.numa_nodes.truncate(MAX_NUMA_NODES);
-    if spec.numa_trouble.chars().count() > MAX_TROUBLE {
-        spec.numa_trouble = spec.numa_trouble.chars().take(MAX_TROUBLE).collect();
+    for trouble in [&mut spec.numa_trouble, &mut spec.network_trouble] {
+        if let Some((end, _)) = trouble.char_indices().nth(MAX_TROUBLE) {
+            trouble.truncate(end);
+        }
     }
     spec
 }

@@ -105,6 +105,9 @@ impl Names for Words<'_> {
 
     fn label(&self, id: LabelId) -> String {
         let (key, value) = &self.scheduler.labels.names[id.0 as usize];
+        if key.is_empty() {
+            return "tenants' networks".to_owned();
+        }
         format!("label {key}={value}")
     }
 
@@ -149,6 +152,8 @@ pub struct Scheduler {
     pinned: Pinned,
     /// What each host carries: see `labels`.
     carried: BTreeMap<Name, Vec<LabelId>>,
+    /// Hosts that can't have tenants' networks, and why.
+    unwired: BTreeMap<Name, String>,
     /// Rows that a host could not hold; never other than zero unless a host's capacity shrank.
     pub oversold: u64,
 }
@@ -209,7 +214,13 @@ impl Scheduler {
         let runtimes = spec.runtimes.iter().map(|r| runtime(*r)).collect();
         let storage: Vec<_> = spec.storage.iter().map(|(c, n)| (ClassId(self.classes.id(c)), n.0)).collect();
         let label = |(k, v): (&String, &String)| LabelId(self.labels.id(&(k.clone(), v.clone())));
-        let labels: Vec<_> = host.metadata.labels.iter().map(label).collect();
+        let mut labels: Vec<_> = host.metadata.labels.iter().map(label).collect();
+        if spec.network_trouble.is_empty() {
+            self.unwired.remove(&host.metadata.name);
+            labels.push(self.wired());
+        } else {
+            self.unwired.insert(host.metadata.name.clone(), spec.network_trouble.clone());
+        }
         self.carried.insert(host.metadata.name.clone(), labels.clone());
         let name = &host.metadata.name;
         self.last_slot.insert(name.clone(), host.status.last_slot);
@@ -292,6 +303,7 @@ impl Scheduler {
             self.slots.remove(name);
             self.last_slot.remove(name);
             self.carried.remove(name);
+            self.unwired.remove(name);
             self.pinned.forget(name);
         }
     }
@@ -448,6 +460,21 @@ impl Scheduler {
         }
     }
 
+    /// Carried by the hosts that can have tenants' networks. No user's label has such a key.
+    fn wired(&mut self) -> LabelId {
+        LabelId(self.labels.id(&(String::new(), String::new())))
+    }
+
+    pub fn has_hosts(&self) -> bool {
+        !self.hosts.is_empty()
+    }
+
+    /// Why no host here can have tenants' networks, if that is so of all that have joined.
+    pub fn all_unwired(&self) -> Option<&str> {
+        let (_, why) = self.unwired.first_key_value().filter(|_| self.unwired.len() >= self.hosts.len())?;
+        Some(why)
+    }
+
     /// What an instance takes of a host.
     fn request(&mut self, instance: &Object<Instance>) -> placement::Request {
         let template = &instance.spec.template;
@@ -480,6 +507,10 @@ impl Scheduler {
         request.zones =
             around.zones.as_ref().map(|zones| zones.iter().map(|zone| ZoneId(self.zones.id(zone))).collect());
         request.labels = around.labels.iter().map(|label| LabelId(self.labels.id(label))).collect();
+        // Where every host can, it is not asked for.
+        if !instance.spec.template.nics.is_empty() && !self.unwired.is_empty() {
+            request.labels.push(self.wired());
+        }
         request.max_rtt = around.below_us;
         // An app that is not there has no instances: a group of its own that nothing is ever in.
         let nobody = |at: usize| GroupId(u32::MAX - u32::try_from(at).unwrap_or(u32::MAX / 2));
@@ -655,6 +686,15 @@ impl Scheduler {
         }
         for (id, _) in &all.labels {
             let (key, _) = &self.labels.names[id.0 as usize];
+            if key.is_empty() {
+                let one = self.unwired.first_key_value().map(|(host, why)| format!(" (host {host}: {why})"));
+                let advice = "an app that needs none can do without (`network: none`)";
+                text.push_str(&format!(
+                    "; it has NICs, which not every host can have{}: {advice}",
+                    one.unwrap_or_default()
+                ));
+                continue;
+            }
             let carried = self.carried.values().flatten().map(|label| &self.labels.names[label.0 as usize]);
             let like: BTreeSet<_> = carried.filter(|(k, _)| k == key).collect();
             let like: Vec<String> = like.into_iter().take(NAMED).map(|(k, v)| format!("{k}={v}")).collect();

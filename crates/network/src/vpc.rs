@@ -14,6 +14,7 @@
 //!
 //! This is the one place where eBPF programs could take over later: they would take the same plan and stand on the same links.
 
+pub mod able;
 mod announce;
 pub mod answer;
 pub mod capture;

@@ -103,6 +103,8 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
     let files = tempfile::tempdir().unwrap();
     let layout = images::curl(files.path());
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
+    // Names and addresses of the infrastructure, for those who are in no network; `e2e_networks` has the others.
+    has_default_network(&cloud, "default", false);
     let component = images::hello_function(files.path());
     the_guide_is_followed(&cloud, &layout, &component);
     cloud.ok(&["deploy", "client", "--env", "MARK=names-shop"]);
@@ -131,7 +133,20 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
     let direct = format!("http://[{}]/", text(&far["status"]["address6"]));
     assert_eq!(client(&cloud, "default", &["/usr/bin/curl", "-sS", "-m", "3", &direct]).unwrap(), images::PAGE);
 
-    // Another project neither finds nor reaches them, wherever they are.
+    // Another project neither finds nor reaches them, wherever they are, and whether it has a network or not.
+    cloud.wait("the guide's project to have one", || client(&cloud, "bank", &["ip", "addr", "show", "dev", "nic0"]));
+    for web in &webs {
+        for address in [text(&web["status"]["address4"]), format!("[{}]", text(&web["status"]["address6"]))] {
+            let url = format!("http://{address}/");
+            client(&cloud, "bank", &["/usr/bin/curl", "-sS", "-m", "2", &url]).expect_err("what is another project's");
+        }
+    }
+    has_default_network(&cloud, "bank", false);
+    cloud.ok(&["deploy", "client", "--project", "bank", "--env", "MARK=names-bank-bare"]);
+    let has_nic = || client(&cloud, "bank", &["ip", "addr", "show", "dev", "nic0"]);
+    cloud.wait("the client to have none", || {
+        has_nic().map_or_else(|e| if e.contains("nic0") { Ok(()) } else { Err(e) }, Err)
+    });
     let said = client(&cloud, "bank", &["nslookup", "web.default.internal"]).unwrap_err();
     assert!(said.contains("NXDOMAIN"), "{said}");
     for web in &webs {
@@ -180,10 +195,17 @@ enum Way {
 }
 
 fn set_egress(cloud: &Cloud, egress: &str, way: Way) {
-    let path = cloud.path("egress.yaml");
     let by_nic = way == Way::DefaultNetwork;
-    let spec = format!("{{organization: default, egress: {egress}, defaultNetwork: {by_nic}}}");
-    let manifest = format!("apiVersion: cloudnexus/v1\nkind: Project\nmetadata: {{name: bank}}\nspec: {spec}\n");
+    set_project(cloud, "bank", &format!("{{organization: default, egress: {egress}, defaultNetwork: {by_nic}}}"));
+}
+
+fn has_default_network(cloud: &Cloud, project: &str, has: bool) {
+    set_project(cloud, project, &format!("{{organization: default, defaultNetwork: {has}}}"));
+}
+
+fn set_project(cloud: &Cloud, project: &str, spec: &str) {
+    let path = cloud.path("project.yaml");
+    let manifest = format!("apiVersion: cloudnexus/v1\nkind: Project\nmetadata: {{name: {project}}}\nspec: {spec}\n");
     std::fs::write(&path, manifest).unwrap();
     cloud.ok(&["apply", "-f", path.to_str().unwrap()]);
 }

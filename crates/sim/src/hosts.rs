@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nexus_control::region::ReportError;
 use nexus_model::kind::{Capacity, HostSpec, InstancePhase, NumaNode, Runtime};
-use nexus_model::plan::{Desired, HostPlan, HostReport, InstanceReport};
+use nexus_model::plan::{Desired, HostPlan, HostReport, InstanceReport, NicPlan};
 use nexus_model::{Bytes, MilliCpu, Name, Timestamp, Uid};
 use nexus_store::PeerError;
 use tokio::time::{sleep, timeout};
@@ -85,6 +85,8 @@ struct End {
 struct State {
     /// What a restart of the agent, and even of the machine, leaves.
     plan: Option<Arc<HostPlan>>,
+    /// The newest of tenants' networks that it has taken in; none in a world whose hosts can't have any.
+    networks: Option<u64>,
     boots: u64,
     /// Noted before anything else is done about an end, so that a restart tells it too.
     ends: BTreeMap<Uid, End>,
@@ -113,6 +115,11 @@ pub struct Host {
 pub fn hosts(world: &Arc<World>, site: &Site) -> Vec<Arc<Host>> {
     let mut all = Vec::new();
     let number = world.sites.iter().position(|s| s.name == site.name).unwrap_or(0);
+    // In half of the worlds every instance that names no NICs has one in its project's default network.
+    let networks = Dice::new(world.seed, "tenants' networks").chance(500).then_some(0);
+    if networks.is_some() {
+        world.trace.count("regions whose hosts have tenants' networks");
+    }
     for (z, zone) in site.zones.iter().enumerate() {
         for n in 1..=site.hosts_per_zone {
             let index = z * 16 + n;
@@ -138,7 +145,7 @@ pub fn hosts(world: &Arc<World>, site: &Site) -> Vec<Arc<Host>> {
             };
             let place = FIRST + (number * 100 + index) as u64;
             let dice = Dice::new(world.seed, &format!("host {} {host}", site.name));
-            let state = Mutex::new(State { up: true, ..State::default() });
+            let state = Mutex::new(State { up: true, networks, ..State::default() });
             let servers = site.nodes.clone();
             let skew_ms = i64::try_from(dice.below(2 * SKEW_MS)).unwrap_or(0) - SKEW_MS as i64;
             let rate = Rate::draw(&dice, world.drift_ppm);
@@ -291,13 +298,24 @@ impl Host {
             let server = world.upgrade()?.server(node)?;
             let view = server.part.as_ref()?.view.clone();
             let host = host.clone();
-            as_servers(&server, async move { view.plan(&host).borrow().clone() })
+            as_servers(&server, async move {
+                let networks = view.networks(&host).borrow().clone();
+                (view.plan(&host).borrow().clone(), networks)
+            })
         };
         let answer = self.world.net.exchange(self.place, node, "plan", true, handle);
-        let Ok(Ok(plan)) = timeout(Duration::from_secs(3), answer).await else { return false };
+        let Ok(Ok((plan, networks))) = timeout(Duration::from_secs(3), answer).await else { return false };
         let mut state = self.state();
         if !state.up || state.agent_down {
             return true;
+        }
+        if let Some(applied) = state.networks.filter(|applied| networks.revision > *applied) {
+            state.networks = Some(networks.revision.max(applied));
+            state.changed = true;
+            let here = |nic: &&NicPlan| nic.at.as_ref().is_some_and(|at| at.host == self.name);
+            if networks.networks.iter().any(|network| network.nics.iter().any(|nic| here(&nic))) {
+                self.world.trace.count("networks with NICs here: taken in");
+            }
         }
         let held = state.plan.clone();
         if held.as_ref().is_some_and(|held| plan.revision <= held.revision) || plan.revision == 0 {
@@ -418,7 +436,7 @@ impl Host {
             instances: instances.collect(),
             images: Vec::new(),
             load: 0.1,
-            networks: None,
+            networks: state.networks,
             certificate_ends: None,
             usage: Vec::new(),
             telemetry: Default::default(),

@@ -299,7 +299,7 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, co
     let spec = InstanceSpec {
         app: app.metadata.name.clone(),
         template_hash: hash.to_owned(),
-        template: default::furnished(step.world, app.metadata.project.as_ref(), template.clone()),
+        template: template.clone(),
         image_digest: content.image,
         part_digests: content.parts.clone(),
         job: None,

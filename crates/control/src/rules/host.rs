@@ -42,7 +42,8 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
     if known.is_some_and(|host| says_the_same(host, report)) {
         return Ok(());
     }
-    let declared = numa::bounded(&report.spec);
+    let mut declared = numa::bounded(&report.spec);
+    declared.network_trouble = network_trouble(report, &declared).to_owned();
     let Some(host) = known.cloned() else {
         step.world.refuse_unreadable::<Host>(None, &report.host).map_err(|e| e.detail)?;
         let cell = choose_cell(step, &report.spec)?;
@@ -96,6 +97,14 @@ pub fn join(step: &mut Step<'_>, report: &HostReport) -> Result<(), String> {
     Ok(())
 }
 
+/// Why tenants' networks can't be on a host, if that is so.
+fn network_trouble<'a>(report: &HostReport, declared: &'a HostSpec) -> &'a str {
+    match report.networks {
+        None if declared.network_trouble.is_empty() => "its agent has no part in tenants' networks",
+        _ => &declared.network_trouble,
+    }
+}
+
 /// Whether a report says of a host what is known.
 fn says_the_same(host: &Object<Host>, report: &HostReport) -> bool {
     let HostSpec {
@@ -114,12 +123,14 @@ fn says_the_same(host: &Object<Host>, report: &HostReport) -> bool {
         storage,
         numa_nodes,
         numa_trouble,
+        network_trouble: trouble,
     } = &host.spec;
     let said = &report.spec;
     (rack, address, prefix6, prefix4) == (&said.rack, &said.address, &said.prefix6, &said.prefix4)
         && (runtimes, capacity, classes) == (&said.runtimes, &said.capacity, &said.classes)
         && (storage, fault_domain) == (&said.storage, &said.fault_domain)
         && (numa_nodes, numa_trouble) == (&said.numa_nodes, &said.numa_trouble)
+        && trouble == network_trouble(report, said)
         && host.status.boot_id.as_deref() == Some(report.boot_id.as_str())
         && host.status.agent_version.as_deref() == Some(report.agent_version.as_str())
         && host.status.images == report.images

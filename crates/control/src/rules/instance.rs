@@ -7,7 +7,7 @@ use nexus_model::object::{ConditionStatus, set_condition};
 use nexus_model::plan::InstanceReport;
 use nexus_model::{Name, Object, Uid};
 
-use crate::rules::network::nic;
+use crate::rules::network::{default, nic};
 use crate::rules::{host, job};
 use crate::step::{Dirty, Step};
 use crate::surroundings::{Surroundings, waits_for_app};
@@ -26,10 +26,12 @@ pub fn addresses(host: &HostSpec, slot: u16) -> (Ipv6Addr, Ipv4Addr) {
 
 /// Finds a host for an instance that has none.
 pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
-    let Some(instance) = step.world.instance(uid).filter(|i| i.metadata.deleting.is_none()).cloned() else { return };
+    let living = |i: &&Object<Instance>| i.metadata.deleting.is_none();
+    let Some(mut instance) = step.world.instance(uid).filter(living).cloned() else { return };
     if instance.status.host.is_some() {
         return;
     }
+    default::furnish(step, &mut instance);
     let project = instance.metadata.project.clone();
     if let Err((reason, why)) = nic::ensure(step, &instance) {
         return wait(step, &instance, reason, why);
@@ -56,6 +58,7 @@ pub fn reconcile(step: &mut Step<'_>, uid: Uid) {
             set_condition(&mut s.conditions, "Scheduled", ConditionStatus::True, "Placed", &message, step.now);
             step.put(new);
             nic::follow(step, uid);
+            default::tell(step, &instance);
             let scheduler = step.world.scheduler.as_ref().expect("only the writer reconciles");
             if let Some(next) = scheduler.waiting_like(&instance) {
                 step.mark(Dirty::Instance(next));

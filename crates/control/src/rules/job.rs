@@ -329,7 +329,7 @@ fn make_instance(
     metadata.owner = Some(job.owner_ref());
     metadata.labels = job.metadata.labels.clone();
     metadata.request_id = job.metadata.request_id.clone();
-    let mut template = default::furnished(step.world, job.metadata.project.as_ref(), template.clone());
+    let mut template = template.clone();
     if let Some(index) = index {
         tell_parts(&mut template, INDEX_VARIABLE, &index.to_string());
     }

@@ -11,6 +11,17 @@ impl Lab {
         self.pass();
     }
 
+    /// A host says why it can't have tenants' networks, or that it can.
+    fn trouble(&mut self, host: &str, why: &str) {
+        self.hosts.get_mut(&name(host)).unwrap().network_trouble = why.into();
+        self.pass();
+    }
+
+    fn events(&self, reason: &str) -> Vec<String> {
+        let all = self.core.world.events.live.values().filter(|e| e.spec.reason == reason);
+        all.map(|e| e.spec.message.clone()).collect()
+    }
+
     fn plain(&mut self, app: &str, replicas: u32) {
         self.app(app, replicas, json!([]));
     }
@@ -39,6 +50,7 @@ impl Lab {
 #[test]
 fn the_default_network_is_made_with_the_first_instance_that_needs_it_and_once() {
     let mut lab = Lab::new(&[("zone-a", 2)]);
+    lab.project(json!({"defaultNetwork": false}));
     lab.plain("old", 1);
     assert_eq!(lab.count(), [0, 0, 0]);
     let before = lab.instances("old")[0].clone();
@@ -94,6 +106,7 @@ fn the_default_network_is_made_with_the_first_instance_that_needs_it_and_once() 
 fn apps_say_whether_they_are_in_the_default_network() {
     let mut lab = Lab::new(&[("zone-a", 1)]);
     let with = |network: TemplateNetwork| AppSpec { network: Some(network), ..web(1) };
+    lab.project(json!({"defaultNetwork": false}));
     lab.submit(&create::<App>(Some("default"), "in", with(TemplateNetwork::Default))).unwrap();
     lab.plain("usual", 1);
     assert_eq!((lab.nics_of("in").len(), lab.nics_of("usual").len()), (1, 0));
@@ -219,7 +232,6 @@ fn a_default_network_leads_to_what_its_project_allows() {
 #[test]
 fn a_default_network_that_is_full_says_so() {
     let mut lab = Lab::new(&[("zone-a", 1)]);
-    lab.project(json!({"defaultNetwork": true}));
     lab.plain("one", 1);
     for n in 1..MAX_NICS {
         lab.make("nics", &format!("n{n}"), json!({"subnet": "default"})).unwrap();
@@ -234,4 +246,110 @@ fn a_default_network_that_is_full_says_so() {
     lab.delete("nics", "n9").unwrap();
     lab.pass();
     assert_eq!((waits(&lab), lab.nics_of("one").len()), (None, 2));
+}
+
+#[test]
+fn a_project_has_a_default_network_unless_it_says_otherwise_or_is_older() {
+    let mut lab = Lab::new(&[("zone-a", 1)]);
+    let of = |lab: &Lab, project: &str| lab.core.world.projects.get(None, &name(project)).unwrap().clone();
+    assert!(of(&lab, "default").spec.has_default_network() && of(&lab, "system").spec.has_default_network());
+    let put = |lab: &mut Lab, project: &str, spec: Value| {
+        let spec: ProjectSpec = serde_json::from_value(spec).unwrap();
+        let object = Object::<Project>::new(nexus_model::Metadata::new(name(project), None), spec).to_any();
+        lab.submit(&intent("projects", None, project, Change::Put { object })).unwrap();
+        lab.pass();
+        of(lab, project)
+    };
+    // What a manifest leaves unsaid is decided once, and stays as it is when it is applied again.
+    let plain = json!({"organization": "default"});
+    let new = put(&mut lab, "shop", plain.clone());
+    assert_eq!(new.spec.default_network, Some(true));
+    let again = put(&mut lab, "shop", plain.clone());
+    assert_eq!((again.metadata.generation, again.spec), (new.metadata.generation, new.spec));
+    let off = put(&mut lab, "shop", json!({"organization": "default", "defaultNetwork": false}));
+    assert_eq!(off.metadata.generation, new.metadata.generation + 1);
+    assert_eq!(put(&mut lab, "shop", plain.clone()).spec.default_network, Some(false));
+    let null = Change::Patch { patch: json!({"spec": {"defaultNetwork": null}}) };
+    lab.submit(&intent("projects", None, "shop", null)).unwrap();
+    assert_eq!(of(&lab, "shop").spec.default_network, Some(false), "it keeps what it has");
+
+    // An earlier release's project says nothing of it, and has none until somebody says otherwise.
+    let stored =
+        r#"{"organization": "default", "displayName": "", "quota": {"instances": 5}, "egress": {"mode": "deny"}}"#;
+    let old: ProjectSpec = serde_json::from_str(stored).unwrap();
+    assert!(old.default_network.is_none() && !old.has_default_network());
+    assert!(!serde_json::to_string(&old).unwrap().contains("defaultNetwork"), "nor does a release read it otherwise");
+    let mut again = serde_json::from_value::<ProjectSpec>(plain).unwrap();
+    again.complete(Some(&old));
+    assert_eq!(again.default_network, None);
+    again.default_network = Some(true);
+    again.complete(Some(&old));
+    assert!(again.has_default_network());
+}
+
+#[test]
+fn what_waits_for_the_first_host_is_in_the_default_network_if_that_host_can() {
+    for can in [true, false] {
+        let mut lab = Lab::new(&[]);
+        lab.submit(&create::<Zone>(None, "zone-a", ZoneSpec::default())).unwrap();
+        lab.plain("early", 3);
+        assert_eq!((lab.instances("early").len(), lab.count()), (3, [0, 0, 0]));
+        let capacity =
+            Capacity { cpu: MilliCpu(64_000), memory: Bytes(64 << 30), scratch: Bytes(64 << 30), instances: 200 };
+        let mut spec = common::host("zone-a", ANY_CELL, 1, capacity);
+        if !can {
+            spec.network_trouble = "Operation not supported".into();
+        }
+        lab.hosts.insert(name("zone-a-1"), spec);
+        lab.pass();
+        assert_eq!(lab.nics_of("early").len(), if can { 3 } else { 0 });
+        assert!(lab.instances("early").iter().all(|i| i.status.host.is_some()));
+        assert_eq!(lab.events("NoDefaultNetwork").len(), if can { 0 } else { 3 });
+    }
+}
+
+#[test]
+fn nothing_that_has_nics_is_placed_on_a_host_that_can_t_have_tenants_networks() {
+    let mut lab = Lab::new(&[("zone-a", 2)]);
+    lab.trouble("zone-a-1", "making the tunnel 1 from 127.0.0.1: Operation not supported");
+    lab.plain("web", 2);
+    let hosts = |lab: &Lab, app: &str| {
+        lab.instances(app).iter().map(|i| i.status.host.clone()).collect::<BTreeSet<Option<Name>>>()
+    };
+    assert_eq!(hosts(&lab, "web"), [Some(name("zone-a-2"))].into(), "those of the other");
+    assert_eq!(lab.nics_of("web").len(), 2);
+    let out = AppSpec { network: Some(TemplateNetwork::None), ..web(4) };
+    lab.submit(&create::<App>(Some("default"), "out", out)).unwrap();
+    lab.pass();
+    assert_eq!(hosts(&lab, "out").len(), 2, "what has none is anywhere");
+
+    // Where some can, it waits for those, and says what to do.
+    lab.submit(&intent("hosts", None, "zone-a-2", Change::Patch { patch: json!({"spec": {"cordoned": true}}) }))
+        .unwrap();
+    lab.pass();
+    lab.plain("waits", 1);
+    let why = lab.instances("waits")[0].status.message.clone();
+    assert!(why.contains("1 without tenants' networks") && why.contains("zone-a-1: making the tunnel"), "{why}");
+    assert!(why.contains("network: none"), "{why}");
+
+    // Where none can, one's agent of an older release, nothing that nobody asked for keeps it from running, and it says so.
+    lab.strangers.insert(name("zone-a-2"));
+    lab.pass();
+    lab.submit(&intent("hosts", None, "zone-a-2", Change::Patch { patch: json!({"spec": {"cordoned": false}}) }))
+        .unwrap();
+    lab.pass();
+    lab.plain("bare", 1);
+    assert_eq!((lab.nics_of("bare").len(), hosts(&lab, "bare").contains(&None)), (0, false));
+    let said: Vec<String> = lab.events("NoDefaultNetwork");
+    assert!(said.len() == 1 && said[0].contains("no host here can have tenants' networks"), "{said:?}");
+    let asked = AppSpec { network: Some(TemplateNetwork::Default), ..web(1) };
+    lab.submit(&create::<App>(Some("default"), "asked", asked)).unwrap();
+    lab.pass();
+    assert_eq!(hosts(&lab, "asked"), [None].into(), "what is asked for is waited for");
+    // Hosts that can again take what waits.
+    lab.trouble("zone-a-1", "");
+    assert_eq!(
+        (hosts(&lab, "asked"), hosts(&lab, "waits")),
+        ([Some(name("zone-a-1"))].into(), [Some(name("zone-a-1"))].into())
+    );
 }

@@ -33,6 +33,8 @@ struct Lab {
     hosts: BTreeMap<Name, HostSpec>,
     /// Hosts that have not applied what they were told of networks since this revision.
     behind: BTreeMap<Name, u64>,
+    /// Hosts whose agents know nothing of tenants' networks.
+    strangers: BTreeSet<Name>,
     copy: World,
 }
 
@@ -42,8 +44,9 @@ impl Lab {
         let bootstrap =
             Bootstrap { region: name("local"), domain: "localhost".into(), zones: names, cells: Vec::new() };
         let core = Core::new(World::default(), bootstrap, Cells::new(Duration::ZERO, "server-a".into(), 1));
-        let (hosts, behind, copy) = Default::default();
-        let mut lab = Self { core, rng: SeededRng::new(7), at: Duration::ZERO, revision: 0, hosts, behind, copy };
+        let (hosts, behind, strangers, copy) = Default::default();
+        let (rng, at) = (SeededRng::new(7), Duration::ZERO);
+        let mut lab = Self { core, rng, at, revision: 0, hosts, behind, strangers, copy };
         lab.with(|core, at| core.bootstrap(at));
         lab.submit(&create::<Image>(Some("default"), "web", image("web"))).unwrap();
         let capacity =
@@ -95,7 +98,8 @@ impl Lab {
     fn report(&mut self, host: &Name) {
         let runs = self.core.world.instances_on(host).filter(|i| i.metadata.deleting.is_none());
         let mut report = common::report(host, self.hosts[host].clone(), self.revision, runs);
-        report.networks = Some(self.behind.get(host).copied().unwrap_or(self.revision));
+        let applied = self.behind.get(host).copied().unwrap_or(self.revision);
+        report.networks = (!self.strangers.contains(host)).then_some(applied);
         self.with(|core, at| core.report(&report, at)).unwrap();
     }
 

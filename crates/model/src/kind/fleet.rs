@@ -325,6 +325,10 @@ pub struct HostSpec {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = MAX_TROUBLE))]
     pub numa_trouble: String,
+    /// Why tenants' networks can't be on it, if that is so: nothing that has NICs is placed here then.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = MAX_TROUBLE))]
+    pub network_trouble: String,
     /// No new instance is placed here while true.
     #[serde(default)]
     pub cordoned: bool,
@@ -351,6 +355,7 @@ impl Default for HostSpec {
             storage: StorageClasses::new(),
             numa_nodes: Vec::new(),
             numa_trouble: String::new(),
+            network_trouble: String::new(),
             cordoned: false,
             draining: false,
         }
@@ -453,6 +458,7 @@ impl Kind for Host {
         "storage",
         "numaNodes",
         "numaTrouble",
+        "networkTrouble",
     ];
     type Spec = HostSpec;
     type Status = HostStatus;
@@ -466,6 +472,9 @@ impl Kind for Host {
             errors.push(FieldError::new("spec.prefix4", "the last 8 bits must be zero"));
         }
         errors.extend(numa::validate(spec));
+        if spec.network_trouble.chars().count() > MAX_TROUBLE {
+            errors.push(FieldError::new("spec.networkTrouble", format!("at most {MAX_TROUBLE} characters")));
+        }
         errors
     }
 

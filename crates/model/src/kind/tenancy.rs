@@ -98,9 +98,27 @@ pub struct ProjectSpec {
     /// What its containers reach outside of the cloud.
     pub egress: Egress,
     /// Whether containers for which no NICs are named get one in the project's network `default`, which is made in each region
-    /// when the first of them needs it. Those that run already are left as they are.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub default_network: bool,
+    /// when the first of them needs it. Those that run already are left as they are. Left unsaid, a new project has one, and one
+    /// that is there keeps to what it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default_network: Option<bool>,
+}
+
+impl ProjectSpec {
+    /// Whether there is a default network. What a stored project says nothing of is as it was in the release that made it: there
+    /// is none.
+    pub fn has_default_network(&self) -> bool {
+        self.default_network == Some(true)
+    }
+
+    /// What is left unsaid of a project, from what it was, if it was.
+    pub fn complete(&mut self, old: Option<&ProjectSpec>) {
+        let usual = match old {
+            Some(old) => old.default_network,
+            None => Some(true),
+        };
+        self.default_network = self.default_network.or(usual);
+    }
 }
 
 /// Networks of one project's egress.
@@ -142,7 +160,7 @@ impl Default for ProjectSpec {
             display_name: String::new(),
             quota: Quota::default(),
             egress: Egress::default(),
-            default_network: false,
+            default_network: None,
         }
     }
 }

@@ -14,7 +14,7 @@ use nexus_compute::keep::Keep;
 use nexus_env::{Endpoint, Env, on_disk};
 use nexus_iam::tls::{self, ExpiryPolicy, Policy};
 use nexus_iam::{Role, SpiffeId};
-use nexus_model::kind::{HostSpec, Runtime, StorageClasses};
+use nexus_model::kind::{HostSpec, MAX_TROUBLE, Runtime, StorageClasses};
 use nexus_model::{Bytes, Name};
 use nexus_network::firewall::Firewall;
 use nexus_network::{HostNet, InstanceNet};
@@ -123,6 +123,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             storage: storage(&config)?,
             numa_nodes: numa.nodes.clone(),
             numa_trouble: numa.trouble.clone(),
+            network_trouble: network_trouble().await,
             ..HostSpec::default()
         },
         numa,
@@ -200,6 +201,17 @@ async fn numa(env: &Env, config: &AgentConfig) -> std::io::Result<Numa> {
         tracing::warn!(why = declared.trouble, "no instance can be kept to a NUMA node here");
     }
     Ok(declared)
+}
+
+/// Why tenants' networks can't be here, if that is so.
+async fn network_trouble() -> String {
+    match nexus_network::vpc::able::try_out().await {
+        Ok(()) => String::new(),
+        Err(error) => {
+            tracing::warn!(%error, "tenants' networks can't be on this host: nothing that has NICs is placed here");
+            error.to_string().chars().take(MAX_TROUBLE).collect()
+        }
+    }
 }
 
 /// What the host declares of storage classes: sizes as configured, or as the folders are now.

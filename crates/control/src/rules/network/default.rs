@@ -1,8 +1,12 @@
 //! The network that instances are in for which nobody has named one.
 //!
-//! An app's template stays as its user wrote it, and so does its hash: an instance gets its NIC when it is made, into its own
-//! copy of the template, and is from then on like one whose app names that NIC. What a project says later is about instances
-//! that are made later.
+//! An app's template stays as its user wrote it, and so does its hash: an instance gets its NIC when a host is first looked for,
+//! into its own copy of the template, and is from then on like one whose app names that NIC. What a project says later is about
+//! instances that are made later.
+//!
+//! Every project has one, unless it says otherwise or is older than that (see [`ProjectSpec::has_default_network`]). A NIC that
+//! nobody has asked for by name keeps nothing from running: where no host can have tenants' networks, instances run without it,
+//! and an event says so. Where some can, they run there.
 //!
 //! The network and its subnet are made with the first NIC that needs them, and are ordinary objects from then on: whoever
 //! makes a network or a subnet `default` first keeps theirs, and what is deleted is made again when it is needed.
@@ -12,6 +16,7 @@ use nexus_model::{ApiError, Cidr, Name, Object};
 
 use super::{admit_network, admit_subnet, network_changed, subnet_changed};
 use crate::rules::app::Missing;
+use crate::scheduler::Scheduler;
 use crate::step::Step;
 use crate::world::World;
 
@@ -19,15 +24,30 @@ fn name() -> Name {
     DEFAULT_NETWORK.parse().expect("a well-formed name")
 }
 
+/// Whether a template has a place in a default network: those that name NICs are where these are.
+fn can_be_in(template: &Template) -> bool {
+    template.nics.is_empty()
+}
+
+/// Whether nothing but its project has a template's instances in the default network.
+fn is_implied(world: &World, project: Option<&Name>, template: &Template) -> bool {
+    let usual = || project.and_then(|name| world.project(name)).is_some_and(|p| p.spec.has_default_network());
+    template.network.is_none() && can_be_in(template) && usual()
+}
+
+/// Why what is implied is left out, if it is.
+fn left_out(world: &World) -> Option<&str> {
+    match world.scheduler.as_ref() {
+        // What hosts will be able to do is known when there are some. Nothing is placed before.
+        Some(scheduler) if !scheduler.has_hosts() => Some("no host has joined yet"),
+        other => other.and_then(Scheduler::all_unwired),
+    }
+}
+
 /// Whether what is made of a template is in its project's default network.
 fn is_in(world: &World, project: Option<&Name>, template: &Template) -> bool {
-    let usual = || project.and_then(|name| world.project(name)).is_some_and(|p| p.spec.default_network);
-    let asked = match template.network {
-        Some(TemplateNetwork::Default) => true,
-        Some(TemplateNetwork::None) => false,
-        None => usual(),
-    };
-    asked && template.nics.is_empty()
+    let asked = template.network == Some(TemplateNetwork::Default) && can_be_in(template);
+    asked || (is_implied(world, project, template) && left_out(world).is_none())
 }
 
 /// How many NICs each instance of a template gets.
@@ -35,12 +55,27 @@ pub fn nics(world: &World, project: Option<&Name>, template: &Template) -> usize
     template.nics.len() + usize::from(is_in(world, project, template))
 }
 
-/// An instance's own copy of a template, with all of its NICs.
-pub fn furnished(world: &World, project: Option<&Name>, mut template: Template) -> Template {
-    if is_in(world, project, &template) {
-        template.nics.push(TemplateNic { subnet: name(), security_groups: Vec::new(), rate: None, forwards: false });
+/// Gives an instance that has no host yet its NIC in the default network, if it is to have one.
+pub fn furnish(step: &mut Step<'_>, instance: &mut Object<Instance>) {
+    if is_in(step.world, instance.metadata.project.as_ref(), &instance.spec.template) {
+        let nic = TemplateNic { subnet: name(), security_groups: Vec::new(), rate: None, forwards: false };
+        instance.spec.template.nics.push(nic);
+        step.put(instance.clone());
     }
-    template
+}
+
+/// Says of an instance that was just placed that it should have had a NIC, if that is so.
+pub fn tell(step: &mut Step<'_>, instance: &Object<Instance>) {
+    let project = instance.metadata.project.as_ref();
+    if is_implied(step.world, project, &instance.spec.template)
+        && let Some(why) = left_out(step.world)
+    {
+        let message = format!(
+            "it is not in the project's default network, for no host here can have tenants' networks: {why}. Say \
+             `network: none` if that is fine, and `network: default` if it is to wait for such a host"
+        );
+        step.event(project, instance.owner_ref(), Severity::Warning, "NoDefaultNetwork", message);
+    }
 }
 
 /// Makes what an instance's NIC in the default network needs, as far as it is not there.
@@ -53,7 +88,8 @@ pub fn ensure(step: &mut Step<'_>, project: &Name, nics: &[TemplateNic]) -> Resu
     let failed = |e: ApiError| {
         let errors: Vec<String> = e.errors.iter().map(|e| e.message.clone()).collect();
         let why = if errors.is_empty() { e.detail } else { errors.join(", ") };
-        ("NoDefaultNetwork", format!("the project's default network can't be made: {why}"))
+        let advice = "make room, or keep apps that need no network of their own out of it (`network: none`)";
+        ("NoDefaultNetwork", format!("the project's default network can't be made: {why}; {advice}"))
     };
     let network = match step.world.networks.get(Some(project), &name) {
         Some(network) => network.clone(),
