@@ -287,14 +287,12 @@ async fn flows_are_noted_while_their_network_wants_it_and_go_with_it() {
     assert_eq!(read(request(Some(99), 10)).await.flows.len(), 2, "a log that was begun anew is told whole");
     let later = FlowsRequest { since: Timestamp::from_millis(i64::MAX), ..request(None, 10) };
     assert!(read(later).await.flows.is_empty());
-    // Without the wish nothing more is noted, and what was is kept, over a restart too; with the network it goes.
-    w.told.send_replace(with(2, FlowLogs::None));
-    w.networks.news().wait_for(|a| a.by.as_ref().is_some_and(|by| by.revision == 2)).await.unwrap();
-    assert_eq!(read(request(None, 10)).await.flows.len(), 2);
+    // An agent that begins anew goes on with what is there, and what nobody wants any more goes.
     drop(w);
-    let again = world_on(kept, with(2, FlowLogs::None)).await;
-    all(&again, 2).await;
-    again.told.send_replace(told(3, 0));
+    let again = world_on(kept, with(2, FlowLogs::All)).await;
+    let noted = all(&again, 4).await;
+    assert_eq!(noted.last, 4);
+    again.told.send_replace(with(3, FlowLogs::None));
     all(&again, 0).await;
 }
 
