@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nexus_control::region::ReportError;
 use nexus_model::kind::{Capacity, HostSpec, InstancePhase, NumaNode, Runtime};
-use nexus_model::plan::{Desired, HostPlan, HostReport, InstanceReport, NicPlan};
+use nexus_model::plan::{Desired, HostPlan, HostReport, InstanceReport};
 use nexus_model::{Bytes, MilliCpu, Name, Timestamp, Uid};
 use nexus_store::PeerError;
 use tokio::time::{sleep, timeout};
@@ -309,13 +309,9 @@ impl Host {
         if !state.up || state.agent_down {
             return true;
         }
-        if let Some(applied) = state.networks.filter(|applied| networks.revision > *applied) {
-            state.networks = Some(networks.revision.max(applied));
+        if state.networks.is_some_and(|applied| networks.revision > applied) {
+            state.networks = Some(networks.revision);
             state.changed = true;
-            let here = |nic: &&NicPlan| nic.at.as_ref().is_some_and(|at| at.host == self.name);
-            if networks.networks.iter().any(|network| network.nics.iter().any(|nic| here(&nic))) {
-                self.world.trace.count("networks with NICs here: taken in");
-            }
         }
         let held = state.plan.clone();
         if held.as_ref().is_some_and(|held| plan.revision <= held.revision) || plan.revision == 0 {

@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::gateways::{self, Gateway, Said};
 use crate::hosts::{self, Host};
+use crate::nics::Nics;
 use crate::recorder::Log;
 use crate::region::name;
 use crate::site::Site;
@@ -65,6 +66,7 @@ pub fn history(log: &Log, trace: &Trace) {
     let mut first_host: BTreeMap<String, Name> = BTreeMap::new();
     // The highest epoch ever placed on a host before it was last declared dead.
     let mut fenced: BTreeMap<Name, u64> = BTreeMap::new();
+    let mut nics = Nics::default();
     for (revision, told) in log {
         let mut touched: BTreeSet<Name> = BTreeSet::new();
         for event in &told.events {
@@ -73,6 +75,7 @@ pub fn history(log: &Log, trace: &Trace) {
                 WatchEvent::Put { kv, .. } => Some(&kv.value),
                 WatchEvent::Delete { .. } => None,
             };
+            nics.take(&key, value.map(|v| &v[..]));
             if key == key::WRITER {
                 let Some(now) = value.and_then(|v| Writer::parse(v)) else { continue };
                 if let Some(before) = &writer {
@@ -144,11 +147,15 @@ pub fn history(log: &Log, trace: &Trace) {
                     let text = format!("revision {revision}: {uid} on {host} is kept to {nodes:?}");
                     trace.violation("who wants one node has one", text);
                 }
+                if !instance.spec.template.nics.is_empty() {
+                    trace.count("placed: with NICs");
+                }
                 trace.count(if single { "placed: on a NUMA node" } else { "placed: anywhere on a host" });
                 touched.insert(host.clone());
                 rows.insert(key, (uid, Placed { host, epoch, slot, cpu, memory, nodes }));
             }
         }
+        nics.judge(*revision, trace);
         for host_name in touched {
             let Some(host) = hosts.get(&host_name) else { continue };
             let mut on_it: BTreeMap<&str, &Placed> = BTreeMap::new();

@@ -37,6 +37,7 @@ mod moves;
 mod mutant;
 mod nemesis;
 mod net;
+mod nics;
 mod parent;
 mod partial;
 mod recorder;
