@@ -111,7 +111,8 @@ impl Connector {
             let traced = networks.trace(&TraceRequest { nic: *nic, packet, probe: false }).await;
             return match traced {
                 Ok(trace) if trace.verdict == TraceVerdict::Dropped => {
-                    let why = trace.hops.last().map_or("it is dropped".to_owned(), |hop| format!("{}: {}", hop.at, hop.what));
+                    let why =
+                        trace.hops.last().map_or("it is dropped".to_owned(), |hop| format!("{}: {}", hop.at, hop.what));
                     Err(format!("{to} is not reached: {why}"))
                 }
                 _ => Ok(()),
@@ -119,7 +120,8 @@ impl Connector {
         }
         let open = plan.nics.len() > 1 || self.fabric.as_ref().is_none_or(|f| f.may_reach(&plan.project, to));
         let project = &plan.project;
-        let why = || format!("{to} is not reached: it is no instance of project {project}, nor in what its egress allows");
+        let why =
+            || format!("{to} is not reached: it is no instance of project {project}, nor in what its egress allows");
         if open { Ok(()) } else { Err(why()) }
     }
 

@@ -260,7 +260,8 @@ fn rules(plan: &HostPlan, names: Option<&HostNames>) -> Rules {
 fn is_open(told: &ProjectNames, address: IpAddr) -> bool {
     let own = told.instances.iter().any(|i| address == i.address6 || address == i.address4);
     let everything = told.egress.mode == EgressMode::Allow;
-    let never = || firewall::never().iter().any(|(first, length)| Cidr { address: *first, length: *length }.contains(address));
+    let never =
+        || firewall::never().iter().any(|(first, length)| Cidr { address: *first, length: *length }.contains(address));
     own || ((everything || told.egress.networks.iter().any(|net| net.contains(address))) && !never())
 }
 

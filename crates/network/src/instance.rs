@@ -89,7 +89,8 @@ impl InstanceNet {
         aside(NetnsRef::Path(self.path(name)), "an instance's socket", move || {
             let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
             // Without more of a type, socket2 closes it on exec.
-            let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).attempt(|| "opening a socket".into())?;
+            let socket =
+                Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).attempt(|| "opening a socket".into())?;
             socket.set_nonblocking(true).attempt(|| "opening a socket".into())?;
             Ok(socket.into())
         })

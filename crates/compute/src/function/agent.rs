@@ -111,7 +111,8 @@ impl FunctionRuntime {
         let pool = Pool::new(config.dir.clone(), config.exe.clone(), config.keep.clone());
         let (records, projects) = (Arc::new(Mutex::new(records)), Mutex::default());
         let known = records.clone();
-        let serves = move |id: &str, uid| locked(&known).get(&uid).is_some_and(|r| r.executor == id && r.ended.is_none());
+        let serves =
+            move |id: &str, uid| locked(&known).get(&uid).is_some_and(|r| r.executor == id && r.ended.is_none());
         let outlets = Outlets::new(config.dir.join("run"), Arc::new(serves));
         Ok(Self { config, pool, records, outlets, projects, compiling: Semaphore::new(1) })
     }

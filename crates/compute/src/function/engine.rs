@@ -161,12 +161,7 @@ pub(super) struct Guest {
 
 impl Guest {
     /// A store for one request. Without a way to others and to a log, there are no outgoing requests and output is thrown away.
-    pub(super) fn store(
-        engine: &Engine,
-        env: &[(String, String)],
-        way: Option<&Way>,
-        memory: &Memory,
-    ) -> Store<Self> {
+    pub(super) fn store(engine: &Engine, env: &[(String, String)], way: Option<&Way>, memory: &Memory) -> Store<Self> {
         let mut wasi = WasiCtx::builder();
         wasi.envs(env).allow_tcp(false).allow_udp(false).allow_ip_name_lookup(false).max_random_size(MAX_RANDOM);
         if let Some(Way { log, .. }) = way {

@@ -143,7 +143,13 @@ impl Target {
         let port = match authority.as_str()[host.len()..].strip_prefix(':') {
             Some(port) => port.parse().ok().filter(|port| *port != 0)?,
             None if authority.as_str().len() > host.len() => return None,
-            None => if tls { 443 } else { 80 },
+            None => {
+                if tls {
+                    443
+                } else {
+                    80
+                }
+            }
         };
         (!bare.is_empty()).then(|| Self { tls, host: bare.to_owned(), port })
     }
@@ -174,7 +180,8 @@ async fn attempt(
     options: RequestOptions,
 ) -> Result<(Response<WasiBody>, Sending<()>), Failure> {
     let target = Target::of(request.uri());
-    let target = target.ok_or_else(|| Failure::new(HttpError::HttpRequestUriInvalid, "its authority is not HOST[:PORT]"))?;
+    let target =
+        target.ok_or_else(|| Failure::new(HttpError::HttpRequestUriInvalid, "its authority is not HOST[:PORT]"))?;
     if *request.method() == Method::CONNECT {
         return Err(Failure::new(HttpError::HttpRequestMethodInvalid, "tunnels are not opened"));
     }
@@ -187,7 +194,11 @@ async fn attempt(
     builder.max_buf_size(MAX_HEAD).max_headers(MAX_FIELDS);
     let refused = |error: hyper::Error| {
         let why = format!("the answer can't be had: {error}");
-        if error.is_timeout() { Failure::new(HttpError::HttpResponseTimeout, why) } else { Failure::new(error.into(), why) }
+        if error.is_timeout() {
+            Failure::new(HttpError::HttpResponseTimeout, why)
+        } else {
+            Failure::new(error.into(), why)
+        }
     };
     let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(refused)?;
     // On a task of its own, which ends with this request: see the type.
@@ -197,7 +208,8 @@ async fn attempt(
     }));
     // In the form that servers take, as opposed to proxies.
     let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).to_owned();
-    *request.uri_mut() = path.parse().map_err(|_| Failure::new(HttpError::HttpRequestUriInvalid, "its path is none"))?;
+    *request.uri_mut() =
+        path.parse().map_err(|_| Failure::new(HttpError::HttpRequestUriInvalid, "its path is none"))?;
     let answered = sender.send_request(request);
     let response = match options.first_byte_timeout {
         Some(first) => timeout_at(Instant::now() + first, answered).await.map_err(|_| {
@@ -233,7 +245,8 @@ async fn connect(
     }
     let config = way.shared.tls().await?;
     let name = ServerName::try_from(target.host.clone());
-    let name = name.map_err(|_| Failure::new(HttpError::HttpRequestUriInvalid, "no certificate can be for its host"))?;
+    let name =
+        name.map_err(|_| Failure::new(HttpError::HttpRequestUriInvalid, "no certificate can be for its host"))?;
     let stream = TlsConnector::from(config).connect(name, stream).await.map_err(|e| {
         let why = format!("TLS: {e}");
         let certificate = e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());

@@ -107,9 +107,8 @@ fn send(socket: &impl AsRawFd, message: &impl Serialize, fds: &[RawFd]) -> io::R
 /// The next message, or `None` when the other side has gone.
 async fn receive<T: DeserializeOwned>(socket: &Socket) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut buffer = vec![0; MAX_MESSAGE + 1];
-    let taken = socket
-        .async_io(Interest::READABLE, || take(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT))
-        .await;
+    let taken =
+        socket.async_io(Interest::READABLE, || take(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)).await;
     let (length, fds) = match taken {
         Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
         other => other?,
@@ -163,7 +162,10 @@ impl Outlet {
     /// Asks, as often as agents end over it.
     async fn ask(&self, question: impl Fn() -> Ask, deadline: Instant) -> Result<OwnedFd, NoConnection> {
         let silent = || {
-            NoConnection::of(NoConnectionKind::Busy, "the host's agent, which opens connections, does not answer".to_owned())
+            NoConnection::of(
+                NoConnectionKind::Busy,
+                "the host's agent, which opens connections, does not answer".to_owned(),
+            )
         };
         let failed =
             |e: io::Error| NoConnection::of(NoConnectionKind::Busy, format!("the host's agent can't be asked: {e}"));
@@ -254,12 +256,7 @@ impl Outlets {
 }
 
 /// Answers an executor until it ends.
-async fn serve(
-    folder: PathBuf,
-    id: &str,
-    serves: Arc<Serves>,
-    connections: Arc<dyn Connections>,
-) -> io::Result<()> {
+async fn serve(folder: PathBuf, id: &str, serves: Arc<Serves>, connections: Arc<dyn Connections>) -> io::Result<()> {
     let (ours, theirs) = pair()?;
     let name = id.to_owned();
     let handed = blocking(move || client::ask(&folder, &name, &Request::Outlet, &[theirs])).await?;
@@ -297,12 +294,7 @@ async fn serve(
     }
 }
 
-async fn answer(
-    id: &str,
-    ask: &Ask,
-    serves: &Serves,
-    connections: &dyn Connections,
-) -> Result<OwnedFd, NoConnection> {
+async fn answer(id: &str, ask: &Ask, serves: &Serves, connections: &dyn Connections) -> Result<OwnedFd, NoConnection> {
     match ask {
         Ask::Connect { instance, host, port, within } => {
             let deadline = Instant::now() + Duration::from_millis(*within);

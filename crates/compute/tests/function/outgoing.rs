@@ -39,7 +39,8 @@ impl Names {
 impl Connections for Names {
     async fn connect(&self, instance: Uid, host: &str, port: u16) -> Result<OwnedFd, NoConnection> {
         self.asked.lock().unwrap().push((instance, host.to_owned(), port));
-        let closed = || NoConnection::of(NoConnectionKind::Prohibited, format!("{host} is not in the project's egress"));
+        let closed =
+            || NoConnection::of(NoConnectionKind::Prohibited, format!("{host} is not in the project's egress"));
         let to = self.names.get(host).ok_or_else(closed)?;
         let stream = TcpStream::connect(to).await;
         let stream = stream.map_err(|e| NoConnection::of(NoConnectionKind::Refused, e.to_string()))?;
@@ -121,7 +122,8 @@ pub async fn https_is_checked_against_the_hosts_authorities(world: &World) {
             }
         }
     });
-    let names = Names { roots: vec![root.der().to_vec()], ..Names::of(&[("secure.test", address), ("other.test", address)]) };
+    let names =
+        Names { roots: vec![root.der().to_vec()], ..Names::of(&[("secure.test", address), ("other.test", address)]) };
     let (runtime, sandbox) = (world.runtime(), world.sandbox());
     runtime.connect_by(Arc::new(names));
     runtime.start(&sandbox).await.unwrap();

@@ -40,7 +40,8 @@ pub fn search(name: &str, project: &str) -> Vec<String> {
     }
     let completed = [format!("{name}.{project}.{ZONE}"), format!("{name}.{ZONE}")];
     let own = [name.to_owned()];
-    let all = if name.matches('.').count() >= 2 { [&own[..], &completed].concat() } else { [&completed[..], &own].concat() };
+    let all =
+        if name.matches('.').count() >= 2 { [&own[..], &completed].concat() } else { [&completed[..], &own].concat() };
     all.into_iter().filter(|n| n.len() <= MAX_NAME).collect()
 }
 
