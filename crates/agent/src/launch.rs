@@ -14,6 +14,7 @@ use nexus_model::{Name, Uid};
 use tokio::sync::Mutex;
 
 use crate::identity::Identity;
+use crate::networks::Networks;
 use crate::worker::Shared;
 
 const LOG_FILE_BYTES: u64 = 10 << 20;
@@ -117,6 +118,9 @@ impl Launcher {
         // Not under the permit: a slow download must not keep other instances from starting.
         shared.engines.images.ensure(&own.image).await.map_err(|e| e.to_string())?;
         let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
+        let wakes = own.template.runtime == kind::Runtime::Function && !plan.nics.is_empty();
+        let networks = shared.networks.as_ref().filter(|_| wakes);
+        let _hold = networks.map(Networks::hold);
         let unpack = async {
             runtime.prepare(own.image.digest).await.map_err(|e| e.to_string())?;
             runtime.warm(&plan.project).await;
@@ -172,10 +176,7 @@ impl Launcher {
             },
         };
         runtime.start(&sandbox).await.map_err(|e| e.to_string())?;
-        if let Some(networks) = &shared.networks
-            && own.template.runtime == kind::Runtime::Function
-            && !plan.nics.is_empty()
-        {
+        if let Some(networks) = networks {
             networks.plug();
         }
         Ok(())

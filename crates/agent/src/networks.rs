@@ -36,6 +36,8 @@ use crate::targets::{self, Kept};
 const LOOK: Duration = Duration::from_secs(15);
 /// Networks change in bursts, as apps roll: one replacement serves many changes.
 const GATHER: Duration = Duration::from_millis(20);
+/// How long a turn lets functions go first that are being started.
+const YIELD: Duration = Duration::from_millis(100);
 /// After a failure.
 const AGAIN: Duration = Duration::from_secs(1);
 /// An instance whose NICs are not plugged for so long can't start.
@@ -67,6 +69,8 @@ pub(crate) struct Networks {
     told: Told,
     asked: watch::Sender<u64>,
     applied: watch::Receiver<Applied>,
+    /// Functions that are being started.
+    starting: watch::Sender<usize>,
     captures: Arc<Semaphore>,
     flows: Flows,
     /// Targets of balancers that don't answer this host.
@@ -91,6 +95,7 @@ impl Networks {
             told,
             asked: asked.clone(),
             applied: applied.subscribe(),
+            starting: watch::Sender::new(0),
             captures: Arc::new(Semaphore::new(CAPTURES)),
             flows,
             failing: found.subscribe(),
@@ -103,7 +108,8 @@ impl Networks {
         tasks.spawn(networks.flows.clone().run(by.subscribe()));
         let failing = found.subscribe();
         tasks.spawn(targets::run(engine.clone(), by.subscribe(), found, kept));
-        tasks.spawn(Reconciler { engine, told, names, asked, failing, applied, by, handle }.run());
+        let starting = networks.starting.subscribe();
+        tasks.spawn(Reconciler { engine, told, names, asked, failing, starting, applied, by, handle }.run());
         networks
     }
 
@@ -140,6 +146,12 @@ impl Networks {
     pub async fn plugged(&self, instance: Uid, nics: &[Uid]) -> Result<(), String> {
         let there = nics.iter().all(|nic| self.applied.borrow().nics.plugged.contains(&(*nic, instance)));
         if there { Ok(()) } else { self.ready(instance, nics).await }
+    }
+
+    /// Has turns wait for a moment, as long as this is held: what wakes waits for no NIC, and should not share the processors with one.
+    pub fn hold(&self) -> Hold {
+        self.starting.send_modify(|starting| *starting += 1);
+        Hold(self.starting.clone())
     }
 
     /// Has the NICs of an instance plugged whose namespace has just been made, and does not wait for it.
@@ -255,6 +267,15 @@ impl Networks {
     }
 }
 
+/// See [`Networks::hold`].
+pub(crate) struct Hold(watch::Sender<usize>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.send_modify(|starting| *starting -= 1);
+    }
+}
+
 /// One of the captures that may go on at once.
 pub(crate) struct Capturing {
     capture: Capture,
@@ -302,6 +323,7 @@ struct Reconciler {
     names: Names,
     asked: watch::Receiver<u64>,
     failing: watch::Receiver<Arc<Failing>>,
+    starting: watch::Receiver<usize>,
     applied: watch::Sender<Applied>,
     /// What the kernel was brought to last.
     by: watch::Sender<Option<Arc<HostNetworks>>>,
@@ -345,6 +367,7 @@ impl Reconciler {
                 }
                 break;
             }
+            drop(tokio::time::timeout(YIELD, self.starting.wait_for(|starting| *starting == 0)).await);
         }
     }
 
