@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -116,6 +117,10 @@ pub trait InstancePlug: Send + Sync {
     /// Makes the instance's network and returns the path of its namespace.
     async fn plug(&self, uid: Uid, address6: Ipv6Addr, address4: Ipv4Addr) -> Result<PathBuf, PlugError>;
     async fn unplug(&self, uid: Uid) -> Result<(), PlugError>;
+    /// A TCP socket in the instance's network, not connected yet and not blocking.
+    async fn socket(&self, _uid: Uid, _ipv6: bool) -> Result<OwnedFd, PlugError> {
+        Err(PlugError("sockets in instances' networks are not made here".into()))
+    }
     /// The instances that have a network here, whole or not.
     async fn plugged(&self) -> Result<Vec<Uid>, PlugError>;
 }

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentConfig, AgentError, Engines, IdentityConfig};
+use crate::connect::Connector;
 use crate::fabric::Fabric;
 use crate::flows::Flows;
 use crate::identity::issuer::WireIssuer;
@@ -101,6 +102,15 @@ pub async fn run(
         Fabric::start(firewall, &env, &config, comes.clone(), names, told, &mut tasks)
     });
     let packets = fabric.clone();
+    let connections = Arc::new(Connector {
+        plans: comes.clone(),
+        net: engines.net.clone(),
+        fabric: fabric.clone(),
+        networks: networks.clone(),
+    });
+    for runtime in engines.runtimes.values() {
+        runtime.connect_by(connections.clone());
+    }
     let shared = Arc::new(Shared {
         env: env.clone(),
         observer: Observer::new(engines.runtimes.clone(), engines.keep.clone()),

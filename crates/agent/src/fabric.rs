@@ -18,9 +18,10 @@ use std::time::Duration;
 
 use nexus_env::{Env, RngExt as _};
 use nexus_model::kind::EgressMode;
-use nexus_model::plan::{HostNames, HostNetworks, HostPlan, InstancePlan};
+use nexus_model::plan::{HostNames, HostNetworks, HostPlan, InstancePlan, ProjectNames};
 use nexus_model::{Cidr, Name, Uid};
-use nexus_network::firewall::{Firewall, Guest, Net, Rules, Standing, Tenant};
+use nexus_network::firewall::{self, Firewall, Guest, Net, Rules, Standing, Tenant};
+use nexus_network::names::lookup::LookupError;
 use nexus_network::names::serve::Resolver;
 use nexus_network::names::{Directory, Named, Project};
 use nexus_network::{InstanceAddress, NetError, NetnsRef};
@@ -59,6 +60,8 @@ struct Applied {
 #[derive(Clone)]
 pub(crate) struct Fabric {
     firewall: Firewall,
+    names: Names,
+    resolver: Resolver,
     applied: watch::Receiver<Applied>,
 }
 
@@ -79,7 +82,12 @@ impl Fabric {
         let resolver = Resolver::new(NetnsRef::Own, RESOLV_CONF, directory.subscribe(), below);
         config.handle.answers_names(resolver.counts.clone());
         let applied = watch::Sender::default();
-        let fabric = Self { firewall: firewall.clone(), applied: applied.subscribe() };
+        let fabric = Self {
+            firewall: firewall.clone(),
+            names: names.clone(),
+            resolver: resolver.clone(),
+            applied: applied.subscribe(),
+        };
         // Without a part in tenants' networks nothing is ever told of them.
         let networks = networks.unwrap_or_else(|| watch::channel(None).1);
         tasks.spawn(reconcile(firewall, plans, names, networks, directory, applied));
@@ -93,6 +101,18 @@ impl Fabric {
         if nobody && let Err(error) = self.firewall.remove().await {
             tracing::warn!(%error, "the packet filter can't be removed");
         }
+    }
+
+    /// The addresses that a name leads an instance to, as its own resolver would tell it.
+    pub async fn lookup(&self, plan: &InstancePlan, name: &str) -> Result<Vec<IpAddr>, LookupError> {
+        self.resolver.addresses(plan.address4, plan.project.as_str(), name).await
+    }
+
+    /// Whether a project's instances may reach an address without a NIC, as far as that is known: the packet filter has the last word.
+    pub fn may_reach(&self, project: &Name, address: IpAddr) -> bool {
+        let names = self.names.borrow().clone();
+        let told = names.iter().flat_map(|n| &n.projects).find(|told| told.project == *project);
+        told.is_none_or(|told| is_open(told, address))
     }
 
     /// Waits until packets of an instance are filtered as they should.
@@ -236,11 +256,20 @@ fn rules(plan: &HostPlan, names: Option<&HostNames>) -> Rules {
     }
 }
 
+/// Whether an address is one of the project's own, or outside and open.
+fn is_open(told: &ProjectNames, address: IpAddr) -> bool {
+    let own = told.instances.iter().any(|i| address == i.address6 || address == i.address4);
+    let everything = told.egress.mode == EgressMode::Allow;
+    let never =
+        || firewall::never().iter().any(|(first, length)| Cidr { address: *first, length: *length }.contains(address));
+    own || ((everything || told.egress.networks.iter().any(|net| net.contains(address))) && !never())
+}
+
 /// The names for a plan.
 fn entries(plan: &HostPlan, names: Option<&HostNames>, networks: Option<&HostNetworks>) -> Directory {
     let askers: HashMap<_, _> = present(plan).map(|i| (i.address4, i.project.to_string())).collect();
     let Some(names) = names else { return Directory { askers, ..Directory::default() } };
-    let project = |told: &nexus_model::plan::ProjectNames| {
+    let project = |told: &ProjectNames| {
         let mut apps: BTreeMap<String, Vec<Named>> = told.apps.iter().map(|a| (a.to_string(), Vec::new())).collect();
         for i in &told.instances {
             let named = Named {

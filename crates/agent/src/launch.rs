@@ -14,6 +14,7 @@ use nexus_model::{Name, Uid};
 use tokio::sync::Mutex;
 
 use crate::identity::Identity;
+use crate::networks::Networks;
 use crate::worker::Shared;
 
 const LOG_FILE_BYTES: u64 = 10 << 20;
@@ -117,6 +118,9 @@ impl Launcher {
         // Not under the permit: a slow download must not keep other instances from starting.
         shared.engines.images.ensure(&own.image).await.map_err(|e| e.to_string())?;
         let _permit = shared.starts.acquire().await.map_err(|e| e.to_string())?;
+        let wakes = own.template.runtime == kind::Runtime::Function && !plan.nics.is_empty();
+        let networks = shared.networks.as_ref().filter(|_| wakes);
+        let _hold = networks.map(Networks::hold);
         let unpack = async {
             runtime.prepare(own.image.digest).await.map_err(|e| e.to_string())?;
             runtime.warm(&plan.project).await;
@@ -128,6 +132,8 @@ impl Launcher {
             let plugged = shared.engines.net.plug(plan.uid, plan.address6, plan.address4).await;
             let netns = plugged.map_err(|e| e.to_string())?;
             match &shared.networks {
+                // What it asks others for is what needs them, and waits for them: see `connect`.
+                Some(_) if own.template.runtime == kind::Runtime::Function => {}
                 Some(networks) => networks.ready(plan.uid, &plan.nics).await?,
                 None if plan.nics.is_empty() => {}
                 None => return Err("this host has no part in tenants' networks".to_owned()),
@@ -169,6 +175,10 @@ impl Launcher {
                 keep: LOG_FILES,
             },
         };
-        runtime.start(&sandbox).await.map_err(|e| e.to_string())
+        runtime.start(&sandbox).await.map_err(|e| e.to_string())?;
+        if let Some(networks) = networks {
+            networks.plug();
+        }
+        Ok(())
     }
 }

@@ -12,6 +12,7 @@
 mod ahead;
 mod board;
 mod config;
+mod connect;
 mod daemon;
 mod fabric;
 mod flows;

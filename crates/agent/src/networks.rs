@@ -36,6 +36,8 @@ use crate::targets::{self, Kept};
 const LOOK: Duration = Duration::from_secs(15);
 /// Networks change in bursts, as apps roll: one replacement serves many changes.
 const GATHER: Duration = Duration::from_millis(20);
+/// How long a turn lets functions go first that are being started.
+const YIELD: Duration = Duration::from_millis(100);
 /// After a failure.
 const AGAIN: Duration = Duration::from_secs(1);
 /// An instance whose NICs are not plugged for so long can't start.
@@ -67,6 +69,8 @@ pub(crate) struct Networks {
     told: Told,
     asked: watch::Sender<u64>,
     applied: watch::Receiver<Applied>,
+    /// Functions that are being started.
+    starting: watch::Sender<usize>,
     captures: Arc<Semaphore>,
     flows: Flows,
     /// Targets of balancers that don't answer this host.
@@ -91,6 +95,7 @@ impl Networks {
             told,
             asked: asked.clone(),
             applied: applied.subscribe(),
+            starting: watch::Sender::new(0),
             captures: Arc::new(Semaphore::new(CAPTURES)),
             flows,
             failing: found.subscribe(),
@@ -103,7 +108,8 @@ impl Networks {
         tasks.spawn(networks.flows.clone().run(by.subscribe()));
         let failing = found.subscribe();
         tasks.spawn(targets::run(engine.clone(), by.subscribe(), found, kept));
-        tasks.spawn(Reconciler { engine, told, names, asked, failing, applied, by, handle }.run());
+        let starting = networks.starting.subscribe();
+        tasks.spawn(Reconciler { engine, told, names, asked, failing, starting, applied, by, handle }.run());
         networks
     }
 
@@ -136,6 +142,23 @@ impl Networks {
         }
     }
 
+    /// Waits until an instance that runs has its NICs. At once, if they are known to be plugged.
+    pub async fn plugged(&self, instance: Uid, nics: &[Uid]) -> Result<(), String> {
+        let there = nics.iter().all(|nic| self.applied.borrow().nics.plugged.contains(&(*nic, instance)));
+        if there { Ok(()) } else { self.ready(instance, nics).await }
+    }
+
+    /// Has turns wait for a moment, as long as this is held: what wakes waits for no NIC, and should not share the processors with one.
+    pub fn hold(&self) -> Hold {
+        self.starting.send_modify(|starting| *starting += 1);
+        Hold(self.starting.clone())
+    }
+
+    /// Has the NICs of an instance plugged whose namespace has just been made, and does not wait for it.
+    pub fn plug(&self) {
+        self.asked.send_modify(|asked| *asked += 1);
+    }
+
     /// Why an instance has not all of its NICs, if it has not: of those that it was made with, and those that were given to it since.
     pub fn trouble(&self, instance: Uid, nics: &[Uid]) -> Option<String> {
         let (applied, told) = (self.applied.borrow(), self.told.borrow());
@@ -152,6 +175,15 @@ impl Networks {
             None => "that has not been done yet".to_owned(),
         };
         Some(format!("its NIC {name} is not plugged in: {why}"))
+    }
+
+    /// The same, but for what has only not been done yet.
+    pub fn failure(&self, instance: Uid, nics: &[Uid]) -> Option<String> {
+        let failed = {
+            let applied = self.applied.borrow();
+            !applied.trouble.is_empty() || nics.iter().any(|nic| applied.nics.troubles.contains_key(nic))
+        };
+        if failed { self.trouble(instance, nics) } else { None }
     }
 
     /// What becomes of a packet that a NIC of this host sends, by what the kernel is programmed by; with a probe, sent in truth.
@@ -235,6 +267,15 @@ impl Networks {
     }
 }
 
+/// See [`Networks::hold`].
+pub(crate) struct Hold(watch::Sender<usize>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.send_modify(|starting| *starting -= 1);
+    }
+}
+
 /// One of the captures that may go on at once.
 pub(crate) struct Capturing {
     capture: Capture,
@@ -282,6 +323,7 @@ struct Reconciler {
     names: Names,
     asked: watch::Receiver<u64>,
     failing: watch::Receiver<Arc<Failing>>,
+    starting: watch::Receiver<usize>,
     applied: watch::Sender<Applied>,
     /// What the kernel was brought to last.
     by: watch::Sender<Option<Arc<HostNetworks>>>,
@@ -325,6 +367,7 @@ impl Reconciler {
                 }
                 break;
             }
+            drop(tokio::time::timeout(YIELD, self.starting.wait_for(|starting| *starting == 0)).await);
         }
     }
 

@@ -1,6 +1,7 @@
 //! Instances' networks and tenants' by `nexus-network`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -26,6 +27,10 @@ impl InstancePlug for InstanceNet {
 
     async fn unplug(&self, uid: Uid) -> Result<(), PlugError> {
         self.delete(&uid.to_string()).await.map_err(|e| PlugError(e.to_string()))
+    }
+
+    async fn socket(&self, uid: Uid, ipv6: bool) -> Result<OwnedFd, PlugError> {
+        InstanceNet::socket(self, &uid.to_string(), ipv6).await.map_err(failed)
     }
 
     async fn plugged(&self) -> Result<Vec<Uid>, PlugError> {

@@ -240,7 +240,12 @@ impl Worker {
     fn unplugged(&self) -> Option<String> {
         let order = self.orders.borrow();
         let plan = order.plan.as_ref()?;
-        self.shared.networks.as_ref()?.trouble(self.uid, &plan.nics)
+        let networks = self.shared.networks.as_ref()?;
+        match plan.template.runtime {
+            // It runs before it has them.
+            kind::Runtime::Function => networks.failure(self.uid, &plan.nics),
+            _ => networks.trouble(self.uid, &plan.nics),
+        }
     }
 
     /// Waits for a moment, a new order or a new view.

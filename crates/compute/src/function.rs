@@ -4,7 +4,7 @@
 //! a confined process, and keeps one *executor* process per project, which runs as a user of its own without privileges,
 //! file system or capabilities ([`executor_main`]), and one that stands by for the next project. For each instance the agent opens the listening socket inside the
 //! instance's network namespace, and hands it with the compiled artefact and the folder of the logs to the executor, so that
-//! the executor needs neither rights nor names. The executor goes on without the agent; when it ends, its instances are
+//! the executor needs neither rights nor names; it asks the agent for each connection that a function makes to others. The executor goes on without the agent; when it ends, its instances are
 //! observed as exited, and whoever drives the runtime starts them again.
 //!
 //! Architecture invariant: only artefacts that this host compiled are loaded, and only by an executor.
@@ -18,6 +18,8 @@ mod control;
 mod engine;
 mod executor;
 mod log;
+mod outgoing;
+mod outlet;
 mod pool;
 mod serve;
 mod ticker;

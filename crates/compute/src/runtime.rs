@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -170,6 +171,44 @@ pub enum RuntimeError {
     Keep(#[from] KeepError),
 }
 
+/// Opens connections on behalf of instances, as their own sockets would.
+#[async_trait]
+pub trait Connections: Send + Sync {
+    /// A connected TCP socket in the instance's network. `host` is a name, or an address without brackets. The caller gives up when it
+    /// takes too long.
+    async fn connect(&self, instance: Uid, host: &str, port: u16) -> Result<OwnedFd, NoConnection>;
+    /// The authorities by which TLS servers are known, each a certificate (DER).
+    async fn roots(&self) -> std::io::Result<Vec<Vec<u8>>>;
+}
+
+/// Why an instance gets no connection, in words for its user.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{why}")]
+pub struct NoConnection {
+    pub kind: NoConnectionKind,
+    pub why: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NoConnectionKind {
+    /// The name leads nowhere.
+    NoName,
+    /// The instance may not reach that.
+    Prohibited,
+    /// Nobody listens there.
+    Refused,
+    Unreachable,
+    Timeout,
+    /// The host can't do it now.
+    Busy,
+}
+
+impl NoConnection {
+    pub fn of(kind: NoConnectionKind, why: String) -> Self {
+        Self { kind, why }
+    }
+}
+
 #[async_trait]
 pub trait Runtime: Send + Sync {
     /// Makes an image whose blobs are all in the host's blob store ready to start from: unpacks, compiles. Cached.
@@ -184,6 +223,10 @@ pub trait Runtime: Send + Sync {
     async fn upkeep(&self) {
         std::future::pending().await
     }
+
+    /// Gives the way by which connections are opened for instances that can't do so themselves: those of functions. Before it is
+    /// known, and without it, they wait and fail.
+    fn connect_by(&self, _connections: Arc<dyn Connections>) {}
 
     /// Ends what was only kept ready: the agent goes, for a moment or for good. Nothing that runs is touched.
     async fn close(&self) {}

@@ -12,8 +12,10 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::netlink::{Netlink, Route, everything};
 use crate::netns::{NetnsRef, aside, create_at, delete_at, enter, is_netns, sysctl};
@@ -76,6 +78,21 @@ impl InstanceNet {
         aside(self.host.clone(), "an instance's network", move || {
             Netlink::open()?.delete_link(&link)?;
             delete_at(&path)
+        })
+        .await
+    }
+
+    /// A TCP socket in an instance's network, which is not connected yet and does not block: whoever connects it, and wherever, what
+    /// it sends is the instance's.
+    pub async fn socket(&self, name: &str, ipv6: bool) -> Result<OwnedFd, NetError> {
+        check_name(name)?;
+        aside(NetnsRef::Path(self.path(name)), "an instance's socket", move || {
+            let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
+            // Without more of a type, socket2 closes it on exec.
+            let socket =
+                Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).attempt(|| "opening a socket".into())?;
+            socket.set_nonblocking(true).attempt(|| "opening a socket".into())?;
+            Ok(socket.into())
         })
         .await
     }

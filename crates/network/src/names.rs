@@ -18,6 +18,7 @@
 //! Architecture invariant: nothing here waits, reads a clock or opens a socket. [`serve`] does.
 
 mod inside;
+pub mod lookup;
 mod message;
 pub mod serve;
 

@@ -14,6 +14,7 @@ mod images;
 #[path = "e2e/process.rs"]
 mod process;
 
+use std::ffi::OsStr;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::path::Path;
@@ -24,8 +25,11 @@ use cloud::Cloud;
 use process::web_server;
 use serde_json::Value;
 
-/// Documentation's (RFC 5737): nobody has it, so this machine may play the world outside.
-const OUTSIDE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 77);
+/// Documentation's (RFC 5737), within 203.0.113.64/26: nobody has it, so this machine may play the world outside. Another for each
+/// run, for one that ends takes its address away.
+fn outside_address() -> Ipv4Addr {
+    Ipv4Addr::new(203, 0, 113, 65 + (std::process::id() % 60) as u8)
+}
 
 fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} is not a text")).to_owned()
@@ -53,7 +57,7 @@ struct Outside {
 impl Outside {
     fn open() -> Self {
         address("add");
-        let listener = TcpListener::bind((OUTSIDE, 0)).unwrap();
+        let listener = TcpListener::bind((outside_address(), 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
         let came: Arc<Mutex<Vec<IpAddr>>> = Arc::default();
         let noted = came.clone();
@@ -68,7 +72,7 @@ impl Outside {
     }
 
     fn url(&self) -> String {
-        format!("http://{OUTSIDE}:{}/", self.port)
+        format!("http://{}:{}/", outside_address(), self.port)
     }
 }
 
@@ -81,7 +85,7 @@ impl Drop for Outside {
 fn address(verb: &str) {
     let mut ip = Command::new("ip");
     // Left by a run that was killed, it is there already.
-    let _ = ip.args(["addr", verb, &format!("{OUTSIDE}/32"), "dev", "lo"]).stderr(Stdio::null()).status();
+    let _ = ip.args(["addr", verb, &format!("{}/32", outside_address()), "dev", "lo"]).stderr(Stdio::null()).status();
 }
 
 /// The same without any server: from this machine, within the container's root and network.
@@ -95,12 +99,14 @@ fn within(pid: i32, words: &[&str]) -> Result<String, String> {
 
 #[test]
 fn apps_find_each_other_by_name_and_projects_are_apart() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let files = tempfile::tempdir().unwrap();
     let layout = images::curl(files.path());
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
     // Names and addresses of the infrastructure, for those who are in no network; `e2e_networks` has the others.
     has_default_network(&cloud, "default", false);
-    the_guide_is_followed(&cloud, &layout);
+    let component = images::hello_function(files.path());
+    the_guide_is_followed(&cloud, &layout, &component);
     cloud.ok(&["deploy", "client", "--env", "MARK=names-shop"]);
     let webs = cloud.wait_ready("web", 2);
     let us = cloud.wait_ready("client", 1).remove(0);
@@ -154,19 +160,32 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
     assert!(client(&cloud, "default", &["sh", "-c", "echo x >> /etc/resolv.conf"]).is_err(), "read-only");
     assert!(client(&cloud, "default", &["cat", "/etc/hosts"]).unwrap().contains(&text(&us["metadata"]["name"])));
 
+    functions_ask_their_own_project(&cloud, &component, &webs);
     egress_is_what_the_project_says(&cloud, Way::Infrastructure);
     // The same by a NIC, once the project's instances are in its default network.
     set_egress(&cloud, "{}", Way::DefaultNetwork);
     cloud.ok(&["deploy", "client", "--project", "bank", "--env", "MARK=names-bank"]);
     cloud.wait("the client to have a NIC", || client(&cloud, "bank", &["ip", "addr", "show", "dev", "nic0"]));
+    cloud.ok(&["deploy", "asker", "--project", "bank", "--env", "MARK=names-asker"]);
+    cloud.wait("the function to have a NIC", || match cloud.json(&["get", "nics", "--project", "bank"]) {
+        nics if nics.to_string().contains("asker-") => Ok(()),
+        nics => Err(nics.to_string()),
+    });
     egress_is_what_the_project_says(&cloud, Way::DefaultNetwork);
     servers_are_killed(&cloud, &us, &webs);
     cloud.ok(&["delete", "app", "client", "--project", "bank", "--wait"]);
     cloud.down();
 }
 
-fn the_guide_is_followed(cloud: &Cloud, layout: &Path) {
-    guide::follow(&cloud.path(""), "names-and-egress.md", 4, &[("IMAGE", &layout)], |_, _| {});
+fn the_guide_is_followed(cloud: &Cloud, layout: &Path, component: &Path) {
+    let gateway = cloud.gateway(0);
+    let variables: [(&str, &dyn AsRef<OsStr>); 3] =
+        [("IMAGE", &layout), ("COMPONENT", &component), ("GATEWAY", &gateway)];
+    guide::follow(&cloud.path(""), "names-and-egress.md", 5, &variables, |heading, printed| {
+        if heading == "From a function" {
+            assert!(printed.contains(images::PAGE), "{printed}");
+        }
+    });
 }
 
 /// By which interface what a project begins leaves.
@@ -192,6 +211,51 @@ fn set_project(cloud: &Cloud, project: &str, spec: &str) {
     cloud.ok(&["apply", "-f", path.to_str().unwrap()]);
 }
 
+/// What a project's function `asker` says that is asked to fetch something.
+fn fetched(cloud: &Cloud, project: &str, url: &str) -> Result<(u16, String), String> {
+    let host = if project == "default" { "asker.localhost".to_owned() } else { format!("asker.{project}.localhost") };
+    let asked = format!("{}/fetch?{url}", cloud.gateway(0));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let client = reqwest::Client::builder().timeout(std::time::Duration::from_secs(60)).build().unwrap();
+        let answer = client.get(asked).header("host", host).send().await.map_err(|e| e.to_string())?;
+        Ok((answer.status().as_u16(), answer.text().await.map_err(|e| e.to_string())?))
+    })
+}
+
+/// A function that can't get something is told why by a code; its log says more.
+fn is_refused(cloud: &Cloud, project: &str, url: &str, code: &str) {
+    cloud.wait(&format!("a function of {project} to be refused {url}"), || match fetched(cloud, project, url)? {
+        (502, why) if why.trim() == format!("ErrorCode::{code}") => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+}
+
+/// Whoever an app of the project is to its containers, it is to its functions.
+fn functions_ask_their_own_project(cloud: &Cloud, component: &Path, webs: &[Value]) {
+    let component = component.to_str().unwrap();
+    cloud.ok(&["deploy", "asker", "--project", "bank", "--image", component, "--timeout", "90"]);
+    for url in ["http://web/", "http://web.default/", "http://web.default.internal:80/index.html"] {
+        let wanted = Ok((200, images::PAGE.to_owned()));
+        cloud.wait(url, || match fetched(cloud, "default", url) {
+            found if found == wanted => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+    }
+    is_refused(cloud, "default", "http://nosuch/", "DestinationNotFound");
+    is_refused(cloud, "default", "http://client.default.internal:81/", "ConnectionRefused");
+    is_refused(cloud, "bank", "http://web.default.internal/", "DestinationNotFound");
+    for web in webs {
+        for address in [text(&web["status"]["address4"]), format!("[{}]", text(&web["status"]["address6"]))] {
+            is_refused(cloud, "bank", &format!("http://{address}/"), "DestinationIpProhibited");
+        }
+    }
+    cloud.wait("the log to say why", || {
+        let log = cloud.ok(&["logs", "asker", "--project", "bank"]);
+        if log.contains("GET http://web.default.internal: there is no such name") { Ok(()) } else { Err(log) }
+    });
+}
+
 fn egress_is_what_the_project_says(cloud: &Cloud, way: Way) {
     let set_egress = |cloud: &Cloud, egress: &str| set_egress(cloud, egress, way);
     let outside = Outside::open();
@@ -201,10 +265,16 @@ fn egress_is_what_the_project_says(cloud: &Cloud, way: Way) {
     let closed = |what: &str| cloud.wait(what, || fetch().map_or(Ok(()), Err));
     set_egress(cloud, "{}");
     closed("nothing outside to be reached");
+    is_refused(cloud, "bank", &url, "DestinationIpProhibited");
+    is_refused(cloud, "bank", "http://example.com/", "DestinationIpProhibited");
     let refused = client(cloud, "bank", &["nslookup", "example.com"]).unwrap_err();
     assert!(refused.contains("REFUSED"), "{refused}");
     set_egress(cloud, "{networks: [203.0.113.64/26]}");
     assert_eq!(reached("the network to be reached"), "outside\n");
+    cloud.wait("the network to be reached by a function", || match fetched(cloud, "bank", &url)? {
+        (200, page) if page == "outside\n" => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
     let hosts: Vec<String> = cloud.list("hosts").iter().map(|h| text(&h["spec"]["prefix4"])).collect();
     let from = outside.came.lock().unwrap().last().copied().expect("somebody came");
     let within = |prefix: &String| from.to_string().starts_with(prefix.trim_end_matches('0'));
@@ -222,6 +292,13 @@ fn egress_is_what_the_project_says(cloud: &Cloud, way: Way) {
         let url = format!("http://{}/", text(&host["spec"]["address"]));
         let said = client(cloud, "bank", &["/usr/bin/curl", "-sS", "-m", "2", &url]).unwrap_err();
         assert!(said.contains("timed out"), "{said}");
+        let (status, why) = fetched(cloud, "bank", &url).unwrap();
+        assert!(status == 502 && why.starts_with("ErrorCode::"), "{url}: {status} {why}");
+    }
+    // A function's loopback is its own, and so is its gateway's side of the host.
+    for url in [cloud.gateway(0), "http://169.254.1.1:22".into(), "http://169.254.169.254".into()] {
+        let (status, why) = fetched(cloud, "bank", &url).unwrap();
+        assert!(status == 502 && why.starts_with("ErrorCode::"), "{url}: {status} {why}");
     }
     set_egress(cloud, "{mode: deny}");
     closed("nothing outside to be reached again");
@@ -231,7 +308,7 @@ fn a_trace_names_the_way_out(cloud: &Cloud, outside: &Outside) {
     let nics = cloud.json(&["get", "nics", "--project", "bank"]);
     let nic = text(&nics["items"][0]["metadata"]["name"]);
     let trace = |to: &str| cloud.json(&["net", "trace", "--project", "bank", "--from", &nic, "--to", to, "--probe"]);
-    let told = trace(&format!("{OUTSIDE}:{}/tcp", outside.port));
+    let told = trace(&format!("{}:{}/tcp", outside_address(), outside.port));
     assert_eq!((&told["verdict"], &told["probed"]), (&"outside".into(), &true.into()), "{told:#}");
     assert!(told.to_string().contains("by 203.0.113.64/26 of the route table project-egress"), "{told:#}");
     let told = trace("198.51.100.1:80/tcp");
@@ -245,6 +322,8 @@ fn servers_are_killed(cloud: &Cloud, us: &Value, webs: &[Value]) {
     let members = cloud.json(&["local", "list"]);
     let names = members.as_array().unwrap().iter().filter_map(|m| m["name"].as_str());
     let servers: Vec<&str> = names.filter(|name| name.starts_with("server-")).collect();
+    let asker = cloud.wait_ready("asker", 1).remove(0);
+    let host_of_asker = text(&asker["status"]["host"]);
     for server in &servers {
         cloud.ok(&["local", "kill", server]);
     }
@@ -260,10 +339,23 @@ fn servers_are_killed(cloud: &Cloud, us: &Value, webs: &[Value]) {
     let asking = std::thread::spawn(move || within(pid, &["/usr/bin/curl", "-sS", "-m", "60", "http://web/"]));
     assert_eq!(asking.join().unwrap().unwrap(), images::PAGE);
     cloud.wait("the restarted agent to answer names", resolves);
+    a_function_asks_the_next_agent(cloud, &host_of_asker);
     for server in &servers {
         cloud.ok(&["local", "start", server]);
     }
     let after = cloud.wait_ready("client", 1).remove(0);
     assert_eq!(after["metadata"]["uid"], us["metadata"]["uid"]);
     assert_eq!(after["status"]["restarts"], us["status"]["restarts"]);
+    let after = cloud.wait_ready("asker", 1).remove(0);
+    assert_eq!(after["metadata"]["uid"], asker["metadata"]["uid"]);
+    assert_eq!(after["status"]["restarts"], asker["status"]["restarts"]);
+}
+
+/// A request that comes while there is no agent waits for the one that its host starts; without any server.
+fn a_function_asks_the_next_agent(cloud: &Cloud, host: &str) {
+    cloud.ok(&["local", "kill", &format!("agent@{host}")]);
+    cloud.wait("the function to fetch by the next agent", || match fetched(cloud, "default", "http://web/")? {
+        (200, page) if page == images::PAGE => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
 }

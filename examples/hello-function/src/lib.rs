@@ -1,14 +1,18 @@
 //! A function: a component of the world `wasi:http/proxy`, which answers one request with one fresh instance of itself.
 //!
 //! Besides greeting, it has a path for each thing that one wants to see a cloud do with a function: keep it fresh, stream
-//! through it, pass it variables, collect its logs, and survive it when it misbehaves.
+//! through it, pass it variables, let it ask others, collect its logs, and survive it when it misbehaves.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use wasip2::exports::http::incoming_handler::Guest;
-use wasip2::http::types::{Fields, IncomingRequest, OutgoingBody, OutgoingResponse, ResponseOutparam};
+use wasip2::http::outgoing_handler;
+use wasip2::http::types::{
+    Fields, IncomingRequest, IncomingResponse, OutgoingBody, OutgoingRequest, OutgoingResponse, ResponseOutparam,
+    Scheme,
+};
 use wasip2::io::streams::StreamError;
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
@@ -51,7 +55,8 @@ impl Guest for Hello {
                 }
             }
             "/panic" => panic!("asked to"),
-            "/fetch" => fetch(out),
+            "/fetch" => fetch(query, out),
+            "/closed" => closed(out),
             _ => answer(out, 404, "no such page\n"),
         }
     }
@@ -94,27 +99,49 @@ fn echo(request: IncomingRequest, out: ResponseOutparam) {
     OutgoingBody::finish(body, None).expect("every byte was sent");
 }
 
-/// Tries to reach the network, and tells what became of it.
-fn fetch(out: ResponseOutparam) {
-    use wasip2::http::outgoing_handler;
-    use wasip2::http::types::{OutgoingRequest, Scheme};
-
-    let request = OutgoingRequest::new(Fields::new());
-    request.set_scheme(Some(&Scheme::Http)).expect("a legal scheme");
-    request.set_authority(Some("127.0.0.1:80")).expect("a legal authority");
-    request.set_path_with_query(Some("/")).expect("a legal path");
-    let outcome = match outgoing_handler::handle(request, None) {
-        Err(e) => format!("{e:?}"),
-        Ok(future) => {
-            future.subscribe().block();
-            match future.get() {
-                Some(Ok(Ok(response))) => format!("status {}", response.status()),
-                Some(Ok(Err(e))) => format!("{e:?}"),
-                _ => "no answer".into(),
-            }
+/// Asks somebody else, and passes the answer on while it arrives: an app of the project by its name, or whoever the project's egress
+/// leads to.
+fn fetch(url: &str, out: ResponseOutparam) {
+    match get(url) {
+        Ok(response) => {
+            let incoming = response.consume().expect("the body is taken once");
+            let input = incoming.stream().expect("the stream is taken once");
+            let answer = OutgoingResponse::new(Fields::new());
+            answer.set_status_code(response.status()).expect("a legal status");
+            let body = answer.body().expect("the body is taken once");
+            ResponseOutparam::set(out, Ok(answer));
+            let output = body.write().expect("the stream is taken once");
+            // An end that is none fails the guest, so that its client does not take a part for the whole.
+            while match output.blocking_splice(&input, 64 << 10) {
+                Ok(_) => true,
+                Err(StreamError::Closed) => false,
+                Err(StreamError::LastOperationFailed(e)) => panic!("fetch: {}", e.to_debug_string()),
+            } {}
+            drop(output);
+            OutgoingBody::finish(body, None).expect("every byte was sent");
         }
-    };
+        Err(why) => answer(out, 502, &format!("{why}\n")),
+    }
+}
+
+fn get(url: &str) -> Result<IncomingResponse, String> {
+    let (scheme, rest) = url.split_once("://").ok_or("say /fetch?http://HOST/PATH")?;
+    let scheme = if scheme == "https" { Scheme::Https } else { Scheme::Http };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let request = OutgoingRequest::new(Fields::new());
+    request.set_scheme(Some(&scheme)).map_err(|()| "no such scheme")?;
+    request.set_authority(Some(authority)).map_err(|()| "no such host")?;
+    request.set_path_with_query(Some(if path.is_empty() { "/" } else { path })).map_err(|()| "no such path")?;
+    let answer = outgoing_handler::handle(request, None).map_err(|e| format!("{e:?}"))?;
+    answer.subscribe().block();
+    let answer = answer.get().expect("it is ready").expect("it is taken once");
+    answer.map_err(|e| format!("{e:?}"))
+}
+
+/// Tries sockets and the file system, and tells that they are closed.
+fn closed(out: ResponseOutparam) {
     let socket = std::net::TcpStream::connect("127.0.0.1:80").map(|_| ()).map_err(|e| e.kind());
+    let name = std::net::ToSocketAddrs::to_socket_addrs("localhost:80").map(|_| ()).map_err(|e| e.kind());
     let file = std::fs::read_dir("/").map(|_| ()).map_err(|e| e.kind());
-    answer(out, 200, &format!("http: {outcome}\nsocket: {socket:?}\nfile: {file:?}\n"));
+    answer(out, 200, &format!("socket: {socket:?}\nname: {name:?}\nfile: {file:?}\n"));
 }

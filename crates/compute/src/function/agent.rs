@@ -24,16 +24,17 @@ use tokio::sync::{Mutex as AsyncMutex, Semaphore};
 use super::client;
 use super::compile::UNFIT;
 use super::control::{Add, Reply, Request};
-use super::pool::{self, COMPILE_USER, Pool, expect_done, is_running};
+use super::outlet::Outlets;
+use super::pool::{self, COMPILE_USER, Pool, expect_done, is_ours, is_running};
 use crate::keep::{Keep, KeepError, Kept, KeptState};
-use crate::{ExecIo, Observed, Runtime, RuntimeError, Sandbox, State};
+use crate::{Connections, ExecIo, Observed, Runtime, RuntimeError, Sandbox, State};
 
 /// Where an instance listens whose template names no port.
 pub const DEFAULT_PORT: u16 = 8080;
 
 /// What artefacts and the control protocol are compatible with. An agent of another generation starts executors of its own
 /// beside those that still serve. To be changed with wasmtime, with the engine's configuration and with the protocol.
-pub(super) const GENERATION: &str = "w48-2";
+pub(super) const GENERATION: &str = "w48-3";
 
 /// How long compiling one component may take.
 const COMPILE: Duration = Duration::from_secs(300);
@@ -52,12 +53,16 @@ pub struct FunctionConfig {
 pub struct FunctionRuntime {
     config: FunctionConfig,
     pool: Pool,
-    records: Mutex<BTreeMap<Uid, Record>>,
+    records: Records,
+    /// By which executors ask for connections.
+    outlets: Outlets,
     /// One start or removal in a project at a time, so that no executor is ended while it is given something.
     projects: Mutex<BTreeMap<Name, Arc<AsyncMutex<()>>>>,
     /// One compilation at a time: it takes every processor that it finds.
     compiling: Semaphore,
 }
+
+type Records = Arc<Mutex<BTreeMap<Uid, Record>>>;
 
 /// An instance that was started and not removed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -104,8 +109,12 @@ impl FunctionRuntime {
         }
         let records = read_records(&config.dir.join("instances")).map_err(host("reading the records of functions"))?;
         let pool = Pool::new(config.dir.clone(), config.exe.clone(), config.keep.clone());
-        let (records, projects) = (Mutex::new(records), Mutex::default());
-        Ok(Self { config, pool, records, projects, compiling: Semaphore::new(1) })
+        let (records, projects) = (Arc::new(Mutex::new(records)), Mutex::default());
+        let known = records.clone();
+        let serves =
+            move |id: &str, uid| locked(&known).get(&uid).is_some_and(|r| r.executor == id && r.ended.is_none());
+        let outlets = Outlets::new(config.dir.join("run"), Arc::new(serves));
+        Ok(Self { config, pool, records, outlets, projects, compiling: Semaphore::new(1) })
     }
 
     /// Drops compiled artefacts of every component that is not named. What runs keeps running.
@@ -275,6 +284,10 @@ impl Runtime for FunctionRuntime {
         Ok(())
     }
 
+    fn connect_by(&self, connections: Arc<dyn Connections>) {
+        self.outlets.connect_by(connections);
+    }
+
     async fn warm(&self, project: &Name) {
         if let Err(error) = self.pool.warm(project).await {
             tracing::debug!(%project, %error, "no executor could be started ahead");
@@ -321,7 +334,9 @@ impl Runtime for FunctionRuntime {
         }
         let since = served.filter(|_| runs).map_or_else(super::engine::now, |served| served.since);
         let (uid, epoch) = (sandbox.uid, sandbox.epoch);
-        self.keep_record(Record { uid, epoch, executor: id, since, stopping: false, ended: None }).await
+        self.keep_record(Record { uid, epoch, executor: id.clone(), since, stopping: false, ended: None }).await?;
+        self.outlets.ensure(&id);
+        Ok(())
     }
 
     async fn stop(&self, uid: Uid) -> Result<(), RuntimeError> {
@@ -386,10 +401,15 @@ impl Runtime for FunctionRuntime {
                 continue;
             }
             match self.pool.list(id).await {
-                Ok(list) => observed.extend(list.into_iter().map(|served| {
-                    let state = State::Running { since: served.since };
-                    (served.uid, Observed { uid: served.uid, epoch: served.epoch, state, part: None })
-                })),
+                Ok(list) => {
+                    if !list.is_empty() && is_ours(id) {
+                        self.outlets.ensure(id);
+                    }
+                    observed.extend(list.into_iter().map(|served| {
+                        let state = State::Running { since: served.since };
+                        (served.uid, Observed { uid: served.uid, epoch: served.epoch, state, part: None })
+                    }));
+                }
                 Err(error) => {
                     tracing::warn!(executor = %id, %error, "the executor can't be asked; its functions count as running");
                     silent.insert(id.clone());

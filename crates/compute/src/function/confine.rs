@@ -2,12 +2,13 @@
 //!
 //! The process starts as whoever the keeper is and confines itself, rather than being started as the unprivileged user:
 //! its program may lie in a folder which that user can't enter, and its control socket is to lie where only the agent can
-//! reach it. What is left afterwards is a process with no capability, no file system, no way to gain a right, and the
+//! reach it. What is left afterwards is a process with no capability, no file system, no network, no way to gain a right, and the
 //! descriptors that it is handed.
 
 use std::io;
 use std::path::Path;
 
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, chroot, geteuid, setgroups, setresgid, setresuid};
@@ -26,6 +27,14 @@ pub(super) struct Bounds {
 pub(super) fn close_inherited() {
     // SAFETY: no descriptor above 2 has an owner in this process yet, as the caller promises.
     unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+}
+
+/// Leaves the host's network for an empty one. What an executor is to reach, it is handed.
+pub(super) fn isolate() -> io::Result<()> {
+    if geteuid().is_root() {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+    }
+    Ok(())
 }
 
 /// Makes the calling, still single-threaded process the user `id` in the folder `root`, for good. A process that is not

@@ -2,7 +2,7 @@
 //!
 //! One request and one reply per connection. Each is a frame: its length in 4 bytes, little-endian, then JSON. File
 //! descriptors travel (`SCM_RIGHTS`) with the length of the frame that names them: for [`Request::Add`] these are, in
-//! order, the compiled artefact, the listening socket and the folder of the logs. Both sides give up after a deadline, and
+//! order, the compiled artefact, the listening socket and the folder of the logs, and for [`Request::Outlet`] a socket. Both sides give up after a deadline, and
 //! neither keeps a connection open, so that an agent that vanishes leaves nothing behind.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -31,6 +31,8 @@ pub(super) enum Request {
     List,
     /// The project that the executor serves: that of the first instance that it was given.
     Whose,
+    /// Ask for connections by the socket that comes along, from now on: see [`super::outlet`].
+    Outlet,
     /// End the process, unless it serves something.
     ExitIfIdle,
 }
@@ -93,20 +95,7 @@ pub(super) fn send(stream: &UnixStream, message: &impl Serialize, fds: &[RawFd])
 
 pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<(T, Vec<OwnedFd>)> {
     let mut head = [0; 4];
-    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-    let mut fds = Vec::new();
-    let read = {
-        let mut parts = [IoSliceMut::new(&mut head)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(rights) = control {
-                // SAFETY: the kernel has just made these descriptors for us, and nobody else knows them.
-                fds.extend(rights.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        message.bytes
-    };
+    let (read, fds) = take(stream.as_raw_fd(), &mut head, MsgFlags::empty())?;
     if read == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
@@ -119,6 +108,21 @@ pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<(T
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
     Ok((serde_json::from_slice(&body)?, fds))
+}
+
+/// Receives once: how many bytes came, and with them which descriptors.
+pub(super) fn take(socket: RawFd, buffer: &mut [u8], flags: MsgFlags) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let mut fds = Vec::new();
+    let mut parts = [IoSliceMut::new(buffer)];
+    let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), flags | MsgFlags::MSG_CMSG_CLOEXEC)?;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(rights) = control {
+            // SAFETY: the kernel has just made these descriptors for us, and nobody else knows them.
+            fds.extend(rights.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok((message.bytes, fds))
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! The wasm engine: one configuration for compiling, serving and measuring, what guests may call, and what a guest's store
 //! holds.
 //!
-//! A guest gets clocks, randomness, its variables, its log and its request. The file system is empty, and the network is
-//! closed: sockets, names and outgoing requests are refused.
+//! A guest gets clocks, randomness, its variables, its log, its request, and HTTP to whom its instance may reach
+//! ([`super::outgoing`]). The file system is empty, and of the network there is nothing else: sockets and names are refused.
 
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -20,7 +20,8 @@ use wasmtime_wasi_http::{
     WasiHttpCtxView, WasiHttpHooks, WasiHttpView,
 };
 
-use super::log::{Channel, Log, LogStream};
+use super::log::{Channel, LogStream};
+use super::outgoing::{self, Sending, Way};
 
 /// Guests under way at once in one executor, whatever their instances allow. Each slot is only reserved address space (4 GiB
 /// and guards) until it is used.
@@ -159,23 +160,18 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// A store for one request. Without a log, output is thrown away.
-    pub(super) fn store(
-        engine: &Engine,
-        env: &[(String, String)],
-        log: Option<&Arc<Log>>,
-        memory: &Memory,
-    ) -> Store<Self> {
+    /// A store for one request. Without a way to others and to a log, there are no outgoing requests and output is thrown away.
+    pub(super) fn store(engine: &Engine, env: &[(String, String)], way: Option<&Way>, memory: &Memory) -> Store<Self> {
         let mut wasi = WasiCtx::builder();
         wasi.envs(env).allow_tcp(false).allow_udp(false).allow_ip_name_lookup(false).max_random_size(MAX_RANDOM);
-        if let Some(log) = log {
+        if let Some(Way { log, .. }) = way {
             wasi.stdout(LogStream::new(log.clone(), Channel::Stdout));
             wasi.stderr(LogStream::new(log.clone(), Channel::Stderr));
         }
         let mut table = ResourceTable::new();
         table.set_max_capacity(MAX_HANDLES);
         let limiter = Limiter { memory: memory.clone(), held: 0, refused: None };
-        let hooks = Hooks { log: log.cloned() };
+        let hooks = Hooks { way: way.cloned() };
         let guest = Self { table, wasi: wasi.build(), http: WasiHttpCtx::new(), hooks, limiter };
         let mut store = Store::new(engine, guest);
         store.limiter_async(|guest| &mut guest.limiter);
@@ -203,13 +199,11 @@ impl WasiHttpView for Guest {
 }
 
 struct Hooks {
-    log: Option<Arc<Log>>,
+    way: Option<Way>,
 }
 
 static FORBIDDEN: LazyLock<ForbiddenHeaderFilter> =
     LazyLock::new(|| Arc::new(|name| DEFAULT_FORBIDDEN_HEADERS.contains(name)));
-
-type Sending<T> = Box<dyn Future<Output = Result<T, HttpError>> + Send>;
 
 impl WasiHttpHooks for Hooks {
     fn forbidden_header_filter(&mut self) -> ForbiddenHeaderFilter {
@@ -219,14 +213,13 @@ impl WasiHttpHooks for Hooks {
     fn send_request(
         &mut self,
         request: http::Request<WasiBody>,
-        _: Option<RequestOptions>,
+        options: Option<RequestOptions>,
         _: Sending<()>,
     ) -> Sending<(http::Response<WasiBody>, Sending<()>)> {
-        if let Some(log) = &self.log {
-            let text = format!("cloudnexus: outgoing requests are not allowed: {} {}", request.method(), request.uri());
-            log.line(Channel::Stderr, &text);
+        match self.way.clone() {
+            Some(way) => Box::new(outgoing::send(way, request, options.unwrap_or_default())),
+            None => Box::new(async { Err(HttpError::HttpRequestDenied) }),
         }
-        Box::new(async { Err(HttpError::HttpRequestDenied) })
     }
 }
 

@@ -30,10 +30,11 @@ use wasmtime::Engine;
 use wasmtime::component::{Component, Linker};
 
 use super::compile;
-use super::confine::{Bounds, close_inherited, confine};
+use super::confine::{Bounds, close_inherited, confine, isolate};
 use super::control::{self, Add, Reply, Request, Served};
 use super::engine::{self, Guest, Memory, PAGE, Program, Purpose, SLOTS};
 use super::log::Log;
+use super::outgoing::{CONNECTIONS, Outgoing, Way};
 use super::serve::{Instance, Shared};
 use super::ticker::Ticker;
 
@@ -128,6 +129,7 @@ fn serve_main(options: &Options, socket: &Path) -> Result<(), ServeError> {
     // Bound while still privileged: its folder is the agent's alone, so that nobody else can reach or replace it.
     let listener = bind(socket).map_err(|e| ServeError::Socket(socket.to_owned(), e))?;
     let bounds = Bounds { address_space: None, open_files: 65_536, file_size: 1 << 30 };
+    isolate().map_err(ServeError::Confine)?;
     confine(options.user, &options.root, bounds).map_err(ServeError::Confine)?;
 
     let engine = engine::engine(Purpose::Serve).map_err(ServeError::Engine)?;
@@ -135,7 +137,8 @@ fn serve_main(options: &Options, socket: &Path) -> Result<(), ServeError> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     let runtime = builder.worker_threads(WORKERS).enable_all().build().map_err(ServeError::Runtime)?;
     let ticker = Ticker::start(engine.clone()).map_err(ServeError::Runtime)?;
-    let shared = Arc::new(Shared { slots: Arc::new(Semaphore::new(SLOTS as usize)), ticker });
+    let outgoing = Arc::new(Outgoing::new());
+    let shared = Arc::new(Shared { slots: Arc::new(Semaphore::new(SLOTS as usize)), ticker, outgoing });
     let programs = HashMap::new();
     let owner = None;
     let mut executor =
@@ -212,6 +215,7 @@ impl Executor {
             Request::Remove(uid) => self.remove(uid),
             Request::List => Reply::Instances(self.instances.values().map(|(instance, _)| served(instance)).collect()),
             Request::Whose => Reply::Owner(self.owner.clone()),
+            Request::Outlet => self.outlet(fds).unwrap_or_else(|refusal| refusal),
             Request::ExitIfIdle if exit => Reply::Done,
             Request::ExitIfIdle => Reply::Busy,
         };
@@ -245,6 +249,9 @@ impl Executor {
             TcpListener::from_std(listener)
         };
         let listener = listen().map_err(|e| Reply::Failed(format!("taking the listening socket over: {e}")))?;
+        let log = Arc::new(Log::new(logs, add.log_max_bytes, add.log_keep));
+        let (shared, instance) = (self.shared.outgoing.clone(), add.uid);
+        let way = Way { shared, instance, places: Arc::new(Semaphore::new(CONNECTIONS)), log: log.clone() };
         let instance = Arc::new(Instance {
             uid: add.uid,
             epoch: add.epoch,
@@ -254,7 +261,8 @@ impl Executor {
             timeout: Duration::from_secs(add.timeout_seconds.max(1).into()),
             concurrency: Arc::new(Semaphore::new(add.concurrency.max(1) as usize)),
             memory,
-            log: Arc::new(Log::new(logs, add.log_max_bytes, add.log_keep)),
+            log,
+            way,
             shared: self.shared.clone(),
             guests: TaskTracker::new(),
             drain: CancellationToken::new(),
@@ -263,6 +271,18 @@ impl Executor {
         let task = self.runtime.spawn(instance.clone().serve(listener));
         self.instances.insert(add.uid, (instance, task));
         Ok(Reply::Done)
+    }
+
+    /// Takes the socket by which connections are asked for. One that stands by has nobody to ask for.
+    fn outlet(&self, fds: Vec<OwnedFd>) -> Result<Reply, Reply> {
+        let [socket] = <[OwnedFd; 1]>::try_from(fds)
+            .map_err(|fds| Reply::Failed(format!("{} descriptors came in place of 1", fds.len())))?;
+        if self.owner.is_none() {
+            return Err(Reply::Failed("this executor is nobody's".into()));
+        }
+        let _runtime = self.runtime.enter();
+        let taken = self.shared.outgoing.outlet.replace(socket);
+        taken.map(|()| Reply::Done).map_err(|e| Reply::Failed(format!("taking the socket over: {e}")))
     }
 
     fn program(&mut self, mut artefact: File) -> Result<Arc<Program>, Reply> {

@@ -399,7 +399,7 @@ fn executor_id(number: u32) -> String {
     format!("executor-_{number}.{GENERATION}")
 }
 
-fn is_ours(id: &str) -> bool {
+pub(super) fn is_ours(id: &str) -> bool {
     number_in(id).is_some_and(|number| executor_id(number) == id)
 }
 

@@ -33,6 +33,7 @@ use wasmtime_wasi_http::{Error as HttpError, WasiHttpView};
 
 use super::engine::{Guest, Memory, Program};
 use super::log::{Channel, Log};
+use super::outgoing::{Outgoing, Way};
 use super::ticker::Ticker;
 
 /// Connections of one instance; more wait in the kernel's backlog.
@@ -52,6 +53,7 @@ const MAX_TRAP: usize = 4096;
 pub(super) struct Shared {
     pub slots: Arc<Semaphore>,
     pub ticker: Arc<Ticker>,
+    pub outgoing: Arc<Outgoing>,
 }
 
 pub(super) struct Instance {
@@ -64,6 +66,8 @@ pub(super) struct Instance {
     pub concurrency: Arc<Semaphore>,
     pub memory: Memory,
     pub log: Arc<Log>,
+    /// Of its requests to others.
+    pub way: Way,
     pub shared: Arc<Shared>,
     pub guests: TaskTracker,
     /// Accept no more; finish what is under way.
@@ -214,7 +218,7 @@ impl Instance {
     ) -> Result<(), Failure> {
         let _permits = permits;
         let _ticking = self.shared.ticker.enter();
-        let mut store = Guest::store(self.program.pre.engine(), &self.env, Some(&self.log), &self.memory);
+        let mut store = Guest::store(self.program.pre.engine(), &self.env, Some(&self.way), &self.memory);
         let run = async {
             let request = store.data_mut().http().new_incoming_request(Scheme::Http, request)?;
             let out = store.data_mut().http().new_response_outparam(sender)?;

@@ -4,6 +4,7 @@
 //! executor gives its rights up and sockets are opened in network namespaces.
 
 mod keep;
+mod outgoing;
 mod world;
 
 use std::net::Ipv4Addr;
@@ -22,6 +23,7 @@ use nexus_model::Bytes as Size;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use outgoing::*;
 use world::{SOON, World, running, state, until};
 
 type Test = for<'a> fn(&'a World) -> LocalBoxFuture<'a, ()>;
@@ -42,7 +44,12 @@ fn main() -> ExitCode {
         requests_beyond_the_concurrency_wait_and_are_refused_in_the_end,
         bodies_stream_both_ways,
         output_and_failures_go_to_the_log,
-        the_outside_is_closed,
+        the_outside_is_closed_but_for_requests,
+        a_function_asks_others_by_connections_of_the_agents,
+        https_is_checked_against_the_hosts_authorities,
+        a_request_that_is_refused_says_why_in_the_log,
+        an_answer_goes_on_without_an_agent_and_the_next_request_waits_for_one,
+        a_removed_instance_leaves_no_connection,
         what_can_not_be_served_is_refused_with_the_reason,
         an_instance_that_needs_more_memory_than_it_is_given_is_refused,
         a_component_is_compiled_once,
@@ -183,16 +190,14 @@ async fn output_and_failures_go_to_the_log(world: &World) {
     .await;
 }
 
-async fn the_outside_is_closed(world: &World) {
+async fn the_outside_is_closed_but_for_requests(world: &World) {
     let (runtime, sandbox) = (world.runtime(), world.sandbox());
     runtime.start(&sandbox).await.unwrap();
-    let (status, body) = world.get(&sandbox, "/fetch").await;
+    let (status, body) = world.get(&sandbox, "/closed").await;
     assert_eq!(status, 200);
-    let lines: Vec<_> = body.lines().collect();
-    assert!(lines[0].contains("HttpRequestDenied"), "{body}");
-    assert!(lines[1].starts_with("socket: Err("), "{body}");
-    assert!(lines[2].starts_with("file: Err("), "{body}");
-    assert!(world.log(&sandbox).contains("outgoing requests are not allowed"));
+    for (line, what) in body.lines().zip(["socket", "name", "file"]) {
+        assert!(line.starts_with(&format!("{what}: Err(")), "{body}");
+    }
 }
 
 async fn what_can_not_be_served_is_refused_with_the_reason(world: &World) {
@@ -490,6 +495,9 @@ async fn an_executor_has_no_rights(world: &World) {
     assert_eq!(field("Groups:"), "");
     let root = std::fs::read_link(format!("/proc/{pid}/root")).unwrap();
     assert_eq!(root, world.dir.path().join("functions/empty"));
+    let links = std::fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap();
+    let links: Vec<_> = links.lines().skip(2).filter_map(|line| line.split(':').next()).map(str::trim).collect();
+    assert_eq!(links, ["lo"], "a network of its own, with nothing in it");
 }
 
 async fn the_socket_is_in_the_instances_namespace(world: &World) {

@@ -130,8 +130,28 @@ fn apps_say_whether_they_are_in_the_default_network() {
     let both = json!({"image": "web", "nics": [{"subnet": "web"}], "network": "default"});
     let errors = |spec: Value| format!("{:?}", App::validate(&serde_json::from_value(spec).unwrap()));
     assert!(errors(both).contains("spec.network"));
-    assert!(errors(json!({"image": "web", "runtime": "function", "network": "default"})).contains("spec.network"));
-    assert_eq!(errors(json!({"image": "web", "runtime": "function", "network": "none"})), "[]");
+    for network in ["none", "default"] {
+        assert_eq!(errors(json!({"image": "web", "runtime": "function", "network": network})), "[]");
+    }
+    let named = json!({"image": "web", "runtime": "function", "nics": [{"subnet": "web"}]});
+    assert!(errors(named).contains("spec.nics"));
+}
+
+#[test]
+fn functions_are_in_the_default_network_as_containers_are() {
+    let mut lab = Lab::new(&[("zone-a", 1)]);
+    lab.project(json!({"defaultNetwork": true}));
+    let of = |network| AppSpec { runtime: Runtime::Function, ports: Vec::new(), network, ..web(2) };
+    lab.submit(&create::<App>(Some("default"), "in", of(None))).unwrap();
+    lab.submit(&create::<App>(Some("default"), "out", of(Some(TemplateNetwork::None)))).unwrap();
+    lab.pass();
+    assert_eq!((lab.nics_of("in").len(), lab.nics_of("out").len()), (2, 0));
+    for nic in lab.nics_of("in") {
+        assert_eq!((nic.status.phase, nic.status.index), (NicPhase::Attached, Some(0)));
+    }
+    // Hosts are told of theirs as of any other.
+    let (plan, _) = lab.default_plan();
+    assert_eq!(plan.nics.len(), 2);
 }
 
 #[test]

@@ -546,14 +546,10 @@ fn validate_template(t: &Template) -> Vec<FieldError> {
         check(t.ports.is_empty(), "spec.ports", "a function always answers HTTP on port 8080: leave ports out");
         check(t.command.is_empty() && t.args.is_empty(), "spec.command", "a function has no command");
         check(t.storage_class.is_none(), "spec.storageClass", "a function has no writable layer");
-        check(t.nics.is_empty(), "spec.nics", "a function has no interfaces of its own");
+        let nics = "a function has no interfaces but one in the project's default network: say `network: default`";
+        check(t.nics.is_empty(), "spec.nics", nics);
         let shared = "a function shares its process with others of its project: leave numa=single out";
         check(!t.constraints.single_node(), "spec.constraints", shared);
-        check(
-            t.network != Some(TemplateNetwork::Default),
-            "spec.network",
-            "a function has no interfaces of its own: say none, or nothing",
-        );
     }
     if !t.nics.is_empty() {
         let message = "spec.nics names the networks: leave one of the two out";

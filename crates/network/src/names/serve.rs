@@ -194,7 +194,7 @@ impl Resolver {
     }
 
     /// Whether an instance may ask one more question.
-    fn may_ask(&self, asker: Ipv4Addr) -> bool {
+    pub(super) fn may_ask(&self, asker: Ipv4Addr) -> bool {
         // Only those that are here are counted, so there are never more counters than instances.
         if !self.directory.borrow().askers.contains_key(&asker) {
             return false;
@@ -216,7 +216,7 @@ impl Resolver {
         f(limits.entry(asker).or_insert_with(|| Limit::new(now)), now)
     }
 
-    fn decide(&self, message: &[u8], asker: Ipv4Addr, carrier: Carrier) -> Verdict {
+    pub(super) fn decide(&self, message: &[u8], asker: Ipv4Addr, carrier: Carrier) -> Verdict {
         let directory = self.directory.borrow().clone();
         let verdict = directory.decide(message, asker, carrier, &mut |n| (self.below)(n));
         if let Verdict::Answer(_, outcome) = &verdict {
@@ -265,7 +265,7 @@ impl Resolver {
     }
 
     /// The right to pass a question on: of the host, and of the one that asks.
-    fn permits(&self, asker: Ipv4Addr) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+    pub(super) fn permits(&self, asker: Ipv4Addr) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
         let own = self.limit(asker, |limit, _| limit.forwards.clone());
         let permits = self.forwards.clone().try_acquire_owned().ok().zip(own.try_acquire_owned().ok());
         if permits.is_none() {
@@ -335,7 +335,7 @@ impl Resolver {
     }
 
     /// Asks the host's own resolvers, one after the other, and answers in the asker's words.
-    async fn pass_on(&self, message: &[u8], carrier: Carrier) -> Option<Vec<u8>> {
+    pub(super) async fn pass_on(&self, message: &[u8], carrier: Carrier) -> Option<Vec<u8>> {
         let id = [message[0], message[1]];
         let mut question = message.to_vec();
         for resolver in self.resolvers().await {

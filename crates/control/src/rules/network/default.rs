@@ -26,7 +26,7 @@ fn name() -> Name {
 
 /// Whether a template has a place in a default network: those that name NICs are where these are.
 fn can_be_in(template: &Template) -> bool {
-    template.runtime == Runtime::Container && template.nics.is_empty()
+    template.nics.is_empty()
 }
 
 /// Whether nothing but its project has a template's instances in the default network.
