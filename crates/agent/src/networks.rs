@@ -295,6 +295,9 @@ impl Reconciler {
             let turn = *self.asked.borrow_and_update();
             let failing = self.failing.borrow_and_update().clone();
             let told = self.told.borrow_and_update().as_ref().map(|told| health::marked(told, &failing));
+            if let Some(told) = &told {
+                self.handle.targets_fail(health::told_of(told, &failing));
+            }
             let closed = Arc::new(closed(self.names.borrow_and_update().as_deref()));
             // As long as nothing was told, what an agent before this one has set stays.
             let done = match &told {

@@ -341,6 +341,7 @@ fn settle(hand: &mut Hand<'_>, want: &NetworkWant, there: &BTreeMap<String, Link
         let kind = match way {
             Way::Unreachable => RouteKind::Unreachable,
             Way::Blackhole => RouteKind::Blackhole,
+            Way::Local => RouteKind::Local { link: index("lo")? },
             Way::Link { link, via, source, mtu } => match index(link) {
                 Some(link) => RouteKind::Unicast { link, via: *via, source: *source, mtu: *mtu },
                 // A NIC that is not plugged in: the rest of its network's CIDR says so.
