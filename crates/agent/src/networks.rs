@@ -23,6 +23,7 @@ use nexus_model::plan::{
 use nexus_network::firewall::Net;
 use nexus_network::vpc::capture::Capture;
 use nexus_network::vpc::health::{self, Failing};
+use nexus_network::vpc::verdict::RELAY;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
@@ -171,7 +172,10 @@ impl Networks {
             let from = own.ok_or_else(|| format!("NIC {} has no address of the family of {to}", nic.name))?;
             let probe = ProbeOf { instance: here.instance, index: here.index, from, packet: request.packet };
             let answered = self.engine.probe(probe).await.map_err(|e| e.to_string())?;
+            let relayed = trace.hops.iter().any(|hop| hop.at == RELAY);
             trace.probed = match (answered, trace.verdict) {
+                // Who answers is the relay, and not the target.
+                _ if relayed => None,
                 // What is outside may be silent for reasons of its own.
                 (Some(false), TraceVerdict::Outside) => None,
                 (answered, _) => answered,

@@ -97,7 +97,11 @@ fn tenants_with_the_same_addresses_are_apart_and_their_networks_stand_by_themsel
     let files = tempfile::tempdir().unwrap();
     let layout = images::curl(files.path());
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
-    guide::follow(&cloud.path(""), "networks.md", 7, &[("IMAGE", &layout)], |_, _| {});
+    guide::follow(&cloud.path(""), "networks.md", 8, &[("IMAGE", &layout)], |heading, printed| match heading {
+        "Balance" => assert!(printed.contains("TARGETS") && printed.contains("take new connections"), "{printed}"),
+        "Tell targets which address was called" => assert!(printed.contains("relayed (PROXY v2)"), "{printed}"),
+        _ => {}
+    });
     cloud.wait_ready("web", 2);
     guide::follow(&cloud.path(""), "troubleshooting-networks.md", 4, &[], |heading, printed| match heading {
         "Ask what becomes of a packet" => {

@@ -24,6 +24,8 @@ use crate::firewall::{self, Net};
 const MAX_TARGETS: usize = 64;
 /// Networks that a packet may cross.
 const MAX_NETWORKS: usize = 8;
+/// How the relay of PROXY listeners is called here.
+pub const RELAY: &str = "relay";
 const EPHEMERAL: u16 = 40_000;
 /// How the world beyond the host's links is called here.
 const OUTSIDE: &str = "outside";
@@ -180,7 +182,7 @@ impl<'a> Tracer<'a> {
     ) -> Result<TraceVerdict, Dropped> {
         let host = place.hosts.host.clone();
         if let Err(reason) = hook(&place.table, Hook::Input, &mut packet, self.choice) {
-            return self.drop(&host, "relay", says(&reason));
+            return self.drop(&host, RELAY, says(&reason));
         }
         let shares = rules::shares(listener, Family::of(packet.source));
         self.choice.of = shares.len();
@@ -195,7 +197,7 @@ impl<'a> Tracer<'a> {
         };
         let failing = self.failing(asked, packet.protocol);
         self.hop(&host, "load balancer", format!("{balancer} hands it to {to}{among}{failing}"));
-        self.hop(&host, "relay", format!("relayed (PROXY {version}), from the client's own address {}", packet.source));
+        self.hop(&host, RELAY, format!("relayed (PROXY {version}), from the client's own address {}", packet.source));
         (packet.destination, packet.port) = (share.address, share.port);
         (packet.mark, packet.mac, packet.translated) = (relay::SENT, None, false);
         packet.link_in = String::new();

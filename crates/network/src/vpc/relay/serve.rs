@@ -311,6 +311,8 @@ async fn connect(from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
         socket.set_ip_transparent_v4(true)?;
     }
     socket.set_mark(SENT)?;
+    // Of connections that have just ended too: what counts is that no two are the same.
+    socket.set_reuse_address(true)?;
     socket.bind(&SocketAddr::new(from, 0).into())?;
     match socket.connect(&to.into()) {
         Err(e) if e.raw_os_error() != Some(nix::libc::EINPROGRESS) => return Err(e),
