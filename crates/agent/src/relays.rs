@@ -36,9 +36,12 @@ struct Inner {
     /// This program, which is also the relay's.
     program: PathBuf,
     dir: PathBuf,
-    /// Those that don't do as they are to, why, and for how many looks; those that do.
-    known: Mutex<BTreeMap<Uid, Result<(), (String, u32)>>>,
+    /// How each was found last.
+    known: Mutex<BTreeMap<Uid, Found>>,
 }
+
+/// Whether a relay does as it is to; else why not, and at how many looks in a row.
+type Found = Result<(), (String, u32)>;
 
 impl Relays {
     /// `dir` is for their sockets, and for nothing else.
@@ -120,7 +123,7 @@ impl Inner {
         let mut each = JoinSet::new();
         for (uid, plan) in wanted {
             let (inner, uid, plan, kept, netns) =
-                (self.clone(), *uid, plan.clone(), ours.get(&uid).cloned(), namespace(*uid));
+                (self.clone(), *uid, plan.clone(), ours.get(uid).cloned(), namespace(*uid));
             let silent = match before.get(&uid) {
                 Some(Err((_, looks))) => *looks,
                 _ => 0,

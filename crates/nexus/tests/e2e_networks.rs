@@ -98,7 +98,7 @@ fn tenants_with_the_same_addresses_are_apart_and_their_networks_stand_by_themsel
     let layout = images::curl(files.path());
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
     guide::follow(&cloud.path(""), "networks.md", 8, &[("IMAGE", &layout)], |heading, printed| match heading {
-        "Balance" => assert!(printed.contains("TARGETS") && printed.contains("take new connections"), "{printed}"),
+        "Balance" => assert!(printed.contains("TARGETS") && printed.contains("Kind:        LoadBalancer"), "{printed}"),
         "Tell targets which address was called" => assert!(printed.contains("relayed (PROXY v2)"), "{printed}"),
         _ => {}
     });

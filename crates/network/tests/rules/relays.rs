@@ -60,7 +60,7 @@ async fn tell(site: &Site) {
     let network = hosts.networks.iter().find(|n| n.uid == site.networks[0].uid).unwrap();
     let plan = RelayPlan::of(&hosts, network).unwrap();
     let end = Instant::now() + DEADLINE;
-    while told(&socket, &plan).await.is_ok_and(|state| state.plan == plan.number()) == false {
+    while !told(&socket, &plan).await.is_ok_and(|state| state.plan == plan.number()) {
         assert!(Instant::now() < end, "the relay does not follow its plan");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
