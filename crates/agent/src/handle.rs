@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nexus_model::Uid;
 use nexus_model::kind::InstancePhase;
-use nexus_model::plan::InstanceReport;
+use nexus_model::plan::{FailingTarget, InstanceReport};
 use nexus_network::names::serve::Counts;
 use tokio::sync::Notify;
 
@@ -55,6 +55,8 @@ pub struct AgentSnapshot {
     pub certificates_failed: u64,
     /// The revision of tenants' networks that has been applied, 0 before the first; none, where the host has no part in them.
     pub networks: Option<u64>,
+    /// Targets of balancers that fail their checks here.
+    pub failing: Arc<Vec<FailingTarget>>,
     /// Why the newest plan was not taken, or empty.
     pub plan_refused: String,
 }
@@ -150,6 +152,20 @@ impl AgentHandle {
     pub(crate) fn networks_applied(&self, revision: u64) {
         let mut news = false;
         self.update(|facts| news = facts.networks.replace(revision) != Some(revision));
+        if news {
+            self.wake_reporter();
+        }
+    }
+
+    /// Says which targets of balancers fail their checks here.
+    pub(crate) fn targets_fail(&self, failing: Vec<FailingTarget>) {
+        let mut news = false;
+        self.update(|facts| {
+            news = *facts.failing != failing;
+            if news {
+                facts.failing = Arc::new(failing);
+            }
+        });
         if news {
             self.wake_reporter();
         }

@@ -30,6 +30,7 @@ mod outcome;
 mod parts;
 mod plans;
 mod plug;
+mod relays;
 mod report;
 mod room;
 mod secrets;
@@ -48,3 +49,4 @@ pub use config::{
 pub use daemon::run;
 pub use handle::{AgentHandle, AgentSnapshot};
 pub use plug::HostNetworksEngine;
+pub use relays::Relays;

@@ -23,6 +23,7 @@ use nexus_model::plan::{
 use nexus_network::firewall::Net;
 use nexus_network::vpc::capture::Capture;
 use nexus_network::vpc::health::{self, Failing};
+use nexus_network::vpc::verdict::RELAY;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
@@ -203,7 +204,10 @@ impl Networks {
             let from = own.ok_or_else(|| format!("NIC {} has no address of the family of {to}", nic.name))?;
             let probe = ProbeOf { instance: here.instance, index: here.index, from, packet: request.packet };
             let answered = self.engine.probe(probe).await.map_err(|e| e.to_string())?;
+            let relayed = trace.hops.iter().any(|hop| hop.at == RELAY);
             trace.probed = match (answered, trace.verdict) {
+                // Who answers is the relay, and not the target.
+                _ if relayed => None,
                 // What is outside may be silent for reasons of its own.
                 (Some(false), TraceVerdict::Outside) => None,
                 (answered, _) => answered,
@@ -337,6 +341,9 @@ impl Reconciler {
             let turn = *self.asked.borrow_and_update();
             let failing = self.failing.borrow_and_update().clone();
             let told = self.told.borrow_and_update().as_ref().map(|told| health::marked(told, &failing));
+            if let Some(told) = &told {
+                self.handle.targets_fail(health::told_of(told, &failing));
+            }
             let closed = Arc::new(closed(self.names.borrow_and_update().as_deref()));
             // As long as nothing was told, what an agent before this one has set stays.
             let done = match &told {

@@ -306,6 +306,7 @@ fn balanced(revision: u64) -> Option<Arc<HostNetworks>> {
         protocol: BalancedProtocol::Tcp,
         source_hash: false,
         targets: vec![target(1), target(2)],
+        proxy_protocol: None,
         check: Some(check),
     };
     Arc::make_mut(&mut told.networks[0]).balancers = vec![BalancerPlan {

@@ -16,6 +16,7 @@ use nexus_network::vpc::{Engine, answer, drops, health, links, probe, verdict};
 use nexus_network::{InstanceAddress, InstanceNet, NetnsRef};
 use tokio::sync::{mpsc, watch};
 
+use crate::Relays;
 use crate::config::{Asked, Drops, Found, InstancePlug, NetworkEngine, PlugError, Plugged, ProbeOf};
 
 #[async_trait]
@@ -43,13 +44,14 @@ impl InstancePlug for InstanceNet {
 pub struct HostNetworksEngine {
     engine: Engine,
     instances: InstanceNet,
+    relays: Relays,
 }
 
 impl HostNetworksEngine {
     /// The files of networks' namespaces go into `dir`. `uplink_rate` is what the host's link to others sends, in bits a second,
     /// if control is to go before tenants there.
-    pub fn new(dir: PathBuf, instances: InstanceNet, uplink_rate: Option<u64>) -> Self {
-        Self { engine: Engine::with_uplink(dir, instances.clone(), NetnsRef::Own, uplink_rate), instances }
+    pub fn new(dir: PathBuf, instances: InstanceNet, uplink_rate: Option<u64>, relays: Relays) -> Self {
+        Self { engine: Engine::with_uplink(dir, instances.clone(), NetnsRef::Own, uplink_rate), instances, relays }
     }
 
     /// All that is closed, with what the host itself is on.
@@ -70,7 +72,10 @@ impl NetworkEngine for HostNetworksEngine {
     }
 
     async fn check(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Vec<String>, PlugError> {
-        self.engine.check(wanted, self.closed(&closed).await?).await.map_err(failed)
+        let relays = self.relays.differences(&wanted);
+        let mut all = self.engine.check(wanted, self.closed(&closed).await?).await.map_err(failed)?;
+        all.extend(relays);
+        Ok(all)
     }
 
     async fn remove(&self) -> Result<(), PlugError> {
@@ -100,22 +105,27 @@ impl NetworkEngine for HostNetworksEngine {
     }
 
     async fn serve(&self, mut by: watch::Receiver<Option<Arc<HostNetworks>>>) {
-        let Some(first) = by.wait_for(Option::is_some).await.ok().and_then(|by| by.clone()) else { return };
-        let (sender, networks) = watch::channel(first);
-        let engine = self.engine.clone();
-        let follow = async {
-            while by.changed().await.is_ok() {
-                if let Some(newer) = by.borrow_and_update().clone() {
-                    sender.send_replace(newer);
+        let (relayed, engine) = (by.clone(), self.engine.clone());
+        let relaying = self.relays.run(relayed, move |network| engine.namespace(network));
+        let answers = async {
+            let Some(first) = by.wait_for(Option::is_some).await.ok().and_then(|by| by.clone()) else { return };
+            let (sender, networks) = watch::channel(first);
+            let engine = self.engine.clone();
+            let follow = async {
+                while by.changed().await.is_ok() {
+                    if let Some(newer) = by.borrow_and_update().clone() {
+                        sender.send_replace(newer);
+                    }
                 }
+            };
+            let answering = answer::run(networks, move |network| NetnsRef::Path(engine.namespace(network)));
+            tokio::select! {
+                biased;
+                () = follow => {}
+                () = answering => {}
             }
         };
-        let answering = answer::run(networks, move |network| NetnsRef::Path(engine.namespace(network)));
-        tokio::select! {
-            biased;
-            () = follow => {}
-            () = answering => {}
-        }
+        tokio::join!(relaying, answers);
     }
 
     async fn probe(&self, probe: ProbeOf) -> Result<Option<bool>, PlugError> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nexus_compute::CpuTime;
 use nexus_env::{Endpoint, Env};
 use nexus_model::Uid;
-use nexus_model::plan::{HostReport, InstanceUsage, ReportAck, method};
+use nexus_model::plan::{FailingTarget, HostReport, InstanceUsage, ReportAck, method};
 use nexus_wire::WireError;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -21,6 +21,8 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// Changes come in flocks: those that follow a report so closely travel together.
 const COALESCE: Duration = Duration::from_millis(20);
 const DEADLINE: Duration = Duration::from_secs(2);
+/// What changes seldom is said again so often, for a server that has begun to lead.
+const ALL_EVERY: Duration = Duration::from_secs(5);
 /// How many servers may point to another one before the reporter stops believing them.
 const HOPS: u32 = 3;
 
@@ -36,6 +38,7 @@ pub(crate) async fn run(
     let mut turn = servers.start();
     let mut leader: Option<Endpoint> = None;
     let mut failures = 0;
+    let mut said: Said = None;
     // When a report may hurry again.
     let mut hurry = Instant::now();
     loop {
@@ -55,12 +58,16 @@ pub(crate) async fn run(
                 certificate_ends: (config.certificate_ends)(),
                 usage: usage.measure(&env, &engines).await,
                 telemetry: telemetry::measure(&env, *disk.borrow()),
+                failing: unsaid(&said, &facts.failing, &leader, env.monotonic()),
             };
             match send(&servers, &mut leader, &mut turn, &report).await {
                 Some(ack) => {
                     failures = 0;
                     servers.learn(&ack.servers).await;
                     let now = env.monotonic();
+                    if report.failing.is_some() {
+                        said = leader.clone().map(|leader| (leader, now, facts.failing.clone()));
+                    }
                     config.handle.update(|f| {
                         f.reports_sent += 1;
                         f.last_report = Some(now);
@@ -89,6 +96,22 @@ pub(crate) async fn run(
             hurry = Instant::now() + COALESCE;
         }
     }
+}
+
+/// To whom which failing targets were told last, and when.
+type Said = Option<(Endpoint, Duration, Arc<Vec<FailingTarget>>)>;
+
+/// The failing targets, if whoever is to hear of them may not know them.
+fn unsaid(
+    said: &Said,
+    failing: &Arc<Vec<FailingTarget>>,
+    leader: &Option<Endpoint>,
+    now: Duration,
+) -> Option<Vec<FailingTarget>> {
+    let known = said.as_ref().is_some_and(|(to, at, what)| {
+        Some(to) == leader.as_ref() && what == failing && now.saturating_sub(*at) < ALL_EVERY
+    });
+    (!known).then(|| failing.to_vec())
 }
 
 /// Sends a report to whoever leads. `None` when nobody took it; then the next try goes to another server.

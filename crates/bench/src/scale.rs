@@ -286,6 +286,7 @@ impl Agent {
             certificate_ends: None,
             usage: Vec::new(),
             telemetry: Default::default(),
+            failing: None,
         };
         let begun = Instant::now();
         match self.region.report(over_the_wire(&report)).await {

@@ -13,6 +13,7 @@ use nexus_model::{AnyObject, ApiError, Code, Metadata, Name, Object, Timestamp, 
 
 use crate::audit::Trail;
 use crate::autoscale::Autoscaler;
+use crate::balance::Balance;
 use crate::cells::{self, Cells};
 use crate::decide::decide;
 use crate::intent::{Accepted, Change, Intent};
@@ -157,6 +158,8 @@ pub struct Core {
     pub(crate) ticked: Option<Duration>,
     /// When drains were last looked at although nothing happened.
     drains_seen: Duration,
+    /// What hosts say of balancers' targets.
+    balance: Balance,
     /// Differences that the invariant checker found since this leader began.
     pub violations: u64,
     /// The host that [`Core::check_on`] looked at last.
@@ -237,6 +240,7 @@ impl Core {
             listening: Duration::ZERO,
             ticked: None,
             drains_seen: Duration::ZERO,
+            balance: Balance::default(),
             violations: 0,
             checked: None,
         }
@@ -389,6 +393,9 @@ impl Core {
     /// Takes in a host's report; answers the host's epoch, or why it can't join.
     pub fn report(&mut self, report: &HostReport, at: Moment<'_>) -> Result<u64, String> {
         self.world.traffic.hear_usage(&report.usage, at.monotonic);
+        if let Some(failing) = &report.failing {
+            self.balance.hear(&report.host, failing, at.monotonic);
+        }
         // A host may have news of hundreds of instances at once: more than one transaction takes.
         loop {
             let heard = guarded(|| {
@@ -445,9 +452,29 @@ impl Core {
         }
         if self.world.part != Part::Global {
             self.autoscale(at);
+            self.look_at_balancers(at);
         }
         self.look_at_rollouts(at);
         self.look_at_drains(at);
+    }
+
+    /// As a new leader begins, for tests.
+    #[doc(hidden)]
+    pub fn forget_what_was_said(&mut self) {
+        self.balance = Balance::default();
+    }
+
+    /// Writes down what has changed of balancers' targets.
+    fn look_at_balancers(&mut self, at: Moment<'_>) {
+        let ops = guarded(|| {
+            let mut step = Step::new(&mut self.world, &mut self.dirty, at.now, at.rng, &self.bootstrap.region);
+            self.balance.look(&mut step, at.monotonic);
+            step.finish()
+        });
+        match ops {
+            Ok(ops) => self.absorb(ops),
+            Err(why) => tracing::error!(panic = why, "looking at load balancers' targets panicked"),
+        }
     }
 
     /// Marks the drained hosts' apps now and then: an instance that does not become ready is no successor after some time.

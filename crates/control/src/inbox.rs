@@ -175,6 +175,7 @@ mod tests {
             certificate_ends: None,
             usage: Vec::new(),
             telemetry: Default::default(),
+            failing: None,
         };
         Input::Report(Box::new(report), reply, Duration::from_secs(1))
     }

@@ -8,6 +8,7 @@
 //! * [`world`]: the region's state as typed tables; [`step`]: one decision over it, all or nothing.
 //! * [`autoscale`]: how many instances an app has, where the cloud is to decide that.
 //! * [`traffic`]: what gateways say of requests, in memory.
+//! * [`balance`]: which targets of load balancers fail, by what hosts say.
 //! * [`surroundings`]: what an app's constraints mean in a world; [`latency`]: how far hosts are from gateways.
 //! * `numa`: what is taken of hosts' NUMA nodes, recounted.
 //! * [`secrets`]: the sealed values that the writer passes on unseen.
@@ -20,6 +21,7 @@
 mod ahead;
 pub mod audit;
 pub mod autoscale;
+pub mod balance;
 pub mod cells;
 mod chain;
 pub mod core;

@@ -353,9 +353,19 @@ pub fn addresses_of_balancer(balancer: &Object<LoadBalancer>) -> impl Iterator<I
     s.address4.map(IpAddr::from).into_iter().chain(s.address6.map(IpAddr::from))
 }
 
+/// The parts of a balancer that hosts are told.
+fn programmed(balancer: Option<&Object<LoadBalancer>>) -> impl PartialEq + use<'_> {
+    balancer.map(|b| {
+        let s = &b.status;
+        (&b.spec, s.address4, s.address6, &s.network, b.metadata.deleting.is_some())
+    })
+}
+
 pub fn index_balancer(world: &mut World, old: Option<&Object<LoadBalancer>>, new: Option<&Object<LoadBalancer>>) {
     let nets = &mut world.nets;
-    for balancer in old.into_iter().chain(new) {
+    // What hosts say of its targets concerns none of them.
+    let same = programmed(old) == programmed(new);
+    for balancer in old.into_iter().chain(new).filter(|_| !same) {
         if let Some(network) = &balancer.status.network {
             nets.note((balancer.metadata.project.clone(), network.name.clone()));
         }

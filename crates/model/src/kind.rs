@@ -105,6 +105,8 @@ pub enum Show {
     Millis,
     /// Microseconds as a duration.
     Micros,
+    /// A number, with the one at this pointer of which it is a part.
+    Of(&'static str),
 }
 
 /// One column of a table. `pointer` is a JSON pointer (RFC 6901) into the object.
@@ -136,6 +138,10 @@ impl Column {
 
     pub const fn micros(title: &'static str, pointer: &'static str) -> Self {
         Self { title, pointer, show: Show::Micros, wide: false }
+    }
+
+    pub const fn of(title: &'static str, pointer: &'static str, whole: &'static str) -> Self {
+        Self { title, pointer, show: Show::Of(whole), wide: false }
     }
 
     pub const fn wide(self) -> Self {

@@ -261,6 +261,9 @@ pub struct HostReport {
     /// What else it measures of itself.
     #[serde(default)]
     pub telemetry: HostTelemetry,
+    /// Targets of balancers that fail their checks here, [`MAX_FAILING`] at most. Absent, when they are as in the report before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failing: Option<Vec<FailingTarget>>,
 }
 
 /// What a host measures of itself beside its load. What it can't measure is absent.

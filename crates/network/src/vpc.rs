@@ -29,6 +29,7 @@ pub mod links;
 mod network;
 mod outside;
 pub mod probe;
+pub mod relay;
 pub mod rules;
 pub mod text;
 pub mod verdict;

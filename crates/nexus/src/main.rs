@@ -46,6 +46,7 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         // Without threads.
         Command::Shim(inner) => role::shim::run(inner.args),
         Command::Executor(inner) => role::executor::run(inner.args),
+        Command::Relay(inner) => role::relay::run(inner.args),
         Command::Keeper(role) => {
             start_log();
             role::keeper::run(KeeperConfig::load(&role.config)?)

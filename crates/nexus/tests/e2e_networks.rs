@@ -97,7 +97,11 @@ fn tenants_with_the_same_addresses_are_apart_and_their_networks_stand_by_themsel
     let files = tempfile::tempdir().unwrap();
     let layout = images::curl(files.path());
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
-    guide::follow(&cloud.path(""), "networks.md", 7, &[("IMAGE", &layout)], |_, _| {});
+    guide::follow(&cloud.path(""), "networks.md", 8, &[("IMAGE", &layout)], |heading, printed| match heading {
+        "Balance" => assert!(printed.contains("TARGETS") && printed.contains("Kind:        LoadBalancer"), "{printed}"),
+        "Tell targets which address was called" => assert!(printed.contains("relayed (PROXY v2)"), "{printed}"),
+        _ => {}
+    });
     cloud.wait_ready("web", 2);
     guide::follow(&cloud.path(""), "troubleshooting-networks.md", 4, &[], |heading, printed| match heading {
         "Ask what becomes of a packet" => {
@@ -122,6 +126,7 @@ fn tenants_with_the_same_addresses_are_apart_and_their_networks_stand_by_themsel
         }
         _ => {}
     });
+    a_balancers_targets_are_shown(&cloud);
     a_default_network_is_what_its_project_is_in(&cloud);
     two_tenants_are_apart(&cloud, &layout);
     traces_are_as_it_is(&cloud);
@@ -129,6 +134,36 @@ fn tenants_with_the_same_addresses_are_apart_and_their_networks_stand_by_themsel
     servers_and_agents_are_killed(&cloud);
     nothing_is_left(&cloud);
     cloud.down();
+}
+
+/// Every host asks by itself, and what they find is shown.
+fn a_balancers_targets_are_shown(cloud: &Cloud) {
+    let apply = |port: u16| {
+        let check = format!("{{port: {port}, intervalSeconds: 1, timeoutSeconds: 1, failures: 1, successes: 1}}");
+        let spec = format!(
+            "apiVersion: cloudnexus/v1\nkind: LoadBalancer\nmetadata: {{name: shown}}\nspec:\n  subnet: front\n  \
+             listeners: [{{port: 80, targets: [{{to: {{app: web}}}}], check: {check}}}]\n"
+        );
+        std::fs::write(cloud.path("shown.yaml"), spec).unwrap();
+        cloud.ok(&["apply", "-f", cloud.path("shown.yaml").to_str().unwrap()]);
+    };
+    let shows = |what: &str, counts: &str, sees: &dyn Fn(&str) -> bool| {
+        cloud.wait(what, || {
+            let line = said(cloud.run(&["get", "load-balancers"]))?;
+            let text = said(cloud.run(&["describe", "load-balancer", "shown"]))?;
+            let shown = line.lines().any(|l| l.starts_with("shown ") && l.contains(counts));
+            if shown && sees(&text) { Ok(()) } else { Err(format!("{line}{text}")) }
+        });
+    };
+    // Nobody listens there.
+    apply(81);
+    shows("both hosts to say that no target answers", " 0/2 ", &|text| {
+        let lines = text.lines().filter(|l| l.contains("tcp 80") && l.contains("web-") && l.contains("refused"));
+        lines.filter(|l| l.split_whitespace().any(|word| word == "2")).count() == 2 && text.contains("0/2 take new")
+    });
+    apply(80);
+    shows("all targets to be in again", " 2/2 ", &|text| text.contains("2/2 take new") && !text.contains("refused"));
+    cloud.ok(&["delete", "load-balancer", "shown"]);
 }
 
 /// The guide's apps there name no NICs, but for one that wants none.

@@ -29,6 +29,8 @@ const TENANTS: [&str; 2] = ["default", "bank"];
 const AGENT_METRICS: u16 = 7451;
 const ECHO: u16 = 7000;
 const DATAGRAMS: u16 = 5000;
+/// The balancer's, with the PROXY protocol, to the echoes.
+const PROXIED: u16 = 7001;
 
 /// What both tenants have.
 const SHOP: &str = "
@@ -75,6 +77,7 @@ spec:
   listeners:
     - {port: 80, targets: [{to: {app: web}}]}
     - {port: 7000, targets: [{to: {app: web}}]}
+    - {port: 7001, proxyProtocol: v2, targets: [{to: {app: web}, port: 7000}]}
 ";
 
 /// What only the first has: a network beside it of which a part is opened, and ways to the outside and in. POOL stands for the
@@ -310,6 +313,7 @@ fn tenants_are_apart_and_what_is_open_stays_open_without_servers_and_over_agents
     everything_holds(&site);
     talks.iter().for_each(Talk::goes_on);
     talks.into_iter().for_each(Talk::end);
+    a_relay_that_is_killed_is_replaced(&cloud, &site);
     drop(echoes);
 
     eprintln!("a host leaves");
@@ -569,10 +573,52 @@ fn conversations(site: &Site) -> Vec<Talk> {
     let (open, bank) = (site.of("default", "open")[0], site.client("bank"));
     all.push(Talk::begin("over the peering", client.pid, open.at(ECHO)));
     all.push(Talk::begin("to the balancer", client.pid, (site.balancer.ip(), ECHO).into()));
+    all.push(relayed(site));
     all.push(Talk::begin("from outside", 0, (site.floating.ip(), ECHO).into()));
     all.push(Talk::begin("of the other tenant", bank.pid, site.of("bank", "web")[0].at(ECHO)));
     all.iter().for_each(Talk::goes_on);
     all
+}
+
+/// One by the relay of the client's host: the echo sends back what it was told first of the client.
+fn relayed(site: &Site) -> Talk {
+    let (client, to) = (site.client("default"), SocketAddr::new(site.balancer.ip(), PROXIED));
+    let IpAddr::V4(balancer) = to.ip() else { panic!("{to}") };
+    let header = [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c"[..], &client.four.octets(), &balancer.octets()].concat();
+    Talk::begin_after("by a relay", client.pid, to, header, 4)
+}
+
+/// The relays of the first tenant's network, of all hosts.
+fn relays(cloud: &Cloud) -> Vec<i32> {
+    let network = text(&cloud.json(&["get", "network", "shop"])["metadata"]["uid"]);
+    let is_one = |pid: &i32| {
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = words.split(|b| *b == 0).collect();
+        words.get(1) == Some(&&b"relay"[..]) && words.get(2).is_some_and(|socket| socket.ends_with(network.as_bytes()))
+    };
+    let pids = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+    pids.filter(is_one).collect()
+}
+
+/// What it relayed is lost with a relay; what comes after is relayed by another.
+fn a_relay_that_is_killed_is_replaced(cloud: &Cloud, site: &Site) {
+    let before = relays(cloud);
+    assert_eq!(before.len(), 3, "one on each host of the network");
+    for pid in &before {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let rights = |name: &str| status.lines().find(|l| l.starts_with(name)).unwrap().to_owned();
+        assert!(rights("CapEff:").ends_with("0000000000002000"), "it may only speak in others' names: {status}");
+        assert!(rights("CapPrm:").ends_with("0000000000002000") && !rights("Uid:").contains("\t0"), "{status}");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+    cloud.wait("other relays", || {
+        let now = relays(cloud);
+        if now.len() == 3 && now.iter().all(|pid| !before.contains(pid)) { Ok(()) } else { Err(format!("{now:?}")) }
+    });
+    cloud.wait("every host to have what it should", || said(&cloud.run(&["net", "check"])));
+    let talk = relayed(site);
+    talk.goes_on();
+    talk.end();
 }
 
 /// The hosts' own word, held against a real packet each.
@@ -583,6 +629,9 @@ fn traces_agree(cloud: &Cloud, site: &Site) {
         cloud.json(&["net", "trace", "--project", project, "--from", &from.nic, "--to", to, "--probe"])
     };
     let client = site.client("default");
+    let relayed = trace("default", client, &format!("{}:{PROXIED}/tcp", site.balancer.ip()));
+    assert_eq!(relayed["verdict"], "delivered", "{relayed:#}");
+    assert!(relayed["hops"].to_string().contains("relayed (PROXY v2)"), "{relayed:#}");
     for (to, verdict) in [
         (format!("{}:80/tcp", web.four), "delivered"),
         (format!("{}:81/tcp", web.four), "dropped"),
@@ -707,8 +756,12 @@ fn remains(pid: i32) -> Vec<String> {
     let ours = |line: &&str| ["nxu", "nxn", ": vx", ": np"].iter().any(|p| line.contains(p));
     left.extend(at(pid, &["ip", "-o", "link"]).lines().filter(ours).map(str::to_owned));
     left.extend(at(pid, &["nft", "list", "tables"]).lines().filter(|l| l.contains("nexus-vpc")).map(str::to_owned));
-    let files = std::fs::read_dir(format!("/proc/{pid}/root/run/nexus/networks"));
-    left.extend(files.into_iter().flatten().flatten().map(|f| f.file_name().to_string_lossy().into_owned()));
+    for dir in ["networks", "relays"] {
+        let files = std::fs::read_dir(format!("/proc/{pid}/root/run/nexus/{dir}")).into_iter().flatten().flatten();
+        // Where relays have no files.
+        let names = files.map(|f| f.file_name().to_string_lossy().into_owned()).filter(|name| name != "root");
+        left.extend(names.map(|name| format!("{dir}/{name}")));
+    }
     left
 }
 

@@ -436,6 +436,7 @@ impl Host {
             certificate_ends: None,
             usage: Vec::new(),
             telemetry: Default::default(),
+            failing: None,
         }
     }
 

@@ -35,6 +35,7 @@ pub async fn connections(world: &World) -> anyhow::Result<Vec<Row>> {
         protocol: BalancedProtocol::Tcp,
         source_hash: false,
         targets: vec![target(first), target(second)],
+        proxy_protocol: None,
         check: None,
     };
     plan.balancers =

@@ -85,5 +85,6 @@ pub fn report<'a>(
         certificate_ends: None,
         usage: Vec::new(),
         telemetry: Default::default(),
+        failing: None,
     }
 }

@@ -1,7 +1,8 @@
 //! What leads from a network to others, outside and to its instances: routes, peerings, gateways, floating addresses, load
 //! balancers and names.
 
-use nexus_model::plan::{Direction, RecordData, Via};
+use nexus_model::kind::TargetTrouble;
+use nexus_model::plan::{BalancedProtocol, Direction, FailingTarget, HostReport, RecordData, Via};
 
 use super::*;
 
@@ -218,6 +219,73 @@ fn a_load_balancers_check_is_told_to_hosts_and_has_bounds() {
     let http = json!({"http": {"path": "/healthz", "status": 204}, "intervalSeconds": 1});
     lab.patch("load-balancers", "front", spec("tcp", http)).unwrap();
     assert_eq!(told(&lab).http.unwrap().status, Some(204));
+}
+
+#[test]
+fn what_hosts_say_of_a_balancers_targets_is_shown_and_their_silence_takes_it_back() {
+    let mut lab = Lab::new(&[("zone-a", 2)]);
+    lab.network("shop", "web");
+    lab.app("front", 3, json!([{"subnet": "web"}]));
+    let to = json!([{"to": {"app": "front"}, "port": 8080}]);
+    let spec = json!({"subnet": "web", "listeners": [{"port": 80, "targets": to, "check": {}}]});
+    lab.make("load-balancers", "front", spec).unwrap();
+    lab.pass();
+    let status =
+        |lab: &Lab| lab.core.world.load_balancers.get(Some(&name("default")), &name("front")).unwrap().status.clone();
+    let counts = |lab: &Lab| (status(lab).healthy_targets.unwrap(), status(lab).targets.unwrap());
+    assert_eq!((counts(&lab), status(&lab).out.len()), ((3, 3), 0));
+    let told = lab.told("zone-a-1").networks[0].clone();
+    let target = told.balancers[0].listeners[0].targets[0].clone();
+    let failing = FailingTarget {
+        balancer: told.balancers[0].uid,
+        port: 80,
+        protocol: BalancedProtocol::Tcp,
+        target: (target.address, target.port).into(),
+        why: "GET / answers 500".into(),
+    };
+    let say = |lab: &mut Lab, host: &str, failing: Vec<FailingTarget>| {
+        let host = name(host);
+        let runs = lab.core.world.instances_on(&host);
+        let report = common::report(&host, lab.hosts[&host].clone(), lab.revision, runs);
+        let report = HostReport { failing: Some(failing), ..report };
+        lab.with(|core, at| core.report(&report, at)).unwrap();
+        lab.pass();
+    };
+    // Nobody is told anew of what only is said.
+    let before = lab.told("zone-a-1");
+    say(&mut lab, "zone-a-1", vec![failing.clone()]);
+    say(&mut lab, "zone-a-2", vec![failing.clone()]);
+    assert_eq!(counts(&lab), (2, 3));
+    let out = status(&lab).out[0].clone();
+    assert_eq!((out.address, out.target_port, out.hosts), (target.address, 8080, 2));
+    assert_eq!((out.message.as_str(), out.reason), ("GET / answers 500", TargetTrouble::Failing));
+    assert!(status(&lab).conditions[0].message.contains("1 of 3 are out: 10.0.1."), "{:?}", status(&lab).conditions);
+    assert_eq!(lab.told("zone-a-1").networks, before.networks);
+    // A new leader has heard nobody and takes nothing back; one host says that it is well.
+    lab.core.forget_what_was_said();
+    lab.pass();
+    assert_eq!((counts(&lab), status(&lab).out[0].hosts), ((2, 3), 2));
+    for _ in 0..5 {
+        say(&mut lab, "zone-a-1", vec![]);
+        say(&mut lab, "zone-a-2", vec![failing.clone()]);
+    }
+    assert_eq!((counts(&lab), status(&lab).out[0].hosts), ((2, 3), 1));
+    // Its word ends with it, some time after.
+    for _ in 0..9 {
+        lab.pass();
+    }
+    assert_eq!((counts(&lab), status(&lab).out.len()), ((3, 3), 0));
+    // One that is not ready is out without anybody's word.
+    let (host, uid) = {
+        let i = lab.instances("front")[0];
+        (i.status.host.clone().unwrap(), i.metadata.uid)
+    };
+    let mut report = common::report(&host, lab.hosts[&host].clone(), lab.revision, lab.core.world.instances_on(&host));
+    report.instances.iter_mut().filter(|i| i.uid == uid).for_each(|i| i.ready = false);
+    lab.at += Duration::from_secs(1);
+    lab.with(|core, at| core.report(&report, at)).unwrap();
+    lab.with(|core, at| core.tick(at));
+    assert_eq!((counts(&lab), status(&lab).out[0].reason), ((2, 3), TargetTrouble::NotReady));
 }
 
 #[test]

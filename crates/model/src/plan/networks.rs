@@ -11,7 +11,7 @@
 //! Each host that holds anything of a network is told the whole network, so that forwarding, filtering and names need nobody
 //! else, and a packet's whole way can be traced from either end. Hosts share one copy of it in the server.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use schemars::JsonSchema;
@@ -279,6 +279,17 @@ pub struct ListenerPlan {
     /// How each host finds out which of them answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub check: Option<BalancerCheck>,
+    /// Targets are told who the client is before its first byte.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// How a stream's first bytes say who its client is: HAProxy's PROXY protocol, as a line or as binary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ProxyProtocol {
+    V1,
+    V2,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
@@ -298,6 +309,24 @@ pub struct TargetPlan {
     /// Does not answer the host that says so to itself; servers never say it. New connections go to others, if there are any.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub failing: bool,
+}
+
+/// So many targets a host reports that fail.
+pub const MAX_FAILING: usize = 256;
+/// Bytes of why one does.
+pub const MAX_FAILING_WHY: usize = 200;
+
+/// A target that does not answer a host.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FailingTarget {
+    pub balancer: Uid,
+    /// The listener's.
+    pub port: u16,
+    pub protocol: BalancedProtocol,
+    pub target: SocketAddr,
+    /// In a clause.
+    pub why: String,
 }
 
 /// Names that only the network sees.

@@ -21,6 +21,8 @@ pub(crate) struct Policy {
     pub from: Option<(IpAddr, u8)>,
     /// Of packets that came by this link; `lo` for those that the namespace itself sends.
     pub iif: Option<String>,
+    /// Of packets with this mark.
+    pub mark: Option<u32>,
     pub then: Then,
 }
 
@@ -73,6 +75,9 @@ impl std::fmt::Display for Policy {
         if let Some(iif) = &self.iif {
             write!(f, " by {iif}")?;
         }
+        if let Some(mark) = self.mark {
+            write!(f, " marked {mark:#x}")?;
+        }
         match self.then {
             Then::Table(table) => write!(f, " to table {table}"),
             Then::Unreachable => write!(f, " to nowhere"),
@@ -90,6 +95,7 @@ fn message_of(policy: &Policy) -> RuleMessage {
         message.attributes.push(RuleAttribute::Source(address));
     }
     message.attributes.extend(policy.iif.clone().map(RuleAttribute::Iifname));
+    message.attributes.extend(policy.mark.map(RuleAttribute::FwMark));
     match policy.then {
         Then::Unreachable => message.header.action = RuleAction::Unreachable,
         Then::Table(table) => {
@@ -103,13 +109,14 @@ fn message_of(policy: &Policy) -> RuleMessage {
 
 fn policy_of(message: &RuleMessage, six: bool) -> Option<Policy> {
     let (mut ours, mut table) = (false, u32::from(message.header.table));
-    let mut policy = Policy { six, priority: 0, from: None, iif: None, then: Then::Unreachable };
+    let mut policy = Policy { six, priority: 0, from: None, iif: None, mark: None, then: Then::Unreachable };
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Protocol(p) => ours = u8::from(*p) == PROTOCOL,
             RuleAttribute::Priority(p) => policy.priority = *p,
             RuleAttribute::Source(a) => policy.from = Some((*a, message.header.src_len)),
             RuleAttribute::Iifname(name) => policy.iif = Some(name.clone()),
+            RuleAttribute::FwMark(mark) => policy.mark = Some(*mark),
             RuleAttribute::Table(t) => table = *t,
             _ => {}
         }

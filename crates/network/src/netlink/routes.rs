@@ -35,6 +35,10 @@ pub(crate) enum RouteKind {
         source: Option<IpAddr>,
         mtu: Option<u32>,
     },
+    /// To the namespace itself, by the link `lo`.
+    Local {
+        link: u32,
+    },
     /// Answered by an ICMP error.
     Unreachable,
     Blackhole,
@@ -105,12 +109,17 @@ fn message_of(route: &RouteState) -> RouteMessage {
     message.header.destination_prefix_length = route.length;
     message.header.kind = match route.kind {
         RouteKind::Unicast { .. } | RouteKind::Other => RouteType::Unicast,
+        RouteKind::Local { .. } => RouteType::Local,
         RouteKind::Unreachable => RouteType::Unreachable,
         RouteKind::Blackhole => RouteType::BlackHole,
     };
     message.attributes.push(RouteAttribute::Table(route.table));
     if route.length > 0 {
         message.attributes.push(RouteAttribute::Destination(wrap(route.to)));
+    }
+    if let RouteKind::Local { link } = route.kind {
+        message.header.scope = RouteScope::Host;
+        message.attributes.push(RouteAttribute::Oif(link));
     }
     if let RouteKind::Unicast { link, via, source, mtu } = route.kind {
         if via.is_none() && route.to.is_ipv4() {
@@ -157,6 +166,7 @@ fn state_of(message: &RouteMessage) -> RouteState {
     }
     let kind = match message.header.kind {
         RouteType::Unicast => RouteKind::Unicast { link, via, source, mtu },
+        RouteType::Local => RouteKind::Local { link },
         RouteType::Unreachable => RouteKind::Unreachable,
         RouteType::BlackHole => RouteKind::Blackhole,
         _ => RouteKind::Other,

@@ -15,7 +15,10 @@ use std::time::{Duration, Instant};
 
 use nexus_model::Uid;
 use nexus_model::kind::{BalancerCheck, ExpectedAnswer};
-use nexus_model::plan::{BalancedProtocol, HostNetworks, ListenerPlan, NetworkPlan, TargetPlan};
+use nexus_model::plan::{
+    BalancedProtocol, FailingTarget, HostNetworks, ListenerPlan, MAX_FAILING, MAX_FAILING_WHY, NetworkPlan,
+    ProxyProtocol, TargetPlan,
+};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -23,13 +26,12 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::links;
+use super::{links, relay};
 use crate::netns::{NetnsRef, aside};
 use crate::{Attempt, NetError, fnv};
 
 /// An answer's first line is short; the rest is not read.
 const MAX_HEAD: usize = 1024;
-const MAX_WHY: usize = 200;
 
 /// What is asked: an address, a port and how, whatever number of listeners leads there.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -39,12 +41,16 @@ pub struct Asked {
     pub address: IpAddr,
     pub port: u16,
     pub check: BalancerCheck,
+    /// The target expects to be told first who its client is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<ProxyProtocol>,
 }
 
 impl Asked {
-    fn of(network: Uid, target: &TargetPlan, check: &BalancerCheck) -> Self {
+    fn of(network: Uid, target: &TargetPlan, listener: &ListenerPlan, check: &BalancerCheck) -> Self {
         let port = check.port.unwrap_or(target.port);
-        Self { network, address: target.address, port, check: check.clone() }
+        let proxy = listener.proxy_protocol.filter(|_| check.port.is_none());
+        Self { network, address: target.address, port, check: check.clone(), proxy }
     }
 
     fn interval(&self) -> Duration {
@@ -163,7 +169,7 @@ fn asked(told: &HostNetworks) -> BTreeSet<Asked> {
         let alone = is_alone(told, network);
         for (listener, check) in checked(network) {
             let targets = listener.targets.iter().filter(|t| alone || t.address.is_ipv6());
-            all.extend(targets.map(|target| Asked::of(network.uid, target, check)));
+            all.extend(targets.map(|target| Asked::of(network.uid, target, listener, check)));
         }
     }
     all
@@ -179,9 +185,10 @@ fn is_alone(told: &HostNetworks, network: &NetworkPlan) -> bool {
 
 /// The same networks, with the targets marked that do not answer.
 pub fn marked(told: &Arc<HostNetworks>, failing: &Failing) -> Arc<HostNetworks> {
-    let is_failing =
-        |network: Uid, t: &TargetPlan, check: &BalancerCheck| failing.contains_key(&Asked::of(network, t, check));
-    let has_any = |n: &NetworkPlan| checked(n).any(|(l, c)| l.targets.iter().any(|t| is_failing(n.uid, t, c)));
+    let is_failing = |network: Uid, t: &TargetPlan, l: &ListenerPlan, check: &BalancerCheck| {
+        failing.contains_key(&Asked::of(network, t, l, check))
+    };
+    let has_any = |n: &NetworkPlan| checked(n).any(|(l, c)| l.targets.iter().any(|t| is_failing(n.uid, t, l, c)));
     if failing.is_empty() || !told.networks.iter().any(|n| has_any(n)) {
         return told.clone();
     }
@@ -190,12 +197,37 @@ pub fn marked(told: &Arc<HostNetworks>, failing: &Failing) -> Arc<HostNetworks> 
         let uid = network.uid;
         for listener in Arc::make_mut(network).balancers.iter_mut().flat_map(|b| &mut b.listeners) {
             let Some(check) = &listener.check else { continue };
-            for target in &mut listener.targets {
-                target.failing = is_failing(uid, target, check);
+            let failing: Vec<bool> = listener.targets.iter().map(|t| is_failing(uid, t, listener, check)).collect();
+            for (target, failing) in listener.targets.iter_mut().zip(failing) {
+                target.failing = failing;
             }
         }
     }
     Arc::new(marked)
+}
+
+/// Which targets get no new connections from this host, and why, for those who ask servers; the first so many.
+pub fn told_of(told: &HostNetworks, failing: &Failing) -> Vec<FailingTarget> {
+    let mut out = BTreeSet::new();
+    for network in told.networks.iter().filter(|_| !failing.is_empty()) {
+        for balancer in &network.balancers {
+            for listener in &balancer.listeners {
+                let Some(check) = &listener.check else { continue };
+                let its = listener.targets.iter().filter_map(|t| {
+                    let why = failing.get(&Asked::of(network.uid, t, listener, check))?;
+                    Some(FailingTarget {
+                        balancer: balancer.uid,
+                        port: listener.port,
+                        protocol: listener.protocol,
+                        target: SocketAddr::new(t.address, t.port),
+                        why: why.clone(),
+                    })
+                });
+                out.extend(its);
+            }
+        }
+    }
+    out.into_iter().take(MAX_FAILING).collect()
 }
 
 /// Which targets get no new connections from this host, and why, each in a sentence.
@@ -205,7 +237,7 @@ pub fn sentences(told: &HostNetworks, failing: &Failing) -> Vec<String> {
         for balancer in &network.balancers {
             for listener in &balancer.listeners {
                 let Some(check) = &listener.check else { continue };
-                let why = |t: &TargetPlan| failing.get(&Asked::of(network.uid, t, check));
+                let why = |t: &TargetPlan| failing.get(&Asked::of(network.uid, t, listener, check));
                 let protocol = match listener.protocol {
                     BalancedProtocol::Tcp => "tcp",
                     BalancedProtocol::Udp => "udp",
@@ -297,11 +329,14 @@ async fn answers(stream: std::net::TcpStream, asked: &Asked) -> Result<(), Strin
         Ok(Err(error)) => error.to_string(),
         Err(_) => format!("no answer within {} s", limit.as_secs()),
     };
-    Err(why.chars().take(MAX_WHY).collect())
+    Err(why[..why.floor_char_boundary(MAX_FAILING_WHY)].to_owned())
 }
 
 async fn get(stream: &mut TcpStream, asked: &Asked, expected: &ExpectedAnswer) -> io::Result<Result<(), String>> {
     let (path, host) = (&expected.path, SocketAddr::new(asked.address, asked.port));
+    if let Some(version) = asked.proxy {
+        stream.write_all(&relay::nobody(version)).await?;
+    }
     let request =
         format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: nexus-health\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
@@ -328,7 +363,7 @@ mod tests {
 
     fn target() -> Asked {
         let network = Uid::from_random([1; 16]);
-        Asked { network, address: [10, 0, 0, 2].into(), port: 80, check: BalancerCheck::default() }
+        Asked { network, address: [10, 0, 0, 2].into(), port: 80, check: BalancerCheck::default(), proxy: None }
     }
 
     fn health(now: Instant) -> Health {

@@ -165,6 +165,7 @@ fn policies(plugged: &[(&NicWant, u32)], infrastructure: &[IpAddr]) -> BTreeSet<
         priority,
         from: Some((own, whole(own))),
         iif: None,
+        mark: None,
         then: Then::Table(table),
     };
     let mut all: BTreeSet<Policy> = infrastructure.iter().map(|own| policy(FROM_INFRASTRUCTURE, *own, TABLE)).collect();

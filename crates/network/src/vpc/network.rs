@@ -103,6 +103,8 @@ pub(super) fn prepare(site: &Site<'_>, want: &NetworkWant, text: &str, out: &mut
 /// What new links begin with: addresses usable at once and none unasked; every address that has a route is answered for.
 const SETTINGS: &[(&str, &str)] = &[
     ("ipv4/ip_forward", "1"),
+    // Of a relay that speaks in clients' names: none that a client is likely to have chosen for a connection of its own.
+    ("ipv4/ip_local_port_range", "10000\t32767"),
     ("ipv6/conf/all/forwarding", "1"),
     ("ipv4/conf/all/rp_filter", "0"),
     ("ipv4/conf/default/rp_filter", "0"),
@@ -341,6 +343,7 @@ fn settle(hand: &mut Hand<'_>, want: &NetworkWant, there: &BTreeMap<String, Link
         let kind = match way {
             Way::Unreachable => RouteKind::Unreachable,
             Way::Blackhole => RouteKind::Blackhole,
+            Way::Local => RouteKind::Local { link: index("lo")? },
             Way::Link { link, via, source, mtu } => match index(link) {
                 Some(link) => RouteKind::Unicast { link, via: *via, source: *source, mtu: *mtu },
                 // A NIC that is not plugged in: the rest of its network's CIDR says so.

@@ -5,9 +5,11 @@
 //! ```text
 //! prerouting, raw   genuine    bears the NIC's own hardware address and own addresses
 //! prerouting, nat   arrive     floating addresses to NICs, balancers to targets
+//! prerouting        diverted   answers to the relay of PROXY listeners, if there are such
 //! input             gateway    pings of the gateway, DHCP, router and neighbour discovery, and nothing else
 //! forward           forward    by the link of arrival: sent → (egress rules) → received → (ingress rules)
 //!                              from_tunnel, from_outside, from_peer0 … → received
+//! output            relays     what that relay sends in clients' names: relayed → (egress rules) → received
 //! postrouting, nat  leave      floating addresses, NAT, clients that are their own balancer's target, probes of targets
 //! ```
 //!
@@ -19,6 +21,7 @@
 mod groups;
 mod host;
 mod probes;
+mod relays;
 mod routes;
 pub mod spans;
 pub mod table;
@@ -33,6 +36,7 @@ use nexus_model::plan::{
 
 pub use groups::{Ranked, decides, merged};
 pub use host::{TABLE as HOST_TABLE, host};
+pub use relays::proxied;
 pub use routes::{Way, way};
 use table::{Act, Base, Family, Field, Hook, Key, MapTo, Rule, Share, Table, Target, Test, Value, Verdict, told};
 
@@ -103,7 +107,8 @@ fn nic_link(nic: &NicPlan) -> Value {
 pub fn network(hosts: &HostNetworks, plan: &NetworkPlan) -> Table {
     let checks = plan.balancers.iter().flat_map(|b| &b.listeners).any(|l| l.check.is_some());
     let (nics, table) = (local(hosts, plan).collect(), Table::new(TABLE, plan.flow_logs != FlowLogs::None));
-    let mut maker = Maker { hosts, plan, nics, table, checks };
+    let relays = proxied(hosts, plan).next().is_some();
+    let mut maker = Maker { hosts, plan, nics, table, checks, relays };
     maker.table.salt = crate::fnv(format!("{:?}", plan.route_tables).as_bytes());
     maker.names();
     maker.genuine();
@@ -113,6 +118,7 @@ pub fn network(hosts: &HostNetworks, plan: &NetworkPlan) -> Table {
     maker.exits();
     maker.peerings();
     maker.sent();
+    maker.relays();
     maker.forward();
     // What no packet needs, no packet pays for.
     if maker.translates() {
@@ -129,6 +135,8 @@ struct Maker<'a> {
     table: Table,
     /// Hosts ask targets of its balancers whether they answer.
     checks: bool,
+    /// Clients here may call a PROXY listener.
+    relays: bool,
 }
 
 impl<'a> Maker<'a> {
@@ -274,7 +282,8 @@ impl<'a> Maker<'a> {
         }
         asked.push(Rule::then([], closed.clone()));
         self.table.chain("asked", asked);
-        let mut base = self.probes_answered();
+        let mut base = self.relays_reached();
+        base.extend(self.probes_answered());
         base.extend([
             Rule::then([Test::from(links::NIC_PREFIX)], Verdict::goto("asked")),
             Rule::then([Test::is(Field::LinkIn, link("lo"))], Verdict::Accept),
@@ -586,7 +595,10 @@ impl<'a> Maker<'a> {
                     }
                     let name = format!("balance_{whose}_{}_{}", family.digit(), listeners.len());
                     let key = vec![Value::of(balancer.address), Value::one(protocol), Value::one(listener.port)];
-                    let act = Act::Balance { family, by_source: listener.source_hash, shares };
+                    let act = match listener.proxy_protocol.filter(|_| listener.protocol == BalancedProtocol::Tcp) {
+                        None => Act::Balance { family, by_source: listener.source_hash, shares },
+                        Some(_) => Act::Balance { family, by_source: false, shares: vec![self.to_relay(family)] },
+                    };
                     let tests = [Test::is(Field::Protocol, Value::one(protocol))];
                     self.table.chain(name.clone(), vec![Rule::new(tests, [act])]);
                     listeners.insert(key, Target::Verdict(Verdict::Goto(name)));
@@ -643,6 +655,9 @@ impl<'a> Maker<'a> {
             let name = format!("hairpins{digit}");
             self.table.map(name.clone(), fields, MapTo::Addresses(family), hairpins);
             let act = Act::Source { family, fields: fields.to_vec(), map: name };
+            if self.relays {
+                rules.push(Rule::new([Test::to(links::NIC_PREFIX), relays::sent()], [act.clone()]));
+            }
             rules.push(Rule::new([Test::to(links::NIC_PREFIX), Test::Translated], [act]));
         }
         self.table.base("leave", Base { hook: Hook::Postrouting, nat: true, raw: false }, rules);
@@ -669,7 +684,7 @@ fn offers(rogue: &Verdict) -> Vec<Rule> {
 
 /// A listener's targets that answer with their weights, as small as they go. When none answers it is all: rather somebody who may
 /// not answer than nobody.
-fn shares(listener: &ListenerPlan, family: Family) -> Vec<Share> {
+pub fn shares(listener: &ListenerPlan, family: Family) -> Vec<Share> {
     let targets = listener.targets.iter().filter(|t| Family::of(t.address) == family && t.weight > 0);
     let all_fail = targets.clone().all(|t| t.failing);
     let targets = targets.filter(|t| all_fail || !t.failing);

@@ -246,7 +246,8 @@ fn chain_text(out: &mut String, name: &str, chain: &Chain) {
         let kind = if nat { "nat" } else { "filter" };
         let (hook, priority) = match (hook, nat, raw) {
             (Hook::Prerouting, true, _) => ("prerouting", "dstnat"),
-            (Hook::Prerouting, false, _) => ("prerouting", "raw"),
+            (Hook::Prerouting, false, true) => ("prerouting", "raw"),
+            (Hook::Prerouting, false, false) => ("prerouting", "mangle"),
             (Hook::Input, ..) => ("input", "filter"),
             (Hook::Forward, ..) => ("forward", "filter"),
             (Hook::Output, _, true) => ("output", "raw"),
@@ -285,6 +286,7 @@ fn test(test: &Test) -> String {
         Test::Known => format!("ct mark {GENERATION}"),
         Test::New => "ct state new".into(),
         Test::Translated => "ct status dnat".into(),
+        Test::Relayed => "socket transparent 1".into(),
         Test::Flood { meter, rate, burst } => {
             format!("update @{meter} {{ iifname limit rate over {rate}/second burst {burst} packets }}")
         }

@@ -9,21 +9,23 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use nexus_model::plan::{
-    BalancedProtocol, Direction, HostNetworks, ListenerPlan, NetworkPlan, NicPlan, PeeringPlan, RoutePlan,
-    RuleProtocol, Trace, TraceHop, TraceVerdict, TracedPacket, Via,
+    BalancedProtocol, Direction, HostNetworks, ListenerPlan, NetworkPlan, NicPlan, PeeringPlan, ProxyProtocol,
+    RoutePlan, RuleProtocol, Trace, TraceHop, TraceVerdict, TracedPacket, Via,
 };
 use nexus_model::{Name, Uid};
 
 use self::walk::{Choice, Packet, hook};
-use super::links;
 use super::rules::table::{Family, Hook, Table};
 use super::rules::{self, Way, way};
+use super::{links, relay};
 use crate::firewall::{self, Net};
 
 /// So many targets of a balancer are tried.
 const MAX_TARGETS: usize = 64;
 /// Networks that a packet may cross.
 const MAX_NETWORKS: usize = 8;
+/// How the relay of PROXY listeners is called here.
+pub const RELAY: &str = "relay";
 const EPHEMERAL: u16 = 40_000;
 /// How the world beyond the host's links is called here.
 const OUTSIDE: &str = "outside";
@@ -152,6 +154,12 @@ impl<'a> Tracer<'a> {
             return self.drop(&host, "anti-spoofing", says(&reason));
         }
         self.hop(&host, "anti-spoofing", format!("sent by {} with its own address {source}", nic.name));
+        if packet.translated
+            && let Some(listener) = self.listener(asked, packet.protocol)
+            && let Some(version) = listener.proxy_protocol
+        {
+            return self.relayed(&place, nic, listener, version, packet, asked);
+        }
         if packet.translated {
             let balancer = self.balancer(asked.0);
             let to = ended(&packet);
@@ -162,15 +170,54 @@ impl<'a> Tracer<'a> {
         self.route(&place, Some(nic), packet, MAX_NETWORKS)
     }
 
-    /// Which targets fail the listener's check, as this host found them.
-    fn failing(&self, (address, port): (IpAddr, u16), protocol: u8) -> String {
+    /// On from the relay of the client's host, as if the client had called the target itself.
+    fn relayed(
+        &mut self,
+        place: &Place<'a>,
+        nic: &'a NicPlan,
+        listener: &ListenerPlan,
+        version: ProxyProtocol,
+        mut packet: Packet,
+        asked: (IpAddr, u16),
+    ) -> Result<TraceVerdict, Dropped> {
+        let host = place.hosts.host.clone();
+        if let Err(reason) = hook(&place.table, Hook::Input, &mut packet, self.choice) {
+            return self.drop(&host, RELAY, says(&reason));
+        }
+        let shares = rules::shares(listener, Family::of(packet.source));
+        self.choice.of = shares.len();
+        let Some(share) = shares.get(self.choice.index).or(shares.first()) else {
+            return self.drop(&host, "load balancer", format!("{} has no target", self.balancer(asked.0)));
+        };
+        let (to, balancer) = (SocketAddr::new(share.address, share.port), self.balancer(asked.0));
+        let among = if shares.len() > 1 { format!(", one of {} targets", shares.len()) } else { String::new() };
+        let version = match version {
+            ProxyProtocol::V1 => "v1",
+            ProxyProtocol::V2 => "v2",
+        };
+        let failing = self.failing(asked, packet.protocol);
+        self.hop(&host, "load balancer", format!("{balancer} hands it to {to}{among}{failing}"));
+        self.hop(&host, RELAY, format!("relayed (PROXY {version}), from the client's own address {}", packet.source));
+        (packet.destination, packet.port) = (share.address, share.port);
+        (packet.mark, packet.mac, packet.translated) = (relay::SENT, None, false);
+        packet.link_in = String::new();
+        self.route(place, Some(nic), packet, MAX_NETWORKS)
+    }
+
+    /// A balancer's listener by its address.
+    fn listener(&self, (address, port): (IpAddr, u16), protocol: u8) -> Option<&'a ListenerPlan> {
         let number = |l: &ListenerPlan| match l.protocol {
             BalancedProtocol::Tcp => 6,
             BalancedProtocol::Udp => 17,
         };
-        let balancers = self.hosts.networks.iter().flat_map(|n| &n.balancers).filter(|b| b.address == address);
-        let listener = balancers.flat_map(|b| &b.listeners).find(|l| l.port == port && number(l) == protocol);
-        let targets = listener.map_or(&[][..], |l| &l.targets);
+        let hosts = self.hosts;
+        let balancers = hosts.networks.iter().flat_map(|n| &n.balancers).filter(|b| b.address == address);
+        balancers.flat_map(|b| &b.listeners).find(|l| l.port == port && number(l) == protocol)
+    }
+
+    /// Which targets fail the listener's check, as this host found them.
+    fn failing(&self, asked: (IpAddr, u16), protocol: u8) -> String {
+        let targets = self.listener(asked, protocol).map_or(&[][..], |l| &l.targets);
         let failing = targets.iter().filter(|t| t.failing);
         let failing: Vec<String> = failing.map(|t| SocketAddr::new(t.address, t.port).to_string()).collect();
         match failing.len() {
@@ -248,7 +295,9 @@ impl<'a> Tracer<'a> {
         packet: &mut Packet,
     ) -> Result<(), Dropped> {
         let host = place.hosts.host.clone();
-        let refused = hook(&place.table, Hook::Forward, packet, self.choice).err();
+        // What the relay of this host sends passes nowhere else.
+        let passes = if packet.mark == relay::SENT { Hook::Output } else { Hook::Forward };
+        let refused = hook(&place.table, passes, packet, self.choice).err();
         let stage = refused.as_deref().map_or(Stage::Through, Stage::of);
         let [sender, receiver] = nics;
         if stage == Stage::First {

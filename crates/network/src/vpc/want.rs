@@ -3,6 +3,7 @@
 //! Ways are looked up in this order:
 //!
 //! ```text
+//!   90  marked           answers to the relay of PROXY listeners: to this namespace itself
 //!  100  main           NICs here and elsewhere; the rest of the network's CIDRs: unreachable
 //!  110  by np…, up     nowhere: who came from outside the network goes no further than its NICs
 //!  120  by lo          what the namespace itself sends: errors about packets of peered networks and of outside
@@ -20,7 +21,7 @@ use nexus_model::plan::{HostNetworks, NetworkPlan, NicPlan, SubnetPlan, Via};
 use nexus_model::{Cidr, Uid};
 
 use super::links::{self, GATEWAY_LINK, TUNNEL, UPLINK, hop};
-use super::rules;
+use super::{relay, rules};
 use crate::netlink::{Forward, Limit, MAIN, Policy, Then, Vxlan};
 
 /// The port of RFC 7348.
@@ -29,6 +30,7 @@ pub(super) const PORT: u16 = 4789;
 const TABLES: u32 = 1000;
 const TO_FORWARDERS: u32 = 999;
 const FROM_HERE: u32 = 998;
+const TO_RELAY: u32 = 997;
 /// Of links that only carry what others' limits let through. A workload that raises its own MTU is told what fits.
 pub(super) const WIDE_MTU: u32 = 9216;
 
@@ -92,9 +94,16 @@ pub(super) struct PeeringWant {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Way {
-    Link { link: String, via: Option<IpAddr>, source: Option<IpAddr>, mtu: Option<u32> },
+    Link {
+        link: String,
+        via: Option<IpAddr>,
+        source: Option<IpAddr>,
+        mtu: Option<u32>,
+    },
     Unreachable,
     Blackhole,
+    /// To the namespace itself, whatever its addresses are.
+    Local,
 }
 
 impl PeeringWant {
@@ -152,6 +161,7 @@ impl NetworkWant {
         }
         want.peerings(plan, network);
         want.probers(plan, network);
+        want.relay(plan, network);
         want.tables(plan, network);
         // Where all is in the main table nothing needs a rule to be found, and the kernel looks there at once.
         if want.routes.keys().all(|(table, ..)| *table == MAIN) {
@@ -166,7 +176,8 @@ impl NetworkWant {
 
     fn both(&mut self, priority: u32, iif: Option<&str>, then: Then) {
         for six in [false, true] {
-            self.policies.insert(Policy { six, priority, from: None, iif: iif.map(str::to_owned), then });
+            let iif = iif.map(str::to_owned);
+            self.policies.insert(Policy { six, priority, from: None, iif, mark: None, then });
         }
     }
 
@@ -284,6 +295,21 @@ impl NetworkWant {
         }
     }
 
+    /// The relay's own addresses, and the way to it for answers to those in whose names it speaks.
+    fn relay(&mut self, plan: &HostNetworks, network: &NetworkPlan) {
+        if rules::proxied(plan, network).next().is_none() {
+            return;
+        }
+        let (four, six) = links::prober(plan.endpoint);
+        self.addresses.extend([("lo".to_owned(), four.into(), 32), ("lo".to_owned(), six.into(), 128)]);
+        for any in EVERYTHING {
+            self.way(TO_RELAY, any, Way::Local);
+            let (six, mark) = (any.address.is_ipv6(), Some(relay::ANSWERS));
+            let then = Then::Table(TO_RELAY);
+            self.policies.insert(Policy { six, priority: 90, from: None, iif: None, mark, then });
+        }
+    }
+
     /// Lets the tunnel lead to a host; answers the next hop.
     fn tunnel_to(&mut self, endpoint: IpAddr) -> Ipv6Addr {
         let (mac, via) = hop(endpoint);
@@ -348,6 +374,7 @@ impl NetworkWant {
                     priority: 300,
                     from: Some((cidr.first(), cidr.length)),
                     iif: None,
+                    mark: None,
                     then: Then::Table(TABLES + subnet.route_table),
                 });
             }

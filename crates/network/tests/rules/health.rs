@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 
 use nexus_model::kind::{BalancerCheck, ExpectedAnswer};
-use nexus_model::plan::{Direction, NetworkPlan, Remote, RuleProtocol, TracedPacket};
+use nexus_model::plan::{Direction, NetworkPlan, ProxyProtocol, Remote, RuleProtocol, TracedPacket};
 use nexus_network::vpc::health::{Failing, Health, ask, marked, sentences};
+use nexus_network::vpc::relay::nobody;
 use nexus_network::vpc::verdict::trace;
 use tokio::sync::mpsc;
 
@@ -248,5 +249,37 @@ fn a_get_must_be_answered_as_expected() {
                 assert_eq!(health.failing().into_values().collect::<Vec<_>>(), failing, "{says}");
             }
         }
+    });
+}
+
+#[test]
+fn a_target_behind_a_proxy_listener_is_told_that_nobodys_connection_asks() {
+    isolated("rules::health::a_target_behind_a_proxy_listener_is_told_that_nobodys_connection_asks", async || {
+        let mut plan = network(1);
+        plan.groups = vec![open_group(1, 0)];
+        plan.nics = vec![nic(1, 2, 0, &[0]), nic(1, 3, 1, &[0])];
+        let http = Some(ExpectedAnswer { path: "/".into(), status: None });
+        // Long enough for a machine that is busy.
+        let check = BalancerCheck { http, timeout_seconds: 10, ..check() };
+        balanced(&mut plan, address4(1, 200).into(), &[address4(1, 3).into()], check);
+        plan.balancers[0].listeners[0].proxy_protocol = Some(ProxyProtocol::V2);
+        let mut hosts = Asking::new(2, vec![plan]).await;
+        let listener = inside(&hosts.site.nic(1), || TcpListener::bind(("0.0.0.0", PORT)).unwrap());
+        std::thread::spawn(move || {
+            while let Ok((mut stream, _)) = listener.accept() {
+                let expected = nobody(ProxyProtocol::V2);
+                let mut head = vec![0; expected.len() + 4];
+                let told = stream.read_exact(&mut head).is_ok() && head == [&expected[..], b"GET "].concat();
+                let answer = if told { "HTTP/1.1 200 fine\r\n\r\n" } else { "HTTP/1.1 400 who?\r\n\r\n" };
+                let _ = stream.write_all(answer.as_bytes());
+                let _ = stream.read(&mut [0; 1024]);
+            }
+        });
+        hosts.round().await;
+        assert_eq!(hosts.failing(), [BTreeSet::new(), BTreeSet::new()]);
+        // One that is asked at a port of its own is told nothing.
+        hosts.site.change(|plan| plan.balancers[0].listeners[0].check.as_mut().unwrap().port = Some(PORT)).await;
+        hosts.round().await;
+        assert_eq!(hosts.failing(), [BTreeSet::from([3]), BTreeSet::from([3])]);
     });
 }

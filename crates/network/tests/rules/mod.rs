@@ -16,6 +16,7 @@ mod health;
 mod model;
 mod outside;
 mod plans;
+mod relays;
 mod text;
 
 /// For what must not be reached: a refusal that is silent.

@@ -162,6 +162,7 @@ pub fn balancer(plan: &mut NetworkPlan, address: IpAddr, port: u16, source_hash:
         protocol: BalancedProtocol::Tcp,
         source_hash,
         targets: targets.iter().map(target).collect(),
+        proxy_protocol: None,
         check: None,
     };
     let name = name(&format!("balancer-{n}"));

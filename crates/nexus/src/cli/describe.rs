@@ -63,6 +63,7 @@ async fn describe(cloud: &Cloud, kind: &'static KindDescriptor, object: &Value) 
         map.shift_remove("conditions");
         // Shown as a table.
         map.shift_remove("parts");
+        map.shift_remove("out");
     }
     section(&mut out, "Status", &yaml(&status)?);
     section(&mut out, "Conditions", &conditions(object, now));
@@ -71,6 +72,9 @@ async fn describe(cloud: &Cloud, kind: &'static KindDescriptor, object: &Value) 
     }
     if kind.kind == "Host" {
         section(&mut out, "NUMA nodes", &node_table(object));
+    }
+    if kind.kind == "LoadBalancer" {
+        section(&mut out, "Targets", &target_table(object));
     }
     if kind.kind == "Cell" {
         for (title, content) in cell::sections(cloud, object).await? {
@@ -155,6 +159,38 @@ fn conditions(object: &Value, now: Timestamp) -> String {
         vec![word("/type"), word("/status"), word("/reason"), age_of(&c["since"], now), word("/message")]
     };
     Printer::new(&["TYPE", "STATUS", "REASON", "SINCE", "MESSAGE"]).lines(conditions.iter().map(row).collect())
+}
+
+/// A balancer's targets that get no new connections, and why.
+fn target_table(balancer: &Value) -> String {
+    let status = &balancer["status"];
+    let (Some(healthy), Some(all)) = (status["healthyTargets"].as_u64(), status["targets"].as_u64()) else {
+        return String::new();
+    };
+    let out = status["out"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let summary = format!("{healthy}/{all} take new connections");
+    if out.is_empty() {
+        return summary;
+    }
+    let row = |o: &Value| {
+        let address = text(o, "/address");
+        let at = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
+        let said = match o["hosts"].as_u64() {
+            None | Some(0) => "-".to_owned(),
+            Some(n) => n.to_string(),
+        };
+        let instance = Some(text(o, "/instance")).filter(|i| !i.is_empty()).unwrap_or("-");
+        vec![
+            plain(&format!("{at}:{}", o["targetPort"])),
+            plain(&format!("{} {}", text(o, "/protocol"), o["port"])),
+            plain(instance),
+            plain(text(o, "/reason")),
+            said,
+            plain(text(o, "/message")),
+        ]
+    };
+    let titles = ["TARGET", "LISTENER", "INSTANCE", "OUT", "HOSTS", "MESSAGE"];
+    format!("{summary}; out are:\n{}", Printer::new(&titles).lines(out.iter().map(row).collect()))
 }
 
 /// A host's NUMA nodes: what they have, what is kept to them, and what is free.

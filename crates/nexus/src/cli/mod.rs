@@ -89,6 +89,8 @@ pub enum Command {
     #[command(hide = true)]
     Executor(InnerArgs),
     #[command(hide = true)]
+    Relay(InnerArgs),
+    #[command(hide = true)]
     HostInit(RoleArgs),
     #[command(hide = true, name = crate::local::SUPERVISE)]
     LocalSupervise {
@@ -117,6 +119,7 @@ impl Command {
                 | Self::Gateway(_)
                 | Self::Shim(_)
                 | Self::Executor(_)
+                | Self::Relay(_)
                 | Self::HostInit(_)
                 | Self::LocalSupervise { .. }
                 | Self::LocalProbe { .. }

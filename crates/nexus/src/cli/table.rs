@@ -48,6 +48,10 @@ fn cell(object: &Value, column: &Column, now: Timestamp) -> String {
             None => NOTHING.into(),
             Some(us) => format!("{}.{}ms", us / 1000, us % 1000 / 100),
         },
+        Show::Of(whole) => match (value.as_u64(), object.pointer(whole).and_then(Value::as_u64)) {
+            (Some(part), Some(whole)) => format!("{part}/{whole}"),
+            _ => NOTHING.into(),
+        },
         Show::Plain => match value {
             Value::Null => NOTHING.into(),
             Value::String(text) if text.is_empty() => NOTHING.into(),

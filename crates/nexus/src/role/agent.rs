@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use nexus_agent::images::WireImages;
 use nexus_agent::numa::{self, Numa};
-use nexus_agent::{AgentHandle, Engines, HostNetworksEngine, keeper};
+use nexus_agent::{AgentHandle, Engines, HostNetworksEngine, Relays, keeper};
 use nexus_compute::container::{ContainerConfig, ContainerRuntime, Units, cpuset};
 use nexus_compute::function::{FunctionConfig, FunctionRuntime};
 use nexus_compute::image::{BlobStore, UnpackLimits};
@@ -48,6 +48,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         .with_context(|| format!("reading the authority {}", config.tls.ca.display()))?;
     let renew_tls = client_tls.clone();
     let exe = std::env::current_exe().context("finding this program's own file")?;
+    let program = exe.clone();
     let boot_id = config.run_dir.join("boot-id");
     let boot_id =
         std::fs::read_to_string(&boot_id).or_else(|_| std::fs::read_to_string("/proc/sys/kernel/random/boot_id"));
@@ -99,6 +100,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             config.run_dir.join("networks"),
             instances,
             config.uplink_rate,
+            Relays::new(keep.clone(), program, config.run_dir.join("relays")),
         ))),
         runtimes,
         keep,

@@ -5,6 +5,7 @@ pub mod agent;
 pub mod executor;
 pub mod gateway;
 pub mod keeper;
+pub mod relay;
 pub mod renew;
 pub mod server;
 pub mod shim;

@@ -157,6 +157,11 @@ pub struct Talk {
 
 impl Talk {
     pub fn begin(what: &str, pid: i32, to: SocketAddr) -> Self {
+        Self::begin_after(what, pid, to, Vec::new(), 0)
+    }
+
+    /// The same with these bytes before, and so many more of any sort.
+    pub fn begin_after(what: &str, pid: i32, to: SocketAddr, first: Vec<u8>, more: usize) -> Self {
         let (stop, turns) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, counted) = (stop.clone(), turns.clone());
         let work = move || {
@@ -164,6 +169,11 @@ impl Talk {
             // Longer than whatever is killed may be away: a packet that is lost comes again.
             stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
             stream.set_nodelay(true).unwrap();
+            let mut found = vec![0; first.len() + more];
+            stream.read_exact(&mut found).map_err(|e| format!("hearing the first bytes: {e}"))?;
+            if !found.starts_with(&first) {
+                return Err(format!("it begins with {found:?}"));
+            }
             let mut buffer = [0; 256];
             while !stopped.load(Ordering::Relaxed) {
                 let turn = counted.load(Ordering::Relaxed) as u8;

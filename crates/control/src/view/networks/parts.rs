@@ -142,6 +142,7 @@ pub fn balancers(world: &World, network: &Object<Network>, nics: &[NicPlan]) -> 
             source_hash: l.source_hash,
             targets: l.targets.iter().flat_map(|target| targets(target, l.port)).collect(),
             check: l.check.clone(),
+            proxy_protocol: l.proxy_protocol,
         });
         let (uid, name) = (b.metadata.uid, b.metadata.name.clone());
         Some(BalancerPlan { uid, name, address: its, listeners: listeners.collect() })

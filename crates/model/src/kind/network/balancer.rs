@@ -1,6 +1,6 @@
 //! One address for many targets: each host balances the connections that begin on it.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::super::app::PATH_PATTERN;
 use super::super::{Column, Home, Kind, Scope, Verbs};
 use super::NetworkRef;
-use crate::plan::BalancedProtocol;
+use crate::plan::{BalancedProtocol, ProxyProtocol};
 use crate::{Condition, FieldError, Name};
 
 /// Load balancers of one network.
@@ -58,6 +58,10 @@ pub struct BalancerListener {
     /// Besides that an instance must be ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub check: Option<BalancerCheck>,
+    /// Of a TCP listener: each host relays its connections, from the client's own address, and tells targets first who the
+    /// client is and which address it called.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
 }
 
 fn tcp() -> BalancedProtocol {
@@ -124,6 +128,39 @@ impl Default for LoadBalancerSpec {
     }
 }
 
+/// Of a balancer's targets that are out so many are told, the first by listener and address.
+pub const MAX_OUT: usize = 64;
+
+/// Why a target gets no new connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+pub enum TargetTrouble {
+    /// Its instance is not: nobody gives it any.
+    NotReady,
+    /// It fails the listener's check at some hosts, which give it none.
+    Failing,
+}
+
+/// A target of a listener that is out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TargetOut {
+    /// The listener's.
+    pub port: u16,
+    pub protocol: BalancedProtocol,
+    #[schemars(with = "String")]
+    pub address: IpAddr,
+    pub target_port: u16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<Name>,
+    pub reason: TargetTrouble,
+    /// In a clause, by one of the hosts that say so.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// How many hosts say so.
+    #[serde(default)]
+    pub hosts: u32,
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LoadBalancerStatus {
@@ -135,6 +172,14 @@ pub struct LoadBalancerStatus {
     pub address6: Option<Ipv6Addr>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkRef>,
+    /// Different addresses that listeners lead to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub targets: Option<u32>,
+    /// Of these, those that are not out at any listener.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub healthy_targets: Option<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub out: Vec<TargetOut>,
     pub conditions: Vec<Condition>,
 }
 
@@ -152,6 +197,7 @@ impl Kind for LoadBalancer {
         Column::new("ADDRESS4", "/status/address4"),
         Column::new("ADDRESS6", "/status/address6"),
         Column::count("LISTENERS", "/spec/listeners"),
+        Column::of("TARGETS", "/status/healthyTargets", "/status/targets"),
     ];
     type Spec = LoadBalancerSpec;
     type Status = LoadBalancerStatus;
@@ -177,6 +223,8 @@ impl Kind for LoadBalancer {
                 check((1..=256).contains(&target.weight), &format!("targets[{j}].weight"), "between 1 and 256");
                 check(target.port != Some(0), &format!("targets[{j}].port"), "between 1 and 65535");
             }
+            let relayed = listener.proxy_protocol.is_some() && listener.protocol == BalancedProtocol::Udp;
+            check(!relayed, "proxyProtocol", "of a TCP listener only: datagrams have no beginning to put it before");
             if let Some(health) = &listener.check {
                 let needs_port = listener.protocol == BalancedProtocol::Udp && health.port.is_none();
                 check(!needs_port, "check.port", "a UDP listener's targets are checked at a TCP port: name it");
@@ -202,7 +250,8 @@ impl Kind for LoadBalancer {
         let targets = vec![BalancerTarget { to: Balanced::App(name("web")), port: Some(8080), weight: 1 }];
         let http = Some(ExpectedAnswer { path: "/healthz".to_owned(), status: None });
         let check = Some(BalancerCheck { http, ..BalancerCheck::default() });
-        let listener = BalancerListener { port: 80, protocol: tcp(), source_hash: false, targets, check };
+        let listener =
+            BalancerListener { port: 80, protocol: tcp(), source_hash: false, targets, check, proxy_protocol: None };
         LoadBalancerSpec { subnet: name("web"), listeners: vec![listener] }
     }
 }

@@ -172,6 +172,8 @@ pub enum Test {
     New,
     /// Its destination was changed.
     Translated,
+    /// For a socket of this namespace that speaks in another's name.
+    Relayed,
     /// More than so many a second from the link that it comes from.
     Flood {
         meter: &'static str,

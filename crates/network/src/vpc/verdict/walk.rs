@@ -212,9 +212,13 @@ impl Walk<'_> {
             Test::Family(family) => Family::of(self.packet.source) == *family,
             Test::New => true,
             Test::Translated => self.packet.translated,
-            Test::Answer | Test::Known | Test::Related | Test::Invalid | Test::Flood { .. } | Test::Seldom { .. } => {
-                false
-            }
+            Test::Answer
+            | Test::Known
+            | Test::Related
+            | Test::Relayed
+            | Test::Invalid
+            | Test::Flood { .. }
+            | Test::Seldom { .. } => false,
         }
     }
 }
