@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nexus_control::region::{Config, Region};
 use nexus_control::view::View;
-use nexus_model::plan::HostReport;
+use nexus_model::plan::{HostReport, HostVersions};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -17,7 +17,7 @@ struct Host {
     running: Running,
     name: Name,
     spec: HostSpec,
-    told: watch::Receiver<Arc<HostNetworks>>,
+    told: watch::Receiver<Arc<HostVersions>>,
 }
 
 impl Host {
