@@ -3,11 +3,12 @@
 //! takes until something answers it, and a host's thousand NICs.
 //!
 //! Hosts and containers are network namespaces on one wire, in this process's own. Both ways are measured in turn, so that
-//! what else the machine does meets both. IPv4 within, IPv6 on the wire. [`balance`] and [`change`] tell of themselves.
-//! `NEXUS_BENCH_PARTS=throughput,nics,balance,change` picks parts.
+//! what else the machine does meets both. IPv4 within, IPv6 on the wire. [`balance`], [`change`] and [`told`] tell of
+//! themselves. `NEXUS_BENCH_PARTS=throughput,nics,balance,change,told` picks parts.
 
 mod balance;
 mod change;
+mod told;
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -44,12 +45,15 @@ struct World {
 }
 
 pub fn run() -> anyhow::Result<Vec<Row>> {
-    let parts = std::env::var("NEXUS_BENCH_PARTS").unwrap_or_else(|_| "throughput,nics,balance,change".into());
+    let parts = std::env::var("NEXUS_BENCH_PARTS").unwrap_or_else(|_| "throughput,nics,balance,change,told".into());
     let asked = |part: &str| parts.split(',').any(|p| p == part);
     let mut rows = Vec::new();
     // In the machine's own namespaces, before this process leaves them.
     if asked("change") {
         rows.extend(change::change()?);
+    }
+    if asked("told") {
+        rows.extend(told::told()?);
     }
     if !["throughput", "nics", "balance"].iter().any(|p| asked(p)) {
         return Ok(rows);

@@ -161,7 +161,10 @@ impl View {
     }
 
     /// What an agent that asks for its host's networks is sent, for as long as it listens.
-    pub fn tell_networks(&self, request: NetworksRequest) -> impl futures::Stream<Item = NetworksMessage> + Send + use<> {
+    pub fn tell_networks(
+        &self,
+        request: NetworksRequest,
+    ) -> impl futures::Stream<Item = NetworksMessage> + Send + use<> {
         networks::stream(self.networks(&request.host), request)
     }
 

@@ -59,7 +59,8 @@ impl Listener {
     pub fn request(&mut self) -> NetworksRequest {
         self.checks = !self.doubts;
         let held = self.held.iter().filter(|_| self.checks).flat_map(|held| &held.networks);
-        let draft = |plan: &Arc<NetworkPlan>| Draft { plan: plan.clone(), digest: Some(digest_of(&**plan).0), checked: true };
+        let draft =
+            |plan: &Arc<NetworkPlan>| Draft { plan: plan.clone(), digest: Some(digest_of(&**plan).0), checked: true };
         self.draft = held.map(|plan| (plan.uid, draft(plan))).collect();
         self.tunnels = Vec::new();
         let have = self.draft.iter().filter_map(|(uid, draft)| Some((*uid, draft.digest?))).collect();

@@ -148,8 +148,7 @@ impl HostVersions {
     pub fn says_the_same(&self, other: &Self) -> bool {
         let (a, b) = (&self.whole, &other.whole);
         let digests = |of: &Self| of.versions.iter().map(|v| (v.plan.uid, v.digest)).collect::<Vec<_>>();
-        digests(self) == digests(other)
-            && (&a.tunnels, a.endpoint, a.version) == (&b.tunnels, b.endpoint, b.version)
+        digests(self) == digests(other) && (&a.tunnels, a.endpoint, a.version) == (&b.tunnels, b.endpoint, b.version)
     }
 
     pub fn whole(&self) -> &HostNetworks {

@@ -15,8 +15,8 @@ use nexus_env::{Endpoint, Env};
 use nexus_iam::{Role, SpiffeId, tls};
 use nexus_model::kind::{Host, HostState};
 use nexus_model::plan::{
-    BlobRequest, GatewayNote, HostReport, MAX_TRAFFIC, NetworksRequest, PROBED_AT_ONCE, PlanRequest, RenewRequest, ReportAck,
-    RoundTripAck, RoundTripReport, ServerList, TableRequest, TrafficReport, method,
+    BlobRequest, GatewayNote, HostReport, MAX_TRAFFIC, NetworksRequest, PROBED_AT_ONCE, PlanRequest, RenewRequest,
+    ReportAck, RoundTripAck, RoundTripReport, ServerList, TableRequest, TrafficReport, method,
 };
 use nexus_model::{ApiError, Name, Object};
 use nexus_store::embedded::{PeerRef, Peers};
