@@ -145,12 +145,11 @@ pub async fn run(
     let _ = tokio::time::timeout(Duration::from_secs(6), drained).await;
     tasks.shutdown().await;
     // This may be a host that is left behind.
+    let closed = futures::future::join_all(runtimes.iter().map(|runtime| runtime.close()));
     let close = async {
-        for runtime in runtimes {
-            runtime.close().await;
-        }
-        if let Some(packets) = packets {
-            packets.close().await;
+        match packets {
+            Some(packets) => drop(tokio::join!(closed, packets.close())),
+            None => drop(closed.await),
         }
     };
     let _ = tokio::time::timeout(CLOSE, close).await;

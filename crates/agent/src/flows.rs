@@ -5,7 +5,8 @@
 //! ```
 //!
 //! One folder for each network with two files of lines, each a flow as JSON with its number. All of them together have a bound.
-//! They go when the host has no part in the network any more. What a crash tears is passed over.
+//! They go when the network wants no log any more, or the host has no part in it. What a crash tears is passed over. Who
+//! reads on and on is told from memory.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -27,7 +28,9 @@ use crate::config::NetworkEngine;
 
 /// What all networks' files may have together, and what one of the two files of a network has at most and at least.
 const ALL_BYTES: u64 = 256 << 20;
-const FILE_BYTES: (u64, u64) = (256 << 10, 8 << 20);
+const FILE_BYTES: (u64, u64) = (16 << 10, 8 << 20);
+/// The newest flows of a network, for whoever has read the rest.
+const RECENT: usize = 4096;
 /// Flows that wait to be written; further ones are lost, and counted.
 const QUEUE: usize = 4096;
 /// Written at once.
@@ -41,7 +44,7 @@ const NEW: &str = "new";
 const OLD: &str = "old";
 
 /// A line of a file.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Line {
     n: u64,
     #[serde(flatten)]
@@ -51,12 +54,21 @@ struct Line {
 /// One network's log.
 struct Log {
     dir: PathBuf,
-    /// The number of the newest; held while files change places.
-    last: tokio::sync::Mutex<u64>,
+    /// Held while files change places.
+    newest: tokio::sync::Mutex<Newest>,
     /// Those that had no place.
     lost: Arc<AtomicU64>,
     /// Who has which address.
     names: Mutex<BTreeMap<IpAddr, Name>>,
+}
+
+/// What this agent knows of the end of a log.
+#[derive(Default)]
+struct Newest {
+    /// The number of the last line.
+    last: u64,
+    /// Those that this agent has written, up to the last.
+    recent: VecDeque<Line>,
 }
 
 /// The logs of this host.
@@ -96,7 +108,7 @@ impl Flows {
                     }
                     stays
                 });
-                self.forget(&told).await;
+                self.forget(&kept).await;
                 for network in kept {
                     let log = self.log(network.uid).await;
                     *log.names.lock().unwrap_or_else(PoisonError::into_inner) = names(&told, network);
@@ -120,11 +132,12 @@ impl Flows {
         let dir = self.dir.join(network.to_string());
         let (disk, at) = (self.env.disk.clone(), dir.clone());
         let last = on_disk(&self.env.disk, move || {
-            let lines = [NEW, OLD].into_iter().map(|file| read(&*disk, &at.join(file)));
-            lines.flatten().map(|line| line.n).max().unwrap_or(0)
+            let last = |file| lines(&contents(&*disk, &at.join(file))).map(|line| line.n).max();
+            [NEW, OLD].into_iter().filter_map(last).max().unwrap_or(0)
         });
-        let last = tokio::sync::Mutex::new(last.await.unwrap_or(0));
-        let log = Arc::new(Log { dir, last, lost: Arc::default(), names: Mutex::default() });
+        let newest = Newest { last: last.await.unwrap_or(0), recent: VecDeque::new() };
+        let newest = tokio::sync::Mutex::new(newest);
+        let log = Arc::new(Log { dir, newest, lost: Arc::default(), names: Mutex::default() });
         self.logs().entry(network).or_insert(log).clone()
     }
 
@@ -132,23 +145,27 @@ impl Flows {
         self.logs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes what is of networks that this host has no part in.
-    async fn forget(&self, told: &HostNetworks) {
-        let stays = |uid: &Uid| told.networks.iter().any(|n| n.uid == *uid);
-        self.logs().retain(|uid, _| stays(uid));
-        let (disk, dir) = (self.env.disk.clone(), self.dir.clone());
-        let kept: Vec<String> = told.networks.iter().map(|n| n.uid.to_string()).collect();
+    /// Removes what is of networks that want no log here any more, and what is more than a network's share by now.
+    async fn forget(&self, kept: &[&NetworkPlan]) {
+        let names: Vec<String> = kept.iter().map(|n| n.uid.to_string()).collect();
+        self.logs().retain(|uid, _| kept.iter().any(|n| n.uid == *uid));
+        let (disk, dir, room) = (self.env.disk.clone(), self.dir.clone(), self.room.load(Ordering::Relaxed));
         let gone = on_disk(&self.env.disk, move || {
             if !disk.exists(&dir)? {
                 return Ok(());
             }
-            for entry in disk.list(&dir)?.into_iter().filter(|e| !kept.contains(&e.name)) {
-                disk.remove_dir_all(&dir.join(&entry.name))?;
+            for entry in disk.list(&dir)? {
+                let of = dir.join(&entry.name);
+                if !names.contains(&entry.name) {
+                    disk.remove_dir_all(&of)?;
+                } else if disk.open(&of.join(OLD)).is_ok_and(|old| old.len().is_ok_and(|length| length > room)) {
+                    disk.remove_file(&of.join(OLD))?;
+                }
             }
             io::Result::Ok(())
         });
         if let Err(error) = gone.await.and_then(|gone| gone) {
-            tracing::warn!(%error, "flow logs of networks that are gone can't be removed");
+            tracing::warn!(%error, "flow logs that nobody wants any more can't be removed");
         }
     }
 
@@ -172,7 +189,8 @@ impl Flows {
                 return;
             }
             let time = Timestamp::from_millis(self.env.now_millis());
-            let mut last = log.last.lock().await;
+            let mut newest = log.newest.lock().await;
+            let Newest { last, recent } = &mut *newest;
             let mut text = Vec::new();
             let count = batch.len() as u64;
             {
@@ -182,8 +200,10 @@ impl Flows {
                     let line = Line { n: *last, flow: record(time, flow, &names) };
                     text.extend(serde_json::to_vec(&line).expect("a flow is well-formed JSON"));
                     text.push(b'\n');
+                    recent.push_back(line);
                 }
             }
+            recent.drain(..recent.len().saturating_sub(RECENT));
             let (disk, dir, room) = (self.env.disk.clone(), log.dir.clone(), self.room.load(Ordering::Relaxed));
             let written = on_disk(&self.env.disk, move || append(&*disk, &dir, &text, room));
             if let Err(error) = written.await.and_then(|written| written) {
@@ -197,36 +217,43 @@ impl Flows {
     pub async fn read(&self, request: &FlowsRequest) -> Result<HostFlows, String> {
         let _turn = self.readers.acquire().await.map_err(|_| "the host is shutting down".to_owned())?;
         let Some(log) = self.logs().get(&request.network).cloned() else { return Ok(HostFlows::default()) };
-        let held = log.last.lock().await;
-        let last = *held;
+        let newest = log.newest.lock().await;
+        let last = newest.last;
         // A log that was begun anew has fewer than were told of.
         let after = request.after.filter(|after| *after <= last);
         let mut answer = HostFlows { flows: Vec::new(), last, lost: log.lost.load(Ordering::Relaxed) };
-        if after == Some(last) {
+        let begun = newest.recent.front().map(|line| line.n);
+        let Some(after) = after.filter(|after| *after == last || begun.is_some_and(|begun| begun <= after + 1)) else {
+            let (disk, dir) = (self.env.disk.clone(), log.dir.clone());
+            let files = on_disk(&self.env.disk, move || [OLD, NEW].map(|file| contents(&*disk, &dir.join(file))));
+            let files = files.await.map_err(|e| format!("flows can't be read: {e}"))?;
+            drop(newest);
+            let request = request.clone();
+            let parsed = on_disk(&self.env.disk, move || chosen(files.iter().flat_map(|f| lines(f)), after, &request));
+            answer.flows = parsed.await.map_err(|e| format!("flows can't be read: {e}"))?;
             return Ok(answer);
-        }
-        let (disk, dir, request) = (self.env.disk.clone(), log.dir.clone(), request.clone());
-        let found = on_disk(&self.env.disk, move || {
-            let fits = |line: &Line| {
-                let of = |nic: &Option<Name>| nic.is_some() && *nic == request.nic;
-                after.map_or(line.flow.time >= request.since, |after| line.n > after)
-                    && (request.nic.is_none() || of(&line.flow.source_nic) || of(&line.flow.destination_nic))
-            };
-            let keep = request.limit.min(MAX_FLOWS) as usize;
-            let mut found = VecDeque::new();
-            let lines = [OLD, NEW].into_iter().flat_map(|file| read(&*disk, &dir.join(file)));
-            for line in lines.filter(fits) {
-                found.push_back(line.flow);
-                if found.len() > keep {
-                    found.pop_front();
-                }
-            }
-            found
-        });
-        answer.flows = found.await.map_err(|e| format!("flows can't be read: {e}"))?.into();
-        drop(held);
+        };
+        answer.flows = chosen(newest.recent.iter().cloned(), Some(after), request);
         Ok(answer)
     }
+}
+
+/// Of what was noted, the oldest first, the newest so many that are asked for.
+fn chosen(lines: impl Iterator<Item = Line>, after: Option<u64>, request: &FlowsRequest) -> Vec<FlowRecord> {
+    let fits = |line: &Line| {
+        let of = |nic: &Option<Name>| nic.is_some() && *nic == request.nic;
+        after.map_or(line.flow.time >= request.since, |after| line.n > after)
+            && (request.nic.is_none() || of(&line.flow.source_nic) || of(&line.flow.destination_nic))
+    };
+    let keep = request.limit.min(MAX_FLOWS) as usize;
+    let mut found = VecDeque::new();
+    for line in lines.filter(fits) {
+        found.push_back(line.flow);
+        if found.len() > keep {
+            found.pop_front();
+        }
+    }
+    found.into()
 }
 
 /// Who has which address, in a network and in those that it is peered with.
@@ -264,10 +291,14 @@ fn record(time: Timestamp, flow: Flow, names: &BTreeMap<IpAddr, Name>) -> FlowRe
     }
 }
 
-/// The lines of a file; none, if there is none. What can't be read as one is passed over.
-fn read(disk: &dyn Disk, path: &Path) -> Vec<Line> {
-    let text = disk.read(path).unwrap_or_default();
-    text.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()
+/// What is in a file; nothing, if there is none.
+fn contents(disk: &dyn Disk, path: &Path) -> Vec<u8> {
+    disk.read(path).unwrap_or_default()
+}
+
+/// The lines of a file. What can't be read as one is passed over.
+fn lines(text: &[u8]) -> impl Iterator<Item = Line> {
+    text.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok())
 }
 
 /// Adds lines to the newer file. One that is full takes the place of the older.
@@ -325,12 +356,13 @@ mod tests {
         }
         let sizes = [NEW, OLD].map(|file| disk.read(&dir.join(file)).unwrap().len());
         assert!(sizes.iter().all(|size| *size <= 1000), "{sizes:?}");
-        let numbers: Vec<u64> = [OLD, NEW].iter().flat_map(|f| read(&disk, &dir.join(f))).map(|l| l.n).collect();
+        let numbers_of = |file: &&str| lines(&contents(&disk, &dir.join(file))).map(|l| l.n).collect::<Vec<_>>();
+        let numbers: Vec<u64> = [OLD, NEW].iter().flat_map(numbers_of).collect();
         assert_eq!(numbers.last(), Some(&30));
         assert!(numbers.is_sorted() && numbers[0] > 1, "the oldest have gone: {numbers:?}");
         disk.open(&dir.join(NEW)).unwrap().append(b"{\"n\": 31, \"tim").unwrap();
         append(&disk, dir, &line(32, 1, None), 1 << 20).unwrap();
-        let last: Vec<u64> = read(&disk, &dir.join(NEW)).iter().map(|l| l.n).collect();
+        let last = numbers_of(&NEW);
         assert_eq!(last[last.len() - 2..], [30, 32]);
     }
 }

@@ -167,7 +167,7 @@ async fn world_on(kept: Kept, first: Option<Arc<HostNetworks>>) -> World {
     let engine = Arc::new(Fake::default());
     let (told, names) = (watch::Sender::new(first), watch::Sender::new(None));
     let (mut tasks, handle) = (JoinSet::new(), AgentHandle::default());
-    let flows = Flows::new(Env::real().with_disk(Arc::new(MemDisk::new(1))), "/flows".into(), engine.clone());
+    let flows = Flows::new(Env::real().with_disk(kept.disk.clone()), "/flows".into(), engine.clone());
     let starting =
         Networks::start(engine.clone(), told.subscribe(), names.subscribe(), flows, kept, &handle, &mut tasks);
     let networks = starting.await;
@@ -242,6 +242,19 @@ async fn only_nics_of_this_host_are_traced() {
     assert_eq!(w.networks.capture(&request).await.err().unwrap(), "network: nothing to hear");
 }
 
+/// Looks again and again, for an hour of the test's own time.
+async fn until<T>(mut found: impl AsyncFnMut() -> Option<T>) -> T {
+    let looking = async {
+        loop {
+            if let Some(value) = found().await {
+                return value;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(3600), looking).await.expect("it comes about")
+}
+
 #[tokio::test(start_paused = true)]
 async fn flows_are_noted_while_their_network_wants_it_and_go_with_it() {
     let with = |revision, flow_logs| {
@@ -249,27 +262,24 @@ async fn flows_are_noted_while_their_network_wants_it_and_go_with_it() {
         Arc::make_mut(&mut Arc::make_mut(&mut all).networks[0]).flow_logs = flow_logs;
         Some(all)
     };
-    let w = world(with(1, FlowLogs::All)).await;
+    let kept = Kept { disk: Arc::new(MemDisk::new(1)), path: "/targets.json".into() };
+    let w = world_on(kept.clone(), with(1, FlowLogs::All)).await;
     let network = with(1, FlowLogs::All).unwrap().networks[0].uid;
     let request = |after, limit| FlowsRequest { network, since: Timestamp::from_millis(0), after, nic: None, limit };
     let read = async |request: FlowsRequest| w.networks.flows(&request).await.unwrap();
-    let noted = loop {
-        let found = read(request(None, 10)).await;
-        if found.flows.len() == 2 {
-            break found;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    let all = async |w: &World, wanted: usize| {
+        let noted = async || w.networks.flows(&request(None, 10)).await.unwrap();
+        until(async || Some(noted().await).filter(|found| found.flows.len() == wanted)).await
     };
+    let noted = all(&w, 2).await;
     assert_eq!((noted.last, noted.lost), (2, 0));
     let dropped: Vec<Option<&str>> = noted.flows.iter().map(|f| f.dropped.as_deref()).collect();
     assert_eq!(dropped, [None, Some("no_ingress_rule")], "the oldest first");
     // Of a NIC, of a moment, the newest, and what is behind those that are known.
     let nic = |name: &str| FlowsRequest { nic: Some(name.parse().unwrap()), ..request(None, 10) };
     let told_of = |flows: &HostFlows| flows.flows.iter().map(|f| f.destination.to_string()).collect::<Vec<_>>();
-    let named = noted.flows[0].source_nic.clone().map(|name| name.to_string());
-    if let Some(name) = named {
-        assert_eq!(read(nic(&name)).await.flows.len(), 2);
-    }
+    assert_eq!(read(nic("nic-1")).await.flows.len(), 2, "who sent them");
+    assert_eq!(told_of(&read(nic("nic-2")).await), ["10.0.0.2"]);
     assert!(read(nic("nobody")).await.flows.is_empty());
     assert_eq!(told_of(&read(request(None, 1)).await), ["10.0.0.9"]);
     assert_eq!(told_of(&read(request(Some(1), 10)).await), ["10.0.0.9"]);
@@ -277,15 +287,15 @@ async fn flows_are_noted_while_their_network_wants_it_and_go_with_it() {
     assert_eq!(read(request(Some(99), 10)).await.flows.len(), 2, "a log that was begun anew is told whole");
     let later = FlowsRequest { since: Timestamp::from_millis(i64::MAX), ..request(None, 10) };
     assert!(read(later).await.flows.is_empty());
-    // Without the wish nothing more is noted, and what was is kept; with the network it goes.
-    w.told.send_replace(with(2, FlowLogs::None));
-    w.networks.news().wait_for(|a| a.by.as_ref().is_some_and(|by| by.revision == 2)).await.unwrap();
-    assert_eq!(read(request(None, 10)).await.flows.len(), 2);
-    w.told.send_replace(told(3, 0));
-    while !read(request(None, 10)).await.flows.is_empty() {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    // An agent that begins anew goes on with what is there, and what nobody wants any more goes.
+    drop(w);
+    let again = world_on(kept, with(2, FlowLogs::All)).await;
+    let noted = all(&again, 4).await;
+    assert_eq!(noted.last, 4);
+    again.told.send_replace(with(3, FlowLogs::None));
+    all(&again, 0).await;
 }
+
 /// The same with a balancer that has two targets, asked every second, out and back after two answers.
 fn balanced(revision: u64) -> Option<Arc<HostNetworks>> {
     let mut told = HostNetworks::clone(&told(revision, 1).unwrap());
@@ -327,9 +337,8 @@ async fn a_target_that_does_not_answer_goes_out_stays_out_over_a_restart_and_com
     let first = world_on(kept.clone(), balanced(1)).await;
     first.engine.silent.lock().unwrap().push([10, 0, 0, 2].into());
     let wait = async |world: &World, marked: &[u8]| {
-        while world.engine.wanted.lock().unwrap().is_none() || world.engine.marked() != marked {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        let is_there = || world.engine.wanted.lock().unwrap().is_some() && world.engine.marked() == marked;
+        until(async || is_there().then_some(())).await;
     };
     wait(&first, &[]).await;
     wait(&first, &[2]).await;
@@ -344,9 +353,7 @@ async fn a_target_that_does_not_answer_goes_out_stays_out_over_a_restart_and_com
     assert_eq!(second.engine.applied.lock().unwrap().len(), 1);
     // A newer plan does not make it answer.
     second.told.send_replace(balanced(2));
-    while second.engine.applied.lock().unwrap().last() != Some(&2) {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until(async || (second.engine.applied.lock().unwrap().last() == Some(&2)).then_some(())).await;
     assert_eq!(second.engine.marked(), [2]);
     second.engine.silent.lock().unwrap().clear();
     wait(&second, &[]).await;

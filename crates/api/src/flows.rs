@@ -40,6 +40,8 @@ const AT_ONCE: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Between two rounds of a reader that follows.
 const ROUND: Duration = Duration::from_secs(1);
+/// What one round of such a reader tells at most; what is more is counted as lost.
+const MOST_A_ROUND: usize = 50_000;
 /// After so many rounds without a flow an empty line is sent: only by sending is it known that a reader has gone.
 const QUIET: u32 = 15;
 
@@ -62,6 +64,9 @@ struct Found {
     items: Vec<Noted>,
     silent: Vec<Silent>,
     lost: u64,
+    /// How many more there were than the reader gets.
+    #[serde(skip)]
+    cut: u64,
 }
 
 /// What is asked of every host.
@@ -103,7 +108,7 @@ pub(crate) async fn flows(
     let permit = server.stream_permit()?;
     if !follow {
         let mut told = BTreeMap::new();
-        let found = once(server, &asked, &mut told);
+        let found = once(server, &asked, &mut told, asked.limit as usize);
         let found = tokio::time::timeout(server.api.limits.request_timeout, found).await;
         let late = |_| ApiError::new(Code::Timeout, "the hosts of the network take too long to answer: ask for less");
         return Ok(json(&found.map_err(late)?));
@@ -118,7 +123,7 @@ pub(crate) async fn flows(
 }
 
 /// Asks every host once: for what is behind the last that it told, where it is known.
-async fn once(server: &Server, asked: &Asked, told: &mut BTreeMap<Name, u64>) -> Found {
+async fn once(server: &Server, asked: &Asked, told: &mut BTreeMap<Name, u64>, most: usize) -> Found {
     let hosts = server.api.hosts.hosts_of(&asked.project, asked.network);
     let questions = hosts.into_iter().map(|host| {
         let request = FlowsRequest {
@@ -143,7 +148,7 @@ async fn once(server: &Server, asked: &Asked, told: &mut BTreeMap<Name, u64>) ->
                 found.lost = found.lost.saturating_add(lost);
                 found.items.extend(flows.into_iter().map(|flow| Noted { host: host.clone(), flow }));
                 told.insert(host, last);
-                found.keep(asked.limit as usize);
+                found.keep(most);
             }
             Err(error) => found.silent.push(Silent { host, why: error.detail }),
         }
@@ -155,7 +160,8 @@ impl Found {
     /// The newest so many, the oldest of them first.
     fn keep(&mut self, limit: usize) {
         self.items.sort_by(|a, b| (a.flow.time, &a.host).cmp(&(b.flow.time, &b.host)));
-        self.items.drain(..self.items.len().saturating_sub(limit));
+        let cut = self.items.drain(..self.items.len().saturating_sub(limit)).count();
+        self.cut += cut as u64;
     }
 }
 
@@ -166,6 +172,10 @@ struct Following {
     told: BTreeMap<Name, u64>,
     first: bool,
     quiet: u32,
+    /// Hosts that are known to be silent, and how many flows to be lost.
+    silent: Vec<Name>,
+    lost: u64,
+    cut: u64,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -174,17 +184,42 @@ fn followed(
     asked: Asked,
     permit: OwnedSemaphorePermit,
 ) -> impl futures::Stream<Item = io::Result<Bytes>> + Send + 'static {
-    let state = Following { server, asked, told: BTreeMap::new(), first: true, quiet: 0, _permit: permit };
+    let state = Following {
+        server,
+        asked,
+        told: BTreeMap::new(),
+        first: true,
+        quiet: 0,
+        silent: Vec::new(),
+        lost: 0,
+        cut: 0,
+        _permit: permit,
+    };
     stream::unfold(state, |mut state| async move {
         loop {
-            if !std::mem::take(&mut state.first) {
+            // At first so many as were asked for, and then all that comes.
+            let most = if std::mem::take(&mut state.first) {
+                state.asked.limit as usize
+            } else {
                 tokio::time::sleep(ROUND).await;
-            }
-            let found = once(&state.server, &state.asked, &mut state.told).await;
+                state.asked.limit = MAX_FLOWS;
+                MOST_A_ROUND
+            };
+            let found = once(&state.server, &state.asked, &mut state.told, most).await;
             let mut text = Vec::new();
             for noted in &found.items {
                 serde_json::to_writer(&mut text, noted).expect("a flow is well-formed JSON");
                 text.push(b'\n');
+            }
+            if most == MOST_A_ROUND {
+                state.cut += found.cut;
+            }
+            let silent: Vec<Name> = found.silent.iter().map(|s| s.host.clone()).collect();
+            let lost = found.lost + state.cut;
+            if silent != state.silent || lost > state.lost {
+                let note = serde_json::json!({ "silent": found.silent, "lost": lost });
+                text.extend_from_slice(format!("{note}\n").as_bytes());
+                (state.silent, state.lost) = (silent, lost.max(state.lost));
             }
             state.quiet = if text.is_empty() { state.quiet + 1 } else { 0 };
             if state.quiet >= QUIET {

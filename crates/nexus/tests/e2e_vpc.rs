@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use cloud::Cloud;
 use inside::{BRIEFLY, Echo, PATIENCE, Sniffer, Talk, addresses, datagram, get, inside, mac, ping, send_frames, spawn};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const TENANTS: [&str; 2] = ["default", "bank"];
 /// Where the agents of a local cloud tell their metrics.
@@ -599,6 +599,30 @@ fn traces_agree(cloud: &Cloud, site: &Site) {
     assert_eq!(trace("bank", site.client("bank"), &format!("{}:80/tcp", open.four))["verdict"], "dropped");
 }
 
+/// Has scapy send what it can think of from a workload's link, and says how much that was.
+fn scapy(site: &Site, from: &Workload, seed: u64) -> usize {
+    let hardware = |pid: i32| mac(pid, "nic0").map(|octet| format!("{octet:02x}")).join(":");
+    let (own, hosts) = (&site.workloads, &site.hosts);
+    let aims = json!({
+        "seed": seed, "count": 1500, "link": "nic0", "mark": str::from_utf8(frames::MARK).unwrap(),
+        "own4": from.four, "own6": from.six, "mac": hardware(from.pid), "gateway": frames::GATEWAY.map(|o| format!("{o:02x}")).join(":"),
+        "four": own.iter().map(|w| w.four).chain(hosts.iter().map(|h| h.2)).collect::<Vec<_>>(),
+        "six": own.iter().filter_map(|w| w.six).collect::<Vec<_>>(),
+        "macs": own.iter().map(|w| hardware(w.pid)).collect::<Vec<_>>(),
+    });
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/fuzz.py");
+    let mut command = Command::new("nsenter");
+    // Debian's own interpreter is the one that Debian's scapy is for.
+    command.args(["--target", &from.pid.to_string(), "--net", "timeout", "300", "/usr/bin/python3"]).arg(script);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(aims.to_string().as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{aims}: {}", output.status);
+    let sent = str::from_utf8(&output.stdout).unwrap().trim().parse().unwrap();
+    assert!(sent > 1000, "{sent} of scapy's were sent");
+    sent
+}
+
 /// Packets of every sort, many of them broken: none comes to the other tenant, and one's own are still reached.
 fn fuzzed_packets_stay_within_their_tenant(site: &Site, seed: u64) {
     for (project, other) in [(TENANTS[0], TENANTS[1]), (TENANTS[1], TENANTS[0])] {
@@ -615,6 +639,7 @@ fn fuzzed_packets_stay_within_their_tenant(site: &Site, seed: u64) {
         };
         let sent = send_frames(client.pid, "nic0", frames::fuzzed(seed, 3000, &aims));
         assert!(sent > 2000, "{sent} were sent");
+        let sent = sent + scapy(site, client, seed);
         let well: Vec<_> = site.of(project, "web").iter().map(|w| frames::datagram(&aims, w.four, DATAGRAMS)).collect();
         send_frames(client.pid, "nic0", well);
         std::thread::sleep(Duration::from_millis(500));

@@ -56,6 +56,7 @@ pub const PACKAGES: &[Package] = &[
     package(Need::Test, "docker-registry", "the registry that images are pulled from"),
     package(Need::Test, "busybox-static", "the smallest useful container"),
     package(Need::Test, "python3-venv", "the place for Python tools such as schemathesis"),
+    package(Need::Test, "python3-scapy", "makes the packets that networks are tried with"),
     package(Need::Test, "nodejs", "runs the identity provider that federation is tested against"),
     package(Need::Test, "npm", "installs it"),
     package(Need::Test, "etcd-server", "the metadata engine beside our own, and the peer of its bench"),

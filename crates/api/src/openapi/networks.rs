@@ -108,7 +108,8 @@ fn flows(d: &KindDescriptor) -> Value {
     parameters.push(query("sinceSeconds", since, "How long ago the oldest is at most, by the hosts' clocks."));
     let limit = json!({"type": "integer", "minimum": 1, "maximum": MAX_FLOWS, "default": USUAL_FLOWS});
     parameters.push(query("limit", limit, "The newest so many."));
-    let about = "Goes on with what comes, as one flow a line (NDJSON), until its reader leaves.";
+    let about = "Goes on with what comes, as one flow a line (NDJSON), until its reader leaves. A line with `silent` and `lost` instead \
+                 says which hosts do not answer and how many flows were lost by now, when either changes.";
     parameters.push(query("follow", json!({"type": "boolean"}), about));
     let mut content = as_body(&body);
     content[NDJSON] = json!({"schema": {"type": "string"}});

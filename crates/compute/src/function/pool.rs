@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use nexus_model::{Name, Uid};
 use tokio::sync::{Mutex as AsyncMutex, Notify};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::agent::{GENERATION, blocking, host};
 use super::client;
@@ -31,6 +31,9 @@ const START: Duration = Duration::from_secs(10);
 /// How long to wait before an executor that does not answer yet is asked again: at first, and at most.
 const RETRY_FIRST: Duration = Duration::from_millis(1);
 const RETRY: Duration = Duration::from_millis(10);
+
+/// How long one that runs may take to say whose it is; others wait meanwhile.
+const WHOSE: Duration = Duration::from_secs(1);
 
 /// How long one that was told to exit may take; its record is dropped later otherwise.
 const EXIT: Duration = Duration::from_secs(2);
@@ -230,10 +233,11 @@ impl Pool {
             if !is_ours(&id) || !is_running(&kept) || self.owners().contains_key(&id) {
                 continue;
             }
-            match self.owner(&id).await {
-                Ok(None) => drop(self.owners().insert(id, Owner::Nobody)),
-                Ok(Some(project)) => drop(self.owners().insert(id, Owner::Project(project))),
-                Err(error) => tracing::debug!(executor = %id, %error, "whose an executor is can't be asked yet"),
+            match timeout(WHOSE, self.owner(&id)).await {
+                Ok(Ok(None)) => drop(self.owners().insert(id, Owner::Nobody)),
+                Ok(Ok(Some(project))) => drop(self.owners().insert(id, Owner::Project(project))),
+                Ok(Err(error)) => tracing::debug!(executor = %id, %error, "whose an executor is can't be asked yet"),
+                Err(_) => tracing::debug!(executor = %id, "an executor does not say whose it is"),
             }
         }
         Ok(())
@@ -316,6 +320,8 @@ impl Pool {
 
     /// Drops the keeper's records of executors that have ended, but for those that are needed.
     pub async fn forget_ended(&self, needed: impl Fn(&str) -> bool) -> Result<(), RuntimeError> {
+        // Meanwhile nobody takes an id for another that is forgotten here.
+        let _alone = self.choosing.lock().await;
         for (id, kept) in self.all().await? {
             if !is_running(&kept) {
                 self.owners().remove(&id);

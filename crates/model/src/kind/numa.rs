@@ -21,7 +21,7 @@ const MAX_CPU: u16 = 9_999;
 const MAX_RUNS: usize = 256;
 
 /// A list of processors as the kernel writes it: `0-7,16-23`.
-const LIST_PATTERN: &str = "^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?){0,90}$";
+const LIST_PATTERN: &str = "^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?){0,255}$";
 
 /// One node of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -7,8 +7,10 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
@@ -50,10 +52,23 @@ const ATTRIBUTE_PREFIX: u16 = 10;
 const HEADERS: u32 = 128;
 /// So many hundredths of a second and so many packets the kernel waits before it tells.
 const GATHER: (u32, u32) = (20, 64);
+/// How often it is looked whether the namespace is still the one that is followed: the socket would keep one that is gone.
+const LOOK: Duration = Duration::from_secs(15);
 
-/// Follows the flows of one network's namespace until nobody listens any more. `lost` counts those that had no place.
+/// Which namespace a reference leads to by now.
+fn which(netns: &NetnsRef) -> Option<u64> {
+    match netns {
+        NetnsRef::Path(path) => std::fs::metadata(path).ok().map(|file| file.ino()),
+        _ => None,
+    }
+}
+
+/// Follows the flows of one network's namespace until nobody listens any more, or another has taken its place. `lost` counts
+/// those that had no place.
 pub async fn follow(netns: NetnsRef, out: mpsc::Sender<Flow>, lost: Arc<AtomicU64>) -> Result<(), NetError> {
-    let socket = aside(netns, "a network's flows", open).await?;
+    let followed = which(&netns);
+    let mut looks = tokio::time::interval(LOOK);
+    let socket = aside(netns.clone(), "a network's flows", open).await?;
     // SAFETY: a socket that is owned is the same open file until it is dropped, and `AsyncFd` keeps it.
     let socket = unsafe { AsyncFd::register(socket) }.attempt(|| "waiting for a network's flows".into())?;
     let mut buffer = vec![0; 256 << 10];
@@ -61,6 +76,12 @@ pub async fn follow(netns: NetnsRef, out: mpsc::Sender<Flow>, lost: Arc<AtomicU6
         let mut ready = tokio::select! {
             biased;
             () = out.closed() => return Ok(()),
+            _ = looks.tick() => {
+                if which(&netns) != followed {
+                    return Ok(());
+                }
+                continue;
+            }
             ready = socket.readable() => ready.attempt(|| "waiting for a network's flows".into())?,
         };
         let read = ready.try_io(|fd| Ok(recv(fd.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?));

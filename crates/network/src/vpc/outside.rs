@@ -69,6 +69,9 @@ pub(super) fn settle(
     hand.routes(&routes, Others::LeftAlone, true)?;
     let uplink = uplink(hand, endpoint)?;
     answer(hand, dir, uplink.as_ref(), &answered)?;
+    if endpoint.is_some() && rate.is_some() && uplink.is_none() {
+        hand.differs(|| "no link has the host's endpoint, so control does not go before tenants".into());
+    }
     hand.share(uplink.zip(rate).map(|(link, rate)| (link.index, Limit::of(rate))))
 }
 

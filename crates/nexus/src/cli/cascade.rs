@@ -221,6 +221,10 @@ impl<'a> Planner<'a> {
         for floating in self.of("floating-ips").filter(|f| !self.is_doomed("floating-ips", f)) {
             let nic = self.of("nics").find(|nic| floating["spec"]["nic"] == name(nic).as_str());
             let Some(nic) = nic else { continue };
+            // It is released with its instance, which goes before.
+            if made_with(nic).is_some() && self.names_doomed("subnets", &nic["spec"]["subnet"]) {
+                continue;
+            }
             let network = &nic["status"]["network"]["name"];
             if self.is_doomed("nics", nic) || closed.iter().any(|g| g["spec"]["network"] == *network) {
                 let why = format!("leads nowhere any more, instead of to {}", title(&("nics", name(nic))));
@@ -279,6 +283,14 @@ impl<'a> Planner<'a> {
         }
         for group in self.of("security-groups") {
             let own = Value::String(name(group).to_string());
+            let stays = !self.is_doomed("security-groups", group);
+            for rule in list(group, "/spec/rules").iter().filter(|rule| stays && rule["action"] == "deny") {
+                if self.rule(&own, rule).as_ref() != Some(rule) {
+                    let why = "would let in or out what it refuses now: change it first";
+                    let id = rule["id"].as_str().unwrap_or("-");
+                    self.refusals.push(format!("{}, rule {id}, {why}", title(&("security-groups", name(group)))));
+                }
+            }
             let rules: Vec<Value> =
                 list(group, "/spec/rules").iter().filter_map(|rule| self.rule(&own, rule)).collect();
             if rules != list(group, "/spec/rules") {

@@ -69,13 +69,18 @@ pub async fn run(args: &FlowsArgs) -> anyhow::Result<()> {
         Shown::Text if items.is_empty() => output::note("hosts have noted no such flows"),
         Shown::Text => output::text(&printer.lines(items.iter().map(row).collect()))?,
     }
+    missing(&found);
+    Ok(())
+}
+
+/// Says which hosts did not answer, and what was lost.
+fn missing(found: &Value) {
     for silent in found["silent"].as_array().into_iter().flatten() {
         output::note(&format!("{}: {}", word(silent, "host"), word(silent, "why")));
     }
     if let Some(lost) = found["lost"].as_u64().filter(|lost| *lost > 0) {
         output::note(&format!("{lost} flows came too fast to be noted since the hosts' agents began"));
     }
-    Ok(())
 }
 
 async fn follow(cloud: &Cloud, path: &str, shown: Shown, printer: &mut Printer) -> anyhow::Result<()> {
@@ -100,6 +105,8 @@ async fn follow(cloud: &Cloud, path: &str, shown: Shown, printer: &mut Printer) 
         let flows = lines.split(|b| *b == b'\n').filter(|line| !line.is_empty());
         let flows: Vec<Value> =
             flows.map(serde_json::from_slice).collect::<Result<_, _>>().context("reading a flow")?;
+        let (notes, flows): (Vec<Value>, Vec<Value>) = flows.into_iter().partition(|line| line.get("silent").is_some());
+        notes.iter().for_each(missing);
         if flows.is_empty() {
             continue;
         }

@@ -51,6 +51,9 @@ pub fn check(nodes: &[NodeConfig]) -> Result<(), String> {
     }
     for (at, node) in nodes.iter().enumerate() {
         let cpus = node.cpus.parse::<CpuList>().map_err(|e| format!("node {}: {e}", node.id))?;
+        if node.memory.0 == 0 {
+            return Err(format!("node {} has no memory", node.id));
+        }
         for other in &nodes[..at] {
             if other.id == node.id {
                 return Err(format!("node {} is given twice", node.id));

@@ -15,7 +15,8 @@ pub struct Aims {
     pub addresses: Vec<Ipv4Addr>,
 }
 
-const GATEWAY: [u8; 6] = [0x02, 0x9c, 0x5f, 0, 0, 1];
+/// Of every subnet's gateway.
+pub const GATEWAY: [u8; 6] = [0x02, 0x9c, 0x5f, 0, 0, 1];
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 struct Dice(u64);

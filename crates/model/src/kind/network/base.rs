@@ -28,6 +28,7 @@ const RESERVED: &[(&str, &str)] = &[
     ("169.254.0.0/16", "is link-local"),
     ("224.0.0.0/3", "is multicast or reserved"),
     ("::/8", "is reserved"),
+    ("fd6e:7875::/32", "is the cloud's own"),
     ("fe80::/10", "is link-local"),
     ("ff00::/8", "is multicast"),
 ];
