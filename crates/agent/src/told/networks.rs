@@ -77,3 +77,36 @@ async fn follow(mut listener: Listener, servers: Arc<Servers>, held: watch::Send
         failures = failures.saturating_add(1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use nexus_env::{Disk, MemDisk};
+    use nexus_model::plan::PLAN_VERSION;
+
+    use super::*;
+
+    fn told(revision: u64) -> Arc<HostNetworks> {
+        let (host, endpoint) = ("h1".parse().unwrap(), [192, 0, 2, 1].into());
+        let (tunnels, networks) = Default::default();
+        Arc::new(HostNetworks { version: PLAN_VERSION, host, revision, endpoint, tunnels, networks })
+    }
+
+    #[tokio::test]
+    async fn the_newest_of_a_burst_comes_to_the_disk() {
+        let disk: Arc<dyn Disk> = Arc::new(MemDisk::new(1));
+        disk.create_dir_all(Path::new("/data")).unwrap();
+        let cache = Cache::new(disk.clone(), "/data/networks.json".into());
+        let held = watch::Sender::new(Some(told(1)));
+        let task = tokio::spawn(save(cache.clone(), held.subscribe()));
+        for revision in 2..50 {
+            held.send_replace(Some(told(revision)));
+            tokio::task::yield_now().await;
+        }
+        drop(held);
+        task.await.unwrap();
+        let kept: Option<HostNetworks> = cache.load(&told(1).host).await;
+        assert_eq!(kept.map(|kept| kept.revision), Some(49), "also what came while it rested");
+    }
+}

@@ -167,14 +167,14 @@ async fn a_deploy_is_told_in_a_few_changes_and_another_server_goes_on_with_them(
     host.create::<Subnet>("web", Subnet::example()).await;
     let nics: Vec<TemplateNic> = serde_json::from_value(json!([{"subnet": "web"}])).unwrap();
     let count = |told: &HostNetworks| told.networks.iter().map(|n| n.nics.len()).sum::<usize>();
-    host.create::<App>("first", AppSpec { nics: nics.clone(), ..web(20) }).await;
-    host.until("20 NICs", |told| count(told) == 20).await;
+    host.create::<App>("first", AppSpec { nics: nics.clone(), ..web(70) }).await;
+    host.until("70 NICs", |told| count(told) == 70).await;
     let (heard, task) = hear(&host.running.view, Listener::new(host.name.clone(), None));
     host.heard(&host.running.view, &heard, "the whole").await;
     let (begun, before) = (tokio::time::Instant::now(), heard.lock().unwrap().messages);
-    host.create::<App>("many", AppSpec { nics, ..web(60) }).await;
-    host.until("80 NICs", |told| count(told) == 80).await;
-    host.heard(&host.running.view, &heard, "80 NICs").await;
+    host.create::<App>("many", AppSpec { nics, ..web(20) }).await;
+    host.until("90 NICs", |told| count(told) == 90).await;
+    host.heard(&host.running.view, &heard, "90 NICs").await;
     {
         let heard = heard.lock().unwrap();
         let most = u32::try_from(begun.elapsed().as_millis() / 50).unwrap() + 2;

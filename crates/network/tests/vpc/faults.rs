@@ -233,7 +233,8 @@ fn filtered(own: &NetnsRef) -> (Vec<String>, String) {
     let kept = all.lines().map(str::trim).filter(|l| !l.contains("expires"));
     let mut lines: Vec<String> = kept.map(str::to_owned).collect();
     lines.sort();
-    (lines, run(own, "nft -a list tables"))
+    let tables = run(own, "nft -a -t list ruleset");
+    (lines, tables.lines().filter(|l| l.starts_with("table ")).collect())
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::{Digest, Uid};
 
 /// A message holds about so much: a quarter of what the wire takes, for the last item of a part may be large.
 const PART: usize = 4 << 20;
-/// The last changes of a network that are remembered; fewer, if they come to more than a third of its plan.
+/// The last changes of a network that are remembered; fewer, if they come to more than its plan does.
 const STEPS: usize = 64;
 
 /// A network's plan with the way to it.
@@ -50,7 +50,7 @@ impl NetworkVersion {
             let step = Step { from: old.digest, bytes: digest_of(&change).1, change: Arc::new(change) };
             steps.clone_from(&old.steps);
             steps.push_back(step);
-            let most = (bytes / 3).min(PART);
+            let most = bytes.min(PART);
             let mut sum: usize = steps.iter().map(|s| s.bytes).sum();
             while steps.len() > STEPS || sum > most {
                 let Some(first) = steps.pop_front() else { break };
