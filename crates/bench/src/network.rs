@@ -47,7 +47,8 @@ struct World {
 }
 
 pub fn run() -> anyhow::Result<Vec<Row>> {
-    let parts = std::env::var("NEXUS_BENCH_PARTS").unwrap_or_else(|_| "throughput,nics,elsewhere,balance,change,told".into());
+    let parts =
+        std::env::var("NEXUS_BENCH_PARTS").unwrap_or_else(|_| "throughput,nics,elsewhere,balance,change,told".into());
     let asked = |part: &str| parts.split(',').any(|p| p == part);
     let mut rows = Vec::new();
     // In the machine's own namespaces, before this process leaves them.
