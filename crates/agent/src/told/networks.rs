@@ -36,7 +36,6 @@ pub(crate) async fn keep(
 
 /// Keeps the newest on disk. Runs until nothing more can come.
 async fn save(cache: Cache<HostNetworks>, mut held: watch::Receiver<Option<Arc<HostNetworks>>>) {
-    held.mark_unchanged();
     while held.changed().await.is_ok() {
         let Some(told) = held.borrow_and_update().clone() else { continue };
         let begun = tokio::time::Instant::now();
