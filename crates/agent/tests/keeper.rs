@@ -389,12 +389,17 @@ async fn a_run_has_its_own_streams_and_dies_with_its_client() {
 
     let pid_file = host.dir.path().join("pid");
     let script = format!("echo $$ > {}; sleep 1000 & wait", pid_file.display());
-    let error = host.client.run(host.sh("run", &script), [null(), null(), null()], Duration::from_millis(300)).await;
+    let error = host.client.run(host.sh("run", &script), [null(), null(), null()], Duration::from_secs(3)).await;
     assert!(matches!(error, Err(KeepError::Refused(_))), "{error:?}");
     ended(&pid_file).await;
     std::fs::remove_file(&pid_file).unwrap();
     let run = host.client.run(host.sh("run", &script), [null(), null(), null()], DEADLINE);
-    let _ = tokio::time::timeout(Duration::from_millis(300), run).await;
+    let begun = eventually("it begins", async || std::fs::read_to_string(&pid_file).ok()?.trim().parse::<i32>().ok());
+    tokio::select! {
+        biased;
+        _ = run => panic!("it ended by itself"),
+        _ = begun => {}
+    }
     ended(&pid_file).await;
     assert_eq!(host.client.list().await.unwrap(), [], "a run is not kept");
 }

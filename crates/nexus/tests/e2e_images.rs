@@ -322,10 +322,14 @@ fn servers_collect(cloud: &Cloud, registry: &Registry, dir: &Path) {
         .map(|b| b["digest"].as_str().unwrap().to_owned())
         .collect();
     let running = image(cloud, "web");
+    let servers = members(cloud, "server-");
+    cloud.wait("every server to have it", || {
+        let lacks = |server: &&String| layers.iter().chain([&spare]).any(|digest| !keeps(cloud, server, digest));
+        servers.iter().find(lacks).map_or(Ok(()), |server| Err(format!("{server} has not")))
+    });
     // The app's image is gone, but its instance has a host that may need it again.
     cloud.ok(&["delete", "app", "private", "--wait"]);
     cloud.ok(&["image", "rm", "spare"]);
-    let servers = members(cloud, "server-");
     let gc = |args: &[&str]| {
         let mut all = vec!["image", "gc"];
         all.extend(args);

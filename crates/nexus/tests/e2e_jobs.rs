@@ -12,6 +12,8 @@ mod images;
 #[path = "e2e/guide.rs"]
 mod guide;
 
+use std::time::Duration;
+
 use cloud::Cloud;
 use serde_json::{Value, json};
 
@@ -124,7 +126,7 @@ fn a_cron_job_fires(cloud: &Cloud) {
     let create = ["cron", "create", "often", "--schedule", "* * * * *", "--image", "tools", "--memory", "32Mi"];
     let command = ["--command", "/bin/busybox", "echo", "tick"];
     cloud.ok(&[&create[..], &command].concat());
-    let cron = cloud.wait("a run by the clock", || {
+    let cron = cloud::wait_for("a run by the clock", Duration::from_secs(240), || {
         let cron = cloud.json(&["get", "cron", "often"]);
         if cron["status"]["lastSuccess"].is_string() { Ok(cron) } else { Err(cron["status"].to_string()) }
     });

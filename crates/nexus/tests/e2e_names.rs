@@ -123,7 +123,8 @@ fn apps_find_each_other_by_name_and_projects_are_apart() {
         if told.contains(&text(&far["status"]["address6"])) { Ok(()) } else { Err(told) }
     });
     let direct = format!("http://[{}]/", text(&far["status"]["address6"]));
-    assert_eq!(client(&cloud, "default", &["/usr/bin/curl", "-sS", "-m", "3", &direct]).unwrap(), images::PAGE);
+    let page = cloud.wait("the far one", || client(&cloud, "default", &["/usr/bin/curl", "-sS", "-m", "3", &direct]));
+    assert_eq!(page, images::PAGE);
 
     // Another project neither finds nor reaches them, wherever they are.
     let said = client(&cloud, "bank", &["nslookup", "web.default.internal"]).unwrap_err();

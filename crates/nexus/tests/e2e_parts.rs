@@ -206,8 +206,8 @@ fn a_sidecar_and_an_agent_are_killed(cloud: &Cloud) {
 }
 
 fn a_failing_init_step_is_named_and_tried_again(cloud: &Cloud) {
-    // Succeeds at its third try: what it leaves outlives it.
-    let script = "echo try >> /run/shared/tries; [ $(/bin/busybox wc -l < /run/shared/tries) -ge 3 ] || exit 3";
+    // Succeeds at its fifth try, before which there is a pause of seconds: what it leaves outlives it.
+    let script = "echo try >> /run/shared/tries; [ $(/bin/busybox wc -l < /run/shared/tries) -ge 5 ] || exit 3";
     apply(cloud, "App", "late", app("exec /bin/busybox sleep 600", json!([part("migrate", script)]), json!([])));
     cloud.wait("its failure to be told", || {
         let Some(instance) = cloud.instances("late").pop() else { return Err("none".into()) };
@@ -220,7 +220,7 @@ fn a_failing_init_step_is_named_and_tried_again(cloud: &Cloud) {
     let instance = only(cloud, "late");
     assert_eq!(
         (&of(&instance, "migrate")["restarts"], &of(&instance, "migrate")["state"]),
-        (&json!(2), &json!("Done"))
+        (&json!(4), &json!("Done"))
     );
     // An agent that is killed while a step runs doesn't begin it again.
     let long = "echo begun; /bin/busybox sleep 8; echo over";

@@ -67,6 +67,14 @@ fn pages(cloud: &Cloud, requests: usize) -> Vec<String> {
     all
 }
 
+/// One that is to go serves for a moment still.
+fn until_pages(cloud: &Cloud, wanted: &str) {
+    cloud.wait(wanted, || match pages(cloud, 20).as_slice() {
+        [one] if one == wanted => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+}
+
 fn rollout(cloud: &Cloud) -> Value {
     cloud.json(&["rollout", "status", "web"])
 }
@@ -93,7 +101,7 @@ fn good_slow_and_broken_images_are_rolled_out_and_no_request_is_lost() {
     // Slow: it takes its time, and goes through.
     cloud.ok(&["deploy", "web", "--image", &slow, "--timeout", "120"]);
     cloud.wait_ready("web", 3);
-    assert_eq!(pages(&cloud, 20), ["slow"]);
+    until_pages(&cloud, "slow");
     load.check("after a slow image");
 
     // Broken: never ready, taken back, and said so.
@@ -102,7 +110,7 @@ fn good_slow_and_broken_images_are_rolled_out_and_no_request_is_lost() {
     assert!(code == 1 && error.contains("revision 3 has failed"), "{code}: {error}");
     cloud.wait_ready("web", 3);
     assert_eq!(rollout(&cloud)["phase"], "RolledBack");
-    assert_eq!(pages(&cloud, 20), ["slow"]);
+    until_pages(&cloud, "slow");
     let history = cloud.ok(&["rollout", "history", "web"]);
     assert!(history.contains("failed") && history.contains("serves") && history.contains("content"), "{history}");
     load.check("after a broken image");
@@ -117,6 +125,8 @@ fn good_slow_and_broken_images_are_rolled_out_and_no_request_is_lost() {
         "50",
         "--canary-header",
         "x-canary",
+        "--progress-deadline",
+        "600",
         "--timeout",
         "90",
     ]);
@@ -130,7 +140,7 @@ fn good_slow_and_broken_images_are_rolled_out_and_no_request_is_lost() {
     }
     cloud.ok(&["rollout", "promote", "web", "--wait"]);
     cloud.wait_ready("web", 3);
-    assert_eq!(pages(&cloud, 20), ["canary"]);
+    until_pages(&cloud, "canary");
     load.check("after a canary");
 
     // Back, although the image's name stands for other content by now.
@@ -144,7 +154,7 @@ fn good_slow_and_broken_images_are_rolled_out_and_no_request_is_lost() {
     let old = before["items"][1]["spec"]["imageDigest"].as_str().unwrap();
     cloud.ok(&["rollout", "undo", "web", "--to-revision", &number(old), "--wait"]);
     cloud.wait_ready("web", 3);
-    assert_eq!(pages(&cloud, 20), ["slow"]);
+    until_pages(&cloud, "slow");
     assert_eq!(cloud.json(&["get", "app", "web"])["spec"]["imageDigest"], old);
     load.check("after an undo");
 

@@ -70,6 +70,10 @@ fn load_brings_instances_idleness_takes_them_away_and_a_request_wakes_what_sleep
     assert_eq!(deployed["spec"]["autoscale"]["strategy"], "predictive");
     let target = ["autoscale", "set", "web", "--strategy", "target", "--max", "3", "--requests", "20"];
     cloud.ok(&[&target[..], &["--stabilization", "5"]].concat());
+    cloud.wait("the app to be reached", || match get(&cloud.gateway(0), "web.localhost") {
+        (200, _) => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
     // Fifty requests a second.
     let load = Load::start([cloud.gateway(0)], "web.localhost");
     cloud.wait_ready("web", 3);

@@ -190,7 +190,7 @@ async fn refusal(config: Config) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_etcd_that_does_not_let_a_server_in_is_named_with_the_reason() {
     let etcd = start(Shape::ONE_SECURE).await;
-    let config = || Config { open_timeout: Duration::from_secs(3), ..etcd.config(1, "g") };
+    let config = || Config { open_timeout: Duration::from_secs(8), ..etcd.config(1, "g") };
     let login = |password: &str| Some(Login { user: etcd::USER.into(), password: password.into() });
     let nobody = EtcdEndpoint { host: "127.0.0.1".into(), at: Endpoint::Tcp(([127, 0, 0, 1], 1).into()) };
     let cases = [
@@ -206,7 +206,7 @@ async fn an_etcd_that_does_not_let_a_server_in_is_named_with_the_reason() {
         assert!(said.contains(wanted), "{said:?} does not say {wanted:?}");
     }
     let plain = start(Shape::ONE).await;
-    let config = Config { open_timeout: Duration::from_secs(3), ..plain.config(1, "g") };
+    let config = Config { open_timeout: Duration::from_secs(8), ..plain.config(1, "g") };
     let said = refusal(Config { login: login("any"), ..config.clone() }).await;
     assert!(said.contains("leave the user and the password out"), "{said:?}");
     let said = refusal(Config { tls: Some(etcd.tls(&etcd.file("ca.pem"), true)), ..config }).await;

@@ -36,7 +36,7 @@ pub const DEFAULT_PORT: u16 = 8080;
 pub(super) const GENERATION: &str = "w48-2";
 
 /// How long compiling one component may take.
-const COMPILE: Duration = Duration::from_secs(60);
+const COMPILE: Duration = Duration::from_secs(300);
 
 /// What a function runtime is made of.
 pub struct FunctionConfig {

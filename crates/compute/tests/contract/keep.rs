@@ -103,7 +103,7 @@ impl DirectKeep {
         let (out, err) = (shim.stdout.take().unwrap(), shim.stderr.take().unwrap());
         let last = Arc::new(Mutex::new(String::new()));
         let streams: [(&str, Box<dyn Read + Send>); 2] = [("stdout", Box::new(out)), ("stderr", Box::new(err))];
-        for (name, stream) in streams {
+        let readers = streams.map(|(name, stream)| {
             let (logs, last) = (logs.clone(), Arc::clone(&last));
             std::thread::spawn(move || {
                 for line in BufReader::new(stream).lines().map_while(Result::ok) {
@@ -118,11 +118,15 @@ impl DirectKeep {
                         file.write_all(format!("{} {name} {line}\n", now()).as_bytes()).unwrap();
                     }
                 }
-            });
-        }
+            })
+        });
         let exit = shim.wait().map_err(|e| e.to_string())?;
         if !exit.success() {
-            std::thread::sleep(Duration::from_millis(20));
+            // What it said is read to its end, unless it left somebody who holds its streams.
+            let begun = std::time::Instant::now();
+            while !readers.iter().all(|r| r.is_finished()) && begun.elapsed() < Duration::from_secs(10) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             return Err(last.lock().unwrap().clone());
         }
         let mut pid = String::new();

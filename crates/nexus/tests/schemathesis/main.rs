@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 /// One release, so that a newer one with more checks is a change of ours and not a surprise.
 const SCHEMATHESIS: &str = "schemathesis==4.32.5";
 /// Far more than the run takes: what ends a run that hangs.
-const PATIENCE: Duration = Duration::from_secs(900);
+const PATIENCE: Duration = Duration::from_secs(3_600);
 /// The host that is dead during the run, so that it may be deleted.
 const DEAD_HOST: &str = "zone-a-2";
 

@@ -229,7 +229,7 @@ pub async fn a_slow_watch_misses_nothing(store: Handle, other: Handle) {
 }
 
 pub async fn a_lease_ends_with_its_keys_unless_kept_alive(store: Handle, other: Handle) {
-    let ttl = Duration::from_millis(1_500);
+    let ttl = Duration::from_secs(5);
     let (kept, left) = (store.lease_grant(ttl).await.unwrap(), other.lease_grant(ttl).await.unwrap());
     let leased = |key: &str, lease| Op::Put { key: key.to_owned().into(), value: "v".into(), lease: Some(lease) };
     commit(&other, Txn::new(vec![], vec![leased("kept", kept), leased("left", left), leased("moved", left)])).await;

@@ -101,7 +101,7 @@ async fn cabled(pki: &Pki, options: ClientOptions) -> (Links, Running, Client) {
 fn eager() -> ClientOptions {
     ClientOptions {
         ping_interval: Duration::from_millis(100),
-        ping_timeout: Duration::from_millis(300),
+        ping_timeout: Duration::from_secs(2),
         connect_timeout: Duration::from_millis(500),
         ..client_options()
     }
@@ -140,7 +140,7 @@ async fn a_server_gives_up_a_caller_that_stands_still() {
     let watched = Arc::default();
     let options = ServerOptions {
         ping_interval: Duration::from_millis(100),
-        ping_timeout: Duration::from_millis(300),
+        ping_timeout: Duration::from_secs(2),
         ..crate::common::server_options()
     };
     let builder = Server::builder(&env("server"), loopback(), pki.server()).options(options);
