@@ -89,7 +89,7 @@ pub async fn run(
     };
     let networks = match engines.networks.clone() {
         Some(engine) => {
-            let told = told::keep(&env, &config, "networks.json", servers.clone(), &mut tasks).await;
+            let told = told::networks::keep(&env, &config, "networks.json", servers.clone(), &mut tasks).await;
             let flows = Flows::new(env.clone(), config.data_dir.join("flows"), engine.clone());
             let kept = Kept { disk: env.disk.clone(), path: config.data_dir.join("targets.json") };
             Some(Networks::start(engine, told, names.clone(), flows, kept, &config.handle, &mut tasks).await)

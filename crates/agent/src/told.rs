@@ -1,5 +1,7 @@
-//! What servers tell a host beside its plan: always whole, with a revision, followed from server to server and kept on disk, so
-//! that a restart goes on with it when no server answers.
+//! What servers tell a host beside its plan, with a revision: names always whole, networks by what has changed. It is followed
+//! from server to server and kept on disk, so that a restart goes on with it when no server answers.
+
+pub(crate) mod networks;
 
 use std::marker::PhantomData;
 use std::path::PathBuf;
@@ -20,50 +22,37 @@ use crate::servers::Servers;
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
-/// A message of this kind.
+/// What is told, and kept.
 pub(crate) trait Told: Serialize + DeserializeOwned + Send + Sync + 'static {
     /// In a word, for logs.
     const WHAT: &str;
-    /// The stream by which it comes.
-    const METHOD: &str;
     fn version(&self) -> u32;
-    fn revision(&self) -> u64;
 }
 
 impl Told for HostNames {
     const WHAT: &str = "names";
-    const METHOD: &str = method::NAMES;
 
     fn version(&self) -> u32 {
         self.version
-    }
-
-    fn revision(&self) -> u64 {
-        self.revision
     }
 }
 
 impl Told for HostNetworks {
     const WHAT: &str = "networks";
-    const METHOD: &str = method::NETWORKS;
 
     fn version(&self) -> u32 {
         self.version
     }
-
-    fn revision(&self) -> u64 {
-        self.revision
-    }
 }
 
 /// Begins to follow what is told to a host; the first is what was kept in the file.
-pub(crate) async fn keep<T: Told>(
+pub(crate) async fn keep(
     env: &Env,
     config: &AgentConfig,
     file: &str,
     servers: Arc<Servers>,
     tasks: &mut JoinSet<()>,
-) -> watch::Receiver<Option<Arc<T>>> {
+) -> watch::Receiver<Option<Arc<HostNames>>> {
     let cache = Cache::new(env.disk.clone(), config.data_dir.join(file));
     let held = watch::Sender::new(cache.load(&config.name).await.map(Arc::new));
     let told = held.subscribe();
@@ -128,21 +117,26 @@ impl<T: Told> Cache<T> {
 }
 
 /// Follows what is told to this host, from server to server. Runs until it is dropped.
-async fn follow<T: Told>(host: Name, servers: Arc<Servers>, cache: Cache<T>, held: watch::Sender<Option<Arc<T>>>) {
+async fn follow(
+    host: Name,
+    servers: Arc<Servers>,
+    cache: Cache<HostNames>,
+    held: watch::Sender<Option<Arc<HostNames>>>,
+) {
     let mut turn = servers.start();
     let mut failures = 0;
     loop {
         if let Some(endpoint) = servers.nth(turn) {
-            let known = held.borrow().as_ref().map(|told| told.revision());
+            let known = held.borrow().as_ref().map(|told| told.revision);
             let request = PlanRequest { host: host.clone(), known };
-            match servers.client(&endpoint).stream::<_, T>(T::METHOD, &request).await {
+            match servers.client(&endpoint).stream::<_, HostNames>(method::NAMES, &request).await {
                 Ok(mut stream) => {
                     while let Some(Ok(told)) = stream.next().await {
                         failures = 0;
                         take(told, &cache, &held).await;
                     }
                 }
-                Err(error) => tracing::debug!(server = %endpoint, %error, "no {} from this server", T::WHAT),
+                Err(error) => tracing::debug!(server = %endpoint, %error, "no names from this server"),
             }
         }
         turn = turn.wrapping_add(1);
@@ -151,12 +145,12 @@ async fn follow<T: Told>(host: Name, servers: Arc<Servers>, cache: Cache<T>, hel
     }
 }
 
-pub(crate) async fn take<T: Told>(told: T, cache: &Cache<T>, held: &watch::Sender<Option<Arc<T>>>) {
-    if told.version() > PLAN_VERSION {
-        tracing::error!(version = told.version(), "{} of this version need a newer agent", T::WHAT);
+pub(crate) async fn take(told: HostNames, cache: &Cache<HostNames>, held: &watch::Sender<Option<Arc<HostNames>>>) {
+    if told.version > PLAN_VERSION {
+        tracing::error!(version = told.version, "names of this version need a newer agent");
         return;
     }
-    if held.borrow().as_ref().is_some_and(|held| told.revision() <= held.revision()) {
+    if held.borrow().as_ref().is_some_and(|held| told.revision <= held.revision) {
         return;
     }
     // Used first: what is on disk only is of no use to anybody.

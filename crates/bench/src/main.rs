@@ -64,7 +64,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "rollout", about: "a rollout of 50 containers, surge 25 %", run: rollout::run },
     Bench {
         name: "network",
-        about: "tenants' networks: between two hosts, NICs, a balancer, a change on ten hosts",
+        about: "tenants' networks: between two hosts, NICs, a balancer, a change on ten hosts, and told",
         run: network::run,
     },
     Bench { name: "local", about: "the local cloud: coming up, and idle", run: local::run },

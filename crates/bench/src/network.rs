@@ -3,11 +3,12 @@
 //! takes until something answers it, and a host's thousand NICs.
 //!
 //! Hosts and containers are network namespaces on one wire, in this process's own. Both ways are measured in turn, so that
-//! what else the machine does meets both. IPv4 within, IPv6 on the wire. [`balance`] and [`change`] tell of themselves.
-//! `NEXUS_BENCH_PARTS=throughput,nics,balance,change` picks parts.
+//! what else the machine does meets both. IPv4 within, IPv6 on the wire. [`balance`], [`change`] and [`told`] tell of
+//! themselves. `NEXUS_BENCH_PARTS=throughput,nics,elsewhere,balance,change,told` picks parts.
 
 mod balance;
 mod change;
+mod told;
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -33,6 +34,8 @@ const STREAM: Duration = Duration::from_secs(2);
 const QUESTIONS: usize = 250;
 const TURNS: usize = 20;
 const NICS: u16 = 1_000;
+/// Of networks that a host has one NIC of.
+const ELSEWHERE: [u16; 2] = [4_000, 16_000];
 const RULES: u16 = 200;
 const PEER: &str = "veth and VXLAN by hand";
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -44,14 +47,18 @@ struct World {
 }
 
 pub fn run() -> anyhow::Result<Vec<Row>> {
-    let parts = std::env::var("NEXUS_BENCH_PARTS").unwrap_or_else(|_| "throughput,nics,balance,change".into());
+    let parts =
+        std::env::var("NEXUS_BENCH_PARTS").unwrap_or_else(|_| "throughput,nics,elsewhere,balance,change,told".into());
     let asked = |part: &str| parts.split(',').any(|p| p == part);
     let mut rows = Vec::new();
     // In the machine's own namespaces, before this process leaves them.
     if asked("change") {
         rows.extend(change::change()?);
     }
-    if !["throughput", "nics", "balance"].iter().any(|p| asked(p)) {
+    if asked("told") {
+        rows.extend(told::told()?);
+    }
+    if !["throughput", "nics", "balance", "elsewhere"].iter().any(|p| asked(p)) {
         return Ok(rows);
     }
     alone()?;
@@ -66,6 +73,11 @@ pub fn run() -> anyhow::Result<Vec<Row>> {
         }
         if asked("nics") {
             rows.extend(thousand(&world).await?);
+        }
+        if asked("elsewhere") {
+            for nics in ELSEWHERE {
+                rows.push(elsewhere(&world, nics).await?);
+            }
         }
         Ok(rows)
     })
@@ -360,6 +372,43 @@ async fn thousand(world: &World) -> anyhow::Result<Vec<Row>> {
         Row::new("1,000 NICs of a host, from nothing", took, "s"),
         Row::new("1,000 NICs of a host, nothing to do", looked, "s"),
     ])
+}
+
+/// What a NIC that changes its address elsewhere costs a host of its network; the peer is an agent that has just begun, and so puts
+/// the whole packet filter in its place.
+async fn elsewhere(world: &World, nics: u16) -> anyhow::Result<Row> {
+    let mut plan = network(1, 0)?;
+    plan.groups[0].rules[0].remotes = vec![Remote::Group(0)];
+    world.instance(0, 1).await?;
+    plan.nics.push(world.nic(0, 1, 2)?);
+    for n in 1..nics {
+        plan.nics.push(world.nic(1 + usize::from(n % 4), 1_000 + n, 2 + n)?);
+    }
+    plan.nics.sort_by_key(|nic| nic.uid);
+    let lasting = world.engine(0);
+    let mut last = plan.clone();
+    let started = Instant::now();
+    lasting.apply(world.told(0, std::slice::from_ref(&plan))?, Vec::new()).await?;
+    eprintln!("{nics} NICs elsewhere, from nothing: {:.2} s", started.elapsed().as_secs_f64());
+    let (mut steps, mut wholes) = (Vec::new(), Vec::new());
+    for round in 0..2 * ROUNDS {
+        let some = plan.nics.iter_mut().rfind(|nic| nic.name != *"nic-2").context("a NIC elsewhere")?;
+        some.address4 = Some(Ipv4Addr::new(10, 0, 255, 1 + round as u8));
+        let begun = world.engine(0);
+        let (engine, times) = if round % 2 == 0 { (&lasting, &mut steps) } else { (&begun, &mut wholes) };
+        // It knows what stands.
+        lasting.apply(world.told(0, std::slice::from_ref(&last))?, Vec::new()).await?;
+        let told = world.told(0, std::slice::from_ref(&plan))?;
+        let start = Instant::now();
+        let applied = engine.apply(told.clone(), Vec::new()).await?;
+        times.push(start.elapsed().as_secs_f64() * 1e3);
+        ensure!(applied.networks.is_empty() && applied.changes > 0, "{applied:?}");
+        ensure!(engine.check(told, Vec::new()).await?.is_empty(), "it is not as it is to be");
+        last = plan.clone();
+    }
+    lasting.remove().await?;
+    let row = Row::new(format!("a NIC elsewhere, of {nics}: applied by a host"), median(&steps), "ms");
+    Ok(row.peer("the packet filter whole", median(&wholes)))
 }
 
 /// Runs something on a thread inside a namespace.

@@ -43,7 +43,7 @@ const SETTLING: Duration = Duration::from_secs(20);
 const WATCHED: Duration = Duration::from_secs(30);
 const PATIENCE: Duration = Duration::from_secs(1_800);
 
-fn name(text: &str) -> Name {
+pub(crate) fn name(text: &str) -> Name {
     text.parse().expect("a well-formed name")
 }
 
@@ -53,7 +53,7 @@ fn from_env(variable: &str, default: usize) -> usize {
 }
 
 /// A group of one calls nobody.
-struct Alone;
+pub(crate) struct Alone;
 
 #[async_trait]
 impl Peers for Alone {

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use nexus_model::kind::*;
 use nexus_model::plan::{
-    Backend, Desired, HostNames, HostNetworks, HostPlan, ImagePlan, InstancePlan, PLAN_VERSION, RemoteRegion,
-    RoutingTable, Service, Split, TableRoute,
+    Backend, Desired, HostNames, HostNetworks, HostPlan, HostVersions, ImagePlan, InstancePlan, NetworksMessage,
+    NetworksRequest, PLAN_VERSION, RemoteRegion, RoutingTable, Service, Split, TableRoute,
 };
 use nexus_model::{Name, Object, Uid, key};
 use nexus_store::{RangeRequest, Revision, Store, StoreError, WatchEvent};
@@ -48,7 +48,7 @@ struct State {
     world: World,
     plans: BTreeMap<Name, watch::Sender<Arc<HostPlan>>>,
     names: BTreeMap<Name, watch::Sender<Arc<HostNames>>>,
-    networks: BTreeMap<Name, watch::Sender<Arc<HostNetworks>>>,
+    networks: BTreeMap<Name, watch::Sender<Arc<HostVersions>>>,
     plans_of_networks: networks::Plans,
 }
 
@@ -145,7 +145,7 @@ impl View {
     }
 
     /// What one host is told of tenants' networks, now and whenever it changes.
-    pub fn networks(&self, host: &Name) -> watch::Receiver<Arc<HostNetworks>> {
+    pub fn networks(&self, host: &Name) -> watch::Receiver<Arc<HostVersions>> {
         let revision = *self.revision.borrow();
         let mut state = self.state();
         if let Some(sender) = state.networks.get(host) {
@@ -158,6 +158,14 @@ impl View {
         let (sender, receiver) = watch::channel(Arc::new(message));
         state.networks.insert(host.clone(), sender);
         receiver
+    }
+
+    /// What an agent that asks for its host's networks is sent, for as long as it listens.
+    pub fn tell_networks(
+        &self,
+        request: NetworksRequest,
+    ) -> impl futures::Stream<Item = NetworksMessage> + Send + use<> {
+        networks::stream(self.networks(&request.host), request)
     }
 
     /// Follows the region's store until it is closed or `stop` is cancelled.
@@ -357,7 +365,7 @@ impl View {
 
 /// What one host is to have of tenants' networks, by what a world says.
 pub fn host_networks(world: &World, host: &Name, revision: u64) -> HostNetworks {
-    networks::Plans::default().host(world, host, revision)
+    networks::Plans::default().host(world, host, revision).whole().clone()
 }
 
 /// Whose row a key is, if it is an app's.

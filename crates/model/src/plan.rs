@@ -16,9 +16,11 @@ use crate::{Digest, Name, RequestId, SecretData, Timestamp, Uid};
 
 mod names;
 mod networks;
+mod news;
 
 pub use names::{HostNames, INTERNAL_DOMAIN, NamedInstance, NamedPort, ProjectNames};
 pub use networks::*;
+pub use news::*;
 
 /// Names of the southbound calls.
 pub mod method {
@@ -30,7 +32,7 @@ pub mod method {
     pub const PLAN: &str = "host.plan";
     /// Agent to server, stream of [`super::HostNames`] for a [`super::PlanRequest`].
     pub const NAMES: &str = "host.names";
-    /// Agent to server, stream of [`super::HostNetworks`] for a [`super::PlanRequest`].
+    /// Agent to server, stream of [`super::NetworksMessage`] for a [`super::NetworksRequest`].
     pub const NETWORKS: &str = "host.networks";
     /// Gateway to server, stream of [`super::RoutingTable`] for a [`super::TableRequest`].
     pub const TABLE: &str = "gateway.table";

@@ -21,6 +21,7 @@ pub mod capture;
 pub mod counters;
 pub mod drops;
 mod engine;
+mod filter;
 pub mod flows;
 mod hand;
 pub mod health;

@@ -1,17 +1,21 @@
 //! What hosts are told of tenants' networks: each network's plan is made once, when something of it has changed, and shared by
-//! all hosts that hold a part of it.
+//! all hosts that hold a part of it; so is what leads to it from the plan before.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures::{Stream, stream};
 use nexus_model::kind::{
     NatGateway, Network, Nic, RouteTable, RuleAction, RuleRemote, SecurityGroup, SecurityRule, Subnet,
 };
 use nexus_model::plan::{
-    Direction, GroupPlan, HostNetworks, NetworkPlan, NicPlace, NicPlan, PLAN_VERSION, Remote, RulePlan, RuleProtocol,
+    Direction, GroupPlan, HostNetworks, HostVersions, NetworkPlan, NetworkVersion, NetworksMessage, NetworksRequest,
+    NicPlace, NicPlan, PLAN_VERSION, Remote, RulePlan, RuleProtocol, Teller,
 };
 use nexus_model::{Cidr, Name, Object};
+use tokio::sync::watch;
 
 mod parts;
 
@@ -23,26 +27,56 @@ use crate::world::{Place, World};
 /// Of the underlay, and what a tunnel's headers take of it: of Ethernet, IP, UDP and VXLAN.
 const UNDERLAY_MTU: u16 = 1500;
 const HEADERS: [u16; 2] = [50, 70];
+/// An agent is sent what has changed at most so often; the first change after a rest at once.
+const TOLD_REST: Duration = Duration::from_millis(50);
 
 /// Plans that are made already, by their networks' places.
 #[derive(Default)]
 pub(super) struct Plans {
-    made: BTreeMap<Place, Arc<NetworkPlan>>,
+    made: BTreeMap<Place, Arc<NetworkVersion>>,
+    /// Of those, what is to be made anew.
+    stale: BTreeSet<Place>,
+    /// Of all hosts, sorted; none, while it is to be made anew.
+    endpoints: Option<Vec<(IpAddr, Name)>>,
 }
 
 impl Plans {
-    fn get(&mut self, world: &World, place: &Place) -> Option<Arc<NetworkPlan>> {
-        if let Some(made) = self.made.get(place) {
+    fn get(&mut self, world: &World, place: &Place) -> Option<Arc<NetworkVersion>> {
+        let old = self.made.get(place);
+        if let Some(made) = old.filter(|_| !self.stale.contains(place)) {
             return Some(made.clone());
         }
-        let made = Arc::new(plan(world, world.networks.live.get(place)?));
+        let made = NetworkVersion::after(old, plan(world, world.networks.live.get(place)?));
+        self.stale.remove(place);
         self.made.insert(place.clone(), made.clone());
         Some(made)
     }
 
+    /// Forgets what is no more, and notes what may have changed.
+    fn changed(&mut self, world: &World, changed: &Changed) {
+        if changed.hosts_differ {
+            // How large a packet may be depends on the addresses of all hosts.
+            self.all_changed(world);
+        }
+        for place in &changed.networks {
+            if world.networks.live.contains_key(place) {
+                self.stale.insert(place.clone());
+            } else {
+                self.made.remove(place);
+                self.stale.remove(place);
+            }
+        }
+    }
+
+    fn all_changed(&mut self, world: &World) {
+        self.made.retain(|place, _| world.networks.live.contains_key(place));
+        self.stale = self.made.keys().cloned().collect();
+        self.endpoints = None;
+    }
+
     /// What one host is told.
-    pub fn host(&mut self, world: &World, host: &Name, revision: u64) -> HostNetworks {
-        let mut message = HostNetworks {
+    pub fn host(&mut self, world: &World, host: &Name, revision: u64) -> HostVersions {
+        let mut head = HostNetworks {
             version: PLAN_VERSION,
             host: host.clone(),
             revision,
@@ -50,17 +84,19 @@ impl Plans {
             tunnels: Vec::new(),
             networks: Vec::new(),
         };
-        let networks = held(world, host).into_iter().filter_map(|place| self.get(world, &place));
-        let mut networks: Vec<_> = networks.collect();
-        networks.sort_by_key(|network| network.uid);
+        let networks: Vec<_> = held(world, host).into_iter().filter_map(|place| self.get(world, &place)).collect();
         // Without a network there is no tunnel to anybody.
         if !networks.is_empty() {
-            let others = world.hosts.live.values().filter(|other| other.metadata.name != *host);
-            let tunnels: BTreeSet<IpAddr> = others.map(|other| other.spec.address.ip()).collect();
-            message.tunnels = tunnels.into_iter().collect();
+            let all = self.endpoints.get_or_insert_with(|| {
+                let all = world.hosts.live.values().map(|h| (h.spec.address.ip(), h.metadata.name.clone()));
+                let mut all: Vec<_> = all.collect();
+                all.sort();
+                all
+            });
+            head.tunnels = all.iter().filter(|(_, other)| other != host).map(|(endpoint, _)| *endpoint).collect();
+            head.tunnels.dedup();
         }
-        message.networks = networks;
-        message
+        HostVersions::new(head, networks)
     }
 }
 
@@ -76,13 +112,7 @@ pub(super) fn held(world: &World, host: &Name) -> BTreeSet<Place> {
 pub(super) fn publish(state: &mut State, revision: u64) {
     let Some(changed) = state.world.nets.changed.as_mut().filter(|changed| !changed.is_empty()) else { return };
     let changed = std::mem::take(changed);
-    if changed.hosts_differ {
-        // How large a packet may be depends on the addresses of all hosts.
-        state.plans_of_networks = Plans::default();
-    }
-    for place in &changed.networks {
-        state.plans_of_networks.made.remove(place);
-    }
+    state.plans_of_networks.changed(&state.world, &changed);
     let hosts: Vec<Name> = state.networks.keys().cloned().collect();
     for host in hosts {
         let told = told(&state.world, &changed, &host);
@@ -96,22 +126,43 @@ pub(super) fn publish(state: &mut State, revision: u64) {
 /// The same after everything was read anew.
 pub(super) fn publish_all(state: &mut State, revision: u64) {
     state.world.nets.changed = Some(Changed::default());
-    state.plans_of_networks = Plans::default();
+    state.plans_of_networks.all_changed(&state.world);
     for (host, sender) in &state.networks {
         let message = state.plans_of_networks.host(&state.world, host, revision);
         send(sender, message, true);
     }
 }
 
-fn send(sender: &tokio::sync::watch::Sender<Arc<HostNetworks>>, message: HostNetworks, always: bool) {
+fn send(sender: &watch::Sender<Arc<HostVersions>>, message: HostVersions, always: bool) {
     sender.send_if_modified(|old| {
-        let same = old.networks == message.networks
-            && old.tunnels == message.tunnels
-            && old.endpoint == message.endpoint
-            && old.version == message.version;
+        let same = old.says_the_same(&message);
         *old = Arc::new(message);
         always || !same
     });
+}
+
+/// What an agent is sent for as long as it listens. After each message that is of one moment it rests, and what changes
+/// meanwhile comes with the next: instances that start together are told together.
+pub(super) fn stream(
+    told: watch::Receiver<Arc<HostVersions>>,
+    request: NetworksRequest,
+) -> impl Stream<Item = NetworksMessage> + Send {
+    let start = (told, Teller::new(request), VecDeque::new(), None);
+    stream::unfold(start, |(mut told, mut teller, mut waiting, mut sent): (_, Teller, VecDeque<_>, _)| async move {
+        loop {
+            if let Some(message) = waiting.pop_front() {
+                return Some((message, (told, teller, waiting, sent)));
+            }
+            // The first is what stands now.
+            if let Some(sent) = sent {
+                told.changed().await.ok()?;
+                tokio::time::sleep_until(sent + TOLD_REST).await;
+            }
+            let now: Arc<HostVersions> = told.borrow_and_update().clone();
+            waiting = teller.tell(&now);
+            sent = Some(tokio::time::Instant::now());
+        }
+    })
 }
 
 /// Whether a host is told in any case.

@@ -242,7 +242,7 @@ fn a_default_network_that_is_full_says_so() {
         lab.instances("one").into_iter().find_map(|i| Some(i.status.message.clone()).filter(|m| !m.is_empty()))
     };
     let why = waits(&lab).expect("one waits");
-    assert!(why.contains("network default has 4000 NICs") && why.contains("network: none"), "{why}");
+    assert!(why.contains(&format!("network default has {MAX_NICS} NICs")) && why.contains("network: none"), "{why}");
     lab.delete("nics", "n9").unwrap();
     lab.pass();
     assert_eq!((waits(&lab), lab.nics_of("one").len()), (None, 2));

@@ -31,7 +31,8 @@ const HOST_TABLE: &str = "inet nexus-vpc";
 /// Networks that are worked on at once: the kernel does most of it one by one.
 const AT_ONCE: usize = 8;
 
-/// Tenants' networks on one host. Cloning is cheap. It holds no state that the kernel does not.
+/// Tenants' networks on one host. Cloning is cheap. It holds no state that the kernel does not, but for what makes the next change
+/// small.
 #[derive(Clone)]
 pub struct Engine {
     own: Arc<Own>,
@@ -46,6 +47,8 @@ struct Own {
     uplink_rate: Option<u64>,
     /// One at a time, also when a caller has stopped waiting. The instances that had NICs last time; unknown at first.
     had: Mutex<Option<BTreeSet<Uid>>>,
+    /// The packet filters that were asked for last: whether they stand, the kernel says.
+    filters: Mutex<BTreeMap<Uid, String>>,
 }
 
 /// What became of a plan.
@@ -88,7 +91,17 @@ impl Engine {
     }
 
     fn with(dir: PathBuf, instances: InstanceNet, host: NetnsRef, faults: Faults, uplink_rate: Option<u64>) -> Self {
-        Self { own: Arc::new(Own { dir, instances, host, faults, uplink_rate, had: Mutex::new(None) }) }
+        Self {
+            own: Arc::new(Own {
+                dir,
+                instances,
+                host,
+                faults,
+                uplink_rate,
+                had: Mutex::new(None),
+                filters: Mutex::default(),
+            }),
+        }
     }
 
     /// Where a network's namespace is, made or not.
@@ -132,7 +145,7 @@ impl Own {
 
         let mut host = Hand::open(mode, &self.faults, "the host".into())?;
         let shared = if self.uplink_rate.is_some() { rules::shared_text() } else { String::new() };
-        host.filter(&(rules::host_text(wanted, closed) + &shared))?;
+        host.filter(&(rules::host_text(wanted, closed) + &shared), None)?;
 
         let wants: Vec<NetworkWant> = wanted.networks.iter().map(|n| NetworkWant::of(wanted, n)).collect();
         let there = networks(&self.dir)?;
@@ -143,8 +156,13 @@ impl Own {
 
         let plans: Vec<(&NetworkWant, &NetworkPlan)> =
             wants.iter().zip(wanted.networks.iter().map(AsRef::as_ref)).collect();
-        let mut outcomes =
-            each(&plans, |(want, plan), out| network::prepare(&site, want, &rules::network_text(wanted, plan), out));
+        let before = std::mem::take(&mut *self.filters.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut outcomes = each(&plans, |(want, plan), out| {
+            let (text, before) = (rules::network_text(wanted, plan), before.get(&want.uid));
+            network::prepare(&site, want, (&text, before.map(String::as_str)), out)?;
+            self.filters.lock().unwrap_or_else(PoisonError::into_inner).insert(want.uid, text);
+            Ok(())
+        });
         for stage in [network::join, network::complete] {
             // A network without its packet filter gets no links.
             let well: Vec<usize> = (0..wants.len()).filter(|i| !outcomes[*i].given_up).collect();

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
+use super::filter::difference;
 use crate::firewall::nft;
 use crate::netlink::{Forward, Limit, LinkAddress, Neighbour, Netlink, Policy, RouteKind, RouteState};
 use crate::netns::sysctl;
@@ -127,22 +128,38 @@ impl<'a> Hand<'a> {
     }
 
     /// A packet filter: these tables, all in one transaction. An empty chain in each, named after the text, tells later
-    /// which text stands; the same is not loaded again, so that counters go on.
-    pub fn filter(&mut self, text: &str) -> Result<(), NetError> {
-        let mark = format!("of_{:016x}", fnv(text.as_bytes()));
+    /// which text stands; the same is not loaded again, so that counters go on. If the text `before` stands, what differs
+    /// from it is enough.
+    pub fn filter(&mut self, text: &str, before: Option<&str>) -> Result<(), NetError> {
+        let mark = |text: &str| format!("of_{:016x}", fnv(text.as_bytes()));
         let tables: BTreeSet<&str> =
             text.lines().filter_map(|l| l.strip_prefix("table ")?.strip_suffix(" {")).collect();
         let there = nft("looking at a network's packet filter", &["list", "chains"], "")?;
-        let opens = format!("chain {mark} {{");
-        if there.lines().filter(|l| l.trim() == opens).count() == tables.len() {
+        let stands = |mark: &str| {
+            let opens = format!("chain {mark} {{");
+            there.lines().filter(|l| l.trim() == opens).count() == tables.len()
+        };
+        let new = mark(text);
+        if stands(&new) {
             return Ok(());
         }
-        let mut script = text.to_owned();
-        for table in tables {
-            script += &format!("table {table} {{\n chain {mark} {{ }}\n}}\n");
-        }
-        let load = |_: &mut Netlink| nft("setting a network's packet filter", &["-f", "-"], &script).map(drop);
-        self.must(|| "the packet filter is not the one that is to be".into(), load).map(drop)
+        let marked = |mut script: String| {
+            for table in &tables {
+                script += &format!("table {table} {{\n chain {new} {{ }}\n}}\n");
+            }
+            script
+        };
+        let small = before.filter(|before| stands(&mark(before))).and_then(|before| {
+            let gone = |table: &&str| format!("delete chain {table} {}\n", mark(before));
+            Some(marked(difference(before, text)? + &tables.iter().map(gone).collect::<String>()))
+        });
+        let load = |script: &str| nft("setting a network's packet filter", &["-f", "-"], script).map(drop);
+        let set = |_: &mut Netlink| match small.as_deref().map(load) {
+            Some(Ok(())) => Ok(()),
+            // Somebody else was at it: all of it is put right.
+            Some(Err(_)) | None => load(&marked(text.to_owned())),
+        };
+        self.must(|| "the packet filter is not the one that is to be".into(), set).map(drop)
     }
 
     fn removable(&self, troubles: usize) -> bool {

@@ -69,7 +69,13 @@ impl Outcome {
 }
 
 /// Makes the namespace with its settings and its packet filter, and removes links that are no more to be.
-pub(super) fn prepare(site: &Site<'_>, want: &NetworkWant, text: &str, out: &mut Outcome) -> Result<(), NetError> {
+/// `before` is the text that was set last, if that is known.
+pub(super) fn prepare(
+    site: &Site<'_>,
+    want: &NetworkWant,
+    (text, before): (&str, Option<&str>),
+    out: &mut Outcome,
+) -> Result<(), NetError> {
     let path = site.path(want.uid);
     let mut hand = site.hand(want)?;
     if !is_netns(&path) {
@@ -91,7 +97,7 @@ pub(super) fn prepare(site: &Site<'_>, want: &NetworkWant, text: &str, out: &mut
     for (key, value) in SETTINGS {
         hand.sysctl(key, value)?;
     }
-    hand.filter(text)?;
+    hand.filter(text, before)?;
     let there = hand.links.link_states()?;
     for link in there.iter().filter(|l| stale(want, l)) {
         hand.step(|| format!("the link {} is there unasked", link.name), |l| l.delete_index(link.index));

@@ -226,3 +226,60 @@ fn a_thousand_nics_from_nothing() {
         println!("removed: {:?}", start.elapsed());
     });
 }
+
+/// What the kernel filters by, but for what it counted and when it was made.
+fn filtered(own: &NetnsRef) -> (Vec<String>, String) {
+    let all = run(own, "nft -s list ruleset");
+    // What meters have seen comes and goes.
+    let seen = |l: &&str| l.contains("limit rate over") && !l.contains("update @");
+    let kept = all.lines().map(str::trim).filter(|l| !seen(l));
+    let mut lines: Vec<String> = kept.map(str::to_owned).collect();
+    lines.sort();
+    let tables = run(own, "nft -a -t list ruleset");
+    (lines, tables.lines().filter(|l| l.starts_with("table ")).collect())
+}
+
+#[test]
+fn a_nic_elsewhere_changes_what_is_about_it_and_nothing_else() {
+    isolated("vpc::faults::a_nic_elsewhere_changes_what_is_about_it_and_nothing_else", async || {
+        let mut cloud = Cloud::new(2, true).await;
+        let mut plan = network(1);
+        // Who may come in is a set of all members.
+        plan.groups[0].rules[0].remotes = vec![nexus_model::plan::Remote::Group(0)];
+        cloud.networks = vec![plan];
+        let (a, b) = (cloud.instance(0, 10).await, cloud.instance(1, 11).await);
+        cloud.nic(0, 5, 0, 10, 0);
+        cloud.nic(0, 6, 1, 11, 0);
+        cloud.apply().await;
+        let own = NetnsRef::Path(cloud.engines[0].namespace(cloud.networks[0].uid));
+        let (_, mut tables) = filtered(&own);
+        for step in 0..4 {
+            match step {
+                // More come, one goes, one leaves the group, one changes its address.
+                0 => drop((7..40).map(|n| cloud.nic(0, n, 1, 100 + n, 0)).collect::<Vec<_>>()),
+                1 => drop(cloud.networks[0].nics.pop()),
+                2 => cloud.networks[0].nics[9].groups.clear(),
+                _ => cloud.networks[0].nics[12].address4 = Some(Ipv4Addr::new(10, 0, 3, 3)),
+            }
+            cloud.engines[0].apply(cloud.told(0), Vec::new()).await.unwrap();
+            let (lines, same) = filtered(&own);
+            assert_eq!(same, tables, "step {step}: the tables are those that were there");
+            assert_eq!(cloud.differences(0).await, Vec::<String>::new());
+            // As it would be, made from nothing.
+            let fresh = cloud.world._dir.path().join("vpc-0");
+            let fresh = Engine::new(fresh, cloud.world.nets[0].clone(), cloud.world.hosts[0].netns.clone());
+            let mut other = HostNetworks::clone(&cloud.told(0));
+            let mut plan = NetworkPlan::clone(&other.networks[0]);
+            plan.flow_logs = nexus_model::plan::FlowLogs::All;
+            other.networks = vec![Arc::new(plan)];
+            fresh.apply(Arc::new(other), Vec::new()).await.unwrap();
+            assert_ne!(filtered(&own).0, lines);
+            cloud.engines[0].apply(cloud.told(0), Vec::new()).await.unwrap();
+            let (whole, anew) = filtered(&own);
+            assert_ne!(anew, tables, "step {step}: somebody else was at it, so all of it is made anew");
+            assert_eq!(whole, lines, "step {step}");
+            tables = anew;
+            assert!(meets(&a, &b, 6, DEADLINE));
+        }
+    });
+}

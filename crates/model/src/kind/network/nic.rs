@@ -13,8 +13,8 @@ use super::{NetworkRef, address4_schema, address6_schema};
 use crate::plan::Mac;
 use crate::{Condition, FieldError, Name, Uid};
 
-/// NICs of one network.
-pub const MAX_NICS: usize = 4_000;
+/// NICs of one network: each costs every host of the network two routes and two elements of a set.
+pub const MAX_NICS: usize = 16_000;
 /// NICs of one instance.
 pub const MAX_INSTANCE_NICS: usize = 8;
 /// Security groups of one NIC.

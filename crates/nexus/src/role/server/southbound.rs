@@ -15,8 +15,8 @@ use nexus_env::{Endpoint, Env};
 use nexus_iam::{Role, SpiffeId, tls};
 use nexus_model::kind::{Host, HostState};
 use nexus_model::plan::{
-    BlobRequest, GatewayNote, HostReport, MAX_TRAFFIC, PROBED_AT_ONCE, PlanRequest, RenewRequest, ReportAck,
-    RoundTripAck, RoundTripReport, ServerList, TableRequest, TrafficReport, method,
+    BlobRequest, GatewayNote, HostReport, MAX_TRAFFIC, NetworksRequest, PROBED_AT_ONCE, PlanRequest, RenewRequest,
+    ReportAck, RoundTripAck, RoundTripReport, ServerList, TableRequest, TrafficReport, method,
 };
 use nexus_model::{ApiError, Name, Object};
 use nexus_store::embedded::{PeerRef, Peers};
@@ -319,15 +319,12 @@ pub fn server(
                 Ok(changes(view.names(&request.host), move |names| known.is_some_and(|known| names.revision <= known)))
             }
         })
-        .stream(method::NETWORKS, move |caller, request: PlanRequest| {
+        .stream(method::NETWORKS, move |caller, request: NetworksRequest| {
             let view = networks_view.clone();
             async move {
                 is_host(&caller, &request.host)?;
-                let known = request.known;
                 listed(&view).await?;
-                let changed =
-                    changes(view.networks(&request.host), move |told| known.is_some_and(|k| told.revision <= k));
-                Ok(changed)
+                Ok(view.tell_networks(request).map(Ok))
             }
         })
         .stream(method::TABLE, move |_, request: TableRequest| {
