@@ -17,7 +17,8 @@ use tokio::task::JoinSet;
 
 use crate::config::{Found, NetworkEngine};
 
-/// So many targets are asked at once, and so many begin to be in a tenth of a second: 500 a second. More wait for their turn.
+/// So many targets are asked at once, by equal shares of the networks, and so many begin to be in a tenth of a second: 500 a
+/// second. More wait for their turn.
 const AT_ONCE: usize = 500;
 const TICK: Duration = Duration::from_millis(100);
 const PER_TICK: usize = 50;
@@ -98,7 +99,7 @@ pub(crate) async fn run(
             Some(_) = asking.join_next() => continue,
             () = until(next) => {
                 earliest = now() + TICK;
-                let due = health.due(now(), PER_TICK.min(AT_ONCE - out));
+                let due = health.due(now(), PER_TICK.min(AT_ONCE - out), AT_ONCE);
                 out += due.len();
                 let mut by_network: BTreeMap<Uid, Vec<Asked>> = BTreeMap::new();
                 for asked in due {

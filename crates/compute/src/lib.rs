@@ -13,6 +13,6 @@ pub mod keep;
 pub mod runtime;
 
 pub use runtime::{
-    Connections, CpuSet, CpuTime, ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, NoConnection, NoConnectionKind, Observed, PartOf,
-    Runtime, RuntimeError, Sandbox, SecretFolder, SecretMounts, Shared, SharedMount, State,
+    Connections, CpuSet, CpuTime, ExecIo, IDENTITY_DIR, IDENTITY_SOCKET, NoConnection, NoConnectionKind, Observed,
+    PartOf, Runtime, RuntimeError, Sandbox, SecretFolder, SecretMounts, Shared, SharedMount, State,
 };

@@ -112,18 +112,33 @@ impl Health {
         out
     }
 
-    /// Those whose time has come, the longest overdue first, at most so many.
-    pub fn due(&mut self, now: Instant, most: usize) -> Vec<Asked> {
-        let mut due: Vec<(Instant, Asked)> =
-            self.targets.iter().filter(|(_, s)| !s.asked && s.due <= now).map(|(a, s)| (s.due, a.clone())).collect();
-        due.sort();
-        due.truncate(most);
-        for (_, asked) in &due {
+    /// Those whose time has come, the longest overdue of each network first, at most so many. Of `at_once`, which may be asked
+    /// together, each network has an equal share: one whose targets keep silent takes no other's turn.
+    pub fn due(&mut self, now: Instant, most: usize, at_once: usize) -> Vec<Asked> {
+        let mut networks: BTreeMap<Uid, (usize, Vec<(Instant, Asked)>)> = BTreeMap::new();
+        for (asked, state) in &self.targets {
+            let (busy, due) = networks.entry(asked.network).or_default();
+            if state.asked {
+                *busy += 1;
+            } else if state.due <= now {
+                due.push((state.due, asked.clone()));
+            }
+        }
+        let share = (at_once / networks.len().max(1)).max(1);
+        let mut turns = Vec::new();
+        for (busy, mut due) in networks.into_values() {
+            due.sort();
+            due.truncate(share.saturating_sub(busy));
+            turns.extend(due.into_iter().enumerate().map(|(n, (at, asked))| (n, at, asked)));
+        }
+        turns.sort();
+        turns.truncate(most);
+        for (.., asked) in &turns {
             if let Some(state) = self.targets.get_mut(asked) {
                 (state.asked, state.due) = (true, now + asked.interval());
             }
         }
-        due.into_iter().map(|(_, asked)| asked).collect()
+        turns.into_iter().map(|(.., asked)| asked).collect()
     }
 
     /// When there is next something to ask.
@@ -178,8 +193,11 @@ fn asked(told: &HostNetworks) -> BTreeSet<Asked> {
 /// Whether no other host of a network asks by this one's address: then one of the two would hear nothing, and nothing is concluded.
 fn is_alone(told: &HostNetworks, network: &NetworkPlan) -> bool {
     let own = links::prober(told.endpoint).0;
+    // Those of a network that is peered with it ask too.
+    let peers = |n: &NetworkPlan| n.uid == network.uid || network.peerings.iter().any(|p| p.network == n.uid);
+    let nics = told.networks.iter().filter(|n| peers(n)).flat_map(|n| &n.nics);
     let hosts: BTreeSet<IpAddr> =
-        network.nics.iter().filter_map(|n| Some(n.at.as_ref()?.endpoint)).filter(|e| *e != told.endpoint).collect();
+        nics.filter_map(|n| Some(n.at.as_ref()?.endpoint)).filter(|e| *e != told.endpoint).collect();
     !hosts.into_iter().any(|endpoint| links::prober(endpoint).0 == own)
 }
 
@@ -395,12 +413,27 @@ mod tests {
     fn one_that_is_asked_is_not_asked_again_before_it_has_answered_and_its_time_has_come() {
         let now = Instant::now();
         let (mut health, target) = (health(now), target());
-        assert_eq!(health.due(now, 0), []);
-        assert_eq!(health.due(now, 9), std::slice::from_ref(&target));
+        assert_eq!(health.due(now, 0, 9), []);
+        assert_eq!(health.due(now, 9, 9), std::slice::from_ref(&target));
         let later = now + Duration::from_secs(60);
-        assert_eq!((health.due(later, 9), health.next()), (Vec::new(), None));
+        assert_eq!((health.due(later, 9, 9), health.next()), (Vec::new(), None));
         assert!(!health.found(&target, Some(Ok(()))));
-        assert_eq!((health.due(now, 9), health.next()), (Vec::new(), Some(now + Duration::from_secs(5))));
-        assert_eq!(health.due(later, 9), [target]);
+        assert_eq!((health.due(now, 9, 9), health.next()), (Vec::new(), Some(now + Duration::from_secs(5))));
+        assert_eq!(health.due(later, 9, 9), [target]);
+    }
+
+    #[test]
+    fn a_network_whose_targets_keep_silent_takes_no_others_turn() {
+        let now = Instant::now();
+        let of = |network: u8, port: u16| Asked { network: Uid::from_random([network; 16]), port, ..target() };
+        let state = || State { out: None, streak: 0, due: now, asked: false };
+        let mut health = health(now);
+        health.targets = (0..100).map(|port| (of(1, port), state())).chain([(of(2, 80), state())]).collect();
+        let first = health.due(now, 3, 10);
+        assert!(first.len() == 3 && first.contains(&of(2, 80)), "each has its turn: {first:?}");
+        assert_eq!(health.due(now, 90, 10).len(), 3, "and its share of those that are asked together");
+        assert_eq!(health.due(now, 90, 10), []);
+        health.found(&of(2, 80), Some(Ok(())));
+        assert_eq!(health.due(now + Duration::from_secs(60), 90, 10), [of(2, 80)]);
     }
 }

@@ -9,8 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use nexus_model::plan::{
-    BalancedProtocol, Direction, HostNetworks, ListenerPlan, NetworkPlan, NicPlan, PeeringPlan, ProxyProtocol,
-    RoutePlan, RuleProtocol, Trace, TraceHop, TraceVerdict, TracedPacket, Via,
+    BalancedProtocol, BalancerPlan, Direction, HostNetworks, ListenerPlan, NetworkPlan, NicPlan, PeeringPlan,
+    ProxyProtocol, RoutePlan, RuleProtocol, Trace, TraceHop, TraceVerdict, TracedPacket, Via,
 };
 use nexus_model::{Name, Uid};
 
@@ -155,16 +155,16 @@ impl<'a> Tracer<'a> {
         }
         self.hop(&host, "anti-spoofing", format!("sent by {} with its own address {source}", nic.name));
         if packet.translated
-            && let Some(listener) = self.listener(asked, packet.protocol)
+            && let Some(listener) = self.listener(place.plan, asked, packet.protocol)
             && let Some(version) = listener.proxy_protocol
         {
             return self.relayed(&place, nic, listener, version, packet, asked);
         }
         if packet.translated {
-            let balancer = self.balancer(asked.0);
+            let balancer = self.balancer(place.plan, asked.0);
             let to = ended(&packet);
             let among = if self.choice.of > 1 { format!(", one of {} targets", self.choice.of) } else { String::new() };
-            let failing = self.failing(asked, packet.protocol);
+            let failing = self.failing(place.plan, asked, packet.protocol);
             self.hop(&host, "load balancer", format!("{balancer} hands it to {to}{among}{failing}"));
         }
         self.route(&place, Some(nic), packet, MAX_NETWORKS)
@@ -187,15 +187,15 @@ impl<'a> Tracer<'a> {
         let shares = rules::shares(listener, Family::of(packet.source));
         self.choice.of = shares.len();
         let Some(share) = shares.get(self.choice.index).or(shares.first()) else {
-            return self.drop(&host, "load balancer", format!("{} has no target", self.balancer(asked.0)));
+            return self.drop(&host, "load balancer", format!("{} has no target", self.balancer(place.plan, asked.0)));
         };
-        let (to, balancer) = (SocketAddr::new(share.address, share.port), self.balancer(asked.0));
+        let (to, balancer) = (SocketAddr::new(share.address, share.port), self.balancer(place.plan, asked.0));
         let among = if shares.len() > 1 { format!(", one of {} targets", shares.len()) } else { String::new() };
         let version = match version {
             ProxyProtocol::V1 => "v1",
             ProxyProtocol::V2 => "v2",
         };
-        let failing = self.failing(asked, packet.protocol);
+        let failing = self.failing(place.plan, asked, packet.protocol);
         self.hop(&host, "load balancer", format!("{balancer} hands it to {to}{among}{failing}"));
         self.hop(&host, RELAY, format!("relayed (PROXY {version}), from the client's own address {}", packet.source));
         (packet.destination, packet.port) = (share.address, share.port);
@@ -204,20 +204,31 @@ impl<'a> Tracer<'a> {
         self.route(place, Some(nic), packet, MAX_NETWORKS)
     }
 
+    /// The balancers that a network has or reaches: others' may have the same addresses.
+    fn balancers(&self, network: &'a NetworkPlan) -> impl Iterator<Item = &'a BalancerPlan> {
+        let hosts = self.hosts;
+        let peers = network.peerings.iter().filter_map(move |p| rules::peer(hosts, p));
+        std::iter::once(network).chain(peers).flat_map(|n| &n.balancers)
+    }
+
     /// A balancer's listener by its address.
-    fn listener(&self, (address, port): (IpAddr, u16), protocol: u8) -> Option<&'a ListenerPlan> {
+    fn listener(
+        &self,
+        network: &'a NetworkPlan,
+        (address, port): (IpAddr, u16),
+        protocol: u8,
+    ) -> Option<&'a ListenerPlan> {
         let number = |l: &ListenerPlan| match l.protocol {
             BalancedProtocol::Tcp => 6,
             BalancedProtocol::Udp => 17,
         };
-        let hosts = self.hosts;
-        let balancers = hosts.networks.iter().flat_map(|n| &n.balancers).filter(|b| b.address == address);
+        let balancers = self.balancers(network).filter(|b| b.address == address);
         balancers.flat_map(|b| &b.listeners).find(|l| l.port == port && number(l) == protocol)
     }
 
     /// Which targets fail the listener's check, as this host found them.
-    fn failing(&self, asked: (IpAddr, u16), protocol: u8) -> String {
-        let targets = self.listener(asked, protocol).map_or(&[][..], |l| &l.targets);
+    fn failing(&self, network: &'a NetworkPlan, asked: (IpAddr, u16), protocol: u8) -> String {
+        let targets = self.listener(network, asked, protocol).map_or(&[][..], |l| &l.targets);
         let failing = targets.iter().filter(|t| t.failing);
         let failing: Vec<String> = failing.map(|t| SocketAddr::new(t.address, t.port).to_string()).collect();
         match failing.len() {
@@ -227,9 +238,9 @@ impl<'a> Tracer<'a> {
         }
     }
 
-    fn balancer(&self, address: IpAddr) -> String {
-        let all = self.hosts.networks.iter().flat_map(|n| &n.balancers);
-        all.clone().find(|b| b.address == address).map_or_else(|| address.to_string(), |b| b.name.to_string())
+    fn balancer(&self, network: &'a NetworkPlan, address: IpAddr) -> String {
+        let found = self.balancers(network).find(|b| b.address == address);
+        found.map_or_else(|| address.to_string(), |b| b.name.to_string())
     }
 
     /// From where its way within a network is chosen: sent by a NIC, or without one come by a peering or from outside.

@@ -35,7 +35,7 @@ impl Asking {
             let told = self.site.told(host);
             health.follow(&told, self.now - Duration::from_secs(600));
             let (sender, mut found) = mpsc::channel(100);
-            for target in health.due(self.now, 100) {
+            for target in health.due(self.now, 100, 100) {
                 let netns = NetnsRef::Path(self.site.engines[host].namespace(target.network));
                 ask(netns, told.endpoint, vec![target], sender.clone()).await;
             }

@@ -193,7 +193,9 @@ pub fn admit(step: &mut Step<'_>, old: Option<&Object<Nic>>, new: &mut Object<Ni
 fn fits(world: &World, nic: Uid, subnet: &Object<Subnet>, instance: &Object<Instance>) -> Result<(), String> {
     let name = &instance.metadata.name;
     if instance.spec.template.runtime == Runtime::Function {
-        return Err(format!("instance {name} is a function's, which has no interfaces but one in its project's default network"));
+        return Err(format!(
+            "instance {name} is a function's, which has no interfaces but one in its project's default network"
+        ));
     }
     if instance.status.finished.is_some() {
         return Err(format!("instance {name} has run to its end"));
