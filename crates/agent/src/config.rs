@@ -13,6 +13,7 @@ use nexus_model::kind::{HostSpec, Runtime};
 use nexus_model::plan::{CaptureRequest, HostNetworks, ImagePlan, Trace, TracedPacket};
 use nexus_model::{Digest, Name, Timestamp, Uid};
 use nexus_network::firewall::{Firewall, Net};
+use nexus_network::vpc::Difference;
 use nexus_network::vpc::capture::Capture;
 use nexus_network::vpc::flows::Flow;
 pub(crate) use nexus_network::vpc::health::{Asked, Found};
@@ -159,7 +160,7 @@ pub trait NetworkEngine: Send + Sync {
     /// could be done; what was there before stays then. What is `closed` no network leads to.
     async fn apply(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Plugged, PlugError>;
     /// In which ways the host is not as it is wanted. Changes nothing.
-    async fn check(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Vec<String>, PlugError>;
+    async fn check(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Vec<Difference>, PlugError>;
     /// Removes everything of tenants' networks.
     async fn remove(&self) -> Result<(), PlugError>;
     async fn drops(&self, wanted: Arc<HostNetworks>) -> Result<Drops, PlugError>;

@@ -54,19 +54,33 @@ impl Connections for Connector {
             Ok(address) => vec![address],
             Err(_) => self.lookup(&plan, host).await?,
         };
-        let mut open = Vec::new();
-        let mut refused = None;
         // An IPv4 address in the clothes of IPv6 is one of IPv4, to the kernel too.
-        for address in sorted(addresses.into_iter().map(|a| a.to_canonical()).collect()) {
+        let addresses = sorted(addresses.into_iter().map(|a| a.to_canonical()).collect());
+        let mut racing = std::pin::pin!(self.race(instance, addresses.clone(), port));
+        // The kernel decides; why it lets nothing through is found out only when it doesn't.
+        let early = tokio::select! {
+            biased;
+            done = &mut racing => Some(done),
+            () = tokio::time::sleep(STAGGER) => None,
+        };
+        if let Some(Ok(socket)) = early {
+            return Ok(socket);
+        }
+        let mut refused = None;
+        for address in addresses.into_iter().take(TRIED) {
             match self.may_reach(&plan, address, port).await {
-                Ok(()) => open.push(address),
+                Ok(()) => {
+                    refused = None;
+                    break;
+                }
                 Err(why) => refused = refused.or(Some(why)),
             }
         }
-        if let (true, Some(why)) = (open.is_empty(), refused) {
-            return Err(no(NoConnectionKind::Prohibited, why));
+        match (refused, early) {
+            (Some(why), _) => Err(no(NoConnectionKind::Prohibited, why)),
+            (None, Some(ended)) => ended,
+            (None, None) => racing.await,
         }
-        self.race(instance, open, port).await
     }
 
     async fn roots(&self) -> std::io::Result<Vec<Vec<u8>>> {

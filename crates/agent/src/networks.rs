@@ -223,8 +223,8 @@ impl Networks {
         let applied = self.applied.borrow().clone();
         let closed = applied.closed.clone();
         let failing = self.failing.borrow().clone();
-        let mut differences =
-            self.engine.check(health::marked(&told, &failing), closed).await.map_err(|e| e.to_string())?;
+        let found = self.engine.check(health::marked(&told, &failing), closed).await.map_err(|e| e.to_string())?;
+        let mut differences: Vec<String> = found.into_iter().map(|difference| difference.what).collect();
         if !applied.trouble.is_empty() {
             differences.push(format!("nothing newer can be set: {}", applied.trouble));
         }
@@ -415,11 +415,12 @@ impl Reconciler {
         let Some(told) = told.filter(|t| !t.networks.is_empty()) else { return true };
         self.count(told).await;
         match self.engine.check(told.clone(), closed.clone()).await {
-            Ok(differences) => {
+            Ok(mut differences) => {
+                differences.retain(|difference| difference.mends);
                 if let Some(first) = differences.first() {
                     let count = differences.len();
                     tracing::warn!(
-                        first,
+                        first = first.what,
                         count,
                         "somebody has changed tenants' networks on this host; they are set again"
                     );

@@ -11,6 +11,7 @@ use nexus_model::plan::{
     BalancedProtocol, BalancerPlan, FlowLogs, ListenerPlan, Mac, NicPlace, PLAN_VERSION, RuleProtocol, TargetPlan,
     TraceHop, TracedPacket,
 };
+use nexus_network::vpc::Difference;
 use nexus_network::vpc::capture::Capture;
 use nexus_network::vpc::flows::Flow;
 use tokio::sync::mpsc;
@@ -46,8 +47,9 @@ impl NetworkEngine for Fake {
         Ok(Plugged { plugged, ..Plugged::default() })
     }
 
-    async fn check(&self, _: Arc<HostNetworks>, _: Arc<Vec<Net>>) -> Result<Vec<String>, PlugError> {
-        Ok(self.differences.lock().unwrap().clone())
+    async fn check(&self, _: Arc<HostNetworks>, _: Arc<Vec<Net>>) -> Result<Vec<Difference>, PlugError> {
+        let mends = |what: &String| !what.contains("no tunnel");
+        Ok(self.differences.lock().unwrap().iter().map(|w| Difference { what: w.clone(), mends: mends(w) }).collect())
     }
 
     async fn remove(&self) -> Result<(), PlugError> {
@@ -214,6 +216,12 @@ async fn what_somebody_took_away_comes_back_and_a_host_without_networks_keeps_no
     news.changed().await.unwrap();
     assert!(w.networks.check().await.unwrap().differences.is_empty());
     assert!(w.engine.applied.lock().unwrap().len() >= 2);
+    // What setting it again does not end is told, and nothing is set again for it.
+    w.engine.differences.lock().unwrap().push("no tunnel leads there".into());
+    news.mark_unchanged();
+    tokio::time::timeout(Duration::from_secs(600), news.changed()).await.unwrap_err();
+    assert_eq!(w.networks.check().await.unwrap().differences, ["no tunnel leads there"]);
+    w.engine.differences.lock().unwrap().clear();
     tokio::time::sleep(Duration::from_millis(10)).await;
     let text = w.handle.metrics_text();
     let line = "nexus_agent_network_dropped_packets_total{project=\"shop\",network=\"net\",reason=\"no-rule\"} 3";

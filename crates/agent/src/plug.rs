@@ -12,9 +12,9 @@ use nexus_model::plan::{CaptureRequest, HostNetworks, Trace, TracedPacket};
 use nexus_network::firewall::{Firewall, Net};
 use nexus_network::vpc::capture::{Capture, Filter};
 use nexus_network::vpc::flows::{self, Flow};
-use nexus_network::vpc::{Engine, answer, drops, health, links, probe, verdict};
+use nexus_network::vpc::{Difference, Engine, answer, drops, health, links, probe, verdict};
 use nexus_network::{InstanceAddress, InstanceNet, NetnsRef};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::Relays;
 use crate::config::{Asked, Drops, Found, InstancePlug, NetworkEngine, PlugError, Plugged, ProbeOf};
@@ -40,18 +40,23 @@ impl InstancePlug for InstanceNet {
     }
 }
 
+const TRACES: usize = 2;
+
 /// Tenants' networks of the host that this process runs on.
 pub struct HostNetworksEngine {
     engine: Engine,
     instances: InstanceNet,
     relays: Relays,
+    /// Packets that are followed at once: each looks at all of its network's rules.
+    tracing: Arc<Semaphore>,
 }
 
 impl HostNetworksEngine {
     /// The files of networks' namespaces go into `dir`. `uplink_rate` is what the host's link to others sends, in bits a second,
     /// if control is to go before tenants there.
     pub fn new(dir: PathBuf, instances: InstanceNet, uplink_rate: Option<u64>, relays: Relays) -> Self {
-        Self { engine: Engine::with_uplink(dir, instances.clone(), NetnsRef::Own, uplink_rate), instances, relays }
+        let engine = Engine::with_uplink(dir, instances.clone(), NetnsRef::Own, uplink_rate);
+        Self { engine, instances, relays, tracing: Arc::new(Semaphore::new(TRACES)) }
     }
 
     /// All that is closed, with what the host itself is on.
@@ -71,10 +76,10 @@ impl NetworkEngine for HostNetworksEngine {
         Ok(Plugged { plugged: done.plugged, troubles: done.troubles, networks: done.networks })
     }
 
-    async fn check(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Vec<String>, PlugError> {
+    async fn check(&self, wanted: Arc<HostNetworks>, closed: Arc<Vec<Net>>) -> Result<Vec<Difference>, PlugError> {
         let relays = self.relays.differences(&wanted);
         let mut all = self.engine.check(wanted, self.closed(&closed).await?).await.map_err(failed)?;
-        all.extend(relays);
+        all.extend(relays.into_iter().map(|what| Difference { what, mends: true }));
         Ok(all)
     }
 
@@ -101,7 +106,13 @@ impl NetworkEngine for HostNetworksEngine {
         nic: Uid,
         packet: TracedPacket,
     ) -> Result<Trace, PlugError> {
-        Ok(verdict::trace_beyond(&by, &self.closed(&closed).await?, nic, packet))
+        let turn = self.tracing.clone().acquire_owned().await.expect("never closed");
+        let closed = self.closed(&closed).await?;
+        let traced = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            verdict::trace_beyond(&by, &closed, nic, packet)
+        });
+        traced.await.map_err(|e| PlugError(e.to_string()))
     }
 
     async fn serve(&self, mut by: watch::Receiver<Option<Arc<HostNetworks>>>) {

@@ -37,3 +37,4 @@ pub mod verdict;
 mod want;
 
 pub use engine::{Applied, Engine};
+pub use hand::Difference;

@@ -15,7 +15,7 @@ use crate::servers::Servers;
 /// They are written to disk whole, so in a burst of changes writing takes a tenth of the time at most …
 const SAVE_REST: u32 = 9;
 /// … but what was told is on disk after so long.
-const SAVE_WITHIN: Duration = Duration::from_secs(5);
+const SAVE_WITHIN: Duration = Duration::from_millis(500);
 
 /// Begins to follow what is told to a host; the first is what was kept in the file.
 pub(crate) async fn keep(

@@ -112,7 +112,8 @@ pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<(T
 
 /// Receives once: how many bytes came, and with them which descriptors.
 pub(super) fn take(socket: RawFd, buffer: &mut [u8], flags: MsgFlags) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+    // Room for as many as the kernel lets pass (SCM_MAX_FD): of more than any message has, none is kept.
+    let mut space = nix::cmsg_space!([RawFd; 253]);
     let mut fds = Vec::new();
     let mut parts = [IoSliceMut::new(buffer)];
     let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), flags | MsgFlags::MSG_CMSG_CLOEXEC)?;
@@ -121,6 +122,9 @@ pub(super) fn take(socket: RawFd, buffer: &mut [u8], flags: MsgFlags) -> io::Res
             // SAFETY: the kernel has just made these descriptors for us, and nobody else knows them.
             fds.extend(rights.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
+    }
+    if fds.len() > MAX_FDS {
+        return Err(invalid("more descriptors than any message has".to_owned()));
     }
     Ok((message.bytes, fds))
 }

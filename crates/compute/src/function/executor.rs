@@ -102,7 +102,8 @@ impl Options {
 fn compile_main(options: &Options) -> ExitCode {
     // The compiler takes a few hundred bytes per byte of code; the rest is the program and its threads' stacks.
     let bounds = Bounds { address_space: Some(6 << 30), open_files: 64, file_size: 2 << 30 };
-    let outcome = confine(options.user, &options.root, bounds).map_err(compile::CompileError::Io);
+    let outcome = isolate().and_then(|()| confine(options.user, &options.root, bounds));
+    let outcome = outcome.map_err(compile::CompileError::Io);
     match outcome.and_then(|()| compile::compile_stdio()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

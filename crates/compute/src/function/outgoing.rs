@@ -37,7 +37,7 @@ use super::outlet::Outlet;
 use crate::runtime::{NoConnection, NoConnectionKind};
 
 /// Connections of one instance at once; a request that has no place waits for one.
-pub(super) const CONNECTIONS: usize = 256;
+pub(super) const CONNECTIONS: usize = 128;
 
 /// How long a connection may take, with TLS and with waiting for a place, if the guest does not say; and at most.
 const CONNECT: Duration = Duration::from_secs(15);
@@ -151,7 +151,8 @@ impl Target {
                 }
             }
         };
-        (!bare.is_empty()).then(|| Self { tls, host: bare.to_owned(), port })
+        // A name has 253 characters at most, and may end with a dot (RFC 1035, section 2.3.4).
+        (!bare.is_empty() && bare.len() <= 254).then(|| Self { tls, host: bare.to_owned(), port })
     }
 }
 

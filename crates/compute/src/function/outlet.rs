@@ -100,7 +100,9 @@ fn send(socket: &impl AsRawFd, message: &impl Serialize, fds: &[RawFd]) -> io::R
     }
     let rights = [ControlMessage::ScmRights(fds)];
     let control = if fds.is_empty() { &[][..] } else { &rights[..] };
-    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&body)], control, MsgFlags::MSG_NOSIGNAL, None)?;
+    // The socket may be one that the other side has chosen: it holds nobody up.
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&body)], control, flags, None)?;
     Ok(())
 }
 
@@ -183,6 +185,7 @@ impl Outlet {
                     sleep(FULL).await;
                     continue;
                 }
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => return Err(failed(e)),
                 // It has ended.
                 Err(_) => {
                     self.lose(&agent);
@@ -282,7 +285,13 @@ async fn serve(folder: PathBuf, id: &str, serves: Arc<Serves>, connections: Arc<
         let (id, serves, connections) = (id.to_owned(), serves.clone(), connections.clone());
         answering.spawn(async move {
             let _place = place;
-            let outcome = answer(&id, &ask, &*serves, &*connections).await;
+            let Ok(back) = adopt(back) else { return };
+            // Nothing is ever said there but this answer: who has gone wants it no more.
+            let outcome = tokio::select! {
+                biased;
+                _ = back.readable() => return,
+                outcome = answer(&id, &ask, &*serves, &*connections) => outcome,
+            };
             let sent = match &outcome {
                 Ok(fd) => send(&back, &Answer::Done, &[fd.as_raw_fd()]),
                 Err(why) => send(&back, &Answer::No(why.clone()), &[]),

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nexus_model::Uid;
 use nexus_model::plan::{HostNetworks, NetworkPlan};
 
-use super::hand::{Faults, Hand, Mode};
+use super::hand::{Difference, Faults, Hand, Mode};
 use super::network::{self, Outcome, Site};
 use super::want::{NetworkWant, NicWant};
 use super::{inside, outside, rules};
@@ -69,7 +69,7 @@ pub struct Applied {
 #[derive(Default)]
 struct Report {
     applied: Applied,
-    differences: Vec<String>,
+    differences: Vec<Difference>,
 }
 
 impl Engine {
@@ -116,9 +116,10 @@ impl Engine {
     }
 
     /// What is not as it should be, each in a sentence; nothing is changed. Of a NIC that waits nothing is said.
-    pub async fn check(&self, wanted: Arc<HostNetworks>, closed: Vec<Net>) -> Result<Vec<String>, NetError> {
+    pub async fn check(&self, wanted: Arc<HostNetworks>, closed: Vec<Net>) -> Result<Vec<Difference>, NetError> {
         let report = self.aside(move |own| own.work(Mode::Check, &wanted, &closed)).await?;
-        let troubles = report.applied.networks.values().map(|t| format!("could not be looked at: {t}"));
+        let troubles = report.applied.networks.values();
+        let troubles = troubles.map(|t| Difference { what: format!("could not be looked at: {t}"), mends: true });
         Ok(report.differences.into_iter().chain(troubles).collect())
     }
 
@@ -307,7 +308,7 @@ impl Own {
 }
 
 /// Changes, differences, missing NICs; or what failed.
-type Inside = Result<(usize, Vec<String>, Vec<Uid>), String>;
+type Inside = Result<(usize, Vec<Difference>, Vec<Uid>), String>;
 
 impl Report {
     fn take(&mut self, network: Uid, outcome: &Outcome) {

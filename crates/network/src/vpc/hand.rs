@@ -53,6 +53,14 @@ pub(super) enum Others {
     LeftAlone,
 }
 
+/// In which way a host is not as it is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    pub what: String,
+    /// Whether it ends when all is set again; it does not where the machine's operator has to do something.
+    pub mends: bool,
+}
+
 /// Works in the namespace in which its thread was when it was made.
 pub(super) struct Hand<'a> {
     pub links: Netlink,
@@ -61,7 +69,7 @@ pub(super) struct Hand<'a> {
     /// How a sentence begins: `network acme/blue`.
     about: String,
     pub changes: usize,
-    pub differences: Vec<String>,
+    pub differences: Vec<Difference>,
     /// What failed, in order.
     pub troubles: Vec<NetError>,
     /// For sentences.
@@ -84,9 +92,18 @@ impl<'a> Hand<'a> {
 
     /// Says what is different.
     pub fn differs(&mut self, what: impl FnOnce() -> String) {
+        self.says(what, true);
+    }
+
+    /// Says what is not as it should be, and nothing here can mend.
+    pub fn lacks(&mut self, what: impl FnOnce() -> String) {
+        self.says(what, false);
+    }
+
+    fn says(&mut self, what: impl FnOnce() -> String, mends: bool) {
         if self.mode == Mode::Check {
-            let what = what();
-            self.differences.push(format!("{}: {what}", self.about));
+            let what = format!("{}: {}", self.about, what());
+            self.differences.push(Difference { what, mends });
         }
     }
 
@@ -281,7 +298,7 @@ impl<'a> Hand<'a> {
         {
             let called = self.called(link);
             if self.links.has_foreign_queue(link)? {
-                self.differs(|| {
+                self.lacks(|| {
                     format!("{called} has a queue of somebody else's, so control does not go before tenants")
                 });
             } else {

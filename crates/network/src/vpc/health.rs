@@ -336,6 +336,9 @@ async fn answers(stream: std::net::TcpStream, asked: &Asked) -> Result<(), Strin
         if let Some(error) = stream.take_error()? {
             return Err(error);
         }
+        if let Some(version) = asked.proxy {
+            stream.write_all(&relay::nobody(version)).await?;
+        }
         match &asked.check.http {
             None => Ok(Ok(())),
             Some(expected) => get(&mut stream, asked, expected).await,
@@ -352,9 +355,6 @@ async fn answers(stream: std::net::TcpStream, asked: &Asked) -> Result<(), Strin
 
 async fn get(stream: &mut TcpStream, asked: &Asked, expected: &ExpectedAnswer) -> io::Result<Result<(), String>> {
     let (path, host) = (&expected.path, SocketAddr::new(asked.address, asked.port));
-    if let Some(version) = asked.proxy {
-        stream.write_all(&relay::nobody(version)).await?;
-    }
     let request =
         format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: nexus-health\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;

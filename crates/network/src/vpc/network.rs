@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nexus_model::Uid;
 
-use super::hand::{Faults, Hand, Mode, Others};
+use super::hand::{Difference, Faults, Hand, Mode, Others};
 use super::links::{self, GATEWAY_MAC, NIC_PREFIX, PEER_PREFIX, TUNNEL, UPLINK, hop};
 use super::want::{FIRST_END, NetworkWant, NicWant, SECOND_END, WIDE_MTU, Way};
 use crate::netlink::{LinkAddress, LinkKind, LinkState, MAIN, Neighbour, Netlink, RouteKind, RouteState, VethEnd};
@@ -27,7 +27,7 @@ const CLEARED_WITHIN: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub(super) struct Outcome {
     pub changes: usize,
-    pub differences: Vec<String>,
+    pub differences: Vec<Difference>,
     /// NICs whose links stand.
     pub linked: BTreeSet<Uid>,
     /// NICs whose instance has no namespace yet.
@@ -340,7 +340,7 @@ fn settle(hand: &mut Hand<'_>, want: &NetworkWant, there: &BTreeMap<String, Link
     if let Some(tunnel) = index(TUNNEL) {
         hand.forwards(tunnel, &want.forwards)?;
         for endpoint in &want.apart {
-            hand.differs(|| {
+            hand.lacks(|| {
                 format!("no tunnel leads to {endpoint}: hosts need addresses of one family, IPv4 or IPv6, to reach each other")
             });
         }

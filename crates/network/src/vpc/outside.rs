@@ -70,7 +70,7 @@ pub(super) fn settle(
     let uplink = uplink(hand, endpoint)?;
     answer(hand, dir, uplink.as_ref(), &answered)?;
     if endpoint.is_some() && rate.is_some() && uplink.is_none() {
-        hand.differs(|| "no link has the host's endpoint, so control does not go before tenants".into());
+        hand.lacks(|| "no link has the host's endpoint, so control does not go before tenants".into());
     }
     hand.share(uplink.zip(rate).map(|(link, rate)| (link.index, Limit::of(rate))))
 }
@@ -119,7 +119,7 @@ fn answer(
             }
         }
     } else if !wanted.is_empty() {
-        hand.differs(|| "no link has the host's endpoint, so nobody answers for floating addresses".into());
+        hand.lacks(|| "no link has the host's endpoint, so nobody answers for floating addresses".into());
     }
     for &(link, address) in there.difference(&keys) {
         hand.step(|| format!("{address} is answered for unasked"), |l| l.take_proxy(link, address));

@@ -48,7 +48,7 @@ impl Asking {
             let applied = self.site.engines[host].apply(wanted.clone(), Vec::new()).await.unwrap();
             assert!(applied.networks.is_empty(), "{applied:?}");
             let differences = self.site.engines[host].check(wanted, Vec::new()).await.unwrap();
-            assert_eq!(differences, Vec::<String>::new());
+            assert_eq!(differences, []);
         }
     }
 

@@ -206,7 +206,7 @@ fn targets_are_told_who_the_client_is_and_see_its_own_address() {
         assert_eq!(found[..], header(v2, asker.local_addr().unwrap(), (four(202), 80).into()));
         for host in 0..2 {
             let differences = site.engines[host].check(site.told(host), site.closed.clone()).await.unwrap();
-            assert_eq!(differences, Vec::<String>::new());
+            assert_eq!(differences, []);
         }
         // Nobody calls the relay by its own address.
         let own = nexus_network::vpc::links::prober(endpoint(0)).0;

@@ -187,7 +187,8 @@ impl Cloud {
     }
 
     async fn differences(&self, host: usize) -> Vec<String> {
-        self.engines[host].check(self.told(host), Vec::new()).await.unwrap()
+        let found = self.engines[host].check(self.told(host), Vec::new()).await.unwrap();
+        found.into_iter().map(|difference| difference.what).collect()
     }
 
     async fn all_right(&self) {

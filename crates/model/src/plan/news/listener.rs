@@ -59,9 +59,13 @@ impl Listener {
     pub fn request(&mut self) -> NetworksRequest {
         self.checks = !self.doubts;
         let held = self.held.iter().filter(|_| self.checks).flat_map(|held| &held.networks);
-        let draft =
-            |plan: &Arc<NetworkPlan>| Draft { plan: plan.clone(), digest: Some(digest_of(&**plan).0), checked: true };
-        self.draft = held.map(|plan| (plan.uid, draft(plan))).collect();
+        let mut before = std::mem::take(&mut self.draft);
+        let draft = |plan: &Arc<NetworkPlan>| {
+            let same = before.remove(&plan.uid).filter(|d| d.checked && Arc::ptr_eq(&d.plan, plan));
+            let new = || Draft { plan: plan.clone(), digest: Some(digest_of(&**plan).0), checked: true };
+            (plan.uid, same.unwrap_or_else(new))
+        };
+        self.draft = held.map(draft).collect();
         self.tunnels = Vec::new();
         let have = self.draft.iter().filter_map(|(uid, draft)| Some((*uid, draft.digest?))).collect();
         NetworksRequest { host: self.host.clone(), known: self.held.as_ref().map(|h| h.revision), have: Some(have) }
@@ -82,7 +86,7 @@ impl Listener {
             Err(_) => true,
         };
         let Some(told) = taken? else { return Ok(None) };
-        if self.held.as_ref().is_some_and(|held| told.revision <= held.revision) {
+        if self.held.as_ref().is_some_and(|held| told.revision < held.revision || told == **held) {
             return Ok(None);
         }
         self.held = Some(Arc::new(told));

@@ -181,7 +181,10 @@ impl Teller {
     /// What the agent is to be sent now; nothing, if it has it or newer.
     pub fn tell(&mut self, told: &HostVersions) -> VecDeque<NetworksMessage> {
         let whole = &told.whole;
-        if self.known.is_some_and(|known| whole.revision <= known) {
+        let now: BTreeMap<Uid, Digest> = told.versions.iter().map(|v| (v.plan.uid, v.digest)).collect();
+        // An agent of another release may have kept less of the same revision.
+        let differs = self.have.as_ref().is_some_and(|have| *have != now);
+        if self.known.is_some_and(|known| whole.revision < known || (whole.revision == known && !differs)) {
             return VecDeque::new();
         }
         self.known = Some(whole.revision);
@@ -197,7 +200,6 @@ impl Teller {
         let Some(have) = &mut self.have else {
             return [message(&whole.tunnels, &whole.networks, None)].into();
         };
-        let now: BTreeMap<Uid, Digest> = told.versions.iter().map(|v| (v.plan.uid, v.digest)).collect();
         let changes = told.versions.iter().flat_map(|v| v.since(have.get(&v.plan.uid)));
         let mut packs = vec![Vec::new()];
         let mut sum = 0;

@@ -29,6 +29,8 @@ use crate::{Attempt, NetError, fnv};
 /// Who a relay is: nobody else on a host.
 const USER: u32 = 64_977;
 const FILES: u64 = 2 * MAX_CONNECTIONS as u64 + 256;
+/// What the kernel keeps for either side of a connection, each way, in bytes.
+const KERNELS: usize = 256 << 10;
 /// Asks a silent peer whether it is there.
 const KEEPALIVE: Duration = Duration::from_secs(300);
 /// A client or a target that takes no byte of the header.
@@ -86,7 +88,10 @@ fn confine(root: &Path) -> io::Result<()> {
     caps::set(None, CapSet::Permitted, &only).map_err(failed)?;
     caps::set(None, CapSet::Inheritable, &CapsHashSet::new()).map_err(failed)?;
     prctl::set_dumpable(false)?;
-    Ok(())
+    // What each connection needs: a kernel before Linux 5.17 wants another right for the mark.
+    let probe = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    probe.set_ip_transparent_v4(true)?;
+    probe.set_mark(SENT)
 }
 
 /// Relays connections in the network namespace that it is run in.
@@ -161,7 +166,7 @@ impl Relay {
             if !words.is_empty()
                 && let Ok(plan) = serde_json::from_slice::<RelayPlan>(&words)
             {
-                self.follow(plan);
+                self.follow(plan, fnv(&words).max(1));
             }
             let answer = serde_json::to_vec(&self.state()).expect("a state is plain data");
             if write_frame(&mut stream, &answer).await.is_err() {
@@ -181,8 +186,7 @@ impl Relay {
     }
 
     /// From now on new connections are relayed so.
-    fn follow(&self, plan: RelayPlan) {
-        let number = plan.number();
+    fn follow(&self, plan: RelayPlan, number: u64) {
         let mut known = self.known();
         for own in plan.own {
             if known.own.contains(&own) {
@@ -329,6 +333,9 @@ async fn connect(from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
 
 fn settle(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    // What the kernel holds for tenants' connections is the host's memory.
+    SockRef::from(stream).set_send_buffer_size(KERNELS)?;
+    SockRef::from(stream).set_recv_buffer_size(KERNELS)?;
     SockRef::from(stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))
 }
 
