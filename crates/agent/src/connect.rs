@@ -2,11 +2,11 @@
 //! addresses, routes, security groups, the project's egress, NAT, counters and flow logs are those of a container there.
 //!
 //! ```text
-//! name ─▶ the host's resolver, asked as the instance ─▶ addresses ─▶ what may be reached ─▶ connect in its namespace
+//! name ─▶ the host's resolver, asked as the instance ─▶ addresses ─▶ connect in its namespace ─(silence, failure)─▶ why not
 //! ```
 //!
-//! The kernel decides what passes. What is known to be refused is refused here too, because a dropped packet would only be silence to
-//! the function: by the project's egress where the instance has no NIC, and by the network's own rules where it has.
+//! The kernel decides what passes. What it drops would only be silence to the function, so a connection that does not stand soon is
+//! held against the project's egress where the instance has no NIC, and against the network's own rules where it has.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream as StdTcp};
 use std::os::fd::OwnedFd;
@@ -56,30 +56,22 @@ impl Connections for Connector {
         };
         // An IPv4 address in the clothes of IPv6 is one of IPv4, to the kernel too.
         let addresses = sorted(addresses.into_iter().map(|a| a.to_canonical()).collect());
-        let mut racing = std::pin::pin!(self.race(instance, addresses.clone(), port));
         // The kernel decides; why it lets nothing through is found out only when it doesn't.
-        let early = tokio::select! {
-            biased;
-            done = &mut racing => Some(done),
-            () = tokio::time::sleep(STAGGER) => None,
+        let silent = async {
+            tokio::time::sleep(STAGGER).await;
+            self.refused(&plan, &addresses, port).await
         };
-        if let Some(Ok(socket)) = early {
-            return Ok(socket);
-        }
-        let mut refused = None;
-        for address in addresses.into_iter().take(TRIED) {
-            match self.may_reach(&plan, address, port).await {
-                Ok(()) => {
-                    refused = None;
-                    break;
-                }
-                Err(why) => refused = refused.or(Some(why)),
-            }
-        }
-        match (refused, early) {
-            (Some(why), _) => Err(no(NoConnectionKind::Prohibited, why)),
-            (None, Some(ended)) => ended,
-            (None, None) => racing.await,
+        let ended = tokio::select! {
+            biased;
+            ended = self.race(instance, addresses.clone(), port) => ended,
+            Some(why) = silent => return Err(no(NoConnectionKind::Prohibited, why)),
+        };
+        match ended {
+            Ok(socket) => Ok(socket),
+            Err(error) => match self.refused(&plan, &addresses, port).await {
+                Some(why) => Err(no(NoConnectionKind::Prohibited, why)),
+                None => Err(error),
+            },
         }
     }
 
@@ -112,6 +104,15 @@ impl Connector {
             };
             no(kind, error.to_string())
         })
+    }
+
+    /// Why the instance may reach none of the addresses, if that is known.
+    async fn refused(&self, plan: &InstancePlan, addresses: &[IpAddr], port: u16) -> Option<String> {
+        let mut first = None;
+        for address in addresses.iter().take(TRIED) {
+            first = first.or(Some(self.may_reach(plan, *address, port).await.err()?));
+        }
+        first
     }
 
     /// Why the instance may not reach an address, if that is known.
