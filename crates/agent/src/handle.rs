@@ -33,6 +33,10 @@ pub(crate) type DropCounts = BTreeMap<(String, String, String), u64>;
 struct NetworkFacts {
     nics: usize,
     drops: DropCounts,
+    /// The revision that the kernel was brought to.
+    applied: u64,
+    /// The one that is on disk.
+    saved: u64,
 }
 
 /// What is true of the daemon at one moment.
@@ -53,7 +57,8 @@ pub struct AgentSnapshot {
     /// Certificates that instances got, and tries that failed.
     pub certificates_issued: u64,
     pub certificates_failed: u64,
-    /// The revision of tenants' networks that has been applied, 0 before the first; none, where the host has no part in them.
+    /// The revision of tenants' networks that has been applied and is on disk, 0 before the first; none, where the host has no
+    /// part in them. Neither the kernel nor the next agent has anything that is older.
     pub networks: Option<u64>,
     /// Targets of balancers that fail their checks here.
     pub failing: Arc<Vec<FailingTarget>>,
@@ -141,7 +146,8 @@ impl AgentHandle {
 
     /// Takes over how many NICs are here, and what was dropped of their networks' packets.
     pub(crate) fn drops_packets(&self, nics: usize, drops: DropCounts) {
-        *self.inner.networks.lock().unwrap_or_else(PoisonError::into_inner) = NetworkFacts { nics, drops };
+        let mut networks = self.inner.networks.lock().unwrap_or_else(PoisonError::into_inner);
+        (networks.nics, networks.drops) = (nics, drops);
     }
 
     pub(crate) fn has_networks(&self) {
@@ -150,8 +156,22 @@ impl AgentHandle {
 
     /// Says that nothing is left of tenants' networks but what this revision wants.
     pub(crate) fn networks_applied(&self, revision: u64) {
+        self.confirm(|networks| networks.applied = revision);
+    }
+
+    /// Says that an agent that starts would go on with this revision.
+    pub(crate) fn networks_saved(&self, revision: u64) {
+        self.confirm(|networks| networks.saved = revision);
+    }
+
+    fn confirm(&self, change: impl FnOnce(&mut NetworkFacts)) {
         let mut news = false;
-        self.update(|facts| news = facts.networks.replace(revision) != Some(revision));
+        self.update(|facts| {
+            let mut networks = self.inner.networks.lock().unwrap_or_else(PoisonError::into_inner);
+            change(&mut networks);
+            let confirmed = networks.applied.min(networks.saved);
+            news = facts.networks.replace(confirmed) != Some(confirmed);
+        });
         if news {
             self.wake_reporter();
         }

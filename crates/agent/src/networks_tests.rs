@@ -169,6 +169,7 @@ async fn world_on(kept: Kept, first: Option<Arc<HostNetworks>>) -> World {
     let engine = Arc::new(Fake::default());
     let (told, names) = (watch::Sender::new(first), watch::Sender::new(None));
     let (mut tasks, handle) = (JoinSet::new(), AgentHandle::default());
+    handle.networks_saved(u64::MAX);
     let flows = Flows::new(Env::real().with_disk(kept.disk.clone()), "/flows".into(), engine.clone());
     let starting =
         Networks::start(engine.clone(), told.subscribe(), names.subscribe(), flows, kept, &handle, &mut tasks);

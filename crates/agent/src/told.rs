@@ -105,14 +105,17 @@ impl<T: Told> Cache<T> {
         }
     }
 
-    async fn save(&self, told: &T) {
+    /// Whether it is there now.
+    async fn save(&self, told: &T) -> bool {
         let saved = async {
             let (disk, path, text) = (self.disk.clone(), self.path.clone(), serde_json::to_vec(told)?);
             on_disk(&self.disk, move || write_atomic(&*disk, &path, &text)).await?
         };
-        if let Err(error) = saved.await {
+        let saved: std::io::Result<()> = saved.await;
+        if let Err(error) = &saved {
             tracing::warn!(%error, "{} can't be kept on disk: a restart without servers would have older ones", T::WHAT);
         }
+        saved.is_ok()
     }
 }
 

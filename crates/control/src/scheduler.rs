@@ -152,7 +152,8 @@ pub struct Scheduler {
     pinned: Pinned,
     /// What each host carries: see `labels`.
     carried: BTreeMap<Name, Vec<LabelId>>,
-    /// Hosts that can't have tenants' networks, and why.
+    dead: BTreeSet<Name>,
+    /// Living hosts that can't have tenants' networks, and why.
     unwired: BTreeMap<Name, String>,
     /// Rows that a host could not hold; never other than zero unless a host's capacity shrank.
     pub oversold: u64,
@@ -215,14 +216,21 @@ impl Scheduler {
         let storage: Vec<_> = spec.storage.iter().map(|(c, n)| (ClassId(self.classes.id(c)), n.0)).collect();
         let label = |(k, v): (&String, &String)| LabelId(self.labels.id(&(k.clone(), v.clone())));
         let mut labels: Vec<_> = host.metadata.labels.iter().map(label).collect();
-        if spec.network_trouble.is_empty() {
-            self.unwired.remove(&host.metadata.name);
-            labels.push(self.wired());
-        } else {
-            self.unwired.insert(host.metadata.name.clone(), spec.network_trouble.clone());
-        }
-        self.carried.insert(host.metadata.name.clone(), labels.clone());
         let name = &host.metadata.name;
+        let can = spec.network_trouble.is_empty();
+        if can {
+            labels.push(self.wired());
+        }
+        let dead = host.status.state == HostState::Dead;
+        match dead {
+            true => self.dead.insert(name.clone()),
+            false => self.dead.remove(name),
+        };
+        match can || dead {
+            true => self.unwired.remove(name),
+            false => self.unwired.insert(name.clone(), spec.network_trouble.clone()),
+        };
+        self.carried.insert(name.clone(), labels.clone());
         self.last_slot.insert(name.clone(), host.status.last_slot);
         let fill = self.fill.entry(spec.cell.clone()).or_default();
         let cpu = u64::from(capacity.cpu);
@@ -303,6 +311,7 @@ impl Scheduler {
             self.slots.remove(name);
             self.last_slot.remove(name);
             self.carried.remove(name);
+            self.dead.remove(name);
             self.unwired.remove(name);
             self.pinned.forget(name);
         }
@@ -465,13 +474,13 @@ impl Scheduler {
         LabelId(self.labels.id(&(String::new(), String::new())))
     }
 
-    pub fn has_hosts(&self) -> bool {
-        !self.hosts.is_empty()
-    }
-
-    /// Why no host here can have tenants' networks, if that is so of all that have joined.
+    /// Why no host here can have tenants' networks, if that is so of all that live. Of one that is dead nothing is hoped for.
     pub fn all_unwired(&self) -> Option<&str> {
-        let (_, why) = self.unwired.first_key_value().filter(|_| self.unwired.len() >= self.hosts.len())?;
+        let living = self.hosts.len() - self.dead.len();
+        if living == 0 {
+            return Some("there are no hosts");
+        }
+        let (_, why) = self.unwired.first_key_value().filter(|_| self.unwired.len() >= living)?;
         Some(why)
     }
 

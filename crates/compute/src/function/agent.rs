@@ -34,7 +34,7 @@ pub const DEFAULT_PORT: u16 = 8080;
 
 /// What artefacts and the control protocol are compatible with. An agent of another generation starts executors of its own
 /// beside those that still serve. To be changed with wasmtime, with the engine's configuration and with the protocol.
-pub(super) const GENERATION: &str = "w48-3";
+pub(super) const GENERATION: &str = "w48-4";
 
 /// How long compiling one component may take.
 const COMPILE: Duration = Duration::from_secs(300);
@@ -229,8 +229,8 @@ impl FunctionRuntime {
         let (logs, user) = (sandbox.logs.dir.clone(), pool::user(id));
         let open = move || -> Result<Vec<OwnedFd>, RuntimeError> {
             let artefact = File::open(artefact).map_err(host("opening a compiled component"))?;
-            let attempt = format!("listening on port {port} in the network namespace {}", netns.display());
-            let listener = client::listen(&netns, port).map_err(host(attempt))?;
+            let attempt = format!("binding port {port} in the network namespace {}", netns.display());
+            let listener = client::bind(&netns, port).map_err(host(attempt))?;
             let logs = log_folder(&logs, user).map_err(host("making the folder of the logs"))?;
             Ok(vec![artefact.into(), listener, logs])
         };

@@ -1,8 +1,8 @@
-//! The agent's blocking half: one exchange with an executor, and a listening socket inside a network namespace.
+//! The agent's blocking half: one exchange with an executor, and a socket inside a network namespace.
 
 use std::fs::File;
 use std::io;
-use std::net::{Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -17,9 +17,6 @@ use super::control::{self, Reply, Request};
 /// How long an executor may take to answer. Loading a large artefact and ending guests are the slow cases.
 const ANSWER: Duration = Duration::from_secs(15);
 
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 1024;
-
 /// Asks the executor whose socket is `name` in `folder`. Blocks.
 pub(super) fn ask(folder: &Path, name: &str, request: &Request, fds: &[OwnedFd]) -> io::Result<Reply> {
     // By a descriptor of the folder, for a socket's path may have 107 bytes only.
@@ -32,8 +29,9 @@ pub(super) fn ask(folder: &Path, name: &str, request: &Request, fds: &[OwnedFd])
     Ok(control::receive(&stream)?.0)
 }
 
-/// Opens the socket of an instance in its own network namespace: on every address of both families. Blocks.
-pub(super) fn listen(netns: &Path, port: u16) -> io::Result<OwnedFd> {
+/// Opens the socket of an instance in its own network namespace: on every address of both families. Its executor listens, once
+/// it can serve: until then who connects is refused, and may try again, for nothing of a request was taken. Blocks.
+pub(super) fn bind(netns: &Path, port: u16) -> io::Result<OwnedFd> {
     let netns = File::open(netns)?;
     let open = move || -> io::Result<OwnedFd> {
         setns(netns, CloneFlags::CLONE_NEWNET)?;
@@ -41,10 +39,9 @@ pub(super) fn listen(netns: &Path, port: u16) -> io::Result<OwnedFd> {
         socket.set_only_v6(false)?;
         socket.set_reuse_address(true)?;
         socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
-        socket.listen(BACKLOG)?;
-        Ok(TcpListener::from(socket).into())
+        Ok(socket.into())
     };
     // A namespace belongs to a thread, and this one ends with its foreign one; a socket stays in that it was made in.
-    let thread = thread::Builder::new().name("netns-listen".into()).spawn(open)?;
-    thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that listens panicked")))
+    let thread = thread::Builder::new().name("netns-bind".into()).spawn(open)?;
+    thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that binds panicked")))
 }

@@ -2,7 +2,7 @@
 //!
 //! One request and one reply per connection. Each is a frame: its length in 4 bytes, little-endian, then JSON. File
 //! descriptors travel (`SCM_RIGHTS`) with the length of the frame that names them: for [`Request::Add`] these are, in
-//! order, the compiled artefact, the listening socket and the folder of the logs, and for [`Request::Outlet`] a socket. Both sides give up after a deadline, and
+//! order, the compiled artefact, the bound socket and the folder of the logs, and for [`Request::Outlet`] a socket. Both sides give up after a deadline, and
 //! neither keeps a connection open, so that an agent that vanishes leaves nothing behind.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use nexus_model::{Name, Uid};
 use nix::sys::socket::{getsockopt, sockopt};
+use socket2::SockRef;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
@@ -43,6 +44,9 @@ const EXCHANGE: Duration = Duration::from_secs(5);
 
 /// How long a removed instance's guests may take to end: each ends where it next yields.
 const REMOVAL: Duration = Duration::from_secs(5);
+
+/// Connections of an instance that wait to be accepted.
+const BACKLOG: i32 = 1024;
 
 /// Threads that run requests. One would let a guest that computes delay every other by a tick; more than two would take the
 /// host from its other tenants.
@@ -245,11 +249,13 @@ impl Executor {
         }
         let listener = net::TcpListener::from(listener);
         let listen = || {
+            // Not before: a connection that is taken can't be given back.
+            SockRef::from(&listener).listen(BACKLOG)?;
             listener.set_nonblocking(true)?;
             let _runtime = self.runtime.enter();
             TcpListener::from_std(listener)
         };
-        let listener = listen().map_err(|e| Reply::Failed(format!("taking the listening socket over: {e}")))?;
+        let listener = listen().map_err(|e| Reply::Failed(format!("listening on its port: {e}")))?;
         let log = Arc::new(Log::new(logs, add.log_max_bytes, add.log_keep));
         let (shared, instance) = (self.shared.outgoing.clone(), add.uid);
         let way = Way { shared, instance, places: Arc::new(Semaphore::new(CONNECTIONS)), log: log.clone() };

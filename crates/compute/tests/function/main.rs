@@ -7,11 +7,11 @@ mod keep;
 mod outgoing;
 mod world;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -20,6 +20,7 @@ use http_body_util::BodyExt;
 use nexus_compute::function::{FunctionRuntime, bench_in_process, executor_main};
 use nexus_compute::{Runtime, RuntimeError, Sandbox, State};
 use nexus_model::Bytes as Size;
+use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         a_removed_instance_leaves_no_connection,
         what_can_not_be_served_is_refused_with_the_reason,
         an_instance_that_needs_more_memory_than_it_is_given_is_refused,
+        what_can_not_be_served_takes_no_connection,
         a_component_is_compiled_once,
         a_stale_artefact_is_compiled_again,
         what_nothing_needs_goes_and_is_compiled_again,
@@ -229,6 +231,34 @@ async fn an_instance_that_needs_more_memory_than_it_is_given_is_refused(world: &
         Err(RuntimeError::Image { message, .. }) => assert!(message.contains("resources.memory"), "{message}"),
         other => panic!("{other:?}"),
     }
+}
+
+async fn what_can_not_be_served_takes_no_connection(world: &World) {
+    let (runtime, mut sandbox) = (world.runtime(), world.sandbox());
+    let memory = std::mem::replace(&mut sandbox.template.resources.memory, Size(256 << 10));
+    runtime.prepare(sandbox.image).await.unwrap();
+    let target: SocketAddr = (Ipv4Addr::LOCALHOST, sandbox.template.ports[0].port).into();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let connecting = scope.spawn(|| {
+            let mut taken = 0;
+            while !over.load(Ordering::SeqCst) {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                // From another address, or it might meet itself.
+                socket.bind(&SocketAddr::from(([127, 0, 0, 2], 0)).into()).unwrap();
+                taken += u32::from(socket.connect(&target.into()).is_ok());
+            }
+            taken
+        });
+        let here = tokio::runtime::Handle::current();
+        let refused = tokio::task::block_in_place(|| here.block_on(runtime.start(&sandbox)));
+        over.store(true, Ordering::SeqCst);
+        assert!(matches!(refused, Err(RuntimeError::Image { .. })), "{refused:?}");
+        assert_eq!(connecting.join().unwrap(), 0, "whoever was let in has lost what it sent");
+    });
+    sandbox.template.resources.memory = memory;
+    runtime.start(&sandbox).await.unwrap();
+    assert_eq!(world.get(&sandbox, "/counter").await, (200, "1\n".into()));
 }
 
 async fn a_component_is_compiled_once(world: &World) {

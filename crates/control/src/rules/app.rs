@@ -303,6 +303,7 @@ fn make_instance(step: &mut Step<'_>, app: &Object<App>, template: &Template, co
         image_digest: content.image,
         part_digests: content.parts.clone(),
         job: None,
+        implied_nic: false,
     };
     step.put(Object::<Instance>::new(metadata, spec));
     instance::reconcile(step, uid);

@@ -227,6 +227,8 @@ pub fn reconcile(step: &mut Step<'_>, name: &Name) {
             if lost.len() == PER_STEP {
                 step.mark(Dirty::Host(name.clone()));
             }
+            // Some may have waited for what only it could do, and can do without.
+            step.mark(Dirty::Room);
         }
         HostState::Ready => {
             // One step for however many hosts have room again.
@@ -254,6 +256,7 @@ pub fn forget(step: &mut Step<'_>, host: &Object<Host>) -> AnyObject {
         scheduler.remove_host(&name);
     }
     nic::forget_host(step, &name);
+    step.mark(Dirty::Room);
     let mut any = host.to_any();
     any.metadata.deleting = Some(step.now);
     any

@@ -340,6 +340,7 @@ fn make_instance(
         image_digest: content.image,
         part_digests: content.parts.clone(),
         job: Some(InstanceJob { index }),
+        implied_nic: false,
     };
     step.put(Object::<Instance>::new(metadata, spec));
     instance::reconcile(step, uid);

@@ -339,17 +339,108 @@ fn nothing_that_has_nics_is_placed_on_a_host_that_can_t_have_tenants_networks() 
         .unwrap();
     lab.pass();
     lab.plain("bare", 1);
-    assert_eq!((lab.nics_of("bare").len(), hosts(&lab, "bare").contains(&None)), (0, false));
+    for app in ["waits", "bare"] {
+        assert_eq!((lab.nics_of(app).len(), hosts(&lab, app).contains(&None)), (0, false), "{app}");
+    }
     let said: Vec<String> = lab.events("NoDefaultNetwork");
-    assert!(said.len() == 1 && said[0].contains("no host here can have tenants' networks"), "{said:?}");
+    assert!(said.len() == 2 && said.iter().all(|s| s.contains("no host here can have tenants' networks")), "{said:?}");
     let asked = AppSpec { network: Some(TemplateNetwork::Default), ..web(1) };
     lab.submit(&create::<App>(Some("default"), "asked", asked)).unwrap();
     lab.pass();
     assert_eq!(hosts(&lab, "asked"), [None].into(), "what is asked for is waited for");
     // Hosts that can again take what waits.
     lab.trouble("zone-a-1", "");
-    assert_eq!(
-        (hosts(&lab, "asked"), hosts(&lab, "waits")),
-        ([Some(name("zone-a-1"))].into(), [Some(name("zone-a-1"))].into())
-    );
+    assert_eq!(hosts(&lab, "asked"), [Some(name("zone-a-1"))].into());
+}
+
+/// How the last host goes that could have tenants' networks.
+#[derive(Debug, Clone, Copy)]
+enum Loss {
+    Trouble,
+    Death,
+    Deletion,
+}
+
+#[test]
+fn an_implied_nic_that_no_living_host_can_have_is_taken_back() {
+    for loss in [Loss::Trouble, Loss::Death, Loss::Deletion] {
+        let mut lab = Lab::new(&[("zone-a", 2)]);
+        lab.trouble("zone-a-2", "Operation not supported");
+        let cordoned = Change::Patch { patch: json!({"spec": {"cordoned": true}}) };
+        lab.submit(&intent("hosts", None, "zone-a-1", cordoned)).unwrap();
+        lab.pass();
+        lab.plain("implied", 3);
+        let asked = AppSpec { network: Some(TemplateNetwork::Default), ..web(1) };
+        lab.submit(&create::<App>(Some("default"), "asked", asked)).unwrap();
+        lab.app("named", 1, json!([{"subnet": "default"}]));
+        let own = lab.instances("implied")[0].metadata.name.clone();
+        lab.make("nics", "own", json!({"subnet": "default", "instance": own})).unwrap();
+        lab.pass();
+        let waits = |lab: &Lab, app: &str| lab.instances(app).iter().all(|i| i.status.host.is_none());
+        let nics = |lab: &Lab| ["implied", "asked", "named"].map(|app| lab.nics_of(app).len());
+        assert!(["implied", "asked", "named"].iter().all(|app| waits(&lab, app)), "there is hope");
+        assert_eq!(nics(&lab), [4, 1, 1]);
+
+        let lost = name("zone-a-1");
+        match loss {
+            Loss::Trouble => lab.trouble("zone-a-1", "no VXLAN any more"),
+            Loss::Death | Loss::Deletion => drop(lab.hosts.remove(&lost)),
+        }
+        let state = |lab: &Lab| lab.core.world.host(&lost).map(|host| host.status.state);
+        let until = match loss {
+            Loss::Trouble => HostState::Ready,
+            Loss::Death => HostState::Dead,
+            Loss::Deletion => HostState::Suspect,
+        };
+        for _ in 0..20 {
+            if state(&lab) == Some(until) {
+                break;
+            }
+            lab.at += Duration::from_millis(500);
+            lab.report(&name("zone-a-2"));
+            lab.with(|core, at| core.tick(at));
+        }
+        assert_eq!(state(&lab), Some(until), "{loss:?}");
+        if let Loss::Deletion = loss {
+            assert!(waits(&lab, "implied"), "who is silent for a moment comes back");
+            lab.submit(&intent("hosts", None, "zone-a-1", Change::Delete)).unwrap();
+        }
+        lab.pass();
+        for i in lab.instances("implied") {
+            assert_eq!((&i.status.host, i.spec.implied_nic), (&Some(name("zone-a-2")), false), "{loss:?}");
+            assert!(i.spec.template.nics.is_empty());
+        }
+        assert_eq!(lab.events("NoDefaultNetwork").len(), 3, "each says so");
+        assert!(waits(&lab, "asked") && waits(&lab, "named"), "what is asked for is waited for");
+        assert_eq!(nics(&lab), [1, 1, 1], "what a user has given an instance stays its own");
+        assert_eq!(lab.nic("own").spec.instance, Some(own));
+
+        // What comes now gets none, and where one can again it does.
+        lab.plain("later", 1);
+        assert_eq!((lab.nics_of("later").len(), waits(&lab, "later")), (0, false));
+        let capacity =
+            Capacity { cpu: MilliCpu(64_000), memory: Bytes(64 << 30), scratch: Bytes(64 << 30), instances: 200 };
+        lab.hosts.insert(name("zone-a-3"), common::host("zone-a", ANY_CELL, 3, capacity));
+        lab.pass();
+        lab.plain("again", 1);
+        assert_eq!(nics(&lab), [1, 1, 1]);
+        assert_eq!((lab.nics_of("again").len(), waits(&lab, "again")), (1, false));
+        assert!(!waits(&lab, "asked") && !waits(&lab, "named"));
+    }
+}
+
+#[test]
+fn what_waits_without_its_implied_nic_has_it_again_where_a_host_can() {
+    let mut lab = Lab::new(&[("zone-a", 1)]);
+    let cordon = |cordoned: bool| Change::Patch { patch: json!({"spec": {"cordoned": cordoned}}) };
+    lab.submit(&intent("hosts", None, "zone-a-1", cordon(true))).unwrap();
+    lab.pass();
+    lab.plain("web", 2);
+    lab.trouble("zone-a-1", "Operation not supported");
+    assert_eq!((lab.count(), lab.events("NoDefaultNetwork").len()), ([1, 1, 1], 0), "{:?}", lab.nics());
+    lab.trouble("zone-a-1", "");
+    lab.submit(&intent("hosts", None, "zone-a-1", cordon(false))).unwrap();
+    lab.pass();
+    assert_eq!(lab.count(), [1, 1, 2]);
+    assert!(lab.instances("web").iter().all(|i| i.status.host.is_some() && i.spec.implied_nic));
 }

@@ -28,6 +28,10 @@ pub struct InstanceSpec {
     /// Of a job's: it runs once, and is not started again where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job: Option<InstanceJob>,
+    /// Its NIC is what its project's default network implies: nobody has asked for it. While it has no host, it is taken back
+    /// when no host can have it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub implied_nic: bool,
 }
 
 /// What an instance is of its job. `app` is the job's name then.
@@ -48,6 +52,7 @@ impl Default for InstanceSpec {
             image_digest: Digest::of(b""),
             part_digests: BTreeMap::new(),
             job: None,
+            implied_nic: false,
         }
     }
 }

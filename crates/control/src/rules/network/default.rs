@@ -6,7 +6,7 @@
 //!
 //! Every project has one, unless it says otherwise or is older than that (see [`ProjectSpec::has_default_network`]). A NIC that
 //! nobody has asked for by name keeps nothing from running: where no host can have tenants' networks, instances run without it,
-//! and an event says so. Where some can, they run there.
+//! and an event says so. Where some can, they run there, and wait for them: until those are dead or gone too.
 //!
 //! The network and its subnet are made with the first NIC that needs them, and are ordinary objects from then on: whoever
 //! makes a network or a subnet `default` first keeps theirs, and what is deleted is made again when it is needed.
@@ -14,7 +14,7 @@
 use nexus_model::kind::*;
 use nexus_model::{ApiError, Cidr, Name, Object};
 
-use super::{admit_network, admit_subnet, network_changed, subnet_changed};
+use super::{admit_network, admit_subnet, network_changed, nic, subnet_changed};
 use crate::rules::app::Missing;
 use crate::scheduler::Scheduler;
 use crate::step::Step;
@@ -37,11 +37,7 @@ fn is_implied(world: &World, project: Option<&Name>, template: &Template) -> boo
 
 /// Why what is implied is left out, if it is.
 fn left_out(world: &World) -> Option<&str> {
-    match world.scheduler.as_ref() {
-        // What hosts will be able to do is known when there are some. Nothing is placed before.
-        Some(scheduler) if !scheduler.has_hosts() => Some("no host has joined yet"),
-        other => other.and_then(Scheduler::all_unwired),
-    }
+    world.scheduler.as_ref().and_then(Scheduler::all_unwired)
 }
 
 /// Whether what is made of a template is in its project's default network.
@@ -55,9 +51,21 @@ pub fn nics(world: &World, project: Option<&Name>, template: &Template) -> usize
     template.nics.len() + usize::from(is_in(world, project, template))
 }
 
-/// Gives an instance that has no host yet its NIC in the default network, if it is to have one.
+/// Gives an instance that has no host yet its NIC in the default network, if it is to have one, and takes back what was
+/// implied when some host could still have it.
 pub fn furnish(step: &mut Step<'_>, instance: &mut Object<Instance>) {
-    if is_in(step.world, instance.metadata.project.as_ref(), &instance.spec.template) {
+    let project = instance.metadata.project.clone();
+    if instance.spec.implied_nic && left_out(step.world).is_some() {
+        let uid = instance.metadata.uid;
+        let mut made: Vec<_> = step.world.nics_of(uid).into_iter().cloned().collect();
+        // Those that users have given it are no part of its template.
+        made.retain(|nic| nic::owner(nic) == Some(uid));
+        made.iter().for_each(|nic| nic::release(step, nic));
+        instance.spec.template.nics.clear();
+        instance.spec.implied_nic = false;
+        step.put(instance.clone());
+    } else if is_in(step.world, project.as_ref(), &instance.spec.template) {
+        instance.spec.implied_nic = is_implied(step.world, project.as_ref(), &instance.spec.template);
         let nic = TemplateNic { subnet: name(), security_groups: Vec::new(), rate: None, forwards: false };
         instance.spec.template.nics.push(nic);
         step.put(instance.clone());
