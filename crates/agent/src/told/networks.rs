@@ -41,15 +41,13 @@ pub(crate) async fn keep(
 }
 
 /// Keeps the newest on disk, and says which is there: until then the host confirms nothing newer. Runs until nothing more can come.
-async fn save(
-    cache: Cache<HostNetworks>,
-    mut held: watch::Receiver<Option<Arc<HostNetworks>>>,
-    handle: AgentHandle,
-) {
+async fn save(cache: Cache<HostNetworks>, mut held: watch::Receiver<Option<Arc<HostNetworks>>>, handle: AgentHandle) {
     let mut saved = true;
     loop {
         // What could not be saved is tried again, or what has come since.
-        let news = async { if saved { held.changed().await } else { timeout(RETRY_MAX, held.changed()).await.unwrap_or(Ok(())) } };
+        let news = async {
+            if saved { held.changed().await } else { timeout(RETRY_MAX, held.changed()).await.unwrap_or(Ok(())) }
+        };
         if news.await.is_err() {
             return;
         }
