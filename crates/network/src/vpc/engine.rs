@@ -1,8 +1,8 @@
 //! Brings a host to what [`HostNetworks`] say of it, from whatever state it is in.
 //!
 //! In this order: the host's packet filter; networks that are no more; then for each network its namespace with its packet
-//! filter, links to peered networks, all else, and its fast path; then instances' sides of NICs; then the host's way to outside. So no link
-//! comes up unfiltered, and nothing leads to what is not ready.
+//! filter, links to peered networks, all else, and its fast path; then instances' sides of NICs; then the host's way to
+//! outside. So no link comes up unfiltered, and nothing leads to what is not ready.
 //!
 //! Each network is done on a thread of its own: one that fails stops no other. Everything is known again by its name after a
 //! crash, and only differences are written: what stands is not touched, so that connections go on.

@@ -25,6 +25,9 @@ const NICS: u32 = 0x6e78;
 /// A tunnel whose namespace has just ended is in the way for as long as the kernel needs to clear it.
 const CLEARED_WITHIN: Duration = Duration::from_secs(5);
 
+/// An instance may end, and its links with it, while they are counted: so often it is looked again.
+const LINKS_GO: u8 = 3;
+
 /// What became of a network.
 #[derive(Default)]
 pub(super) struct Outcome {
@@ -388,14 +391,20 @@ pub(super) fn hasten(
     let Some(own) = namespace(site, want.uid).filter(|_| fast_path::possible()) else { return Ok(None) };
     enter(&own)?;
     let mut hand = site.hand(want)?;
-    let links = hand.links.link_states()?.into_iter().map(|l| (l.name, l.index)).collect();
-    let text = fast_path::text(want, &links, rules);
-    if hand.filter(&text, before)? {
-        // What was noted while the rules were changed.
-        nft("clearing the notes of the fast path", &["-f", "-"], fast_path::CLEARED)?;
+    let mut tries = 0..LINKS_GO;
+    loop {
+        let links = hand.links.link_states()?.into_iter().map(|l| (l.name, l.index)).collect();
+        let text = fast_path::text(want, &links, rules);
+        match hand.filter(&text, before) {
+            Ok(false) => {}
+            // What was noted while the rules were changed.
+            Ok(true) => nft("clearing the notes of the fast path", &["-f", "-"], fast_path::CLEARED).map(drop)?,
+            Err(NetError::Rules { .. }) if tries.next().is_some() => continue,
+            Err(e) => return Err(e),
+        }
+        out.take(hand);
+        return Ok(Some(text));
     }
-    out.take(hand);
-    Ok(Some(text))
 }
 
 /// Removes a network's namespace and all that is in it.
