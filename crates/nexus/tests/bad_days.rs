@@ -40,6 +40,7 @@ impl Cloud {
         let cloud = Self { _turn: turn, temp, gateway: api + 200 };
         std::fs::create_dir(cloud.path("bin")).unwrap();
         std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_nexus"), cloud.path("bin/nexus")).unwrap();
+        let _turn = ports::starting();
         cloud.ok(&format!(
             "nexus up --detach --data-dir \"$DIR\" --zones 3 --hosts-per-zone 1 --timeout 120 --api-port-base {api} \
              --gateway-port-base {}",

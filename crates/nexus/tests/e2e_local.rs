@@ -52,6 +52,7 @@ impl Cloud {
 
     /// Started, though maybe not yet ready.
     fn start(&self) {
+        let _turn = ports::starting();
         let output = self.up();
         assert!(matches!(output.status.code(), Some(0 | 5)), "{output:?}");
         self.until("both hosts run", |c| c.state("zone-a-1") == "running" && c.state("zone-a-2") == "running");

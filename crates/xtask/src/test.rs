@@ -1,9 +1,9 @@
 //! `cargo xtask test`: builds every test once, then runs the programs.
 //!
 //! They are run from here rather than by `cargo test`, so that one failing program does not hide the others, and that one
-//! closing line tells the outcome. What needs the processor runs one program after the other. Those that start whole clouds
-//! mostly wait (for leases to end, for a host to be missed), so few of them run side by side, each with one test at a time,
-//! and the longest, which waits for little, runs beside them all and gives way to them.
+//! closing line tells the outcome. First run those that need the processor, one after the other. Those that start whole clouds
+//! mostly wait (for leases to end, for a host to be missed), so a few of them run side by side, each with one test at a time.
+//! Two that take long and whose outcome no clock decides run beside all others, and give way to them.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -32,12 +32,12 @@ const NODE_PACKAGES: &[(&str, &str)] = &[("oidc-provider", "8.8.1")];
 
 /// Programs that start whole clouds though their names don't begin with `e2e`.
 const OF_CLOUDS: &[&str] = &["bad_days", "schemathesis"];
-/// Of those, what takes by far the longest: it runs beside the others, and gives way to them.
-const GIVES_WAY: &str = "schemathesis";
-/// The longest of the others, which begin first so that none of them is left over at the end.
+/// What runs beside all others and gives way to them, in this order.
+const GIVE_WAY: &[&str] = &["seeds", "schemathesis"];
+/// The longest of those that start clouds, which begin first so that none of them is left over at the end.
 const LONG: &[&str] = &["e2e", "e2e_networks", "e2e_placement", "e2e_workload", "e2e_jobs", "e2e_renewal", "e2e_vpc"];
-/// How many clouds run side by side at most, beside the one that gives way. They wait for each other's disks and memory too.
-const CLOUDS: usize = 4;
+/// How many programs that start clouds run side by side at most: a cloud needs memory and disks too.
+const MOST_CLOUDS: usize = 4;
 
 /// A program full of tests.
 #[derive(Debug, PartialEq, Eq)]
@@ -86,20 +86,13 @@ pub fn run(root: &Path, filters: &[String]) -> anyhow::Result<()> {
     node_packages(root)?;
     let programs = build(root)?;
     let runner = Runner { filters, python: &python, outputs: &target_dir(root).join("test-output") };
-    let mut ends = Vec::new();
-    if filters.is_empty() {
-        let (clouds, quick): (Vec<_>, Vec<_>) = programs.iter().partition(|p| p.starts_clouds());
-        // What is quick and says most comes first.
-        for program in quick {
-            ends.push(runner.shown(program)?);
-        }
-        ends.extend(runner.clouds(clouds)?);
+    let mut ends = if filters.is_empty() {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        runner.beside(programs.iter().collect(), processors)?
     } else {
         // Whoever asks for few tests wants to see them run.
-        for program in &programs {
-            ends.push(runner.shown(program)?);
-        }
-    }
+        programs.iter().map(|program| runner.shown(program)).collect::<anyhow::Result<_>>()?
+    };
     let total = ends.iter().fold(Counts::default(), |sum, end| sum + end.counts);
     let mut broken: Vec<String> = ends.iter().filter(|e| !e.success).map(|e| e.program.name()).collect();
     ends.sort_by_key(|e| std::cmp::Reverse(e.took));
@@ -227,7 +220,7 @@ impl Runner<'_> {
     fn command(&self, program: &Program, gives_way: bool) -> Command {
         let mut command = Command::new(if gives_way { "nice".as_ref() } else { program.executable.as_os_str() });
         if gives_way {
-            command.args(["-n", "5"]).arg(&program.executable);
+            command.args(["-n", "10"]).arg(&program.executable);
         }
         command.current_dir(&program.folder).args(self.filters);
         command.env("CARGO_MANIFEST_DIR", &program.folder).env("NEXUS_TEST_PYTHON_BIN", self.python);
@@ -268,23 +261,26 @@ impl Runner<'_> {
         Ok(End { program, counts, success, took })
     }
 
-    /// Runs programs that start clouds: as many at a time as there are processors, and one more that gives way to them. A
-    /// machine with one processor runs one at a time.
-    fn clouds<'a>(&self, mut programs: Vec<&'a Program>) -> anyhow::Result<Vec<End<'a>>> {
+    /// Runs programs beside each other, as far as so many processors allow it; one runs one program at a time.
+    fn beside<'a>(&self, mut programs: Vec<&'a Program>, processors: usize) -> anyhow::Result<Vec<End<'a>>> {
         std::fs::create_dir_all(self.outputs).with_context(|| format!("making {}", self.outputs.display()))?;
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let late = |p: &&Program| LONG.iter().position(|l| *l == p.target).unwrap_or(LONG.len());
-        programs.sort_by_key(late);
+        let place = |order: &[&str], p: &Program| order.iter().position(|o| *o == p.target).unwrap_or(order.len());
+        let (mut behind, others): (Vec<_>, Vec<_>) =
+            programs.drain(..).partition(|p| processors > 1 && GIVE_WAY.contains(&p.target.as_str()));
+        behind.sort_by_key(|p| place(GIVE_WAY, p));
+        // What is quick and says most comes first.
+        let (mut clouds, quick): (Vec<_>, Vec<_>) = others.into_iter().partition(|p| p.starts_clouds());
+        clouds.sort_by_key(|p| place(LONG, p));
         let screen = Mutex::new(());
-        let (giving_way, others): (Vec<_>, Vec<_>) =
-            programs.into_iter().partition(|p| processors > 1 && p.target == GIVES_WAY);
-        let (behind, before) = std::thread::scope(|scope| {
-            let behind = scope.spawn(|| in_lanes(giving_way, 1, |p| self.hidden(p, true, &screen)));
-            let before = in_lanes(others, processors.min(CLOUDS), |p| self.hidden(p, false, &screen));
-            (behind.join(), before)
+        let run = |p| self.hidden(p, false, &screen);
+        let (behind, ends) = std::thread::scope(|scope| {
+            let behind = scope.spawn(|| in_lanes(behind, 1, |p| self.hidden(p, true, &screen)));
+            let mut ends = in_lanes(quick, 1, run);
+            ends.extend(in_lanes(clouds, processors.min(MOST_CLOUDS), run));
+            (behind.join(), ends)
         });
-        let behind = behind.map_err(|_| anyhow::anyhow!("running {GIVES_WAY} panicked"))?;
-        behind.into_iter().chain(before).collect()
+        let behind = behind.map_err(|_| anyhow::anyhow!("running what gives way panicked"))?;
+        ends.into_iter().chain(behind).collect()
     }
 }
 
@@ -376,15 +372,17 @@ mod tests {
             executable: "/bin/sh".into(),
             folder: dir.path().to_owned(),
         };
-        let programs = [of("e2e_a"), of(GIVES_WAY), of("e2e_b")];
+        let programs = [of("e2e_a"), of("schemathesis"), of("unit"), of("e2e_b")];
         for (status, success) in [(0, true), (1, false)] {
             let script = format!("echo 'test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured'; exit {status}");
             let filters = ["-c".to_owned(), script];
             let runner = Runner { filters: &filters, python: dir.path(), outputs: &dir.path().join("outputs") };
-            let ends = runner.clouds(programs.iter().collect()).unwrap();
-            let counts = Counts { passed: 2, failed: 0, ignored: 1 };
-            assert_eq!(ends.len(), 3);
-            assert!(ends.iter().all(|end| end.counts == counts && end.success == success));
+            for processors in [1, 2, 8] {
+                let ends = runner.beside(programs.iter().collect(), processors).unwrap();
+                let counts = Counts { passed: 2, failed: 0, ignored: 1 };
+                assert_eq!(ends.len(), programs.len());
+                assert!(ends.iter().all(|end| end.counts == counts && end.success == success));
+            }
         }
     }
 }

@@ -31,6 +31,7 @@ impl Cloud {
             }
         };
         let cloud = Self { dir, api_port, gateway_port };
+        let _turn = ports::starting();
         cloud.start(args);
         cloud
     }

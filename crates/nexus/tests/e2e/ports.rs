@@ -6,6 +6,7 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Below those that the kernel gives to outgoing connections: one of these could take a port before its server does.
 const FIRST: u16 = 10_000;
@@ -37,6 +38,19 @@ pub fn range(n: u16) -> u16 {
         }
     }
     panic!("no {n} free ports in a row");
+}
+
+/// Whoever holds this may start a cloud: two that start at once could choose the same addresses.
+pub fn starting() -> UnixListener {
+    let name = SocketAddr::from_abstract_name("nexus-test-cloud-starts").expect("a short name");
+    let begun = Instant::now();
+    loop {
+        match UnixListener::bind_addr(&name) {
+            Ok(turn) => return turn,
+            Err(why) => assert!(begun.elapsed() < Duration::from_secs(600), "another cloud starts for ever: {why}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// One port that is free now and that no other test takes.
