@@ -9,8 +9,9 @@ mod guide;
 #[allow(dead_code)] // The end-to-end tests use the rest.
 #[path = "e2e/images.rs"]
 mod images;
+#[path = "e2e/ports.rs"]
+mod ports;
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -30,24 +31,16 @@ struct Cloud {
     _turn: MutexGuard<'static, ()>,
 }
 
-/// A base whose ports are free now.
-fn free_ports() -> u16 {
-    let start = 12_000 + u16::try_from(std::process::id() % 40).unwrap() * 400;
-    let free = |base: &u16| {
-        (0..20).chain(200..220).chain(300..320).all(|o| TcpListener::bind(("127.0.0.1", base + o)).is_ok())
-    };
-    (0..).map(|i| start + i * 20).take(100).find(free).expect("free ports")
-}
-
 impl Cloud {
     fn new() -> Self {
         assert!(nix::unistd::geteuid().is_root(), "a local cloud makes namespaces: run this as root");
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let temp = tempfile::Builder::new().prefix("nexus-bad-days-").tempdir().unwrap();
-        let api = free_ports();
+        let api = ports::range(400);
         let cloud = Self { _turn: turn, temp, gateway: api + 200 };
         std::fs::create_dir(cloud.path("bin")).unwrap();
         std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_nexus"), cloud.path("bin/nexus")).unwrap();
+        let _turn = ports::starting();
         cloud.ok(&format!(
             "nexus up --detach --data-dir \"$DIR\" --zones 3 --hosts-per-zone 1 --timeout 120 --api-port-base {api} \
              --gateway-port-base {}",

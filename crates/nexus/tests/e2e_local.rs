@@ -2,6 +2,9 @@
 //!
 //! What the roles do is not the matter here, only that their processes, hosts and links come, stay and go.
 
+#[path = "e2e/ports.rs"]
+mod ports;
+
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -23,7 +26,7 @@ struct Cloud {
 impl Cloud {
     fn new() -> Self {
         assert!(nix::unistd::geteuid().is_root(), "these tests make namespaces: run them as root");
-        Self { temp: tempfile::tempdir().unwrap(), api_port_base: free_ports() }
+        Self { temp: tempfile::tempdir().unwrap(), api_port_base: ports::range(400) }
     }
 
     fn dir(&self) -> std::path::PathBuf {
@@ -49,6 +52,7 @@ impl Cloud {
 
     /// Started, though maybe not yet ready.
     fn start(&self) {
+        let _turn = ports::starting();
         let output = self.up();
         assert!(matches!(output.status.code(), Some(0 | 5)), "{output:?}");
         self.until("both hosts run", |c| c.state("zone-a-1") == "running" && c.state("zone-a-2") == "running");
@@ -152,14 +156,6 @@ impl Drop for Cloud {
             }
         }
     }
-}
-
-/// A base whose ports are free now, away from those that the kernel hands out.
-fn free_ports() -> u16 {
-    let start = 10_000 + u16::try_from(std::process::id() % 40).unwrap() * 400;
-    let free =
-        |base: &u16| [0, 10, 200, 201, 300, 301].iter().all(|o| TcpListener::bind(("127.0.0.1", base + o)).is_ok());
-    (0..).map(|i| start + i * 20).take(100).find(free).expect("free ports")
 }
 
 fn kill_9(pid: i64) {

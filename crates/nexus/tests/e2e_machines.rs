@@ -16,13 +16,12 @@ mod guide;
 #[path = "e2e/process.rs"]
 mod process;
 
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
 
-use cloud::{PATIENCE, wait_for};
+use cloud::{PATIENCE, ports, wait_for};
 use guide::Block;
 use process::{Namespace, Process, ip};
 use serde_json::Value;
@@ -34,10 +33,6 @@ struct Machines {
     /// Where all of them are, if not in the test's own.
     namespace: Option<Namespace>,
     dir: tempfile::TempDir,
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 impl Machines {
@@ -120,7 +115,7 @@ impl Machines {
     /// A first server, on ports of the loopback; answers its configuration.
     fn init(&self, name: &str, more: &[&str]) -> PathBuf {
         let (data, wire, api) =
-            (self.text(name), format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
+            (self.text(name), format!("127.0.0.1:{}", ports::one()), format!("127.0.0.1:{}", ports::one()));
         let mut init = vec!["server", "init", "--data-dir", &data, "--name", name, "--wire", &wire];
         init.extend(["--api-listen", &api]);
         init.extend(more);
@@ -133,7 +128,7 @@ impl Machines {
         let grant = self.json(&["server", "token", "--zone", "zone-a"]).unwrap();
         let text = |key: &str| grant[key].as_str().unwrap();
         let (data, at) = (self.text(name), grant["endpoints"][0].as_str().unwrap());
-        let (wire, api) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
+        let (wire, api) = (format!("127.0.0.1:{}", ports::one()), format!("127.0.0.1:{}", ports::one()));
         let mut args = vec!["server", "join", "--token", text("token"), "--ca-pin", text("caPin"), "--api", at];
         args.extend(["--name", name, "--data-dir", &data, "--wire", &wire, "--api-listen", &api]);
         args.into_iter().map(str::to_owned).collect()

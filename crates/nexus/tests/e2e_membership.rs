@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use cloud::Cloud;
+use cloud::{Cloud, ports};
 use process::{Namespace, Process, ip};
 use serde_json::Value;
 
@@ -78,7 +78,7 @@ fn refused(output: &std::process::Output, why: &str) {
 fn start_server(cloud: &Cloud, name: &str, zone: &str) -> Process {
     let token = token(cloud, "server", &["--zone", zone]);
     let wire = free_port(machine(cloud)).to_string();
-    let api = free_port([127, 0, 0, 1].into()).to_string();
+    let api = format!("127.0.0.1:{}", ports::one());
     let output = join(cloud, "server", &token, name, &["--wire", &wire, "--api-listen", &api]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     run_server(cloud, name)
@@ -188,7 +188,7 @@ fn servers_and_hosts_come_and_go_while_the_region_works() {
 fn who_may_not_join_changes_nothing(cloud: &Cloud) {
     let before = names(cloud);
     let wire = free_port(machine(cloud)).to_string();
-    let api = free_port([127, 0, 0, 1].into()).to_string();
+    let api = format!("127.0.0.1:{}", ports::one());
     let more = ["--wire", wire.as_str(), "--api-listen", &api];
     let good = token(cloud, "server", &["--zone", "zone-a"]);
 

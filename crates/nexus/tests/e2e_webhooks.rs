@@ -13,7 +13,7 @@ mod images;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -68,7 +68,7 @@ impl Drop for Receiver {
 
 /// A port at which nobody listens now.
 fn quiet_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    cloud::ports::one()
 }
 
 /// What a receiver answers to somebody who has no key.

@@ -33,22 +33,21 @@ fn target(port: u16) -> [SocketAddr; 2] {
     [(address4(1, 4), port).into(), (address6(1, 4), port).into()]
 }
 
-/// Whether the third is reached on this port by the first and by the second, on both families alike.
-fn reached(site: &Site, port: u16, patience: Duration) -> (bool, bool) {
-    let by = |n| {
-        let [four, six] = target(port).map(|at| connects(&site.nic(n), &site.nic(2), at, patience));
-        assert_eq!(four, six, "both families");
-        four
-    };
-    (by(0), by(1))
+/// Asserts whether the third is reached on this port by the first and by the second, on both families alike.
+fn assert_reached(site: &Site, port: u16, by: (bool, bool)) {
+    for (n, reached) in [(0, by.0), (1, by.1)] {
+        let patience = if reached { DEADLINE } else { BRIEFLY };
+        let found = target(port).map(|at| connects(&site.nic(n), &site.nic(2), at, patience));
+        assert_eq!(found, [reached; 2], "{port} from {n}, IPv4 and IPv6");
+    }
 }
 
 #[test]
 fn rules_are_stateful_and_one_that_is_taken_away_cuts_at_once() {
     isolated("rules::groups::rules_are_stateful_and_one_that_is_taken_away_cuts_at_once", async || {
         let mut site = guarded(vec![tcp("web", &[(80, 80)], Vec::new())]).await;
-        assert_eq!(reached(&site, 80, DEADLINE), (true, true));
-        assert_eq!(reached(&site, 81, BRIEFLY), (false, false));
+        assert_reached(&site, 80, (true, true));
+        assert_reached(&site, 81, (false, false));
         assert!(site.dropped(1, "no_ingress_rule") > 0);
         // Answers need no rule; a way back on its own has none.
         assert!(!connects(&site.nic(2), &site.nic(0), (address4(1, 2), 80).into(), BRIEFLY));
@@ -99,8 +98,7 @@ fn refusals_go_before_permissions_and_groups_are_sources() {
             (8006, (true, false)),
             (22, (false, true)),
         ] {
-            let patience = if by == (true, true) { DEADLINE } else { BRIEFLY };
-            assert_eq!(reached(&site, port, patience), by, "{port}");
+            assert_reached(&site, port, by);
         }
         // Of IPv6 the network covers both.
         let [four, six] = target(23);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use nexus_model::kind::{BalancerCheck, ExpectedAnswer};
-use nexus_model::plan::{Direction, NetworkPlan, ProxyProtocol, Remote, RuleProtocol, TracedPacket};
+use nexus_model::plan::{BalancerPlan, Direction, NetworkPlan, ProxyProtocol, Remote, RuleProtocol, TracedPacket};
 use nexus_network::vpc::health::{Failing, Health, ask, marked, sentences};
 use nexus_network::vpc::relay::nobody;
 use nexus_network::vpc::verdict::trace;
@@ -213,8 +213,11 @@ fn a_get_must_be_answered_as_expected() {
         plan.nics = vec![nic(1, 2, 0, &[0]), nic(1, 3, 1, &[0])];
         let http = |status| Some(ExpectedAnswer { path: "/healthz?deep=1".to_owned(), status });
         let target = IpAddr::from(address4(1, 3));
-        balanced(&mut plan, address4(1, 200).into(), &[target], BalancerCheck { http: http(None), ..check() });
-        balanced(&mut plan, address4(1, 201).into(), &[target], BalancerCheck { http: http(Some(204)), ..check() });
+        for (last, http) in [(200, http(None)), (201, http(Some(204)))] {
+            // Long enough for a machine that is busy.
+            let check = BalancerCheck { http, timeout_seconds: 10, ..check() };
+            balanced(&mut plan, address4(1, last).into(), &[target], check);
+        }
         let mut hosts = Asking::new(2, vec![plan]).await;
         let listener = inside(&hosts.site.nic(1), || TcpListener::bind(("0.0.0.0", PORT)).unwrap());
         let answer = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
@@ -244,6 +247,10 @@ fn a_get_must_be_answered_as_expected() {
         ];
         for (says, failing) in cases {
             says.clone_into(&mut answer.lock().unwrap());
+            if says.is_empty() {
+                let briefly = |b: &mut BalancerPlan| b.listeners[0].check.as_mut().unwrap().timeout_seconds = 1;
+                hosts.site.change(|plan| plan.balancers.iter_mut().for_each(briefly)).await;
+            }
             hosts.round().await;
             for health in &hosts.health {
                 assert_eq!(health.failing().into_values().collect::<Vec<_>>(), failing, "{says}");

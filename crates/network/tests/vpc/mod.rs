@@ -417,6 +417,14 @@ fn what_is_somebody_elses_is_left_alone_and_all_of_ours_goes() {
             });
             out.lines().filter(steady).collect::<Vec<_>>().join("\n") + &values.concat()
         };
+        // While the kernel still asks whether it may have an address, the address is marked and its route is missing.
+        for of in [&host, &a] {
+            let begun = Instant::now();
+            while !run(of, "ip -6 addr show tentative").is_empty() {
+                assert!(begun.elapsed() < DEADLINE, "addresses stay tentative");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
         let before = (state(&host), state(&a));
         let nic = cloud.nic(0, 5, 0, 10, 0);
         cloud.nic(1, 6, 0, 10, 1);

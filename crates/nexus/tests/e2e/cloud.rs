@@ -1,9 +1,10 @@
 //! A local cloud under test: the real binary, in a folder and on ports of its own, driven by its command line.
 
-use std::net::TcpListener;
+#[path = "ports.rs"]
+pub mod ports;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -17,33 +18,20 @@ pub struct Cloud {
     pub gateway_port: u16,
 }
 
-/// A range of `n` consecutive ports that are free now, and below those that the kernel gives to outgoing connections: one of
-/// these could take a port before its server does.
-fn free_ports(n: u16) -> u16 {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    for _ in 0..400 {
-        let turn = std::process::id().wrapping_mul(17).wrapping_add(NEXT.fetch_add(3, Ordering::Relaxed));
-        let first = 10_000 + u16::try_from(turn % 220).expect("below 220") * 100;
-        if (first..first + n).all(|p| TcpListener::bind(("127.0.0.1", p)).is_ok()) {
-            return first;
-        }
-    }
-    panic!("no {n} consecutive free ports");
-}
-
 impl Cloud {
     /// Starts a cloud and waits until it is ready.
     pub fn up(args: &[&str]) -> Self {
         let dir = tempfile::Builder::new().prefix("nexus-e2e-").tempdir().unwrap();
         // As many as several regions need.
-        let api_port = free_ports(100);
+        let api_port = ports::range(100);
         let gateway_port = loop {
-            let port = free_ports(150);
+            let port = ports::range(150);
             if port.abs_diff(api_port) >= 300 {
                 break port;
             }
         };
         let cloud = Self { dir, api_port, gateway_port };
+        let _turn = ports::starting();
         cloud.start(args);
         cloud
     }
@@ -213,7 +201,7 @@ fn leftovers(dir: &str, cluster_id: &str) -> Vec<String> {
         }
     }
     for entry in std::fs::read_dir("/sys/class/net").unwrap().flatten() {
-        if entry.file_name().to_string_lossy().contains(&short[..4]) {
+        if entry.file_name().to_string_lossy().starts_with(&format!("x{}", &short[..3])) {
             left.push(format!("link {}", entry.file_name().to_string_lossy()));
         }
     }

@@ -209,9 +209,13 @@ def pick(url, good=lambda o: True):
     return found[0] if found else None
 
 
+# Ten a second: for a machine that is busy with other tests.
+TRIES = 600
+
+
 def instance(of_app):
     """A placed instance of an app. A deleted one is replaced soon."""
-    for _ in range(100):
+    for _ in range(TRIES):
         name = pick(f"{PROJECT}/instances", lambda o: o["spec"]["app"] == of_app and o["status"].get("host"))
         if name:
             return name
@@ -225,7 +229,7 @@ def rolling():
     for _ in range(2):
         spec = {"image": FIXTURE, "runtime": "function", "replicas": 0, "env": {"N": str(next(numbers))}}
         made(f"{PROJECT}/apps/{name}", {"spec": {**spec, "rollout": {"strategy": "canary"}}})
-        for _ in range(100):
+        for _ in range(TRIES):
             status = call("GET", f"{PROJECT}/apps/{name}").json()["status"].get("rollout", {})
             if status.get("phase") == "Waiting":
                 return name
