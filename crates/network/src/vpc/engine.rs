@@ -52,6 +52,9 @@ struct Own {
     fast_paths: Texts,
 }
 
+/// What is done for one network after another has been done for all.
+type Stage<'a> = dyn Fn(&Site<'_>, &NetworkWant, &mut Outcome) -> Result<(), NetError> + Sync + 'a;
+
 /// By network.
 type Texts = Mutex<BTreeMap<Uid, String>>;
 
@@ -181,8 +184,7 @@ impl Own {
             locked(&self.fast_paths).extend(text.map(|text| (want.uid, text)));
             Ok(())
         };
-        let stages: [&(dyn Fn(&Site<'_>, &NetworkWant, &mut Outcome) -> Result<(), NetError> + Sync); 3] =
-            [&network::join, &network::complete, &hasten];
+        let stages: [&Stage; 3] = [&network::join, &network::complete, &hasten];
         for stage in stages {
             // A network without its packet filter gets no links.
             let well: Vec<usize> = (0..wants.len()).filter(|i| !outcomes[*i].given_up).collect();
