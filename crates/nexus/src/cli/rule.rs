@@ -41,6 +41,7 @@ enum RuleCommand {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  nexus net rule list web\n  nexus net rule list web --project bank")]
 struct ListArgs {
+    /// The security group
     #[arg(value_name = "GROUP")]
     group: String,
     #[command(flatten)]
@@ -55,6 +56,7 @@ struct ListArgs {
     nexus net rule set web http --remote any    # from anybody again\n  \
     nexus net rule set web bad --direction ingress --action deny --priority 10 --remote 192.0.2.7")]
 struct SetArgs {
+    /// The security group
     #[arg(value_name = "GROUP")]
     group: String,
     /// The rule's, within its group
@@ -84,8 +86,11 @@ struct SetArgs {
 
 /// Takes a rule away
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  nexus net rule delete web http\n  nexus net rule delete web http --ignore-not-found")]
+#[command(
+    after_help = "Examples:\n  nexus net rule delete web http\n  nexus net rule delete web http --ignore-not-found"
+)]
 struct RemoveArgs {
+    /// The security group
     #[arg(value_name = "GROUP")]
     group: String,
     #[arg(value_name = "ID", value_parser = new_name)]
@@ -290,7 +295,8 @@ mod tests {
     }
 
     fn said(rules: &mut Vec<Value>, words: &str) -> Result<&'static str, String> {
-        let line = Line::try_parse_from(["set", "web"].into_iter().chain(words.split(' '))).map_err(|e| e.to_string())?;
+        let line =
+            Line::try_parse_from(["set", "web"].into_iter().chain(words.split(' '))).map_err(|e| e.to_string())?;
         set(rules, &line.args).map_err(|e| e.to_string())
     }
 
@@ -335,9 +341,7 @@ mod tests {
 
     #[test]
     fn rules_are_shown_in_the_order_in_which_they_count() {
-        let rule = |id: &str, direction: &str, priority: u16, action: &str| {
-            json!({"id": id, "direction": direction, "priority": priority, "action": action, "protocol": "tcp"})
-        };
+        let rule = |id: &str, direction: &str, priority: u16, action: &str| json!({"id": id, "direction": direction, "priority": priority, "action": action, "protocol": "tcp"});
         let mut rules = vec![
             rule("d", "ingress", 1000, "allow"),
             rule("c", "ingress", 1000, "deny"),
