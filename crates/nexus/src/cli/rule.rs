@@ -342,7 +342,7 @@ mod tests {
     #[test]
     fn rules_are_shown_in_the_order_in_which_they_count() {
         let rule = |id: &str, direction: &str, priority: u16, action: &str| json!({"id": id, "direction": direction, "priority": priority, "action": action, "protocol": "tcp"});
-        let mut rules = vec![
+        let mut rules = [
             rule("d", "ingress", 1000, "allow"),
             rule("c", "ingress", 1000, "deny"),
             rule("b", "ingress", 5, "allow"),
