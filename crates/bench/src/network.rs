@@ -24,6 +24,8 @@ use nexus_model::plan::{
 use nexus_model::{Cidr, Uid};
 use nexus_network::vpc::Engine;
 use nexus_network::{HostLink, HostNet, InstanceAddress, InstanceNet, NetnsRef, Underlay, UnderlayAddress, enter};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 
 use crate::process;
 use crate::report::{Row, median, percentile};
@@ -33,6 +35,8 @@ const STREAM: Duration = Duration::from_secs(2);
 /// Of each way, again and again in turn.
 const QUESTIONS: usize = 250;
 const TURNS: usize = 20;
+/// Where asker and answerer run. On one core, all time is the way's; on two, as on two hosts, most of it is the waking of the other.
+const CORES: [[usize; 2]; 2] = [[0, 0], [0, 1]];
 const NICS: u16 = 1_000;
 /// Of networks that a host has one NIC of.
 const ELSEWHERE: [u16; 2] = [4_000, 16_000];
@@ -266,24 +270,28 @@ async fn throughput(world: &World) -> anyhow::Result<Vec<Row>> {
         let applied = engine.apply(world.told(host, &plans)?, Vec::new()).await?;
         ensure!(applied.plugged.len() == 2 && applied.networks.is_empty(), "{applied:?}");
     }
-    let [from, to] = by_hand(world).await?;
+    let ([from, to], _routers) = by_hand(world).await?;
     ways.push((from, to, Ipv4Addr::new(172, 31, 1, 2).into()));
 
     let mut rates = vec![Vec::new(); ways.len()];
-    let mut waits = vec![Vec::new(); ways.len()];
+    let mut waits = CORES.map(|_| vec![Vec::new(); ways.len()]);
     for _ in 0..ROUNDS {
         for ((from, to, address), rates) in ways.iter().zip(&mut rates) {
             rates.push(stream(from, to, *address)?);
         }
-        let mut asked = Vec::new();
-        for (from, to, address) in &ways {
-            asked.push(Asked::new(from, to, *address)?);
-        }
-        for _ in 0..TURNS {
-            asked.iter_mut().try_for_each(Asked::ask)?;
-        }
-        for (asked, waits) in asked.into_iter().zip(&mut waits) {
-            waits.push(asked.end()?);
+        for (cores, waits) in CORES.iter().zip(&mut waits) {
+            let anywhere = sched_getaffinity(Pid::from_raw(0))?;
+            let mut asked = Vec::new();
+            for (from, to, address) in &ways {
+                asked.push(Asked::new(from, to, *address, *cores)?);
+            }
+            for _ in 0..TURNS {
+                asked.iter_mut().try_for_each(Asked::ask)?;
+            }
+            for (asked, waits) in asked.into_iter().zip(waits) {
+                waits.push(asked.end()?);
+            }
+            sched_setaffinity(Pid::from_raw(0), &anywhere)?;
         }
     }
     let [none, many, hand] = [0, 1, 2].map(|w| median(&rates[w]));
@@ -291,10 +299,12 @@ async fn throughput(world: &World) -> anyhow::Result<Vec<Row>> {
         Row::new("TCP between two hosts", none, "Gbit/s").peer(PEER, hand),
         Row::new(format!("TCP between two hosts, {RULES} rules"), many, "Gbit/s").peer("no rules", none),
     ];
-    for (what, share) in [("p50", 0.5), ("p99", 0.99)] {
+    for ((called, waits), (what, share)) in
+        ["on one core", "on two cores"].iter().zip(&waits).flat_map(|w| [("p50", 0.5), ("p99", 0.99)].map(|s| (w, s)))
+    {
         let of = |way: usize| median(&waits[way].iter().map(|w| percentile(w, share)).collect::<Vec<_>>());
-        rows.push(Row::new(format!("a question and its answer, {what}"), of(0), "µs").peer(PEER, of(2)));
-        let name = format!("a question and its answer, {RULES} rules, {what}");
+        rows.push(Row::new(format!("a question and its answer {called}, {what}"), of(0), "µs").peer(PEER, of(2)));
+        let name = format!("a question and its answer {called}, {RULES} rules, {what}");
         rows.push(Row::new(name, of(1), "µs").peer("no rules", of(0)));
     }
 
@@ -316,9 +326,10 @@ async fn throughput(world: &World) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The same shape by hand, on two other hosts: a container behind a veth pair, a router, a tunnel.
-async fn by_hand(world: &World) -> anyhow::Result<[NetnsRef; 2]> {
-    let mut ends = Vec::new();
+/// The same shape by hand, on two other hosts: a container behind a veth pair, a namespace that routes, a tunnel.
+async fn by_hand(world: &World) -> anyhow::Result<([NetnsRef; 2], Vec<std::fs::File>)> {
+    use std::os::fd::AsRawFd as _;
+    let (mut ends, mut routers) = (Vec::new(), Vec::new());
     for (side, host) in [2_usize, 3].into_iter().enumerate() {
         let container = world.dir.path().join(format!("by-hand-{side}"));
         let net = InstanceNet::on_host(world.dir.path(), world.hosts[host].netns.clone());
@@ -328,18 +339,25 @@ async fn by_hand(world: &World) -> anyhow::Result<[NetnsRef; 2]> {
         };
         net.create(&format!("by-hand-{side}"), address).await?;
         let inner = NetnsRef::Path(container.clone());
+        let routing = nexus_network::new_namespace()?;
+        let routing_at = format!("/proc/{}/fd/{}", std::process::id(), routing.as_raw_fd());
+        let router = NetnsRef::Path(routing_at.clone().into());
+        HostNet::prepare_in(router.clone()).await?;
+        routers.push(routing);
         let (own, far) = (world.hosts[host].address6, world.hosts[2 + (1 - side)].address6);
         let netns = world.hosts[host].netns.clone();
+        let tunnel = format!("ip link add hx type vxlan id 99 dstport 4789 local {own} remote {far} nolearning");
+        command(&netns, &tunnel)?;
+        command(&netns, &format!("ip link set hx netns {routing_at}"))?;
         let commands = [
             format!("ip link add hv type veth peer name c0 netns {}", container.display()),
             "ip link set hv mtu 1430 up".into(),
-            format!("ip link add hx type vxlan id 99 dstport 4789 local {own} remote {far} nolearning"),
             "ip link set hx mtu 1430 up".into(),
             format!("ip addr add 172.31.255.{side}/31 dev hx"),
             format!("ip addr add 172.31.{side}.1/24 dev hv"),
             format!("ip route add 172.31.{}.0/24 via 172.31.255.{} dev hx", 1 - side, 1 - side),
         ];
-        commands.iter().try_for_each(|c| command(&netns, c))?;
+        commands.iter().try_for_each(|c| command(&router, c))?;
         for c in [
             "ip link set c0 mtu 1430 up".to_owned(),
             format!("ip addr add 172.31.{side}.2/24 dev c0"),
@@ -349,7 +367,7 @@ async fn by_hand(world: &World) -> anyhow::Result<[NetnsRef; 2]> {
         }
         ends.push(inner);
     }
-    ends.try_into().map_err(|_| anyhow::anyhow!("two ends"))
+    Ok((ends.try_into().map_err(|_| anyhow::anyhow!("two ends"))?, routers))
 }
 
 async fn thousand(world: &World) -> anyhow::Result<Vec<Row>> {
@@ -472,6 +490,13 @@ fn stream(from: &NetnsRef, to: &NetnsRef, address: IpAddr) -> anyhow::Result<f64
     Ok(bytes as f64 * 8.0 / took / 1e9)
 }
 
+/// Keeps this thread on one of the machine's cores.
+fn pin(core: usize) -> anyhow::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(core)?;
+    sched_setaffinity(Pid::from_raw(0), &set).context("keeping a thread on one core")
+}
+
 /// Small questions over one connection, and the times that their answers took in microseconds.
 struct Asked {
     asker: TcpStream,
@@ -480,9 +505,13 @@ struct Asked {
 }
 
 impl Asked {
-    fn new(from: &NetnsRef, to: &NetnsRef, address: IpAddr) -> anyhow::Result<Self> {
+    fn new(from: &NetnsRef, to: &NetnsRef, address: IpAddr, cores: [usize; 2]) -> anyhow::Result<Self> {
         let (asker, mut answerer) = pair(from, to, address)?;
+        pin(cores[0])?;
         let answering = std::thread::spawn(move || {
+            if pin(cores[1]).is_err() {
+                return;
+            }
             let mut word = [0; 64];
             while answerer.read_exact(&mut word).is_ok() && answerer.write_all(&word).is_ok() {}
         });

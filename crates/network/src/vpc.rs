@@ -12,7 +12,8 @@
 //! tracking and its own packet filter, and on the wire the VXLAN network identifier. Nothing is flooded and nothing is learned:
 //! neighbours, forwarding entries and routes come from the plan ([`nexus_model::plan::HostNetworks`]).
 //!
-//! This is the one place where eBPF programs could take over later: they would take the same plan and stand on the same links.
+//! This is the one place where eBPF programs could take over later: they would take the same plan and stand on the same links,
+//! first of all on those of the [fast path](fast_path).
 
 pub mod able;
 mod announce;
@@ -21,6 +22,7 @@ pub mod capture;
 pub mod counters;
 pub mod drops;
 mod engine;
+mod fast_path;
 mod filter;
 pub mod flows;
 mod hand;

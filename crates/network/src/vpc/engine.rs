@@ -1,8 +1,8 @@
 //! Brings a host to what [`HostNetworks`] say of it, from whatever state it is in.
 //!
 //! In this order: the host's packet filter; networks that are no more; then for each network its namespace with its packet
-//! filter, links to peered networks, and all else; then instances' sides of NICs; then the host's way to outside. So no link
-//! comes up unfiltered, and nothing leads to what is not ready.
+//! filter, links to peered networks, all else, and its fast path; then instances' sides of NICs; then the host's way to
+//! outside. So no link comes up unfiltered, and nothing leads to what is not ready.
 //!
 //! Each network is done on a thread of its own: one that fails stops no other. Everything is known again by its name after a
 //! crash, and only differences are written: what stands is not touched, so that connections go on.
@@ -12,7 +12,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicI64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nexus_model::Uid;
 use nexus_model::plan::{HostNetworks, NetworkPlan};
@@ -47,8 +47,16 @@ struct Own {
     uplink_rate: Option<u64>,
     /// One at a time, also when a caller has stopped waiting. The instances that had NICs last time; unknown at first.
     had: Mutex<Option<BTreeSet<Uid>>>,
-    /// The packet filters that were asked for last: whether they stand, the kernel says.
-    filters: Mutex<BTreeMap<Uid, String>>,
+    /// The packet filters and fast paths that were asked for last: whether they stand, the kernel says.
+    filters: Texts,
+    fast_paths: Texts,
+}
+
+/// By network.
+type Texts = Mutex<BTreeMap<Uid, String>>;
+
+fn locked(texts: &Texts) -> MutexGuard<'_, BTreeMap<Uid, String>> {
+    texts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What became of a plan.
@@ -99,7 +107,8 @@ impl Engine {
                 faults,
                 uplink_rate,
                 had: Mutex::new(None),
-                filters: Mutex::default(),
+                filters: Texts::default(),
+                fast_paths: Texts::default(),
             }),
         }
     }
@@ -157,14 +166,24 @@ impl Own {
 
         let plans: Vec<(&NetworkWant, &NetworkPlan)> =
             wants.iter().zip(wanted.networks.iter().map(AsRef::as_ref)).collect();
-        let before = std::mem::take(&mut *self.filters.lock().unwrap_or_else(PoisonError::into_inner));
+        let before = std::mem::take(&mut *locked(&self.filters));
         let mut outcomes = each(&plans, |(want, plan), out| {
             let (text, before) = (rules::network_text(wanted, plan), before.get(&want.uid));
             network::prepare(&site, want, (&text, before.map(String::as_str)), out)?;
-            self.filters.lock().unwrap_or_else(PoisonError::into_inner).insert(want.uid, text);
+            locked(&self.filters).insert(want.uid, text);
             Ok(())
         });
-        for stage in [network::join, network::complete] {
+        let before = std::mem::take(&mut *locked(&self.fast_paths));
+        let hasten = |site: &Site<'_>, want: &NetworkWant, out: &mut Outcome| {
+            let Some(rules) = locked(&self.filters).get(&want.uid).cloned() else { return Ok(()) };
+            let before = before.get(&want.uid).map(String::as_str);
+            let text = network::hasten(site, want, (&rules, before), out)?;
+            locked(&self.fast_paths).extend(text.map(|text| (want.uid, text)));
+            Ok(())
+        };
+        let stages: [&(dyn Fn(&Site<'_>, &NetworkWant, &mut Outcome) -> Result<(), NetError> + Sync); 3] =
+            [&network::join, &network::complete, &hasten];
+        for stage in stages {
             // A network without its packet filter gets no links.
             let well: Vec<usize> = (0..wants.len()).filter(|i| !outcomes[*i].given_up).collect();
             let next = each(&well, |i, out| stage(&site, &wants[*i], out));

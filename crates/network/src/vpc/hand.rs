@@ -61,6 +61,21 @@ pub struct Difference {
     pub mends: bool,
 }
 
+/// The chains of a text by their tables, as `nft` writes and reads it.
+fn chains(text: &str) -> BTreeSet<(&str, &str)> {
+    let mut table = "";
+    let mut chains = BTreeSet::new();
+    for line in text.lines().map(str::trim) {
+        let named = |what: &str| line.strip_prefix(what)?.strip_suffix(" {");
+        if let Some(name) = named("table ") {
+            table = name;
+        } else if let Some(name) = named("chain ") {
+            chains.insert((table, name));
+        }
+    }
+    chains
+}
+
 /// Works in the namespace in which its thread was when it was made.
 pub(super) struct Hand<'a> {
     pub links: Netlink,
@@ -146,19 +161,22 @@ impl<'a> Hand<'a> {
 
     /// A packet filter: these tables, all in one transaction. An empty chain in each, named after the text, tells later
     /// which text stands; the same is not loaded again, so that counters go on. If the text `before` stands, what differs
-    /// from it is enough.
-    pub fn filter(&mut self, text: &str, before: Option<&str>) -> Result<(), NetError> {
+    /// from it is enough. The answer is whether it was set.
+    pub fn filter(&mut self, text: &str, before: Option<&str>) -> Result<bool, NetError> {
         let mark = |text: &str| format!("of_{:016x}", fnv(text.as_bytes()));
         let tables: BTreeSet<&str> =
             text.lines().filter_map(|l| l.strip_prefix("table ")?.strip_suffix(" {")).collect();
         let there = nft("looking at a network's packet filter", &["list", "chains"], "")?;
-        let stands = |mark: &str| {
-            let opens = format!("chain {mark} {{");
-            there.lines().filter(|l| l.trim() == opens).count() == tables.len()
+        // A chain at a link's ingress may have gone with its link.
+        let found = chains(&there);
+        let stands = |text: &str| {
+            let marks = tables.iter().map(|table| (*table, mark(text)));
+            let mut marks = marks.map(|(table, mark)| found.contains(&(table, &*mark)));
+            marks.all(|stands| stands) && chains(text).is_subset(&found)
         };
         let new = mark(text);
-        if stands(&new) {
-            return Ok(());
+        if stands(text) {
+            return Ok(false);
         }
         let marked = |mut script: String| {
             for table in &tables {
@@ -166,7 +184,7 @@ impl<'a> Hand<'a> {
             }
             script
         };
-        let small = before.filter(|before| stands(&mark(before))).and_then(|before| {
+        let small = before.filter(|before| stands(before)).and_then(|before| {
             let gone = |table: &&str| format!("delete chain {table} {}\n", mark(before));
             Some(marked(difference(before, text)? + &tables.iter().map(gone).collect::<String>()))
         });
@@ -176,7 +194,7 @@ impl<'a> Hand<'a> {
             // Somebody else was at it: all of it is put right.
             Some(Err(_)) | None => load(&marked(text.to_owned())),
         };
-        self.must(|| "the packet filter is not the one that is to be".into(), set).map(drop)
+        self.must(|| "the packet filter is not the one that is to be".into(), set)
     }
 
     fn removable(&self, troubles: usize) -> bool {

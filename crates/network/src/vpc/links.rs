@@ -73,6 +73,12 @@ fn hash(endpoint: IpAddr) -> u64 {
     }
 }
 
+/// How the fast path of IPv4 names the end of a host's tunnels, for `nft` takes no next hop of the other family: of a reserved
+/// network (RFC 1112 section 4), and known to nothing but the tunnel's own neighbours.
+pub fn hop4(endpoint: IpAddr) -> Ipv4Addr {
+    Ipv4Addr::from_bits(0xf << 28 | (hash(endpoint) >> 36) as u32)
+}
+
 /// The end of a host's tunnels: its hardware address, and the next hop by which others name it. Every host can work out
 /// those of every other.
 pub fn hop(endpoint: IpAddr) -> ([u8; 6], Ipv6Addr) {

@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 
 use nexus_model::Uid;
 
+use super::fast_path;
 use super::hand::{Difference, Faults, Hand, Mode, Others};
 use super::links::{self, GATEWAY_MAC, NIC_PREFIX, PEER_PREFIX, TUNNEL, UPLINK, hop};
 use super::want::{FIRST_END, NetworkWant, NicWant, SECOND_END, WIDE_MTU, Way};
+use crate::firewall::nft;
 use crate::netlink::{LinkAddress, LinkKind, LinkState, MAIN, Neighbour, Netlink, RouteKind, RouteState, VethEnd};
 use crate::netns::{NetnsRef, create_at, delete_at, enter, is_netns};
 use crate::{Attempt, NetError};
@@ -22,6 +24,9 @@ use crate::{Attempt, NetError};
 const NICS: u32 = 0x6e78;
 /// A tunnel whose namespace has just ended is in the way for as long as the kernel needs to clear it.
 const CLEARED_WITHIN: Duration = Duration::from_secs(5);
+
+/// An instance may end, and its links with it, while they are counted: so often it is looked again.
+const LINKS_GO: u8 = 3;
 
 /// What became of a network.
 #[derive(Default)]
@@ -98,6 +103,9 @@ pub(super) fn prepare(
         hand.sysctl(key, value)?;
     }
     hand.filter(text, before)?;
+    for (key, value) in TRACKING {
+        hand.sysctl(key, value)?;
+    }
     let there = hand.links.link_states()?;
     for link in there.iter().filter(|l| stale(want, l)) {
         hand.step(|| format!("the link {} is there unasked", link.name), |l| l.delete_index(link.index));
@@ -122,6 +130,14 @@ const SETTINGS: &[(&str, &str)] = &[
     ("ipv6/conf/default/accept_ra", "0"),
     ("ipv6/conf/default/accept_redirects", "0"),
     ("ipv6/conf/default/addr_gen_mode", "1"),
+];
+
+/// Once there is connection tracking. The [fast path](fast_path) lets it see some of a connection's packets only, so it must not go by
+/// their sequence numbers; nor take what it saw last for what nobody answered, which by itself would end in five minutes.
+const TRACKING: &[(&str, &str)] = &[
+    ("netfilter/nf_conntrack_tcp_be_liberal", "1"),
+    ("netfilter/nf_conntrack_tcp_timeout_max_retrans", "432000"),
+    ("netfilter/nf_conntrack_tcp_timeout_unacknowledged", "432000"),
 ];
 
 fn stale(want: &NetworkWant, link: &LinkState) -> bool {
@@ -363,6 +379,32 @@ fn settle(hand: &mut Hand<'_>, want: &NetworkWant, there: &BTreeMap<String, Link
     hand.policies(&want.policies)?;
     let limits = want.limits.iter().filter_map(|(name, limit)| Some((index(name)?, *limit)));
     hand.limits(&limits.collect())
+}
+
+/// Lets packets pass from link to link, now that the links are there. The answer is the text that was set, for the next time.
+pub(super) fn hasten(
+    site: &Site<'_>,
+    want: &NetworkWant,
+    (rules, before): (&str, Option<&str>),
+    out: &mut Outcome,
+) -> Result<Option<String>, NetError> {
+    let Some(own) = namespace(site, want.uid).filter(|_| fast_path::possible()) else { return Ok(None) };
+    enter(&own)?;
+    let mut hand = site.hand(want)?;
+    let mut tries = 0..LINKS_GO;
+    loop {
+        let links = hand.links.link_states()?.into_iter().map(|l| (l.name, l.index)).collect();
+        let text = fast_path::text(want, &links, rules);
+        match hand.filter(&text, before) {
+            Ok(false) => {}
+            // What was noted while the rules were changed.
+            Ok(true) => nft("clearing the notes of the fast path", &["-f", "-"], fast_path::CLEARED).map(drop)?,
+            Err(NetError::Rules { .. }) if tries.next().is_some() => continue,
+            Err(e) => return Err(e),
+        }
+        out.take(hand);
+        return Ok(Some(text));
+    }
 }
 
 /// Removes a network's namespace and all that is in it.

@@ -536,14 +536,25 @@ impl<'a> Maker<'a> {
 
     fn forward(&mut self) {
         let no_way = self.refuse("no_way");
-        let rules = vec![
-            // Most packets end here.
+        let tunnel = Test::is(Field::LinkOut, link(links::TUNNEL));
+        let mut rules = vec![Rule::new(
+            self.simple(&[tunnel, Test::Known, Test::Plain]),
+            [Act::MayBeNoted, Act::Then(Verdict::Accept)],
+        )];
+        // Nobody who takes the fast path would be told that their segments are too big.
+        rules.extend(Family::BOTH.map(|family| {
+            let headers = if family == Family::V4 { 40 } else { 60 };
+            let most = u32::from(self.plan.mtu).saturating_sub(headers);
+            Rule::new([Test::Family(family), Test::Opens], [Act::Segments(most)])
+        }));
+        rules.extend([
+            // Most other packets end here.
             Rule::then(self.simple(&[Test::Known]), Verdict::Accept),
             Rule::then([Test::Answer], Verdict::Accept),
             Rule::then([Test::from(links::NIC_PREFIX)], Verdict::goto("sent")),
             Rule::by_map([], [Field::LinkIn], "from"),
             Rule::then([], no_way),
-        ];
+        ]);
         self.table.base("forward", Base { hook: Hook::Forward, nat: false, raw: false }, rules);
     }
 

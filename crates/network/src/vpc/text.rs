@@ -120,14 +120,14 @@ pub fn text(table: &Table) -> String {
     out.push_str("}\n");
     if out.contains(GENERATION) {
         salted.extend(out.as_bytes());
-        // Nought is no mark.
-        let generation = (fnv(&salted) as u32).max(1);
+        // None of the marks that have other meanings.
+        let generation = fnv(&salted) as u32 | 1 << 31;
         out.insert_str(0, &format!("define generation = {generation:#x}\n"));
     }
     out
 }
 
-fn elements(all: impl IntoIterator<Item = String>) -> String {
+pub(super) fn elements(all: impl IntoIterator<Item = String>) -> String {
     let all: Vec<String> = all.into_iter().collect();
     if all.is_empty() { String::new() } else { format!(" elements = {{ {} }};", all.join(", ")) }
 }
@@ -286,6 +286,8 @@ fn test(test: &Test) -> String {
         Test::Known => format!("ct mark {GENERATION}"),
         Test::New => "ct state new".into(),
         Test::Translated => "ct status dnat".into(),
+        Test::Plain => "tcp flags ! fin,syn,rst ct status ! snat,dnat".into(),
+        Test::Opens => "tcp flags & syn != 0".into(),
         Test::Relayed => "socket transparent 1".into(),
         Test::Flood { meter, rate, burst } => {
             format!("update @{meter} {{ iifname limit rate over {rate}/second burst {burst} packets }}")
@@ -306,6 +308,8 @@ fn act(act: &Act) -> String {
         Act::Masquerade => "masquerade".into(),
         Act::Mark(mark) => format!("meta mark set {mark}"),
         Act::Remember => format!("ct mark set {GENERATION}"),
+        Act::MayBeNoted => format!("meta mark set {GENERATION}"),
+        Act::Segments(most) => format!("tcp option maxseg size set {most}"),
         Act::Count(name) => format!("counter name {name}"),
         Act::Tell(words) => format!("log prefix \"{words}\" group {FLOW_GROUP}"),
         Act::Untracked => "notrack".into(),

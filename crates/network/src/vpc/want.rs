@@ -20,7 +20,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use nexus_model::plan::{HostNetworks, NetworkPlan, NicPlan, SubnetPlan, Via};
 use nexus_model::{Cidr, Uid};
 
-use super::links::{self, GATEWAY_LINK, TUNNEL, UPLINK, hop};
+use super::links::{self, GATEWAY_LINK, TUNNEL, UPLINK, hop, hop4};
 use super::{relay, rules};
 use crate::netlink::{Forward, Limit, MAIN, Policy, Then, Vxlan};
 
@@ -55,6 +55,8 @@ pub(super) struct NetworkWant {
     pub addresses: BTreeSet<(String, IpAddr, u8)>,
     pub neighbours: BTreeSet<(String, IpAddr, [u8; 6])>,
     pub forwards: BTreeSet<Forward>,
+    /// Of addresses of NICs elsewhere, the tunnel's neighbours that lead to their hosts.
+    pub hops: BTreeMap<IpAddr, IpAddr>,
     /// Hosts to which no tunnel can lead.
     pub apart: BTreeSet<IpAddr>,
     pub routes: BTreeMap<(u32, IpAddr, u8), Way>,
@@ -144,6 +146,7 @@ impl NetworkWant {
             addresses: BTreeSet::new(),
             neighbours: BTreeSet::new(),
             forwards: BTreeSet::new(),
+            hops: BTreeMap::new(),
             apart: BTreeSet::new(),
             routes: BTreeMap::new(),
             policies: BTreeSet::new(),
@@ -247,8 +250,19 @@ impl NetworkWant {
             return;
         }
         let via = self.tunnel_to(endpoint);
+        let via4 = IpAddr::V4(hop4(endpoint));
+        let named = |mac| (TUNNEL.to_owned(), via4, mac);
+        let neighbour = named(hop(endpoint).0);
+        // Of two hosts with the same the second has none: its NICs are reached the long way.
+        let one = self.neighbours.range(named([0; 6])..=named([0xff; 6])).all(|other| *other == neighbour);
         for address in addresses(nic) {
             self.way(MAIN, Cidr::host(address), through_tunnel(via));
+            if address.is_ipv6() {
+                self.hops.insert(address, via.into());
+            } else if one {
+                self.hops.insert(address, via4);
+                self.neighbours.insert(neighbour.clone());
+            }
         }
     }
 

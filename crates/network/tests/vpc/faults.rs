@@ -101,6 +101,8 @@ fn what_somebody_broke_is_found_and_mended() {
             (&host, "nft delete table inet nexus-vpc".into()),
             (&own, "nft delete table inet nexus".into()),
             (&own, "nft delete table arp nexus".into()),
+            (&own, "nft delete table netdev nexus".into()),
+            (&own, "nft delete chain netdev nexus from_tunnel".into()),
             (&own, "ip route flush table main".into()),
             (&own, "ip -6 route flush table 998".into()),
             (&own, "ip route flush table 1000".into()),
@@ -230,8 +232,8 @@ fn a_thousand_nics_from_nothing() {
 /// What the kernel filters by, but for what it counted and when it was made.
 fn filtered(own: &NetnsRef) -> (Vec<String>, String) {
     let all = run(own, "nft -s list ruleset");
-    // What meters have seen comes and goes.
-    let seen = |l: &&str| l.contains("limit rate over") && !l.contains("update @");
+    // What meters have seen comes and goes, and so do notes.
+    let seen = |l: &&str| l.contains("expires") || l.contains("limit rate over") && !l.contains("update @");
     let kept = all.lines().map(str::trim).filter(|l| !seen(l));
     let mut lines: Vec<String> = kept.map(str::to_owned).collect();
     lines.sort();

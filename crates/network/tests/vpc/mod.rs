@@ -14,6 +14,7 @@ use nexus_network::vpc::Engine;
 
 use super::*;
 
+mod fast;
 mod faults;
 mod ways;
 

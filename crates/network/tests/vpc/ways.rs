@@ -202,6 +202,11 @@ fn what_is_too_big_is_told_so_and_what_fits_passes() {
             open(&a, to, address).carries(1 << 20);
             let own = if address.is_ipv6() { six(5) } else { four(5) };
             open(to, &a, own).carries(1 << 20);
+            // What opens a connection says by now what fits: others are told.
+            inside(&a, move || {
+                let socket = std::net::UdpSocket::bind((own, 0)).unwrap();
+                socket.send_to(&[7; 1440], (address, 9)).unwrap();
+            });
             let told = run(&a, &format!("ip route get {address} from {own}"));
             assert!(told.contains("mtu 1400"), "{told}");
         }

@@ -172,6 +172,10 @@ pub enum Test {
     New,
     /// Its destination was changed.
     Translated,
+    /// In the midst of a TCP connection whose addresses nobody changes.
+    Plain,
+    /// Begins a TCP connection, in either direction.
+    Opens,
     /// For a socket of this namespace that speaks in another's name.
     Relayed,
     /// More than so many a second from the link that it comes from.
@@ -254,6 +258,10 @@ pub enum Act {
     Mark(u32),
     /// These rules let its connection through.
     Remember,
+    /// Others of its connection may take the [fast path](super::super::fast_path).
+    MayBeNoted,
+    /// Who opens a TCP connection takes segments of at most so many bytes.
+    Segments(u32),
     Count(String),
     /// Told to whoever follows the network's flows, with these words.
     Tell(String),

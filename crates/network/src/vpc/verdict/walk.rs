@@ -118,7 +118,7 @@ impl Walk<'_> {
                     self.counted = name.strip_prefix("drop_").unwrap_or(name).to_owned();
                     None
                 }
-                Act::Tell(_) | Act::Untracked | Act::Remember => None,
+                Act::Tell(_) | Act::Untracked | Act::Remember | Act::MayBeNoted | Act::Segments(_) => None,
             };
             if flow.is_some() {
                 return flow;
@@ -214,6 +214,8 @@ impl Walk<'_> {
             Test::Translated => self.packet.translated,
             Test::Answer
             | Test::Known
+            | Test::Plain
+            | Test::Opens
             | Test::Related
             | Test::Relayed
             | Test::Invalid
