@@ -97,9 +97,24 @@ fn tenants_with_the_same_addresses_are_apart_and_their_networks_stand_by_themsel
     let files = tempfile::tempdir().unwrap();
     let layout = images::curl(files.path());
     let cloud = Cloud::up(&["--zones", "2", "--hosts-per-zone", "1"]);
-    guide::follow(&cloud.path(""), "networks.md", 8, &[("IMAGE", &layout)], |heading, printed| match heading {
+    guide::follow(&cloud.path(""), "networks.md", 18, &[("IMAGE", &layout)], |heading, printed| match heading {
         "Balance" => assert!(printed.contains("TARGETS") && printed.contains("Kind:        LoadBalancer"), "{printed}"),
         "Tell targets which address was called" => assert!(printed.contains("relayed (PROXY v2)"), "{printed}"),
+        "Say who talks to whom" => {
+            let shown = |words: &[&str]| printed.lines().any(|l| l.split_whitespace().eq(words.iter().copied()));
+            assert!(shown(&["http", "ingress", "1000", "allow", "tcp", "80", "group:client"]), "{printed}");
+            assert!(shown(&["offices", "ingress", "1000", "allow", "tcp", "443", "list:offices"]), "{printed}");
+            assert!(printed.contains("prefix list offices is used by security group web"), "{printed}");
+        }
+        "Lead packets on" => assert!(printed.contains("of the route table out is a black hole"), "{printed}"),
+        "An address that the outside knows" => assert!(printed.contains(images::PAGE), "{printed}"),
+        "Join two networks" => {
+            let waits = "the other side has not asked for it";
+            assert!(printed.contains(waits) && printed.contains(images::PAGE), "{printed}");
+        }
+        "Names of your own" => {
+            assert!(printed.contains(images::PAGE) && printed.contains("10.0.1.77"), "{printed}");
+        }
         _ => {}
     });
     cloud.wait_ready("web", 2);

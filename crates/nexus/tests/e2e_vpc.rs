@@ -21,7 +21,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use cloud::Cloud;
-use inside::{BRIEFLY, Echo, PATIENCE, Sniffer, Talk, addresses, datagram, get, inside, mac, ping, send_frames, spawn};
+use inside::{
+    BRIEFLY, Echo, PATIENCE, Sniffer, Talk, addresses, datagram, dhcp, get, inside, mac, ping, send_frames, spawn,
+};
 use serde_json::{Value, json};
 
 const TENANTS: [&str; 2] = ["default", "bank"];
@@ -296,13 +298,14 @@ fn tenants_are_apart_and_what_is_open_stays_open_without_servers_and_over_agents
         cloud.ok(&["local", "kill", server]);
     }
     everything_holds(&site);
+    cloud.wait("hosts to tell names and addresses", || names_and_addresses_are_told(&site));
     for (host, ..) in &site.hosts {
         cloud.ok(&["local", "kill", &format!("agent@{host}")]);
     }
     // The agents come back from their disks, and find no server.
     everything_holds(&site);
     fuzzed_packets_stay_within_their_tenant(&site, 2);
-    cloud.wait("restarted agents to answer names", || name_resolves(&site));
+    cloud.wait("restarted agents to tell names and addresses", || names_and_addresses_are_told(&site));
     talks.iter().for_each(Talk::goes_on);
 
     eprintln!("with servers again");
@@ -554,9 +557,10 @@ fn ways_out_and_in(site: &Site) {
     inside(client.pid, move || TcpStream::connect_timeout(&closed, BRIEFLY).map(drop)).expect_err("hosts are closed");
 }
 
-/// A name, asked as programs ask for it, in a container.
-fn name_resolves(site: &Site) -> Result<(), String> {
+/// A name, asked as programs ask for it, in a container; and its own address, by DHCP.
+fn names_and_addresses_are_told(site: &Site) -> Result<(), String> {
     let client = site.client("default");
+    assert_eq!(dhcp(client.pid, "nic0")?, client.four);
     let words = ["--net", "--root", "--wd", "/usr/bin/getent", "ahostsv4", "web.default.internal"];
     let output = Command::new("nsenter").args(["--target", &client.pid.to_string()]).args(words).output().unwrap();
     let told = said(&output)?;

@@ -1,6 +1,7 @@
 //! DHCP and router discovery, asked for by a real client.
 
 use nexus_network::vpc::answer;
+use socket2::{Domain, Socket, Type};
 use tokio::sync::watch;
 
 use super::plans::*;
@@ -77,6 +78,12 @@ fn a_client_is_told_its_address_its_routes_and_its_router() {
             assert!(told.lines().any(|l| l == line), "{line}: {told}");
         }
 
+        let six = {
+            let own = own.clone();
+            tokio::task::spawn_blocking(move || inside(&own, given6)).await.unwrap()
+        };
+        assert_eq!(six, Some(address6(1, 2)), "and of IPv6");
+
         // Router discovery: the kernel of the client is the client.
         inside(&own, || {
             for (key, value) in [("accept_ra", "2"), ("router_solicitations", "-1"), ("addr_gen_mode", "0")] {
@@ -93,4 +100,50 @@ fn a_client_is_told_its_address_its_routes_and_its_router() {
         }
         server.abort();
     });
+}
+
+/// The address that a DHCPv6 server on the link gives to who solicits and requests one (RFC 8415, 18.2).
+fn given6() -> Option<Ipv6Addr> {
+    let option =
+        |code: u16, value: &[u8]| [&code.to_be_bytes()[..], &(value.len() as u16).to_be_bytes(), value].concat();
+    let client = option(1, &[0, 3, 0, 1, 6, 0, 0, 0, 1, 2]);
+    let association = option(3, &[[0, 0, 0, 7], [0; 4], [0; 4]].concat());
+    let index = nix::net::if_::if_nametoindex("nic0").unwrap();
+    let socket = Socket::new(Domain::IPV6, Type::DGRAM, None).unwrap();
+    socket.set_only_v6(true).unwrap();
+    socket.bind_device(Some(b"nic0")).unwrap();
+    socket.bind(&SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 546).into()).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let socket = UdpSocket::from(socket);
+    let servers = std::net::SocketAddrV6::new("ff02::1:2".parse().unwrap(), 547, 0, index);
+    // Asks until it is answered, and finds an option among those of the answer.
+    let ask = |kind: u8, more: &[u8]| {
+        let question = [&[kind, 7, 7, 7][..], &client, &association, more].concat();
+        let end = Instant::now() + DEADLINE;
+        let mut buffer = [0; 1500];
+        loop {
+            assert!(Instant::now() < end, "nobody answers to {kind}");
+            socket.send_to(&question, servers).unwrap();
+            if let Ok(length) = socket.recv(&mut buffer) {
+                return buffer[..length].to_vec();
+            }
+        }
+    };
+    let find = |mut options: &[u8], code: u16| {
+        while options.len() >= 4 {
+            let length = usize::from(u16::from_be_bytes([options[2], options[3]]));
+            let value = options[4..4 + length].to_vec();
+            if options[..2] == code.to_be_bytes() {
+                return Some(value);
+            }
+            options = &options[4 + length..];
+        }
+        None
+    };
+    let offer = ask(1, &[]);
+    let server = option(2, &find(&offer[4..], 2)?);
+    let reply = ask(3, &server);
+    assert_eq!((offer[0], reply[0]), (2, 7), "an advertisement, and a reply");
+    let address = find(&find(&reply[4..], 3)?[12..], 5)?;
+    Some(Ipv6Addr::from(<[u8; 16]>::try_from(&address[..16]).ok()?))
 }

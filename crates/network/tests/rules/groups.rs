@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use super::plans::*;
 use super::*;
 
-fn tcp(id: &str, ports: &[(u16, u16)], remotes: Vec<Remote>) -> RulePlan {
+pub fn tcp(id: &str, ports: &[(u16, u16)], remotes: Vec<Remote>) -> RulePlan {
     RulePlan { protocol: RuleProtocol::Tcp, ports: ports.to_vec(), remotes, ..rule(id, Direction::Ingress) }
 }
 
@@ -125,43 +125,50 @@ fn refusals_go_before_permissions_and_groups_are_sources() {
     });
 }
 
-/// Sends an IPv4 datagram with whatever addresses, in a frame of its own.
-fn send_raw(from: &NetnsRef, mac: [u8; 6], source: [u8; 4], to: [u8; 4], port: u16) {
+/// Sends a frame as it is out of an instance's NIC, so many times.
+pub fn send_frame(from: &NetnsRef, frame: &[u8], times: usize) {
+    let frame = frame.to_vec();
     inside(from, move || {
-        let frame_type = i32::from(0x0800_u16.to_be());
+        let frame_type = i32::from(u16::from_ne_bytes([frame[12], frame[13]]));
         let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(frame_type))).unwrap();
-        let mut packet = vec![0x45, 0, 0, 33, 0, 1, 0, 0, 64, 17, 0, 0];
-        packet.extend(source);
-        packet.extend(to);
-        let sum = packet.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum::<u32>();
-        let folded = (sum & 0xffff) + (sum >> 16);
-        packet[10..12].copy_from_slice(&(!(folded as u16)).to_be_bytes());
-        packet.extend(40_000_u16.to_be_bytes());
-        packet.extend(port.to_be_bytes());
-        packet.extend([0, 13, 0, 0]);
-        packet.extend(b"hello");
-        let gateway = nexus_network::vpc::links::GATEWAY_MAC;
-        let frame = [&gateway[..], &mac, &[8, 0], &packet].concat();
         let index = nix::net::if_::if_nametoindex("nic0").unwrap();
         let mut storage = nix::libc::sockaddr_ll {
             sll_family: nix::libc::AF_PACKET as u16,
-            sll_protocol: 0x0800_u16.to_be(),
+            sll_protocol: frame_type as u16,
             sll_ifindex: index as i32,
             sll_hatype: 0,
             sll_pkttype: 0,
             sll_halen: 6,
             sll_addr: [0; 8],
         };
-        storage.sll_addr[..6].copy_from_slice(&gateway);
+        storage.sll_addr[..6].copy_from_slice(&frame[..6]);
         let length = size_of::<nix::libc::sockaddr_ll>() as u32;
         use std::os::fd::AsRawFd as _;
-        // SAFETY: both buffers live until the call returns, with their true lengths.
-        let sent = unsafe {
-            let address = (&raw const storage).cast();
-            nix::libc::sendto(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0, address, length)
-        };
-        assert_eq!(sent, frame.len() as isize);
+        for _ in 0..times {
+            // SAFETY: both buffers live until the call returns, with their true lengths.
+            let sent = unsafe {
+                let address = (&raw const storage).cast();
+                nix::libc::sendto(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0, address, length)
+            };
+            assert_eq!(sent, frame.len() as isize);
+        }
     });
+}
+
+/// Sends an IPv4 datagram with whatever addresses, in a frame of its own.
+fn send_raw(from: &NetnsRef, mac: [u8; 6], source: [u8; 4], to: [u8; 4], port: u16) {
+    let mut packet = vec![0x45, 0, 0, 33, 0, 1, 0, 0, 64, 17, 0, 0];
+    packet.extend(source);
+    packet.extend(to);
+    let sum = packet.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum::<u32>();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    packet[10..12].copy_from_slice(&(!(folded as u16)).to_be_bytes());
+    packet.extend(40_000_u16.to_be_bytes());
+    packet.extend(port.to_be_bytes());
+    packet.extend([0, 13, 0, 0]);
+    packet.extend(b"hello");
+    let gateway = nexus_network::vpc::links::GATEWAY_MAC;
+    send_frame(from, &[&gateway[..], &mac, &[8, 0], &packet].concat(), 1);
 }
 
 #[test]

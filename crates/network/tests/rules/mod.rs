@@ -13,6 +13,7 @@ use super::*;
 mod answers;
 mod groups;
 mod health;
+mod hostile;
 mod model;
 mod outside;
 mod plans;

@@ -17,6 +17,12 @@ const PROBES: usize = 100;
 const PORTS: [u16; 4] = [80, 81, 443, 5000];
 /// Where it is traced that nothing arrives, it is waited so long for the contrary.
 const QUIET: Duration = Duration::from_millis(400);
+/// What is traced to arrive and has not is sent anew so often: a busy machine may lose one.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// What some networks reach by a NIC that forwards, which has it behind itself.
+const BEHIND4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 9, 1));
+const BEHIND6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 9, 0, 0, 0, 0, 1));
 
 /// A small generator of numbers (SplitMix64): the same ones for a seed.
 struct Dice(u64);
@@ -114,6 +120,16 @@ fn any_networks(seed: u8) -> Vec<NetworkPlan> {
         if dice.in_ten(3) {
             route(plan, "203.0.113.0/24", Via::Blackhole);
         }
+        if dice.in_ten(6) {
+            let router = dice.below(3);
+            plan.nics[router].forwards = true;
+            let via = Via::Nic(plan.nics[router].uid);
+            // Of the second family only now and then: then it goes where everything else goes.
+            route(plan, "192.168.9.0/24", via);
+            if dice.in_ten(7) {
+                route(plan, "2001:db8:9::/48", via);
+            }
+        }
         let nic = plan.nics[dice.below(3)].uid;
         floating(plan, Ipv4Addr::new(10, 96, 0, 200 + n as u8).into(), nic);
     }
@@ -145,13 +161,18 @@ fn send(from: &NetnsRef, own: IpAddr, packet: TracedPacket, n: usize) -> Socket 
         let to = SocketAddr::new(packet.to, if icmp { 0 } else { packet.port }).into();
         // What can't be sent does not arrive.
         let _ = socket.connect(&to);
-        match packet.protocol {
-            RuleProtocol::Udp => drop(socket.send(&(n as u32).to_be_bytes())),
-            RuleProtocol::Icmp => drop(socket.send(&echo(own.is_ipv6(), n as u16))),
-            _ => {}
-        }
+        say(&socket, packet, n);
         socket
     })
+}
+
+/// Sends the packet of what has no connection; the kernel sends a connection's again by itself.
+fn say(socket: &Socket, packet: TracedPacket, n: usize) {
+    match packet.protocol {
+        RuleProtocol::Udp => drop(socket.send(&(n as u32).to_be_bytes())),
+        RuleProtocol::Icmp => drop(socket.send(&echo(packet.to.is_ipv6(), n as u16))),
+        _ => {}
+    }
 }
 
 /// An echo request with this number; of IPv6 the kernel adds the sum.
@@ -234,7 +255,7 @@ fn any_probe(site: &Site, dice: &mut Dice, n: usize) -> Option<Probe> {
     let of = dice.one(&[1_u8, 1, 2]);
     let pick = |four: Ipv4Addr, other: Ipv6Addr| -> IpAddr { if six { other.into() } else { four.into() } };
     let host = 2 + dice.below(3) as u8;
-    let to = match dice.below(20) {
+    let to = match dice.below(23) {
         0..12 => pick(address4(of, host), address6(of, host)),
         12 | 13 => pick(address4(of, 200), address6(of, 200)),
         14 => pick(address4(of, 1), address6(of, 1)),
@@ -247,6 +268,13 @@ fn any_probe(site: &Site, dice: &mut Dice, n: usize) -> Option<Probe> {
             }
         }
         18 => "169.254.169.254".parse().unwrap(),
+        19..22 => {
+            if six {
+                BEHIND6
+            } else {
+                BEHIND4
+            }
+        }
         _ => Ipv4Addr::new(10, 96, 0, 200 + dice.below(3) as u8).into(),
     };
     let protocol = dice.one(&[RuleProtocol::Tcp, RuleProtocol::Tcp, RuleProtocol::Udp, RuleProtocol::Icmp]);
@@ -256,7 +284,8 @@ fn any_probe(site: &Site, dice: &mut Dice, n: usize) -> Option<Probe> {
     let port = if protocol == RuleProtocol::Icmp { 0 } else { dice.one(&PORTS) };
     let own = if to.is_ipv6() { IpAddr::from(from.address6.unwrap()) } else { from.address4.unwrap().into() };
     // What it sends to itself never leaves it.
-    if own == to {
+    let behind = to == BEHIND4 || to == BEHIND6;
+    if own == to || (behind && from.forwards) {
         return None;
     }
     let packet = TracedPacket { to, protocol, port };
@@ -282,8 +311,13 @@ fn differences(site: &Site, dice: &mut Dice) -> (usize, Vec<String>) {
         probes.extend(any_probe(site, dice, probes.len()));
     }
     let end = Instant::now() + DEADLINE;
-    let mut quiet = None;
+    let (mut quiet, mut again) = (None, Instant::now() + AGAIN);
     loop {
+        if Instant::now() > again {
+            again = Instant::now() + AGAIN;
+            let late = probes.iter().enumerate().filter(|(_, p)| p.arrives && !p.arrived);
+            late.for_each(|(n, probe)| say(&probe.socket, probe.packet, n));
+        }
         let heard: BTreeSet<usize> = ears.iter_mut().flat_map(Ears::heard).collect();
         for (n, probe) in probes.iter_mut().enumerate().filter(|(_, p)| !p.arrived) {
             let six = probe.packet.to.is_ipv6();
@@ -318,6 +352,11 @@ fn what_is_traced_is_what_happens() {
         for seed in seeds {
             let networks = any_networks(seed);
             site.apply(networks).await;
+            for router in site.networks.iter().flat_map(|n| &n.nics).filter(|n| n.forwards) {
+                for address in [BEHIND4, BEHIND6] {
+                    firewall::run(&site.of(router), &format!("ip addr add {address} dev lo nodad"));
+                }
+            }
             let mut dice = Dice(1000 + u64::from(seed));
             let (well, wrong) = differences(&site, &mut dice);
             assert!(wrong.is_empty(), "seed {seed}: {} differ\n{}", wrong.len(), wrong.join("\n"));

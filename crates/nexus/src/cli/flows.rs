@@ -22,7 +22,7 @@ const MAX_LINE: usize = 64 << 10;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     nexus net flows shop\n  \
-    nexus net flows shop --nic web-0a1b2c3d-nic0 --since 1h\n  \
+    nexus net flows shop --nic web-0a1b2c3d-0 --since 1h\n  \
     nexus net flows shop --follow\n  \
     nexus net flows shop --since 1d --limit 10000 -o json | jq '.items[] | select(.dropped)'\n\n\
     Hosts note nothing unless the network's spec.flowLogs is `all` (new connections, and what was dropped) or `dropped`. \

@@ -45,6 +45,7 @@ mod region;
 pub mod report;
 mod resource;
 mod rollout;
+mod rule;
 mod secret;
 pub mod server;
 mod settle;

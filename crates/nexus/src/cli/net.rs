@@ -1,4 +1,4 @@
-//! `nexus net`: what tenants' networks do with packets, as the hosts themselves say.
+//! `nexus net`: what tenants' networks do with packets, as the hosts themselves say; and single rules.
 
 use std::io::Write as _;
 use std::net::IpAddr;
@@ -17,19 +17,21 @@ use super::cloud::{Cloud, CloudArgs, Listing, encode, name_of};
 use super::flows::{self, FlowsArgs};
 use super::output;
 use super::resource::{find_name, new_name};
+use super::rule::{self, RuleArgs};
 use crate::client::Parts;
 use crate::exit::{Exit, Fail};
 
-/// Looks into tenants' networks
+/// Looks into tenants' networks, and changes single rules
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    nexus net trace --from web-0a1b2c3d-nic0 --to 10.0.2.5:5432/tcp\n  \
-    nexus net trace --from web-0a1b2c3d-nic0 --to 10.0.2.5/icmp --probe\n  \
+    nexus net trace --from web-0a1b2c3d-0 --to 10.0.2.5:5432/tcp\n  \
+    nexus net trace --from web-0a1b2c3d-0 --to 10.0.2.5/icmp --probe\n  \
     nexus net check                 # every host\n  \
     nexus net check zone-a-host-1\n  \
-    nexus net capture web-0a1b2c3d-nic0 --port 80 -w web.pcap\n  \
-    nexus net capture web-0a1b2c3d-nic0 | tcpdump -nr -\n  \
-    nexus net flows shop --since 1h\n\n\
+    nexus net capture web-0a1b2c3d-0 --port 80 -w web.pcap\n  \
+    nexus net capture web-0a1b2c3d-0 | tcpdump -nr -\n  \
+    nexus net flows shop --since 1h\n  \
+    nexus net rule set web http --port 80 --port 8080\n\n\
     `nexus get nics` names the NICs.")]
 pub struct NetArgs {
     #[command(subcommand)]
@@ -46,13 +48,14 @@ enum NetCommand {
     Capture(CaptureArgs),
     /// Shows who connected to whom in a network, and what was dropped
     Flows(FlowsArgs),
+    Rule(RuleArgs),
 }
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    nexus net trace --from web-0a1b2c3d-nic0 --to 10.0.2.5:5432/tcp\n  \
-    nexus net trace --from web-0a1b2c3d-nic0 --to '[fd12::5]:53/udp'\n  \
-    nexus net trace --from web-0a1b2c3d-nic0 --to 10.0.2.5/icmp --probe\n\n\
+    nexus net trace --from web-0a1b2c3d-0 --to 10.0.2.5:5432/tcp\n  \
+    nexus net trace --from web-0a1b2c3d-0 --to '[fd12::5]:53/udp'\n  \
+    nexus net trace --from web-0a1b2c3d-0 --to 10.0.2.5/icmp --probe\n\n\
     The packet is a new connection's first. Exit code: 0 whatever becomes of it; 1 when a probe says otherwise.")]
 struct TraceArgs {
     /// The NIC that sends it
@@ -96,8 +99,8 @@ struct CheckArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    nexus net capture web-0a1b2c3d-nic0 -w web.pcap\n  \
-    nexus net capture web-0a1b2c3d-nic0 --host 10.0.2.5 --port 5432 | tcpdump -nr -\n\n\
+    nexus net capture web-0a1b2c3d-0 -w web.pcap\n  \
+    nexus net capture web-0a1b2c3d-0 --host 10.0.2.5 --port 5432 | tcpdump -nr -\n\n\
     A capture ends with Ctrl-C, after an hour, or with 256 MiB.")]
 struct CaptureArgs {
     #[arg(value_parser = new_name)]
@@ -160,6 +163,7 @@ pub async fn run(args: &NetArgs) -> anyhow::Result<()> {
         NetCommand::Check(args) => check(args).await,
         NetCommand::Capture(args) => capture(args).await,
         NetCommand::Flows(args) => flows::run(args).await,
+        NetCommand::Rule(args) => rule::run(args).await,
     }
 }
 

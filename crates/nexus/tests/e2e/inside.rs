@@ -105,6 +105,21 @@ pub fn addresses(pid: i32, link: &str) -> Vec<IpAddr> {
     words.collect()
 }
 
+/// The address that a DHCP client on a link is given; it does nothing with it.
+pub fn dhcp(pid: i32, link: &str) -> Result<IpAddr, String> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("told");
+    std::fs::write(&script, "#!/bin/sh\n[ \"$1\" = bound ] && echo \"$ip\"\nexit 0\n").unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new("nsenter");
+    command.args(["--target", &pid.to_string(), "--net", "/bin/busybox", "udhcpc", "-i", link]);
+    command.args(["-f", "-q", "-n", "-t", "5", "-T", "2", "-s"]).arg(&script);
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let (told, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    told.trim().parse().map_err(|_| format!("no address: {told}{error}"))
+}
+
 /// A link's hardware address.
 pub fn mac(pid: i32, link: &'static str) -> [u8; 6] {
     let text = inside(pid, move || {
