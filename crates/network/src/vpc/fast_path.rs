@@ -84,6 +84,7 @@ fn mac(bytes: [u8; 6]) -> String {
 fn table(nics: &[Local<'_>], tunnel: Option<&str>, hops: &BTreeMap<IpAddr, IpAddr>) -> String {
     let name = format!("netdev {TABLE}");
     let mut out = format!("table {name}\ndelete table {name}\ntable {name} {{\n");
+    let (mut received, mut noted) = (String::new(), String::new());
     for family in Family::BOTH {
         let six = family == Family::V6;
         let (digit, ip, kind) = if six { ('6', "ip6", "ipv6_addr") } else { ('4', "ip", "ipv4_addr") };
@@ -92,11 +93,13 @@ fn table(nics: &[Local<'_>], tunnel: Option<&str>, hops: &BTreeMap<IpAddr, IpAdd
             nics.iter().flat_map(|n| n.addresses.iter().filter(|a| of(a)).map(|a| format!("{a} : {}", n.index)));
         let elsewhere = hops.iter().filter(|(to, _)| of(to)).map(|(to, hop)| format!("{to} : {hop}"));
         let (there, elsewhere) = (elements(there), elements(elsewhere));
+        let tcp = if six { "ip6 nexthdr tcp" } else { "ip protocol tcp" };
         // Without options and not in pieces: those are looked at by who knows them.
-        let tcp = if six { "ip6 nexthdr tcp" } else { "ip protocol tcp @nh,0,8 0x45 ip frag-off 0x4000" };
-        let ends = if six { "ip6 nexthdr tcp" } else { "ip protocol tcp" };
+        let whole = if six { "" } else { " @nh,0,8 0x45 ip frag-off 0x4000" };
         let way = format!("{ip} saddr . {ip} daddr . tcp sport . tcp dport");
         let back = format!("{ip} daddr . {ip} saddr . tcp dport . tcp sport");
+        let plain = format!("{tcp}{whole} tcp flags ! fin,syn,rst {way} @notes{digit} fwd {ip} to {ip} daddr");
+        let ends = format!("{tcp} tcp flags & (fin|syn|rst) != 0 goto ended{digit}");
         let _ = write!(
             out,
             " set notes{digit} {{ type {kind} . {kind} . inet_service . inet_service; size {NOTES}; flags dynamic,timeout; timeout {NOTED}s; }}
@@ -105,38 +108,26 @@ fn table(nics: &[Local<'_>], tunnel: Option<&str>, hops: &BTreeMap<IpAddr, IpAdd
  chain ended{digit} {{
   delete @notes{digit} {{ {way} }} delete @notes{digit} {{ {back} }}
  }}
- chain received{digit} {{
-  {tcp} tcp flags ! fin,syn,rst {way} @notes{digit} fwd {ip} to {ip} daddr device {ip} daddr map @places{digit}
-  {ends} tcp flags & (fin|syn|rst) != 0 goto ended{digit}
- }}
- chain noted{digit} {{
-  update @notes{digit} {{ {way} }} update @notes{digit} {{ {back} }}
- }}
 "
         );
         if let Some(tunnel) = tunnel {
-            let _ = write!(
-                out,
-                " chain sent{digit} {{
-  {tcp} tcp flags ! fin,syn,rst {way} @notes{digit} fwd {ip} to {ip} daddr map @hops{digit} device \"{tunnel}\"
-  {ends} tcp flags & (fin|syn|rst) != 0 goto ended{digit}
- }}
-"
-            );
+            let sent = format!("{plain} map @hops{digit} device \"{tunnel}\"");
+            let _ = write!(out, " chain sent{digit} {{\n  {sent}\n  {ends}\n }}\n");
         }
+        let _ = write!(received, "  {plain} device {ip} daddr map @places{digit}\n  {ends}\n");
+        let _ = writeln!(noted, "  {tcp} update @notes{digit} {{ {way} }} update @notes{digit} {{ {back} }}");
     }
     let Some(tunnel) = tunnel else { return out + "}\n" };
     let _ = write!(
         out,
-        " chain from_tunnel {{
+        " chain noted {{
+{noted} }}
+ chain from_tunnel {{
   type filter hook ingress device \"{tunnel}\" priority filter; policy accept;
-  ip protocol tcp goto received4
-  ip6 nexthdr tcp goto received6
- }}
+{received} }}
  chain to_tunnel {{
   type filter hook egress device \"{tunnel}\" priority filter; policy accept;
-  meta mark $generation ip protocol tcp goto noted4
-  meta mark $generation ip6 nexthdr tcp goto noted6
+  meta mark $generation goto noted
  }}
 "
     );
