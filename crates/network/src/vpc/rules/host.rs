@@ -81,7 +81,13 @@ fn tunnels(table: &mut Table, hosts: &HostNetworks, ways_out: bool) {
     let spoofed = table.refuse("spoofed_address");
     let to_host = table.refuse("to_host");
     let family = Family::of(hosts.endpoint);
-    let tunnel = || vec![Test::is(Field::Protocol, Value::one(17_u8)), Test::is(Field::Port, Value::one(VXLAN_PORT))];
+    let tunnel = |end: Field| {
+        vec![
+            Test::is(Field::Protocol, Value::one(17_u8)),
+            Test::is(Field::Port, Value::one(VXLAN_PORT)),
+            Test::is(end, Value::of(hosts.endpoint)),
+        ]
+    };
     let ours = format!("tunnels{}", family.digit());
     let mut from_tenants = Vec::new();
     for family in Family::BOTH.into_iter().filter(|_| ways_out) {
@@ -100,18 +106,18 @@ fn tunnels(table: &mut Table, hosts: &HostNetworks, ways_out: bool) {
     // First of all: no tenant is one of our hosts.
     let mut arriving = vec![Rule::then([Test::from(links::HOST_PREFIX)], Verdict::Jump("from_tenants".into()))];
     let numbers: Vec<u128> = hosts.networks.iter().map(|n| n.vni.into()).collect();
-    let mut known = tunnel();
+    let arrives = tunnel(Field::Destination(family));
+    let mut known = arrives.clone();
     known.push(Test::within([Field::Source(family)], ours.clone()));
     arriving.push(Rule::new(known, [Act::Untracked, Act::Then(Verdict::Accept)]));
     if !numbers.is_empty() {
-        let mut tests = tunnel();
-        tests.push(Test::is(Field::Destination(family), Value::of(hosts.endpoint)));
+        let mut tests = arrives;
         // Other networks' packets are somebody else's.
         tests.push(Test::any(Field::Vni, numbers));
         arriving.push(Rule::then(tests, forged));
     }
     table.base("arriving", Base { hook: Hook::Prerouting, nat: false, raw: true }, arriving);
-    let mut sent = tunnel();
+    let mut sent = tunnel(Field::Source(family));
     sent.push(Test::within([Field::Destination(family)], ours));
     let sent = vec![Rule::new(sent, [Act::Untracked])];
     table.base("tunnelled", Base { hook: Hook::Output, nat: false, raw: true }, sent);
