@@ -20,7 +20,7 @@ use nexus_model::plan::{HostNetworks, NetworkPlan};
 use super::hand::{Difference, Faults, Hand, Mode};
 use super::network::{self, Outcome, Site};
 use super::want::{NetworkWant, NicWant};
-use super::{inside, outside, rules};
+use super::{fast_path, inside, outside, rules};
 use crate::firewall::{Net, nft};
 use crate::netlink::Netlink;
 use crate::netns::{NetnsRef, aside, enter, is_netns};
@@ -178,9 +178,10 @@ impl Own {
         });
         let before = std::mem::take(&mut *locked(&self.fast_paths));
         let hasten = |site: &Site<'_>, want: &NetworkWant, out: &mut Outcome| {
-            let Some(rules) = locked(&self.filters).get(&want.uid).cloned() else { return Ok(()) };
+            let generation = locked(&self.filters).get(&want.uid).map(|rules| fast_path::generation(rules).to_owned());
+            let Some(generation) = generation else { return Ok(()) };
             let before = before.get(&want.uid).map(String::as_str);
-            let text = network::hasten(site, want, (&rules, before), out)?;
+            let text = network::hasten(site, want, (&generation, before), out)?;
             locked(&self.fast_paths).extend(text.map(|text| (want.uid, text)));
             Ok(())
         };

@@ -58,9 +58,13 @@ pub(super) fn possible() -> bool {
     })
 }
 
-/// The table `netdev nexus` of a network's namespace, for the links that are there. `rules` is its other tables' text.
-pub(super) fn text(want: &NetworkWant, links: &BTreeMap<String, u32>, rules: &str) -> String {
-    let generation = rules.lines().next().filter(|l| l.starts_with("define ")).unwrap_or_default();
+/// The line of the packet filter's text that says which generation its rules are.
+pub(super) fn generation(rules: &str) -> &str {
+    rules.lines().next().filter(|l| l.starts_with("define ")).unwrap_or_default()
+}
+
+/// The table `netdev nexus` of a network's namespace, for the links that are there, beside rules of that [`generation`].
+pub(super) fn text(want: &NetworkWant, links: &BTreeMap<String, u32>, generation: &str) -> String {
     let nics = want.nics.iter().filter(|n| !n.forwards);
     let nics = nics.filter_map(|n| {
         let addresses = n.addresses().collect();

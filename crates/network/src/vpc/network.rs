@@ -385,7 +385,7 @@ fn settle(hand: &mut Hand<'_>, want: &NetworkWant, there: &BTreeMap<String, Link
 pub(super) fn hasten(
     site: &Site<'_>,
     want: &NetworkWant,
-    (rules, before): (&str, Option<&str>),
+    (generation, before): (&str, Option<&str>),
     out: &mut Outcome,
 ) -> Result<Option<String>, NetError> {
     let Some(own) = namespace(site, want.uid).filter(|_| fast_path::possible()) else { return Ok(None) };
@@ -394,7 +394,7 @@ pub(super) fn hasten(
     let mut tries = 0..LINKS_GO;
     loop {
         let links = hand.links.link_states()?.into_iter().map(|l| (l.name, l.index)).collect();
-        let text = fast_path::text(want, &links, rules);
+        let text = fast_path::text(want, &links, generation);
         match hand.filter(&text, before) {
             Ok(false) => {}
             // What was noted while the rules were changed.
