@@ -9,6 +9,7 @@ import hmac
 import http.server
 import json
 import sys
+import threading
 import time
 
 
@@ -26,6 +27,8 @@ def is_genuine(key, headers, body):
 class Receiver(http.server.BaseHTTPRequestHandler):
     key = ""
     seen = set()
+    # Requests come side by side: one at a time looks at what was seen, and prints.
+    turn = threading.Lock()
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -35,9 +38,10 @@ class Receiver(http.server.BaseHTTPRequestHandler):
             # It has not even the headers.
             genuine = False
         # A message whose answer was lost comes again: its id tells.
-        if genuine and self.headers["webhook-id"] not in self.seen:
-            self.seen.add(self.headers["webhook-id"])
-            print(json.dumps(json.loads(body)), flush=True)
+        with self.turn:
+            if genuine and self.headers["webhook-id"] not in self.seen:
+                self.seen.add(self.headers["webhook-id"])
+                print(json.dumps(json.loads(body)), flush=True)
         self.send_response(204 if genuine else 401)
         self.send_header("content-length", "0")
         self.end_headers()
