@@ -104,6 +104,17 @@ fn alone() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A bridge that stands for a switch has no packet filter, whatever else of this machine's has one.
+fn wire_filters_nothing() -> anyhow::Result<()> {
+    for kind in ["iptables", "ip6tables", "arptables"] {
+        match std::fs::write(format!("/proc/sys/net/bridge/bridge-nf-call-{kind}"), "0") {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            done => done?,
+        }
+    }
+    Ok(())
+}
+
 impl World {
     async fn new(hosts: u8) -> anyhow::Result<Self> {
         use std::os::fd::AsRawFd as _;
@@ -116,6 +127,7 @@ impl World {
         let wire = Underlay::new("nxb", address)?;
         HostNet::prepare().await?;
         wire.create().await?;
+        wire_filters_nothing()?;
         let mut world = Self { dir: tempfile::tempdir()?, hosts: Vec::new(), _files: Vec::new() };
         for n in 1..=hosts {
             let file = nexus_network::new_namespace()?;

@@ -1,5 +1,6 @@
 //! New connections a second through a load balancer, which is a few rules on the client's host, and through HAProxy in TCP mode in
-//! an instance of the same network and host. The same clients and targets; each connection carries a byte to a target and one back.
+//! an instance of the same network: on a host of its own, as one that serves clients of many hosts is, and on the client's host,
+//! which is as near as it can be. The same clients and targets; each connection carries a byte to a target and one back.
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -24,10 +25,10 @@ const BACK: u16 = 8080;
 
 pub async fn connections(world: &World) -> anyhow::Result<Vec<Row>> {
     let mut plan = network(3, 0)?;
-    // The client and HAProxy on one host, two targets on the other.
-    let [client, proxy, first, second] = [40_u16, 41, 42, 43];
-    plan.nics = vec![world.nic(0, client, client)?, world.nic(0, proxy, proxy)?];
-    plan.nics.extend([world.nic(1, first, first)?, world.nic(1, second, second)?]);
+    // The client and one HAProxy on one host, two targets on another, the other HAProxy on a third.
+    let [client, near, first, second, apart] = [40_u16, 41, 42, 43, 44];
+    let instances = [(0, client), (0, near), (1, first), (1, second), (2, apart)];
+    plan.nics = instances.iter().map(|(host, n)| world.nic(*host, *n, *n)).collect::<anyhow::Result<_>>()?;
     let address = |n: u16| IpAddr::from(Ipv4Addr::new(10, 0, 0, n as u8));
     let target = |n: u16| TargetPlan { address: address(n), port: BACK, weight: 1, failing: false };
     let listener = ListenerPlan {
@@ -41,13 +42,14 @@ pub async fn connections(world: &World) -> anyhow::Result<Vec<Row>> {
     plan.balancers =
         vec![BalancerPlan { uid: uid(6, 3), name: "front".parse()?, address: address(200), listeners: vec![listener] }];
     let mut places = Vec::new();
-    for (host, n) in [(0, client), (0, proxy), (1, first), (1, second)] {
+    for (host, n) in instances {
         places.push(world.instance(host, n).await?);
     }
-    let engines = [world.engine(0), world.engine(1)];
+    let engines = [0, 1, 2].map(|host| world.engine(host));
     for (host, engine) in engines.iter().enumerate() {
         let applied = engine.apply(world.told(host, std::slice::from_ref(&plan))?, Vec::new()).await?;
-        ensure!(applied.plugged.len() == 2 && applied.networks.is_empty(), "{applied:?}");
+        let own = instances.iter().filter(|(at, _)| *at == host).count();
+        ensure!(applied.plugged.len() == own && applied.networks.is_empty(), "{applied:?}");
     }
     for place in &places {
         // Connections come and go faster than ports would be free again otherwise.
@@ -55,19 +57,21 @@ pub async fn connections(world: &World) -> anyhow::Result<Vec<Row>> {
         inside(place, || std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535"))??;
     }
     let served = Arc::new(AtomicU64::new(0));
-    for place in &places[2..] {
+    for place in &places[2..4] {
         let listener = inside(place, || TcpListener::bind(("0.0.0.0", BACK)))??;
         for _ in 0..ANSWERERS {
             let (listener, served) = (listener.try_clone()?, served.clone());
             std::thread::spawn(move || answer(&listener, &served));
         }
     }
-    let _haproxy = haproxy(world, &places[1], address(proxy), [address(first), address(second)])?;
-    let ways = [SocketAddr::new(address(200), FRONT), SocketAddr::new(address(proxy), FRONT)];
+    let targets = [address(first), address(second)];
+    let _apart = haproxy(world, &places[4], address(apart), targets)?;
+    let _near = haproxy(world, &places[1], address(near), targets)?;
+    let ways = [200, apart, near].map(|n| SocketAddr::new(address(n), FRONT));
     for way in ways {
         drop(connect(&places[0], way)?);
     }
-    let mut rates = [Vec::new(), Vec::new()];
+    let mut rates = ways.map(|_| Vec::new());
     for _ in 0..ROUNDS {
         for (way, rates) in ways.iter().zip(&mut rates) {
             let before = served.load(Ordering::Relaxed);
@@ -77,11 +81,12 @@ pub async fn connections(world: &World) -> anyhow::Result<Vec<Row>> {
             rates.push(made as f64 / LOAD.as_secs_f64());
         }
     }
-    let [ours, theirs] = rates.map(|r| median(&r));
+    let [ours, apart, near] = rates.map(|r| median(&r));
     for engine in &engines {
         engine.remove().await?;
     }
-    Ok(vec![Row::new("new connections through a balancer", ours, "1/s").peer("HAProxy, TCP mode", theirs)])
+    let rows = [("HAProxy on a host of its own", apart), ("HAProxy on the client's host", near)];
+    Ok(rows.map(|(peer, theirs)| Row::new("new connections through a balancer", ours, "1/s").peer(peer, theirs)).into())
 }
 
 fn answer(listener: &TcpListener, served: &AtomicU64) {
@@ -98,7 +103,7 @@ fn answer(listener: &TcpListener, served: &AtomicU64) {
 /// As its documentation begins: as many threads as there are processors, in turn.
 fn haproxy(world: &World, place: &NetnsRef, own: IpAddr, targets: [IpAddr; 2]) -> anyhow::Result<Owned> {
     let [first, second] = targets;
-    let file = world.dir.path().join("haproxy.cfg");
+    let file = world.dir.path().join(format!("haproxy-{own}.cfg"));
     let text = format!(
         "global
   maxconn 4000
