@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use nexus_model::plan::{Direction, NetworkPlan, NicPlan, Remote, RulePlan, RuleProtocol, Via};
-use nexus_network::vpc::rules::table::{Hook, Table};
+use nexus_network::vpc::rules::table::{Act, Family, Field, Hook, Table, Test, Value};
 use nexus_network::vpc::verdict::walk::{Choice, Packet, hook};
 use nexus_network::vpc::{links, rules, text};
 use proptest::prelude::*;
@@ -266,6 +266,18 @@ fn no_tenant_speaks_as_another_host_whether_there_is_a_way_out_or_not() {
         assert_eq!(arrives("eth0", "192.0.2.1".parse().unwrap(), own + 1), Ok(()), "somebody else's");
         let refused = arrives(&links::host(networks[0].uid), endpoint(1), own);
         assert_eq!(refused, Err(if ways_out { "spoofed_address" } else { "to_host" }.into()));
+    }
+}
+
+/// What is sent to the same port of a floating address from behind another host is a connection, whose addresses are changed.
+#[test]
+fn only_what_is_for_a_hosts_own_end_of_a_tunnel_is_no_connection() {
+    let table = rules::host(&on_host(0, 2, &[Arc::new(network(1))]), &[]);
+    for (chain, end) in [("arriving", Field::Destination as fn(_) -> _), ("tunnelled", Field::Source)] {
+        let own = Test::is(end(Family::of(endpoint(0))), Value::of(endpoint(0)));
+        let rules = &table.chain_of(chain).unwrap().rules;
+        let untracked: Vec<_> = rules.iter().filter(|r| r.acts.contains(&Act::Untracked)).collect();
+        assert!(!untracked.is_empty() && untracked.iter().all(|r| r.tests.contains(&own)), "{chain}: {untracked:?}");
     }
 }
 
